@@ -1,0 +1,22 @@
+"""A user's mistake: one line on stderr that names the flag or file and what to do, exit status 2, no traceback.
+
+The ground floor: every other file may import this one. Anything that is not a UserError is a bug and keeps its traceback.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(Exception):
+    """Something the user can mend. Its text is the whole message."""
+
+
+@contextmanager
+def one_line_errors(program: str) -> Iterator[None]:
+    """Wraps the body of a script: a UserError ends it with one line and status 2."""
+    try:
+        yield
+    except UserError as error:
+        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,158 @@
+"""LoRA by hand: low-rank layers, added to a model, merged into plain weights (Hu et al. 2021, arXiv:2106.09685).
+
+    W' = W + (α / r) · B · A          A [r, in] "down", B [out, r] "up", both float32
+
+`Deltas` is the adapter outside of a model: {module path: (A, B, α)}.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from errors import UserError
+
+Deltas = dict[str, tuple[Tensor, Tensor, float]]
+
+ATTENTION = r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$|\.self_attn\.(q|k|v|out)_proj$"
+EVERYTHING = ATTENTION + r"|\.ff\.net\.(0\.proj|2)$|\.proj_(in|out)$|\.mlp\.fc[12]$"
+TARGETS = {"attention": ATTENTION, "all": EVERYTHING}
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    rank: int = 8
+    """Rank r of every ΔW."""
+    alpha: float | None = None
+    """Scale α: ΔW = (α/r)·B·A. None: equal to --rank."""
+    targets: str = "attention"
+    """Which linear layers: 'attention', 'all' (attention, feed-forward, projections) or a regular expression."""
+    train_text_encoder: bool = True
+    """LoRA on both text encoders too."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UserError(f"--rank must be at least 1, not {self.rank}")
+        if self.alpha is not None and self.alpha <= 0:
+            raise UserError(f"--alpha must be above 0, not {self.alpha}")
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise UserError(f"--targets {self.targets!r} is neither a preset nor a regular expression: {error}") from None
+
+    @property
+    def pattern(self) -> str:
+        return TARGETS.get(self.targets, self.targets)
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer that keeps its base weight where it is, with the low-rank branch beside it.
+
+    y = x·Wᵀ + b + (α/r)·(x·Aᵀ)·Bᵀ. B starts at zero, so the layer starts as its base, bit for bit. A and B stay
+    float32 and are cast to the dtype of x for the two small products.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, generator: torch.Generator):
+        nn.Module.__init__(self)  # not nn.Linear's: it would allocate and fill a second weight
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias
+        self.alpha, self.scale = alpha, alpha / rank
+        bound = base.in_features**-0.5  # kaiming_uniform_(a=√5), as in the paper's code
+        A = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
+        self.lora_A = nn.Parameter(A.to(base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out], in the dtype of x."""
+        delta = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+        return torch.add(super().forward(x), delta, alpha=self.scale)
+
+
+class Adapter:
+    """Every LoRALinear of a model, their weights in one flat float32 buffer, their gradients in another.
+
+    Zeroing, averaging over ranks, clipping and stepping are then one call each instead of two per layer. `groups` cuts
+    `flat` into one parameter per learning rate: "unet" and "text_encoder" (both of them), each where it has layers.
+    Moving the model to another device or dtype afterwards would break the views.
+    """
+
+    def __init__(self, modules: dict[str, LoRALinear]):
+        self.modules = modules
+        text = [m for name, m in modules.items() if name.startswith("text_encoder")]
+        unet = [m for name, m in modules.items() if not name.startswith("text_encoder")]
+        parameters = [p for m in unet + text for p in (m.lora_A, m.lora_B)]
+        self.flat = torch.cat([p.detach().reshape(-1) for p in parameters])
+        self.grad = torch.zeros_like(self.flat)
+        offset = 0
+        for p in parameters:
+            here = slice(offset, offset := offset + p.numel())
+            p.data, p.grad = self.flat[here].view_as(p), self.grad[here].view_as(p)
+        cut = sum(m.lora_A.numel() + m.lora_B.numel() for m in unet)
+        self.groups: dict[str, nn.Parameter] = {}
+        for name, part in (("unet", slice(0, cut)), ("text_encoder", slice(cut, None))):
+            if self.flat[part].numel():
+                self.groups[name] = nn.Parameter(self.flat[part])
+                self.groups[name].grad = self.grad[part]
+
+    @property
+    def deltas(self) -> Deltas:
+        """{module path: (A, B, α)}: views of the live weights."""
+        return {name: (m.lora_A.detach(), m.lora_B.detach(), m.alpha) for name, m in self.modules.items()}
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the model is its base."""
+        scales = {m: m.scale for m in self.modules.values()}
+        for m in scales:
+            m.scale = 0.0
+        try:
+            yield
+        finally:
+            for m, scale in scales.items():
+                m.scale = scale
+
+
+def add_lora(model: nn.Module, config: LoRAConfig, unread: Iterable[str] = (), seed: int = 0) -> Adapter:
+    """Freezes `model` and puts a LoRALinear in place of each linear layer that `config` names.
+
+    `unread` are path prefixes whose output nothing reads: an adapter there would never get a gradient. A is drawn on the
+    CPU from `seed`, so that every rank and every device starts alike.
+
+    Raises UserError if the target expression matches no linear layer.
+    """
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    modules = {}
+    for name, linear in linears.items():
+        text = name.startswith("text_encoder")
+        if not re.search(config.pattern, name) or name.startswith(tuple(unread)) or (text and not config.train_text_encoder):
+            continue
+        parent, _, child = name.rpartition(".")
+        modules[name] = LoRALinear(linear, config.rank, config.alpha or config.rank, generator)
+        setattr(model.get_submodule(parent), child, modules[name])
+    if not modules:
+        raise UserError(f"--targets {config.targets!r} matches none of {len(linears)} linear layers, e.g. {list(linears)[:3]}")
+    return Adapter(modules)
+
+
+@torch.no_grad()
+def merge_lora(model: nn.Module, deltas: Deltas, strength: float = 1.0) -> None:
+    """W += strength · (α/r) · B · A in place: the sum in float32, cast once to the dtype of W.
+
+    Raises UserError, before anything is changed, if a delta has no linear layer of its shape in `model`.
+    """
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    shapes = {name: (B.shape[0], A.shape[1]) for name, (A, B, _) in deltas.items()}
+    wrong = [name for name, shape in shapes.items() if name not in linears or linears[name].weight.shape != shape]
+    if wrong:
+        told = "; ".join(f"{n} {list(shapes[n])}" for n in wrong[:3])
+        raise UserError(f"the LoRA does not fit the model: {len(wrong)} of {len(deltas)} modules differ, first {told}")
+    for name, (A, B, alpha) in deltas.items():
+        weight = linears[name].weight
+        A, B = A.to(weight.device, torch.float32), B.to(weight.device, torch.float32)
+        weight.copy_(weight.float().addmm_(B, A, alpha=strength * alpha / A.shape[0]))

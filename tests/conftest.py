@@ -1,0 +1,122 @@
+"""A tiny random SDXL (same classes, same structure) and a few pictures, made once for all tests."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # models this small only wait for a second thread
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def make_tokenizer(folder: Path, pad: str):
+    """A CLIP tokenizer whose words are single letters."""
+    from transformers import CLIPTokenizer
+
+    letters = [chr(c) for c in range(33, 127)]
+    words = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), pad_token=pad, model_max_length=77), len(words)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A diffusers folder: SDXL's three levels, two text encoders, 64 px, random weights."""
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 32, 64),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 1, 2),
+        attention_head_dim=(2, 4, 8),
+        cross_attention_dim=32 + 48,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=48 + 6 * 8,
+        norm_num_groups=8,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=64,
+        scaling_factor=0.5,
+    )
+    tokenizer, vocabulary = make_tokenizer(folder / "t1", "<|endoftext|>")
+    tokenizer_2, _ = make_tokenizer(folder / "t2", "!")
+    text = {"vocab_size": vocabulary, "num_attention_heads": 2, "num_hidden_layers": 3, "max_position_embeddings": 77}
+    text |= {"bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1}
+    one = CLIPTextModel(CLIPTextConfig(hidden_size=32, intermediate_size=64, projection_dim=32, **text))
+    two = CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=48, intermediate_size=96, projection_dim=48, **text))
+    scheduler = EulerDiscreteScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1, timestep_spacing="leading"
+    )
+    pipe = StableDiffusionXLPipeline(vae, one, two, tokenizer, tokenizer_2, unet, scheduler, add_watermarker=False)
+    pipe.save_pretrained(folder / "model")
+    return folder / "model"
+
+
+@pytest.fixture
+def pipe(tiny_model):
+    """A fresh float32 pipeline of the tiny model on the CPU."""
+    from sdxl import load_sdxl
+
+    return load_sdxl(str(tiny_model), torch.float32, torch.device("cpu"))
+
+
+@pytest.fixture
+def denoiser(pipe):
+    from sdxl import Denoiser
+
+    return Denoiser(pipe)
+
+
+def photograph(seed: int, width: int, height: int) -> Image.Image:
+    """A smooth random picture."""
+    coarse = np.random.default_rng(seed).integers(0, 255, (5, 5, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """Seven captioned JPEGs of several sizes in a plain folder."""
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(7):
+        photograph(i, 80 + 30 * i, 200 - 20 * i).save(folder / f"photo{i}.jpg", quality=95)
+        (folder / f"photo{i}.txt").write_text(f"picture number {i}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards(photos, tmp_path_factory) -> Path:
+    """The same pictures as three tar shards, made by scripts/make_shards.py."""
+    folder = tmp_path_factory.mktemp("shards")
+    run("scripts/make_shards.py", str(photos), "--out", str(folder), "--name", "photos", "--per-shard", "3")
+    return folder
+
+
+def run(*command: str, status: int = 0, **environment: str) -> subprocess.CompletedProcess:
+    """Runs a script of the suite as a user would and checks how it ended."""
+    program = [sys.executable, *command] if command[0].endswith(".py") else list(command)
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment}, timeout=300)
+    assert done.returncode == status, f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done

@@ -1,0 +1,149 @@
+import pytest
+import torch
+from torch import nn
+
+from errors import UserError
+from lora import Adapter, LoRAConfig, LoRALinear, add_lora, merge_lora
+
+
+def inputs(batch: int = 2, seed: int = 0) -> dict:
+    """Arguments of the tiny Denoiser."""
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "noisy_latents": torch.randn(batch, 4, 8, 8, generator=g),
+        "timesteps": torch.randint(0, 1000, (batch,), generator=g),
+        "tokens": torch.randint(1, 180, (batch, 2, 77), generator=g),
+        "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]]).repeat(batch, 1),
+    }
+
+
+def shake(adapter: Adapter) -> None:
+    """Makes every ΔW differ from zero."""
+    adapter.flat.copy_(0.05 * torch.randn(adapter.flat.shape, generator=torch.Generator().manual_seed(1)))
+
+
+def test_identity_at_start_bit_for_bit(denoiser):
+    with torch.no_grad():
+        before = denoiser(**inputs())
+        add_lora(denoiser, LoRAConfig(rank=4), denoiser.unread)
+        assert torch.equal(denoiser(**inputs()), before)
+
+
+def test_one_step_changes_the_adapter_and_not_the_base(denoiser):
+    base = {name: p.detach().clone() for name, p in denoiser.named_parameters()}
+    adapter = add_lora(denoiser, LoRAConfig(rank=4), denoiser.unread)
+    start = adapter.flat.clone()
+    optimizer = torch.optim.AdamW(adapter.groups.values(), lr=1e-2)
+    for _ in range(2):  # in the first step B is zero, so A gets no gradient
+        denoiser(**inputs()).square().mean().backward()
+        optimizer.step()
+        adapter.grad.zero_()
+    for name, module in adapter.modules.items():
+        for part in (module.lora_A, module.lora_B):
+            offset = (part.data_ptr() - adapter.flat.data_ptr()) // 4
+            assert not torch.equal(part.flatten(), start[offset : offset + part.numel()]), f"{name} did not move"
+    now = dict(denoiser.named_parameters())
+    assert all(torch.equal(now[name], value) for name, value in base.items())
+    assert set(now) - set(base) == {f"{name}.lora_{part}" for name in adapter.modules for part in "AB"}
+
+
+@pytest.mark.parametrize("targets", ["attention", "all"])
+def test_merged_equals_patched(denoiser, targets):
+    adapter = add_lora(denoiser, LoRAConfig(rank=4, alpha=2, targets=targets), denoiser.unread)
+    shake(adapter)
+    with torch.no_grad():
+        patched = denoiser(**inputs())
+        with adapter.disabled():
+            base = denoiser(**inputs())
+            merge_lora(denoiser, adapter.deltas)
+            merged = denoiser(**inputs())
+    assert (patched - base).abs().max() > 1e-2
+    torch.testing.assert_close(merged, patched, atol=1e-5, rtol=0)
+
+
+def test_merge_is_the_formula_in_float32_cast_once():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 16, bias=False)).half()
+    A, B, alpha, strength = torch.randn(4, 24), torch.randn(16, 4), 3.0, 0.7
+    exact = model[0].weight.double() + strength * alpha / 4 * B.double() @ A.double()
+    merge_lora(model, {"0": (A, B, alpha)}, strength)
+    error = (model[0].weight.double() - exact).abs() / exact.abs()
+    assert error.max() <= 2**-11 * 1.001  # half a unit in the last place of float16: rounded once
+
+
+def test_layer_equals_the_formula_of_the_paper():
+    torch.manual_seed(0)
+    base = nn.Linear(12, 20)
+    layer = LoRALinear(base, rank=3, alpha=6, generator=torch.Generator().manual_seed(0))
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(5, 12)
+    wanted = x @ (base.weight + 2 * layer.lora_B @ layer.lora_A).T + base.bias
+    torch.testing.assert_close(layer(x), wanted)
+    assert layer.weight is base.weight
+
+
+def test_layer_stays_float32_on_a_half_precision_base():
+    layer = LoRALinear(nn.Linear(8, 8).bfloat16(), rank=2, alpha=2, generator=torch.Generator())
+    y = layer(torch.randn(3, 8, dtype=torch.bfloat16))
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert layer.lora_A.dtype == layer.lora_B.grad.dtype == torch.float32
+
+
+def test_flat_buffers_are_the_parameters_and_their_gradients(denoiser):
+    adapter = add_lora(denoiser, LoRAConfig(rank=2), denoiser.unread)
+    denoiser(**inputs()).sum().backward()
+    parameters = [p for m in adapter.modules.values() for p in (m.lora_A, m.lora_B)]
+    assert adapter.flat.numel() == sum(p.numel() for p in parameters)
+    by_position = sorted(parameters, key=lambda p: p.data_ptr())
+    assert torch.equal(adapter.flat, torch.cat([p.detach().flatten() for p in by_position]))
+    assert torch.equal(adapter.grad, torch.cat([p.grad.flatten() for p in by_position]))
+    assert torch.equal(torch.cat([p.detach() for p in adapter.groups.values()]), adapter.flat)
+    assert adapter.grad.abs().sum() > 0
+
+
+def test_every_adapter_gets_a_gradient(denoiser):
+    """In particular none sits on the last layer of text encoder 1, which SDXL does not read."""
+    adapter = add_lora(denoiser, LoRAConfig(rank=2, targets="all"), denoiser.unread)
+    shake(adapter)
+    denoiser(**inputs()).square().sum().backward()
+    assert [name for name, m in adapter.modules.items() if not m.lora_B.grad.any()] == []
+    assert not any("text_encoder." in name and "layers.2." in name for name in adapter.modules)
+    assert any("text_encoder_2." in name and "layers.2." in name for name in adapter.modules)
+
+
+def test_targets(denoiser):
+    names = [n for n, m in denoiser.named_modules() if isinstance(m, nn.Linear)]
+    unet_only = add_lora(denoiser, LoRAConfig(targets="all", train_text_encoder=False), denoiser.unread)
+    assert list(unet_only.groups) == ["unet"]
+    left = [n for n in names if n.startswith("unet.") and n not in unet_only.modules]
+    assert all("time_emb" in n or "embedding" in n for n in left), left
+    with pytest.raises(UserError, match="matches none"):
+        add_lora(denoiser, LoRAConfig(targets="no_such_layer"))
+
+
+def test_disabled_is_the_base(denoiser):
+    with torch.no_grad():
+        base = denoiser(**inputs())
+        adapter = add_lora(denoiser, LoRAConfig(), denoiser.unread)
+        shake(adapter)
+        with adapter.disabled():
+            assert torch.equal(denoiser(**inputs()), base)
+        assert not torch.equal(denoiser(**inputs()), base)
+
+
+def test_merge_refuses_what_does_not_fit(denoiser):
+    weight = denoiser.unet.mid_block.attentions[0].proj_in.weight
+    before = weight.clone()
+    fits = {"unet.mid_block.attentions.0.proj_in": (torch.ones(2, 64), torch.ones(64, 2), 2.0)}
+    with pytest.raises(UserError, match=r"1 of 2 modules differ, first unet\.nowhere"):
+        merge_lora(denoiser, {**fits, "unet.nowhere": (torch.ones(2, 64), torch.ones(64, 2), 2.0)})
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "flag"), [({"rank": 0}, "--rank"), ({"alpha": -1.0}, "--alpha"), ({"targets": "("}, "--targets")]
+)
+def test_bad_options_name_their_flag(options, flag):
+    with pytest.raises(UserError, match=flag):
+        LoRAConfig(**options)
