@@ -1,0 +1,60 @@
+"""The objective: noise a latent, predict the noise, weigh the squared error (Ho et al. 2020, arXiv:2006.11239)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from errors import UserError
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    snr_gamma: float | None = None
+    """Min-SNR weighting γ, e.g. 5 (Hang et al. 2023, arXiv:2303.09556). None: every timestep weighs the same."""
+
+    def __post_init__(self) -> None:
+        if self.snr_gamma is not None and self.snr_gamma <= 0:
+            raise UserError(f"--snr-gamma must be above 0, not {self.snr_gamma}")
+
+
+class Diffusion:
+    """Loss of a denoiser: a callable, so that it works with the real one, a patched one and a fake.
+
+    `alphas_cumprod` [T] is ᾱ of diffusers' scheduler; `prediction_type` its 'epsilon' or 'v_prediction'.
+    """
+
+    def __init__(self, config: DiffusionConfig, alphas_cumprod: Tensor, prediction_type: str, device: torch.device):
+        self.alphas_cumprod = alphas_cumprod.to(device, torch.float32)
+        self.v_prediction = prediction_type == "v_prediction"
+        snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
+        self.weights = torch.ones_like(snr)
+        if config.snr_gamma:
+            self.weights = snr.clamp(max=config.snr_gamma) / (snr + 1 if self.v_prediction else snr)
+
+    def draw(self, latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Noise ε like `latents` [B, 4, h, w], and timesteps t [B], uniform over the schedule."""
+        noise = torch.randn(latents.shape, generator=generator, device=latents.device)
+        timesteps = torch.randint(len(self.alphas_cumprod), (len(latents),), generator=generator, device=latents.device)
+        return noise, timesteps
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t = √ᾱ_t · x_0 + √(1 − ᾱ_t) · ε, all [B, 4, h, w]."""
+        alpha = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """ε, or v = √ᾱ_t · ε − √(1 − ᾱ_t) · x_0 (Salimans and Ho 2022, arXiv:2202.00512)."""
+        if not self.v_prediction:
+            return noise
+        alpha = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        return alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
+
+    def __call__(
+        self, denoise: Callable[[Tensor, Tensor], Tensor], latents: Tensor, noise: Tensor, timesteps: Tensor
+    ) -> Tensor:
+        """denoise(x_t, t) -> prediction. Returns the loss of each sample, [B] float32."""
+        prediction = denoise(self.add_noise(latents, noise, timesteps), timesteps).float()
+        error = (prediction - self.target(latents, noise, timesteps)).square().mean(dim=(1, 2, 3))
+        return error * self.weights[timesteps]

@@ -1,0 +1,173 @@
+"""What is SDXL: loading, tokens, both text encoders, VAE, micro-conditioning (Podell et al. 2023, arXiv:2307.01952).
+
+The only file that knows diffusers' and transformers' model classes.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UniPCMultistepScheduler,
+)
+from diffusers.utils import logging as diffusers_logging
+from torch import Tensor, nn
+from transformers import CLIPTokenizer
+from transformers.utils import logging as transformers_logging
+
+from errors import UserError
+
+NAMES = {
+    "demo": str(Path(__file__).parent / "assets/demo/model"),
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+}
+
+SAMPLERS = {
+    "ddim": DDIMScheduler,
+    "dpm++": DPMSolverMultistepScheduler,
+    "euler": EulerDiscreteScheduler,
+    "euler-a": EulerAncestralDiscreteScheduler,
+    "unipc": UniPCMultistepScheduler,
+}
+
+for library in (diffusers_logging, transformers_logging):
+    library.set_verbosity_error()
+    library.disable_progress_bar()
+
+
+def load_sdxl(model: str, dtype: torch.dtype, device: torch.device) -> StableDiffusionXLPipeline:
+    """`demo`, `sdxl`, a hub id, a diffusers folder, or a single .safetensors checkpoint -> diffusers' pipeline on `device`.
+
+    U-Net and text encoders in `dtype`. The VAE is not safe in float16: bfloat16 where the GPU computes in it, else float32.
+    Raises UserError in one line if there is no such model, if it is no SDXL, or if it is not here and cannot be fetched.
+    """
+    source = NAMES.get(model, model)
+    path = Path(source)
+    options = {"dtype": dtype, "add_watermarker": False}
+    try:
+        if path.is_dir():
+            check_folder(model, path)
+            pipe = StableDiffusionXLPipeline.from_pretrained(path, local_files_only=True, low_cpu_mem_usage=False, **options)
+        elif path.suffix == ".safetensors" and path.is_file():
+            pipe = StableDiffusionXLPipeline.from_single_file(source, **options)
+        elif path.suffix == ".safetensors" or path.is_absolute() or source.startswith(".") or source.count("/") != 1:
+            raise UserError(f"--model {model}: no such file or folder (nor 'demo', 'sdxl' or a hub id like owner/name)")
+        else:
+            variant = "fp16" if dtype == torch.float16 else None
+            pipe = StableDiffusionXLPipeline.from_pretrained(source, variant=variant, low_cpu_mem_usage=False, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if path.is_dir():
+            raise UserError(f"--model {model} is no complete SDXL folder: {error}") from None
+        repository = NAMES["sdxl"] if path.is_file() else source
+        raise UserError(
+            f"--model {model} needs files of {repository} that are not on this machine and could not be fetched "
+            f"({type(error).__name__}); where there is network run `hf download {repository} --local-dir sdxl`, "
+            f"copy the folder here and pass --model sdxl/"
+        ) from None
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(device)
+    bf16_vae = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    pipe.vae.to(torch.bfloat16 if bf16_vae else torch.float32)
+    pipe.vae.enable_slicing()  # one image at a time: the memory of a batch of 1
+    for module in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
+        module.requires_grad_(False).eval()
+    return pipe
+
+
+def check_folder(model: str, folder: Path) -> None:
+    """Raises UserError unless `folder` is a diffusers folder of the SDXL base architecture."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise UserError(f"--model {model} is no diffusers folder: it has no model_index.json")
+    try:
+        kind = json.loads(index.read_text()).get("_class_name")
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise UserError(f"--model {model}: model_index.json is not JSON") from None
+    if kind != "StableDiffusionXLPipeline":
+        raise UserError(f"--model {model} is no SDXL: its model_index.json says {kind}, not StableDiffusionXLPipeline")
+
+
+def native_resolution(pipe: StableDiffusionXLPipeline) -> int:
+    """Side in pixels of the images that the model was trained on: 1024 for SDXL."""
+    return pipe.unet.config.sample_size * pipe.vae_scale_factor
+
+
+def tokenize(tokenizers: list[CLIPTokenizer], captions: list[str]) -> Tensor:
+    """captions -> tokens [B, 2, 77] int64, one row for each text encoder; longer captions are cut."""
+    rows = [
+        t(captions, padding="max_length", max_length=t.model_max_length, truncation=True, return_tensors="pt").input_ids
+        for t in tokenizers
+    ]
+    return torch.stack(rows, dim=1)
+
+
+def time_ids(original_size: Tensor, crop: Tensor, resolution: int) -> Tensor:
+    """SDXL's micro-conditioning: original (h, w) and crop (top, left), each [B, 2] in pixels -> [B, 6] float32.
+
+    They stay float32 until after their sinusoid: in bfloat16 1365 would become 1368.
+    """
+    target = torch.full_like(original_size, resolution)
+    return torch.cat([original_size, crop, target], dim=1).float()
+
+
+@torch.no_grad()
+def encode_pixels(vae: nn.Module, pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """pixels [B, 3, H, W] in [-1, 1] -> latents [B, 4, H/8, W/8] float32: a sample of the posterior × scaling_factor."""
+    posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
+    noise = torch.randn(posterior.mean.shape, generator=generator, device=pixels.device)
+    return (posterior.mean.float() + posterior.std.float() * noise) * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
+    """latents [B, 4, h, w] -> pixels [B, 3, 8h, 8w] float32 in [-1, 1]."""
+    return vae.decode((latents.float() / vae.config.scaling_factor).to(vae.dtype)).sample.float().clamp(-1, 1)
+
+
+class Denoiser(nn.Module):
+    """U-Net and both text encoders as one module: everything that can be trained, from tokens to prediction.
+
+    "Train the text encoders?" is then only a question of which parameters require a gradient.
+    """
+
+    def __init__(self, pipe: StableDiffusionXLPipeline):
+        super().__init__()
+        self.unet, self.text_encoder, self.text_encoder_2 = pipe.unet, pipe.text_encoder, pipe.text_encoder_2
+        self.tokenizers = [pipe.tokenizer, pipe.tokenizer_2]
+        empty = tokenize(self.tokenizers, [""])
+        self.register_buffer("empty", empty.to(pipe.unet.device), persistent=False)
+        self.zero_empty = pipe.config.force_zeros_for_empty_prompt
+
+    @property
+    def unread(self) -> list[str]:
+        """Path prefixes that the prediction does not depend on: text encoder 1 is read at its penultimate layer."""
+        last = self.text_encoder.config.num_hidden_layers - 1
+        return [f"text_encoder.{text_model}encoder.layers.{last}." for text_model in ("", "text_model.")]
+
+    def encode_text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens [B, 2, 77] -> context [B, 77, d1 + d2], pooled [B, d2].
+
+        An empty caption gives zeros if the model was trained so (`force_zeros_for_empty_prompt`), as in diffusers' guidance.
+        """
+        trained = any(p.requires_grad for m in (self.text_encoder, self.text_encoder_2) for p in m.parameters())
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            first = self.text_encoder(tokens[:, 0], output_hidden_states=True)
+            second = self.text_encoder_2(tokens[:, 1], output_hidden_states=True)
+            context = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+            pooled = second.text_embeds
+            if self.zero_empty:
+                told = (tokens != self.empty).any(dim=(1, 2)).to(pooled.dtype)
+                context, pooled = context * told[:, None, None], pooled * told[:, None]
+        return context, pooled
+
+    def forward(self, noisy_latents: Tensor, timesteps: Tensor, tokens: Tensor, time_ids: Tensor) -> Tensor:
+        """[B, 4, h, w], [B], [B, 2, 77], [B, 6] -> prediction [B, 4, h, w] in the dtype of the U-Net."""
+        context, pooled = self.encode_text(tokens)
+        conditions = {"text_embeds": pooled, "time_ids": time_ids}
+        noisy_latents = noisy_latents.to(self.unet.dtype)
+        return self.unet(noisy_latents, timesteps, context, added_cond_kwargs=conditions, return_dict=False)[0]
