@@ -1,0 +1,141 @@
+import copy
+
+import pytest
+import torch
+from test_lora import inputs, shake
+
+import memory
+from errors import UserError
+from lora import LoRAConfig, add_lora
+
+CPU = torch.device("cpu")
+
+
+def gradients(denoiser, adapter) -> torch.Tensor:
+    adapter.grad.zero_()
+    denoiser(**inputs()).square().mean().backward()
+    return adapter.grad.clone()
+
+
+def test_checkpointing_gives_equal_gradients_and_keeps_less(denoiser):
+    adapter = add_lora(denoiser, LoRAConfig(rank=2), denoiser.unread)
+    shake(adapter)
+
+    def measured():
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+            denoiser(**inputs())
+        return gradients(denoiser, adapter), sum(kept)
+
+    plain, plain_bytes = measured()
+    blocks = memory.checkpoint_blocks(denoiser)
+    recomputed, recomputed_bytes = measured()
+    assert blocks == sum(type(m).__name__ in memory.CHECKPOINTED for m in denoiser.modules()) > 20
+    assert torch.equal(plain, recomputed)
+    assert recomputed_bytes < 0.5 * plain_bytes
+
+
+def test_checkpointed_blocks_still_run_without_gradients(denoiser):
+    with torch.no_grad():
+        before = denoiser(**inputs())
+        memory.checkpoint_blocks(denoiser)
+        assert torch.equal(denoiser(**inputs()), before)
+
+
+def flat_parameter(n: int = 5000) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.randn(n, generator=torch.Generator().manual_seed(0)))
+
+
+def train(name: str, steps: int = 30) -> torch.Tensor:
+    """Fits a fixed target; returns the parameter."""
+    p, target = flat_parameter(), torch.randn(5000, generator=torch.Generator().manual_seed(1))
+    optimizer = memory.make_optimizer(name, [{"params": [p], "lr": 1e-2}])
+    for _ in range(steps):
+        p.grad = p.detach() - target
+        optimizer.step()
+    return p.detach()
+
+
+def test_8bit_adam_follows_adam():
+    start, exact, quantised = flat_parameter().detach(), train("adamw"), train("adamw8bit")
+    moved = (exact - start).abs().mean()
+    assert moved > 0.1
+    assert (quantised - exact).abs().mean() < 0.05 * moved
+
+
+def test_8bit_adam_has_8bit_states():
+    p = flat_parameter()
+    optimizer = memory.make_optimizer("adamw8bit", [{"params": [p], "lr": 1e-2}])
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert optimizer.state[p]["state1"].dtype == optimizer.state[p]["state2"].dtype == torch.uint8
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_an_overflow_changes_nothing_and_the_scaler_backs_off(name):
+    p = flat_parameter()
+    optimizer = memory.make_optimizer(name, [{"params": [p], "lr": 1e-2}])
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    def step(value: float):
+        scaler.scale((p * value).sum()).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+    def snapshot():
+        states = {k: v.clone() for k, v in optimizer.state[p].items() if isinstance(v, torch.Tensor) and k != "step"}
+        return {"p": p.detach().clone(), **states}
+
+    start = p.detach().clone()
+    step(float("inf"))  # at the very first step too
+    assert torch.equal(p, start)
+    step(1.0)
+    before = snapshot()
+    assert not torch.equal(before["p"], start)
+    step(float("inf"))
+    after = snapshot()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    assert scaler.get_scale() == 256.0
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_optimiser_state_returns_exactly(name):
+    def steps(p, optimizer, seeds):
+        for seed in seeds:
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
+            optimizer.step()
+
+    p = flat_parameter()
+    optimizer = memory.make_optimizer(name, [{"params": [p], "lr": 1e-2}])
+    steps(p, optimizer, range(3))
+    q = torch.nn.Parameter(p.detach().clone())
+    other = memory.make_optimizer(name, [{"params": [q], "lr": 1e-2}])
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    steps(p, optimizer, range(3, 6))
+    steps(q, other, range(3, 6))
+    assert torch.equal(p, q)
+
+
+def test_xformers_says_why_it_cannot_run_here(pipe):
+    if torch.cuda.is_available():
+        pytest.skip("xFormers runs on this machine")
+    with pytest.raises(UserError, match=r"--attention xformers is not usable: .*cpu.*--attention sdpa"):
+        memory.choose_attention(pipe.unet, "xformers", CPU, torch.float32)
+    assert memory.choose_attention(pipe.unet, "auto", CPU, torch.float32) == "sdpa"
+
+
+def test_precision_and_device():
+    assert memory.resolve_precision("auto", CPU) == torch.float32
+    assert memory.resolve_precision("auto", torch.device("cuda")) == torch.float16
+    assert memory.resolve_precision("bf16", CPU) == torch.bfloat16
+    assert memory.resolve_device("cpu") == CPU
+    for bad in ("cuda:99", "toaster"):
+        with pytest.raises(UserError, match=f"--device {bad}"):
+            memory.resolve_device(bad)
+
+
+def test_peak_memory_is_in_gib():
+    assert 0.05 < memory.peak_memory(CPU) < 50
