@@ -1,0 +1,173 @@
+import io
+import json
+import random
+import shutil
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from conftest import photograph
+from PIL import Image
+
+from data import BUFFER, DataConfig, Raw, Stream, check_decodable, decode, make_loader, open_source
+from errors import UserError
+
+
+def stream(data, bs: int = 2, resolution: int = 64, seed: int = 0, **where) -> Stream:
+    options = {k: where.pop(k) for k in ("flip", "caption_dropout", "workers") if k in where}
+    return Stream(open_source(str(data)), DataConfig(str(data), bs, **options), resolution, seed, **where)
+
+
+def captions(stream: Stream, batches: int) -> list[str]:
+    return [caption for batch in islice(stream, batches) for caption in batch.captions]
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["photos", "shards"])
+def test_every_image_once_per_epoch_in_a_new_order(kind, request):
+    source = request.getfixturevalue(kind)
+    seen = captions(stream(source, bs=1), 21)
+    epochs = [seen[:7], seen[7:14], seen[14:]]
+    assert [Counter(epoch) for epoch in epochs] == [Counter({f"picture number {i}": 1 for i in range(7)})] * 3
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert captions(stream(source, bs=1), 21) == seen
+    assert captions(stream(source, bs=1, seed=1), 21) != seen
+
+
+@pytest.mark.parametrize("kind", ["photos", "shards"])
+def test_order_depends_neither_on_ranks_nor_on_workers(kind, request):
+    source = request.getfixturevalue(kind)
+    alone = captions(stream(source), 12)
+    ranks = [list(islice(stream(source, rank=r, world=3), 4)) for r in range(3)]
+    together = [caption for batches in zip(*ranks, strict=True) for batch in batches for caption in batch.captions]
+    assert together == alone
+    workers = [c for batch in islice(make_loader(stream(source, workers=2), pin_memory=False), 12) for c in batch.captions]
+    assert workers == alone
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_goes_on_where_it_stopped(shards, workers):
+    whole = list(islice(stream(shards, flip=True, caption_dropout=0.3, rank=1, world=2), 9))
+    rest = stream(shards, flip=True, caption_dropout=0.3, workers=workers, rank=1, world=2, start=3 * 2 * 2)
+    for ours, wanted in zip(islice(make_loader(rest, pin_memory=False), 6), whole[3:], strict=True):
+        assert ours.captions == wanted.captions
+        assert torch.equal(ours.pixels, wanted.pixels)
+
+
+def test_pixels_sizes_and_crop():
+    image = photograph(0, 300, 200)
+    pixels, original, crop = decode(Raw("x", encoded(image), ""), 64, flip=False)
+    assert (pixels.shape, pixels.dtype) == ((3, 64, 64), np.float32)
+    assert (original, crop) == ((200, 300), (0, 16))
+    wanted = np.asarray(image.resize((96, 64), Image.Resampling.LANCZOS).crop((16, 0, 80, 64)))
+    np.testing.assert_allclose((pixels.transpose(1, 2, 0) + 1) * 127.5, wanted, atol=1e-4)
+
+
+def test_flip_mirrors_pixels_and_crop():
+    raw = Raw("x", encoded(photograph(1, 201, 100)), "")
+    plain, _, (_, left) = decode(raw, 50, flip=False)
+    mirrored, _, (_, mirrored_left) = decode(raw, 50, flip=True)
+    assert left + mirrored_left + 50 in (100, 101)  # of a resized width of 100
+    assert np.abs(plain[:, :, ::-1] - mirrored).mean() < 0.02
+
+
+def test_flip_and_dropout_rates(shards):
+    batches = list(islice(stream(shards, bs=10, caption_dropout=0.25), 60))
+    dropped = sum(not caption for batch in batches for caption in batch.captions) / 600
+    assert 0.18 < dropped < 0.32
+
+
+def test_upright_transparent_and_odd_modes():
+    image = photograph(2, 90, 60)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned by 90 degrees
+    assert decode(Raw("x", encoded(image, "JPEG", exif=exif), ""), 32, flip=False)[1] == (90, 60)
+    clear = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
+    assert (decode(Raw("x", encoded(clear), ""), 64, flip=False)[0] == 1).all()  # white
+    for mode in ("L", "P", "1", "CMYK"):
+        kind = "TIFF" if mode == "CMYK" else "PNG"
+        assert decode(Raw("x", encoded(image.convert(mode), kind), ""), 32, flip=False)[0].shape == (3, 32, 32)
+
+
+def test_imagefolder_with_metadata(tmp_path):
+    (tmp_path / "train").mkdir()
+    rows = []
+    for i in range(3):
+        photograph(i, 70, 70).save(tmp_path / f"train/{i}.png")
+        rows.append(json.dumps({"file_name": f"train/{i}.png", "text": f"row {i}"}))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    assert sorted(captions(stream(tmp_path, bs=3), 1)) == ["row 0", "row 1", "row 2"]
+    (tmp_path / "metadata.jsonl").write_text(rows[0] + "\n{}")
+    with pytest.raises(UserError, match=r"metadata\.jsonl line 2"):
+        open_source(str(tmp_path))
+
+
+def test_brace_pattern(shards):
+    first_two = open_source(f"{shards}/photos-{{000000..000001}}.tar")
+    assert (first_two.samples, open_source(str(shards)).samples) == (6, 7)
+
+
+def test_broken_and_uncaptioned_images_are_passed_over_and_named(photos, tmp_path):
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    (folder / "photo3.txt").unlink()
+    broken = folder / "photo5.jpg"
+    broken.write_bytes(broken.read_bytes()[:600])
+    source = open_source(str(folder))
+    assert (source.samples, source.uncaptioned) == (6, [str(folder / "photo3.jpg")])
+    batches = list(islice(stream(folder, bs=3), 4))
+    assert all(len(batch.captions) == 3 for batch in batches)
+    assert {name for batch in batches for name in batch.skipped} == {str(broken)}
+    assert set(captions(stream(folder, bs=3), 4)) == {f"picture number {i}" for i in (0, 1, 2, 4, 6)}
+
+
+def test_unusable_data(photos, shards, tmp_path):
+    def refused(data, match):
+        with pytest.raises(UserError, match=match):
+            open_source(str(data))
+
+    refused(tmp_path / "nowhere", "does not exist")
+    refused(tmp_path / "{000..002}.tar", "000.tar does not exist")
+    refused(tmp_path, "no image with a caption")
+    photograph(0, 64, 64).save(tmp_path / "alone.jpg")
+    refused(tmp_path, "1 images without one")
+    (tmp_path / "alone.txt").write_text("a caption")
+    (tmp_path / "alone.jpg").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="none of the 1 images can be decoded"):
+        check_decodable(open_source(str(tmp_path)), 64)
+    check_decodable(open_source(str(photos)), 64)
+
+
+@pytest.mark.parametrize("cut", [100, 700, 1024, 3000, -1, -512, -1024, -5000])
+def test_a_truncated_tar_is_found_before_training(shards, tmp_path, cut):
+    whole = (shards / "photos-000000.tar").read_bytes().rstrip(b"\0")
+    whole += b"\0" * (-len(whole) % 512)  # up to the last member's last block, without the end-of-archive mark
+    (tmp_path / "photos-000000.tar").write_bytes(whole[:cut])
+    with pytest.raises(UserError, match="truncated"):
+        open_source(str(tmp_path))
+
+
+def test_shuffle_buffer_reaches_over_shards(shards):
+    assert BUFFER >= 100
+    firsts = {next(open_source(str(shards)).walk(random.Random(i))).name for i in range(40)}
+    assert len(firsts) > 3
+
+
+@pytest.mark.parametrize(
+    ("options", "flag"),
+    [
+        ({"bs": 0}, "--bs"),
+        ({"resolution": 100}, "--resolution"),
+        ({"caption_dropout": 2.0}, "--caption-d"),
+        ({"workers": -1}, "--w"),
+    ],
+)
+def test_bad_options_name_their_flag(options, flag):
+    with pytest.raises(UserError, match=flag):
+        DataConfig(**options)
