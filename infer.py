@@ -1,0 +1,124 @@
+"""Pictures of the base model and of the same model with a LoRA merged in: same prompts, same seeds, side by side.
+
+python infer.py --compare                             the newest LoRA in checkpoints/: base | LoRA, in images/
+python infer.py --prompts "a cat in Naruto style"     pictures with the LoRA only
+python infer.py --lora naruto.safetensors --model sdxl --scale 0.8 --sampler dpm++ --steps 25
+python infer.py --save-merged merged/                 also writes W + ΔW as an ordinary diffusers folder
+"""
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from torch import nn
+
+import formats
+import memory  # before sdxl: it readies xFormers, which diffusers imports
+from checkpoint import check_writable
+from errors import UserError, one_line_errors
+from lora import merge_lora
+from pictures import evaluation_prompts, render, save_png, side_by_side, stack
+from sdxl import SAMPLERS, Denoiser, decode_latents, load_sdxl, native_resolution
+
+
+@dataclass(frozen=True)
+class InferConfig:
+    compare: bool = False
+    """Render the base model too and put it on the left."""
+    lora: Path = Path("checkpoints")
+    """A LoRA file, or a folder of them: the newest one in it."""
+    model: str | None = None
+    """As in training. None: the model that the LoRA was trained on, from its header."""
+    prompts: tuple[str, ...] = ()
+    """Texts, or one file with a prompt on each line. None given: the evaluation prompts of the model."""
+    negative: str | None = None
+    """Negative prompt."""
+    seed: int = 0
+    """Picture i starts from the noise of seed + i."""
+    steps: int = 30
+    """Denoising steps."""
+    guidance: float = 5.0
+    """Classifier-free guidance scale; 1 is without."""
+    scale: float = 1.0
+    """Strength of the LoRA: W + scale·ΔW."""
+    sampler: Literal["default", "ddim", "dpm++", "euler", "euler-a", "unipc"] = "default"
+    """Sampler of diffusers. default: the model's own."""
+    out: Path = Path("images")
+    """Folder for 1.png, 2.png, … and compare.png."""
+    save_merged: Path | None = None
+    """Write the merged model there as a diffusers folder."""
+    precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
+    """auto: fp16 on CUDA, fp32 on CPU. The VAE is never fp16."""
+    attention: Literal["auto", "xformers", "sdpa"] = "auto"
+    """Attention kernel of the U-Net."""
+    device: str = "auto"
+    """'auto' (CUDA if there is one), 'cuda', 'cpu'."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UserError(f"--steps must be at least 1, not {self.steps}")
+
+
+def read_prompts(prompts: tuple[str, ...], model: str) -> list[str]:
+    if len(prompts) == 1 and Path(prompts[0]).is_file():
+        prompts = tuple(line.strip() for line in Path(prompts[0]).read_text().splitlines() if line.strip())
+    return list(prompts) or evaluation_prompts(model)
+
+
+def main(config: InferConfig) -> None:
+    # The LoRA, and the model it was trained on.
+    device = memory.resolve_device(config.device)
+    dtype = memory.resolve_precision(config.precision, device)
+    lora = formats.find(config.lora)
+    model = config.model or formats.trained_on(lora)
+    prompts = read_prompts(config.prompts, model)
+    pipe = load_sdxl(model, dtype, device)
+    denoiser = Denoiser(pipe)
+    deltas = formats.read(lora, [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)])
+    check_writable("--out", config.out)
+
+    # How pictures are made: diffusers' pipeline and sampler.
+    attention = memory.choose_attention(pipe.unet, config.attention, device, dtype)
+    if config.sampler != "default":
+        pipe.scheduler = SAMPLERS[config.sampler].from_config(pipe.scheduler.config)
+    size = native_resolution(pipe)
+    how = {"seed": config.seed, "steps": config.steps, "guidance": config.guidance, "negative": config.negative}
+    draw = partial(render, pipe, partial(decode_latents, pipe.vae), prompts, size=size, **how)
+    print(
+        f"model {model}, LoRA {lora} ({len(deltas)} layers, scale {config.scale:g}), {device}, {dtype}, {attention} attention"
+    )
+
+    # Base, merge, LoRA. Merging costs nothing per step afterwards.
+    pictures = {}
+    if config.compare:
+        pictures["base"] = timed("base", draw, len(prompts))
+    merge_lora(denoiser, deltas, config.scale)
+    if config.save_merged:
+        pipe.save_pretrained(config.save_merged)
+        print(f"merged model in {config.save_merged}")
+    pictures["LoRA"] = timed("LoRA", draw, len(prompts))
+
+    # Sheets.
+    rows = [dict(zip(pictures, row, strict=True)) for row in zip(*pictures.values(), strict=True)]
+    sheets = [side_by_side(row, prompt) if config.compare else row["LoRA"] for row, prompt in zip(rows, prompts, strict=True)]
+    for i, sheet in enumerate(sheets, 1):
+        save_png(sheet, config.out / f"{i}.png")
+    if config.compare:
+        save_png(stack(sheets), config.out / "compare.png")
+    print(f"pictures in {config.out}/: {', '.join(sorted(p.name for p in config.out.glob('*.png')))}")
+
+
+def timed(label: str, draw, count: int) -> list:
+    """The pictures, with the seconds that each took printed."""
+    since = time.perf_counter()
+    images = draw(label=label)
+    print(f"{label}: {(time.perf_counter() - since) / count:.2f} s per image")
+    return images
+
+
+if __name__ == "__main__":
+    with one_line_errors("infer.py"):
+        main(tyro.cli(InferConfig))

@@ -1,0 +1,102 @@
+"""Pictures that people look at: rendered with diffusers' pipeline, base and LoRA side by side with the prompt above."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from tqdm import tqdm
+
+MARGIN = 8
+DEMO_PROMPTS = Path(__file__).parent / "assets/demo/prompts.txt"
+NARUTO_PROMPTS = ["Naruto Uzumaki eating ramen", "Bill Gates in Naruto style", "A boy with blue eyes in Naruto style"]
+
+
+def evaluation_prompts(model: str) -> list[str]:
+    """The prompts that a run is judged by: the demo model has its own."""
+    return DEMO_PROMPTS.read_text().splitlines() if model == "demo" else NARUTO_PROMPTS
+
+
+def render(
+    pipe, decode: Callable[[Tensor], Tensor], prompts: list[str], *, seed: int, steps: int, guidance: float, size: int,
+    negative: str | None = None, label: str = "",
+) -> list[Image.Image]:  # fmt: skip
+    """One picture for each prompt, `size` pixels a side. Picture i starts from the noise of seed + i, drawn on the CPU: it
+    depends neither on the other prompts nor on the device. `decode`: latents -> pixels in [-1, 1].
+    """
+    images = []
+    for i, prompt in enumerate(tqdm(prompts, desc=label, unit="img", leave=False, disable=not label)):
+        generator = torch.Generator("cpu").manual_seed(seed + i)
+        options = {"num_inference_steps": steps, "guidance_scale": guidance, "height": size, "width": size}
+        latents = pipe(prompt, negative_prompt=negative, generator=generator, output_type="latent", **options).images
+        pixels = decode(latents)[0].permute(1, 2, 0).add(1).mul(127.5).round().byte().cpu()
+        images.append(Image.fromarray(pixels.numpy()))
+    return images
+
+
+class Gallery:
+    """The evaluation prompts during training, base beside LoRA, from the live modules: no second model in memory.
+
+    Inside `disabled()` the pipeline is the base; its pictures are rendered once.
+    """
+
+    def __init__(
+        self, pipe, decode: Callable[[Tensor], Tensor], disabled: Callable[[], AbstractContextManager],
+        prompts: list[str], size: int,
+    ):  # fmt: skip
+        self.disabled, self.prompts, self.base = disabled, prompts, []
+        self.render = partial(render, pipe, decode, prompts, seed=0, steps=20, guidance=5.0, size=size)
+
+    def draw(self, name: str) -> np.ndarray:
+        """One sheet, a row for each prompt: [H, W, 3] uint8."""
+        if not self.base:
+            with self.disabled():
+                self.base = self.render()
+        rows = zip(self.prompts, self.base, self.render(), strict=True)
+        return np.asarray(stack([side_by_side({"base": base, name: tuned}, prompt) for prompt, base, tuned in rows]))
+
+
+def side_by_side(columns: dict[str, Image.Image], prompt: str) -> Image.Image:
+    """The pictures of one prompt from left to right, each with its name above, and the prompt over all of them.
+
+    Small pictures are enlarged to at least 384 pixels, so that the text can be read.
+    """
+    side = max(384, next(iter(columns.values())).width)
+    font = ImageFont.load_default(size=side / 24)
+    line = round(side / 24 * 1.6)
+    sheet = Image.new("RGB", (len(columns) * (side + MARGIN) + MARGIN, side + 2 * line + MARGIN), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((MARGIN, line // 5), shorten(prompt, sheet.width - 2 * MARGIN, font), fill="black", font=font)
+    for i, (name, image) in enumerate(columns.items()):
+        x = MARGIN + i * (side + MARGIN)
+        draw.text((x, line), name, fill="gray", font=font)
+        sheet.paste(image.resize((side, side), Image.Resampling.LANCZOS), (x, 2 * line))
+    return sheet
+
+
+def shorten(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+    """Cuts `text` to `width` pixels, with an ellipsis where it was cut."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"
+
+
+def stack(sheets: list[Image.Image]) -> Image.Image:
+    """Sheets of equal width, one under the other."""
+    whole = Image.new("RGB", (sheets[0].width, sum(s.height for s in sheets)), "white")
+    y = 0
+    for sheet in sheets:
+        whole.paste(sheet, (0, y))
+        y += sheet.height
+    return whole
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)

@@ -1,0 +1,64 @@
+from functools import partial
+
+import numpy as np
+from PIL import Image, ImageFont
+from test_lora import shake
+
+from lora import LoRAConfig, add_lora
+from pictures import Gallery, evaluation_prompts, render, shorten, side_by_side, stack
+from sdxl import decode_latents
+
+HOW = {"seed": 3, "steps": 2, "guidance": 5.0, "size": 64}
+
+
+def test_a_picture_depends_on_its_own_seed_only(pipe):
+    draw = partial(render, pipe, partial(decode_latents, pipe.vae), **HOW)
+    three = draw(["a", "b", "c"])
+    two = draw(["x", "b"])
+    assert three[1] == two[1]
+    assert three[0] != two[0]
+    assert render(pipe, partial(decode_latents, pipe.vae), ["b"], **{**HOW, "seed": 4})[0] == three[1]
+    assert three[0].size == (64, 64)
+
+
+def test_render_equals_the_pipeline(pipe):
+    """Our own decoding gives the picture that diffusers' pipeline would give."""
+    import torch
+
+    ours = render(pipe, partial(decode_latents, pipe.vae), ["a cat"], **HOW)[0]
+    options = {"num_inference_steps": 2, "guidance_scale": 5.0, "generator": torch.Generator().manual_seed(3)}
+    theirs = pipe("a cat", **options).images[0]
+    assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
+
+
+def test_gallery_shows_base_and_adapter(pipe, denoiser):
+    adapter = add_lora(denoiser, LoRAConfig(), denoiser.unread)
+    gallery = Gallery(pipe, partial(decode_latents, pipe.vae), adapter.disabled, ["a"], 64)
+    same = gallery.draw("LoRA")
+    shake(adapter)
+    changed = gallery.draw("LoRA")
+    middle = same.shape[1] // 2
+    assert np.array_equal(same[:, : middle - 8], changed[:, : middle - 8])
+    assert not np.array_equal(same[:, middle + 8 :], changed[:, middle + 8 :])
+
+
+def test_sheets_hold_the_pictures(tmp_path):
+    red, blue = Image.new("RGB", (128, 128), "red"), Image.new("RGB", (128, 128), "blue")
+    sheet = side_by_side({"base": red, "LoRA": blue}, "a prompt " * 40)
+    assert sheet.getpixel((sheet.width // 4, sheet.height // 2)) == (255, 0, 0)
+    assert sheet.getpixel((3 * sheet.width // 4, sheet.height // 2)) == (0, 0, 255)
+    assert np.asarray(sheet)[: sheet.height // 12].min() < 100  # there is text
+    assert stack([sheet, sheet]).size == (sheet.width, 2 * sheet.height)
+
+
+def test_long_prompts_are_cut_to_the_width():
+    font = ImageFont.load_default(size=16)
+    assert shorten("short", 500, font) == "short"
+    cut = shorten("a very long prompt " * 20, 200, font)
+    assert cut.endswith("…")
+    assert font.getlength(cut) <= 200
+
+
+def test_sdxl_is_judged_by_the_naruto_prompts():
+    assert evaluation_prompts("sdxl")[0] == "Naruto Uzumaki eating ramen"
+    assert len(evaluation_prompts("some/folder")) == 3
