@@ -1,0 +1,320 @@
+"""Trains a LoRA on SDXL's U-Net and both text encoders.
+
+    python train_lora.py                                                 one process, the bundled model and data
+    torchrun train_lora.py --rank 8 --bs 3                               the same under torchrun
+    torchrun train_lora.py --model sdxl --data shards/ --rank 8 --bs 3   the recipe: real SDXL, one GPU
+    torchrun --nproc-per-node 2 train_lora.py --model sdxl --data shards/
+    torchrun --nnodes 2 --node-rank 0 --nproc-per-node 8 --master-addr HOST --master-port 29500 train_lora.py …
+
+Writes checkpoints/pytorch_lora_weights_{step}.safetensors and, for --resume, checkpoints/state/. `tensorboard --logdir runs`.
+"""
+
+import json
+import math
+import random
+import signal
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import formats
+import memory
+from checkpoint import check_writable, find_state, load_state, save_state, write_atomically
+from data import DataConfig, Stream, check_decodable, make_loader, open_source
+from diffusion import Diffusion, DiffusionConfig
+from distributed import Ranks, join_ranks, leave_ranks
+from errors import UserError, one_line_errors
+from lora import Adapter, LoRAConfig, add_lora
+from memory import MemoryConfig  # and before sdxl: it readies xFormers, which diffusers imports
+from pictures import Gallery, evaluation_prompts
+from sdxl import Denoiser, decode_latents, encode_pixels, load_sdxl, native_resolution, time_ids, tokenize
+
+LOG_EVERY = 10  # steps; the host waits for the device only then
+MAX_GRAD_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    lora: LoRAConfig = LoRAConfig()
+    dataset: DataConfig = DataConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    memory: MemoryConfig = MemoryConfig()
+    model: str = "demo"
+    """'demo' (bundled), 'sdxl' (from the hub), a hub id, a diffusers folder or a .safetensors SDXL checkpoint."""
+    steps: int = 450
+    """Optimiser steps."""
+    grad_accum: int = 1
+    """Batches per optimiser step and process."""
+    lr: float = 1e-4
+    """Learning rate."""
+    text_encoder_lr: float | None = None
+    """Learning rate of both text encoders. None: --lr."""
+    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """After the warm-up: constant, or falling to zero at the last step."""
+    warmup: int = 0
+    """Steps over which the learning rate rises from zero."""
+    save_every: int = 150
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 3
+    """Newest checkpoints of this run to keep."""
+    out: Path = Path("checkpoints")
+    """Folder for LoRA files and the state of the run."""
+    log_dir: Path = Path("runs")
+    """Folder for TensorBoard logs."""
+    resume: str = "auto"
+    """'auto' (go on from --out if a state is there), 'none', or a state."""
+    seed: int = 0
+    """Everything random is a function of it and of the step."""
+    device: str = "auto"
+    """'auto' (CUDA if there is one), 'cuda', 'cpu'."""
+
+    def __post_init__(self) -> None:
+        for flag, least in (("steps", 1), ("grad_accum", 1), ("save_every", 1), ("keep", 1), ("warmup", 0)):
+            if getattr(self, flag) < least:
+                raise UserError(f"--{flag.replace('_', '-')} must be at least {least}, not {getattr(self, flag)}")
+
+
+def lr_factor(step: int, config: TrainConfig) -> float:
+    """What the learning rates are multiplied by at `step`, counted from 0."""
+    if step < config.warmup:
+        return (step + 1) / (config.warmup + 1)
+    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}[config.lr_schedule]
+
+
+def seed_of(*parts: int) -> int:
+    """63 random bits that are a function of (seed, rank, step, …)."""
+    return random.Random(str(parts)).getrandbits(63)
+
+
+class StopRequest:
+    """Ctrl-C or SIGTERM asks the loop to save and end after the step it is in."""
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask)
+
+    def ask(self, number: int, frame: object) -> None:
+        self.asked = True
+
+
+class NoWriter:
+    """Stands in for a SummaryWriter on every rank but the first."""
+
+    def __getattr__(self, name: str):
+        return lambda *args, **kwargs: None
+
+
+class Meter:
+    """Mean loss and images per second since the last reading. Adding costs no synchronisation, reading costs one."""
+
+    def __init__(self, device: torch.device):
+        self.loss = torch.zeros((), device=device)
+        self.restart()
+
+    def restart(self) -> None:
+        self.loss.zero_()
+        self.since = time.perf_counter()
+
+    def add(self, loss: torch.Tensor) -> None:
+        self.loss += loss.detach()
+
+    def read(self, ranks: Ranks, steps: int, images_per_step: int) -> tuple[float, float]:
+        """(loss, images/s) over the last `steps`, of all ranks."""
+        ranks.average(self.loss)
+        loss = self.loss.item() / steps
+        rate = steps * images_per_step / (time.perf_counter() - self.since)
+        self.restart()
+        return loss, rate
+
+
+def main(config: TrainConfig) -> None:
+    # Processes, device, precision.
+    device = memory.resolve_device(config.device)
+    dtype = memory.resolve_precision(config.memory.precision, device)
+    ranks = join_ranks(device.type)
+
+    # Data, looked at before the model is loaded: a mistake shows at once.
+    source = open_source(config.dataset.data)
+
+    # Model: the frozen base, with adapters on the layers that --targets names.
+    pipe = load_sdxl(config.model, dtype, device)
+    resolution = config.dataset.resolution or native_resolution(pipe)
+    check_decodable(source, resolution)
+    denoiser = Denoiser(pipe)
+    total = sum(p.numel() for p in denoiser.parameters())
+    adapter = add_lora(denoiser, config.lora, denoiser.unread, config.seed)
+    attention = memory.choose_attention(pipe.unet, config.memory.attention, device, dtype)
+    blocks = memory.checkpoint_blocks(denoiser) if config.memory.checkpointing else 0
+
+    # Objective and optimiser.
+    diffusion = Diffusion(config.diffusion, pipe.scheduler.alphas_cumprod, pipe.scheduler.config.prediction_type, device)
+    rates = {"unet": config.lr, "text_encoder": config.lr if config.text_encoder_lr is None else config.text_encoder_lr}
+    groups = [{"name": name, "params": [p]} for name, p in adapter.groups.items()]
+    optimizer = memory.make_optimizer(config.memory.optimizer, groups)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    generator = torch.Generator(device)
+
+    # Where the run stands: at its beginning, or where a saved state left it.
+    run = Run(log_dir=str(config.log_dir / time.strftime("%Y%m%d-%H%M%S")))
+    state_file = find_state(config.resume, config.out)
+    if state_file:
+        run = restore(state_file, config, adapter, optimizer, scaler)
+        if run.step >= config.steps:
+            print(f"{state_file} is at step {run.step} already: raise --steps, or start anew with --resume none")
+            return
+    save = partial(save_checkpoint, config, resolution, source.samples, adapter, optimizer, scaler)
+
+    # What the run is about to do.
+    images_per_step = config.dataset.bs * config.grad_accum * ranks.world
+    writer = NoWriter()
+    if ranks.first:
+        check_writable("--out", config.out)
+        check_writable("--log-dir", config.log_dir)
+        writer = SummaryWriter(run.log_dir)
+        writer.add_text("config", f"```json\n{json.dumps(resolved(config, resolution), indent=2)}\n```", run.step)
+        size = len(lora_file(config, resolution, source.samples, adapter, config.steps)) / 1e6
+        count, layers = adapter.flat.numel(), len(adapter.modules)
+        print(f"model      {config.model}: U-Net and text encoders {total:,} parameters, frozen; {resolution} px")
+        print(
+            f"LoRA       rank {config.lora.rank} on {layers} layers: {count:,} parameters trained, {100 * count / total:.2f} %"
+        )
+        print(f"data       {source.samples} images with a caption, {len(source.uncaptioned)} without")
+        print(f"batch      {config.dataset.bs} × {config.grad_accum} accumulated × {ranks.world} processes = {images_per_step}")
+        print(f"device     {device}, {str(dtype).removeprefix('torch.')}, {attention} attention, {blocks} blocks checkpointed")
+        print(f"optimiser  {config.memory.optimizer}, learning rate {rates['unet']:g}, text encoders {rates['text_encoder']:g}")
+        print(f"file       {config.out}/pytorch_lora_weights_{config.steps}.safetensors, {size:.2f} MB", flush=True)
+
+    # The loop. Randomness is a function of (seed, rank, step), the learning rate of the step.
+    stream = Stream(source, config.dataset, resolution, config.seed, ranks.rank, ranks.world, start=run.samples)
+    batches = make_loader(stream, pin_memory=device.type == "cuda")
+    gallery = Gallery(pipe, partial(decode_latents, pipe.vae), adapter.disabled, evaluation_prompts(config.model), resolution)
+    stop, meter, logged, skipped = StopRequest(), Meter(device), run.step, set(source.uncaptioned)
+    progress = tqdm(total=config.steps, initial=run.step, unit="step", disable=not ranks.first)
+    while run.step < config.steps and not ranks.any(stop.asked):
+        for group in optimizer.param_groups:
+            group["lr"] = rates[group["name"]] * lr_factor(run.step, config)
+        for micro in range(config.grad_accum):
+            batch = next(batches)
+            skipped.update(batch.skipped)
+            generator.manual_seed(seed_of(config.seed, ranks.rank, run.step, micro))
+            pixels = batch.pixels.to(device, non_blocking=True)
+            tokens = tokenize(denoiser.tokenizers, batch.captions).to(device, non_blocking=True)
+            ids = time_ids(batch.original_size, batch.crop, resolution).to(device, non_blocking=True)
+            latents = encode_pixels(pipe.vae, pixels, generator)
+            noise, timesteps = diffusion.draw(latents, generator)
+            denoise = partial(denoiser, tokens=tokens, time_ids=ids)
+            loss = diffusion(denoise, latents, noise, timesteps).mean() / config.grad_accum
+            scaler.scale(loss).backward()
+            meter.add(loss)
+        ranks.average(adapter.grad)
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(adapter.groups.values(), MAX_GRAD_NORM)
+        scaler.step(optimizer)
+        scaler.update()
+        adapter.grad.zero_()
+        run.step, run.samples = run.step + 1, run.samples + images_per_step
+        progress.update()
+
+        saving = run.step % config.save_every == 0 and run.step < config.steps
+        if saving or run.step % LOG_EVERY == 0 or run.step == config.steps:
+            loss, rate = meter.read(ranks, run.step - logged, images_per_step)
+            logged = run.step
+            progress.set_postfix(loss=f"{loss:.4f}", lr=f"{optimizer.param_groups[0]['lr']:.2e}", img_s=f"{rate:.2f}")
+            scalars = {"loss": loss, "grad_norm": grad_norm.item(), "images_per_second": rate, "loss_scale": scaler.get_scale()}
+            scalars |= {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
+            scalars |= {"peak_memory_GiB": memory.peak_memory(device)}
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, run.step)
+        if saving and ranks.first:
+            save(run)
+            writer.add_image("compare", gallery.draw(f"LoRA, step {run.step}"), run.step, dataformats="HWC")
+            meter.restart()
+
+    # The end, or Ctrl-C: the weights first, then pictures.
+    progress.close()
+    skipped = sorted(ranks.union(skipped))
+    if ranks.first:
+        file = save(run)
+        if run.step == config.steps:
+            writer.add_image("compare", gallery.draw(f"LoRA, step {run.step}"), run.step, dataformats="HWC")
+        writer.close()
+        print(f"wrote {file}" + (": the same command goes on from there" if run.step < config.steps else ""))
+        if skipped:
+            print(f"skipped {len(skipped)} images, broken or without a caption: {', '.join(skipped)}")
+    leave_ranks()
+
+
+# Files: the LoRA, and the state that --resume goes on from.
+
+
+@dataclass
+class Run:
+    """Where a run stands; stored with its state."""
+
+    log_dir: str
+    step: int = 0
+    samples: int = 0  # of the data stream, over all ranks
+    saved: tuple[str, ...] = ()  # LoRA files that this run has written and not yet removed
+
+
+def resolved(config: TrainConfig, resolution: int) -> dict:
+    """Every flag with the value it came to: {flag: value}."""
+    flags = {}
+    for name, value in asdict(config).items():
+        flags |= value if isinstance(value, dict) else {name: str(value) if isinstance(value, Path) else value}
+    return flags | {"resolution": resolution}
+
+
+def lora_file(config: TrainConfig, resolution: int, images: int, adapter: Adapter, step: int) -> bytes:
+    """The bytes of the LoRA file at `step`."""
+    alpha = config.lora.alpha or config.lora.rank
+    about = formats.describe(
+        rank=config.lora.rank, alpha=alpha, targets=config.lora.targets, resolution=resolution, images=images,
+        step=step, name=f"pytorch_lora_weights_{step}", config=resolved(config, resolution),
+    )  # fmt: skip
+    return formats.serialise(adapter.deltas, about)
+
+
+def save_checkpoint(
+    config: TrainConfig, resolution: int, images: int, adapter: Adapter, optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler, run: Run,
+) -> Path:  # fmt: skip
+    """Writes the LoRA file and the state of the run; then removes what this run wrote beyond the --keep newest."""
+    path = config.out / f"pytorch_lora_weights_{run.step}.safetensors"
+    write_atomically(path, lora_file(config, resolution, images, adapter, run.step))
+    names = [*(name for name in run.saved if name != path.name), path.name]
+    run.saved = tuple(names[-config.keep :])
+    state = {"lora": adapter.flat, "layers": list(adapter.modules), "optimizer": optimizer.state_dict()}
+    state |= {"scaler": scaler.state_dict(), "run": asdict(run), "config": resolved(config, resolution)}
+    save_state(config.out, state)
+    for name in names[: -config.keep]:
+        (config.out / name).unlink(missing_ok=True)
+    return path
+
+
+def restore(
+    path: Path, config: TrainConfig, adapter: Adapter, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> Run:
+    """Puts a saved state back. Raises UserError if it belongs to another adapter."""
+    state = load_state(path)
+    if state["layers"] != list(adapter.modules) or state["lora"].numel() != adapter.flat.numel():
+        was = {flag: state["config"][flag] for flag in ("model", "rank", "targets", "train_text_encoder")}
+        raise UserError(f"{path} belongs to a run with other options ({was}): use them, or --resume none, or another --out")
+    adapter.flat.copy_(state["lora"])
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    return Run(**state["run"])
+
+
+if __name__ == "__main__":
+    with one_line_errors("train_lora.py"):
+        main(tyro.cli(TrainConfig, config=(tyro.conf.OmitArgPrefixes,)))
