@@ -19,7 +19,7 @@ import formats
 import memory  # before sdxl: it readies xFormers, which diffusers imports
 from checkpoint import check_writable
 from errors import UserError, one_line_errors
-from lora import merge_lora
+from lora import check_fit, merge_lora
 from pictures import evaluation_prompts, render, save_png, side_by_side, stack
 from sdxl import SAMPLERS, Denoiser, decode_latents, load_sdxl, native_resolution
 
@@ -78,6 +78,7 @@ def main(config: InferConfig) -> None:
     pipe = load_sdxl(model, dtype, device)
     denoiser = Denoiser(pipe)
     deltas = formats.read(lora, [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)])
+    check_fit(denoiser, deltas)
     check_writable("--out", config.out)
 
     # How pictures are made: diffusers' pipeline and sampler.

@@ -140,19 +140,24 @@ def add_lora(model: nn.Module, config: LoRAConfig, unread: Iterable[str] = (), s
     return Adapter(modules)
 
 
-@torch.no_grad()
-def merge_lora(model: nn.Module, deltas: Deltas, strength: float = 1.0) -> None:
-    """W += strength · (α/r) · B · A in place: the sum in float32, cast once to the dtype of W.
-
-    Raises UserError, before anything is changed, if a delta has no linear layer of its shape in `model`.
-    """
+def check_fit(model: nn.Module, deltas: Deltas) -> dict[str, nn.Linear]:
+    """The linear layers that `deltas` belong to. Raises UserError, naming the first that have no layer of their shape."""
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     shapes = {name: (B.shape[0], A.shape[1]) for name, (A, B, _) in deltas.items()}
     wrong = [name for name, shape in shapes.items() if name not in linears or linears[name].weight.shape != shape]
     if wrong:
-        told = "; ".join(f"{n} {list(shapes[n])}" for n in wrong[:3])
+        told = "; ".join(f"{name} {list(shapes[name])}" for name in wrong[:3])
         raise UserError(f"the LoRA does not fit the model: {len(wrong)} of {len(deltas)} modules differ, first {told}")
-    for name, (A, B, alpha) in deltas.items():
-        weight = linears[name].weight
-        A, B = A.to(weight.device, torch.float32), B.to(weight.device, torch.float32)
-        weight.copy_(weight.float().addmm_(B, A, alpha=strength * alpha / A.shape[0]))
+    return {name: linears[name] for name in deltas}
+
+
+@torch.no_grad()
+def merge_lora(model: nn.Module, deltas: Deltas, strength: float = 1.0) -> None:
+    """W += strength · (α/r) · B · A in place: the sum in float32, cast once to the dtype of W.
+
+    Raises UserError, before anything is changed, if the deltas do not fit the model.
+    """
+    for name, linear in check_fit(model, deltas).items():
+        A, B, alpha = deltas[name]
+        A, B = A.to(linear.weight.device, torch.float32), B.to(linear.weight.device, torch.float32)
+        linear.weight.copy_(linear.weight.float().addmm_(B, A, alpha=strength * alpha / len(A)))

@@ -1,0 +1,142 @@
+import re
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_lora import shake
+
+import formats
+from lora import LoRAConfig, add_lora
+from pictures import render, side_by_side
+from sdxl import Denoiser, decode_latents, load_sdxl
+
+PROMPTS = ["a cat", "two dogs"]
+HOW = ["--steps", 2, "--device", "cpu", "--prompts", *PROMPTS]
+
+
+@pytest.fixture
+def lora(tiny_model, denoiser, tmp_path):
+    """A LoRA file that changes the tiny model visibly."""
+    adapter = add_lora(denoiser, LoRAConfig(rank=4), denoiser.unread)
+    shake(adapter)
+    about = {"rank": 4, "alpha": 4.0, "targets": "attention", "resolution": 64, "images": 1, "step": 1, "name": "x"}
+    file = tmp_path / "checkpoints/x.safetensors"
+    file.parent.mkdir()
+    file.write_bytes(formats.serialise(adapter.deltas, formats.describe(**about, config={"model": str(tiny_model)})))
+    return file
+
+
+def pictures(model, prompts=PROMPTS, prepare=lambda denoiser: None) -> list[np.ndarray]:
+    pipe = load_sdxl(str(model), torch.float32, torch.device("cpu"))
+    prepare(Denoiser(pipe))
+    decode = partial(decode_latents, pipe.vae)
+    return [np.asarray(p, int) for p in render(pipe, decode, prompts, seed=0, steps=2, guidance=5.0, size=64)]
+
+
+def test_compare_shows_base_and_merged(script, lora, tiny_model, tmp_path):
+    out, _ = script("infer.py", "--compare", "--lora", lora.parent, "--out", tmp_path / "images", *HOW)
+    assert sorted(p.name for p in (tmp_path / "images").iterdir()) == ["1.png", "2.png", "compare.png"]
+    assert len(re.findall(r"(base|LoRA): [\d.]+ s per image", out)) == 2
+    script("infer.py", "--lora", lora, "--out", tmp_path / "merged", *HOW)
+    for i, (base, prompt) in enumerate(zip(pictures(tiny_model), PROMPTS, strict=True), 1):
+        columns = {"base": Image.fromarray(base.astype(np.uint8)), "LoRA": Image.open(tmp_path / f"merged/{i}.png")}
+        assert np.array_equal(np.asarray(Image.open(tmp_path / f"images/{i}.png")), np.asarray(side_by_side(columns, prompt)))
+
+
+def test_merged_pictures_equal_patched_pictures(script, lora, tiny_model, tmp_path):
+    script("infer.py", "--lora", lora, "--out", tmp_path / "images", *HOW)
+    weights = formats.read(lora, [n for n, m in named_linears(tiny_model)])
+
+    def patch(denoiser):
+        adapter = add_lora(denoiser, LoRAConfig(rank=4), denoiser.unread)
+        with torch.no_grad():
+            for name, module in adapter.modules.items():
+                module.lora_A.copy_(weights[name][0])
+                module.lora_B.copy_(weights[name][1])
+
+    for i, (patched, base) in enumerate(zip(pictures(tiny_model, prepare=patch), pictures(tiny_model), strict=True), 1):
+        merged = np.asarray(Image.open(tmp_path / f"images/{i}.png"), int)
+        assert np.abs(merged - patched).max() <= 1
+        assert np.abs(merged - base).mean() > 1
+
+
+def named_linears(model):
+    denoiser = Denoiser(load_sdxl(str(model), torch.float32, torch.device("cpu")))
+    return [(n, m) for n, m in denoiser.named_modules() if isinstance(m, torch.nn.Linear)]
+
+
+def test_scale_zero_is_the_base_and_seeds_are_per_picture(script, lora, tiny_model, tmp_path):
+    script("infer.py", "--lora", lora, "--scale", 0, "--out", tmp_path / "zero", *HOW)
+    for i, base in enumerate(pictures(tiny_model), 1):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / f"zero/{i}.png"), int), base)
+    script("infer.py", "--lora", lora, "--out", tmp_path / "all", *HOW)
+    script("infer.py", "--lora", lora, "--seed", 1, "--out", tmp_path / "one", *HOW[:-3], "--prompts", "two dogs")
+    assert (tmp_path / "one/1.png").read_bytes() == (tmp_path / "all/2.png").read_bytes()
+
+
+def test_save_merged_is_an_ordinary_folder(script, lora, tmp_path):
+    merged = tmp_path / "merged"
+    script("infer.py", "--lora", lora, "--save-merged", merged, "--out", tmp_path / "images", *HOW)
+    for i, picture in enumerate(pictures(merged), 1):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / f"images/{i}.png"), int), picture)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++", "euler", "euler-a", "unipc"])
+def test_samplers(script, lora, tmp_path, sampler):
+    script(
+        "infer.py",
+        "--lora",
+        lora,
+        "--sampler",
+        sampler,
+        "--out",
+        tmp_path / "i",
+        "--steps",
+        3,
+        "--prompts",
+        "a",
+        "--guidance",
+        1,
+    )
+    assert np.asarray(Image.open(tmp_path / "i/1.png")).std() > 1
+
+
+def test_prompts_from_a_file_and_negative_prompt(script, lora, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\n\ntwo dogs\n")
+    how = ["--lora", lora, "--steps", 2, "--prompts", tmp_path / "prompts.txt"]
+    script("infer.py", *how, "--out", tmp_path / "plain")
+    script("infer.py", *how, "--out", tmp_path / "negative", "--negative", "blurry")
+    assert len(list((tmp_path / "plain").iterdir())) == 2
+    assert (tmp_path / "plain/1.png").read_bytes() != (tmp_path / "negative/1.png").read_bytes()
+
+
+def test_mistakes(script, lora, tmp_path):
+    def refused(message: str, *options):
+        out = tmp_path / "images"
+        _, err = script("infer.py", "--out", out, *options, status=2)
+        assert err.startswith("infer.py: ")
+        assert err.count("\n") == 1
+        assert message in err
+        assert not out.exists()
+
+    refused("no .safetensors file there", "--lora", tmp_path)
+    (tmp_path / "bad.safetensors").write_bytes(b"rubbish")
+    refused("not a readable .safetensors file", "--lora", tmp_path / "bad.safetensors")
+    tensors = load_file(lora)
+    save_file(tensors, tmp_path / "anonymous.safetensors")
+    refused("add --model", "--lora", tmp_path / "anonymous.safetensors")
+    metadata = formats.read_metadata(lora)
+    other = {key.replace("lora_unet_", "lora_unet_other_"): tensor for key, tensor in tensors.items()}
+    save_file(other, tmp_path / "other.safetensors", metadata)
+    refused("first lora_unet_other_", "--lora", tmp_path / "other.safetensors")
+    wide = {key: torch.ones(4, 999) if key.endswith("lora_down.weight") else tensor for key, tensor in tensors.items()}
+    save_file(wide, tmp_path / "wide.safetensors", metadata)
+    refused("does not fit the model", "--lora", tmp_path / "wide.safetensors")
+    refused("--model /nowhere", "--lora", lora, "--model", "/nowhere")
+    refused("--steps", "--lora", lora, "--steps", 0)
+    refused("--device cuda:77", "--lora", lora, "--device", "cuda:77")
+    _, err = script("infer.py", "--lora", lora, "--out", "README.md/x", status=2)
+    assert "--out README.md/x cannot be written" in err

@@ -1,0 +1,72 @@
+import hashlib
+import io
+import json
+import shutil
+import tarfile
+
+import pyarrow
+from conftest import photograph
+from PIL import Image
+from pyarrow import parquet
+
+from data import open_source
+
+
+def members(tar) -> dict[str, bytes]:
+    with tarfile.open(tar) as file:
+        return {m.name: file.extractfile(m).read() for m in file}
+
+
+def test_shards_hold_the_pictures_byte_for_byte(photos, shards):
+    assert sorted(p.name for p in shards.iterdir()) == [f"photos-00000{i}.tar" for i in range(3)]
+    first = members(shards / "photos-000000.tar")
+    assert sorted(first) == sorted(f"000000{i}.{kind}" for i in range(3) for kind in ("jpg", "json", "txt"))
+    assert first["0000002.jpg"] == (photos / "photo2.jpg").read_bytes()
+    assert first["0000002.txt"] == b"picture number 2"
+    about = json.loads(first["0000002.json"])
+    wanted = {"width": 140, "height": 160, "source": "photo2.jpg", "sha256": hashlib.sha256(first["0000002.jpg"]).hexdigest()}
+    assert about == wanted
+    assert open_source(str(shards)).samples == 7
+
+
+def test_unusable_pictures_are_refused_by_name(script, photos, tmp_path):
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    (folder / "photo1.jpg").write_bytes((folder / "photo1.jpg").read_bytes()[:500])
+    (folder / "photo2.txt").unlink()
+    out, _ = script("scripts/make_shards.py", folder, "--out", tmp_path / "out")
+    assert "kept 5 images in 1 shards" in out
+    assert "refused 2" in out
+    assert "photo1.jpg (cannot be decoded" in out
+    assert "photo2.jpg (no caption)" in out
+    assert not list((tmp_path / "out").glob("*.part"))
+    _, err = script("scripts/make_shards.py", folder, "--out", tmp_path / "out", status=2)
+    assert "already holds shard-000000.tar" in err
+
+
+def test_parquet_of_the_naruto_layout(script, tmp_path):
+    rows, encoded = [], []
+    for i, kind in enumerate(("PNG", "JPEG", "BMP")):
+        buffer = io.BytesIO()
+        photograph(i, 60, 50).save(buffer, kind)
+        encoded.append(buffer.getvalue())
+        rows.append({"image": {"bytes": buffer.getvalue(), "path": None}, "text": f"row {i}"})
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train.parquet")
+    script("scripts/make_shards.py", tmp_path / "train.parquet", "--out", tmp_path / "out", "--name", "naruto")
+    packed = members(tmp_path / "out/naruto-000000.tar")
+    assert packed["0000000.png"] == encoded[0]
+    assert packed["0000001.jpg"] == encoded[1]
+    assert Image.open(io.BytesIO(packed["0000002.jpg"])).format == "JPEG"
+    assert json.loads(packed["0000000.json"])["source"] == "train.parquet:0"
+    assert open_source(str(tmp_path / "out")).samples == 3
+
+
+def test_make_shards_mistakes(script, tmp_path):
+    (tmp_path / "x.parquet").write_bytes(b"rubbish")
+    for source, message in (
+        ("/nowhere", "neither a folder or file here"),
+        (tmp_path / "x.parquet", "no readable parquet file"),
+        ("tests", "no usable image"),
+    ):
+        _, err = script("scripts/make_shards.py", source, "--out", tmp_path / "out", status=2)
+        assert err.strip().splitlines()[-1].startswith("make_shards.py: ")
+        assert message in err

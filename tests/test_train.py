@@ -1,0 +1,213 @@
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, run
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from two_ranks import gradient_and_step
+
+import formats
+from train_lora import TrainConfig, lr_factor
+
+
+@pytest.fixture
+def train(script, tiny_model, shards, tmp_path):
+    """train("--steps", 4) runs the training script on the tiny model; files go to a fresh folder."""
+    base = ["--model", tiny_model, "--data", shards, "--rank", 2, "--bs", 2, "--workers", 0, "--out", tmp_path / "out"]
+    return lambda *options, **how: script("train_lora.py", *base, "--log-dir", tmp_path / "runs", *options, **how)
+
+
+def weights(folder, step: int) -> dict[str, torch.Tensor]:
+    return load_file(folder / f"pytorch_lora_weights_{step}.safetensors")
+
+
+def equal(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+
+
+def test_a_run_writes_what_it_says(train, tmp_path):
+    out, err = train("--steps", 7, "--save-every", 3, "--keep", 2)
+    files = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
+    assert files == ["pytorch_lora_weights_6.safetensors", "pytorch_lora_weights_7.safetensors"]
+    predicted = float(re.search(r"weights_7\.safetensors, ([\d.]+) MB", out)[1])
+    assert abs(os.path.getsize(tmp_path / "out" / files[1]) / 1e6 - predicted) < 0.02
+    tensors = weights(tmp_path / "out", 7)
+    trained = sum(t.numel() for key, t in tensors.items() if key.endswith("weight"))
+    assert f"{trained:,} parameters trained" in out
+    assert f"rank 2 on {len(tensors) // 3} layers" in out
+    assert "7 images with a caption" in out
+    assert re.search(r"cpu, float32, sdpa attention, \d\d blocks checkpointed", out)
+    assert "7/7" in err
+    assert "loss=" in err
+
+    config = json.loads(formats.read_metadata(tmp_path / "out" / files[1])["sdxl_lora.config"])
+    assert (config["rank"], config["resolution"], config["lr"], config["steps"]) == (2, 64, 1e-4, 7)
+    (events,) = (tmp_path / "runs").iterdir()
+    log = EventAccumulator(str(events)).Reload()
+    wanted = {"loss", "grad_norm", "images_per_second", "peak_memory_GiB", "lr/unet", "lr/text_encoder", "loss_scale"}
+    assert wanted <= set(log.Tags()["scalars"])
+    assert [event.step for event in log.Images("compare")] == [3, 6, 7]
+    assert "config/text_summary" in log.Tags()["tensors"]
+
+
+def test_training_on_shards_lowers_the_held_out_loss(train, script, photos, tmp_path):
+    train("--steps", 40, "--lr", 3e-3, "--bs", 4)
+    out, _ = script("scripts/evaluate.py", "--lora", tmp_path / "out", "--data", photos, "--pictures", 0, "--device", "cpu")
+    base, tuned = map(float, re.search(r"base ([\d.]+)   LoRA ([\d.]+)", out).groups())
+    assert tuned < 0.95 * base
+
+
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "adamw"])
+def test_a_resumed_run_ends_as_one_that_never_stopped(train, tmp_path, optimizer):
+    """Bit for bit: weights, optimiser state, data position, flips, dropout, noise."""
+    how = ["--grad-accum", 2, "--flip", "--caption-dropout", 0.3, "--warmup", 2, "--optimizer", optimizer, "--workers", 2]
+    train("--steps", 6, *how)
+    train("--steps", 3, *how, "--out", tmp_path / "halves")
+    out, err = train("--steps", 6, *how, "--out", tmp_path / "halves")
+    assert "3/6" in err  # it went on from there
+    assert equal(weights(tmp_path / "halves", 6), weights(tmp_path / "out", 6))
+    assert not equal(weights(tmp_path / "halves", 3), weights(tmp_path / "out", 6))
+    out, _ = train("--steps", 6, *how, "--out", tmp_path / "halves")
+    assert "is at step 6 already" in out
+
+
+def test_a_state_of_another_adapter_is_refused(train, tmp_path):
+    train("--steps", 1)
+    _, err = train("--steps", 2, "--rank", 4, status=2)
+    assert "'rank': 2" in err
+    assert "--resume none" in err
+    train("--steps", 2, "--rank", 4, "--resume", "none")
+
+
+def test_learning_rates(train, tmp_path):
+    factor = {name: [lr_factor(s, TrainConfig(lr_schedule=name, warmup=4, steps=24)) for s in range(24)] for name in
+              ("constant", "cosine", "linear")}  # fmt: skip
+    assert all(f[:4] == [0.2, 0.4, 0.6, 0.8] and f[4] == 1 for f in factor.values())
+    assert set(factor["constant"][4:]) == {1.0}
+    assert factor["linear"][14] == factor["cosine"][14] == pytest.approx(0.5)
+    assert factor["linear"][23] == pytest.approx(0.05)
+    train("--steps", 2, "--text-encoder-lr", 0, "--lr", 1e-2)
+    ups = {key: t.any() for key, t in weights(tmp_path / "out", 2).items() if "lora_up" in key}
+    assert {key for key, moved in ups.items() if not moved} == {key for key in ups if "lora_te" in key}
+
+
+def test_other_choices_train(train, tmp_path):
+    train("--steps", 2, "--no-train-text-encoder", "--targets", "all", "--no-checkpointing", "--snr-gamma", 5)
+    keys = weights(tmp_path / "out", 2).keys()
+    assert any("ff_net" in key for key in keys)
+    assert not any("lora_te" in key for key in keys)
+    train("--steps", 2, "--precision", "bf16", "--resolution", 96, "--targets", r"attn2\.to_[kv]", "--out", tmp_path / "b")
+    assert {re.search(r"attn2_to_[kv]", key) is None for key in weights(tmp_path / "b", 2)} == {False}
+
+
+def test_fp16_with_a_grad_scaler(train, tmp_path):
+    """The recipe's precision, on the CPU: the scaler's first steps may overflow, LoRA weights stay float32 and finite."""
+    train("--steps", 3, "--precision", "fp16")
+    state = torch.load(tmp_path / "out/state/state.pt", weights_only=True)
+    assert state["lora"].dtype == torch.float32
+    assert state["lora"].isfinite().all()
+    assert state["scaler"]["scale"] > 0
+
+
+def test_broken_images_are_reported_at_the_end(train, photos, tmp_path):
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    (folder / "photo0.jpg").write_bytes(b"no picture")
+    (folder / "photo1.txt").unlink()
+    out, _ = train("--data", folder, "--steps", 4)
+    assert re.search(r"skipped 2 images, .*photo0\.jpg, .*photo1\.jpg$", out.strip())
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(tiny_model, shards, tmp_path):
+    command = [sys.executable, "train_lora.py", "--model", tiny_model, "--data", shards, "--steps", "5000", "--bs", "1"]
+    command += ["--rank", "2", "--out", tmp_path / "out", "--log-dir", tmp_path / "runs"]
+    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    while "loss=" not in process.stderr.readline(2000):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
+    step = int(re.search(r"weights_(\d+)\.safetensors: the same command goes on", out)[1])
+    assert 10 <= step < 5000
+    assert weights(tmp_path / "out", step)
+
+
+# Several processes.
+
+
+def torchrun(processes: int, *command: object) -> subprocess.CompletedProcess:
+    return run("torchrun", "--standalone", "--nproc-per-node", str(processes), *map(str, command))
+
+
+def test_two_ranks_have_the_gradient_of_one_with_the_double_batch(tiny_model, tmp_path):
+    alone = gradient_and_step(str(tiny_model), 0, 1, lambda gradient: None)
+    torchrun(2, "tests/two_ranks.py", tiny_model, tmp_path / "result.pt")
+    both = torch.load(tmp_path / "result.pt", weights_only=True)
+    torch.testing.assert_close(both["grad"], alone["grad"], atol=1e-6, rtol=1e-4)
+    assert alone["grad"].abs().max() > 1e-3
+    assert not both["ranks differ"].any()
+    assert both["union"].tolist() == [0, 1, 7]
+    assert both["any"].tolist() == [True, False]
+
+
+def test_torchrun_with_two_ranks(tiny_model, shards, tmp_path):
+    how = ["--model", tiny_model, "--data", shards, "--rank", 2, "--bs", 1, "--workers", 1, "--steps", 3]
+    done = torchrun(2, "train_lora.py", *how, "--out", tmp_path / "out", "--log-dir", tmp_path / "runs")
+    assert "batch      1 × 1 accumulated × 2 processes = 2" in done.stdout
+    assert done.stdout.count("wrote") == 1  # rank 0 alone writes
+    assert weights(tmp_path / "out", 3)
+    assert torch.load(tmp_path / "out/state/state.pt", weights_only=True)["run"]["samples"] == 6
+
+
+# A user's mistakes: one line, status 2, nothing written.
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "/nowhere"], "--model /nowhere: no such file or folder"),
+        (["--model", "tests"], "--model tests is no diffusers folder"),
+        (["--model", "sdxl"], "hf download stabilityai/stable-diffusion-xl-base-1.0"),
+        (["--data", "/nowhere"], "--data /nowhere: /nowhere does not exist"),
+        (["--data", "scripts"], "no image with a caption"),
+        (["--rank", 0], "--rank must be at least 1"),
+        (["--bs", 0], "--bs must be at least 1"),
+        (["--steps", 0], "--steps must be at least 1"),
+        (["--targets", "no_such_layer"], "--targets 'no_such_layer' matches none"),
+        (["--out", "README.md/x"], "--out README.md/x cannot be written"),
+        (["--log-dir", "README.md/x"], "--log-dir README.md/x cannot be written"),
+        (["--device", "cuda:77"], "--device cuda:77 cannot be used here"),
+        (["--resume", "/nowhere"], "--resume /nowhere: no state there"),
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_mistakes(train, tmp_path, options, message):
+    _, err = train(*options, status=2)
+    assert err.startswith("train_lora.py: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not (tmp_path / "runs").exists() or not any((tmp_path / "runs").iterdir())
+
+
+def test_xformers_asked_for_and_not_usable(train):
+    if torch.cuda.is_available():
+        pytest.skip("xFormers runs on this machine")
+    _, err = train("--attention", "xformers", status=2)
+    assert re.fullmatch(r"train_lora.py: --attention xformers is not usable: .*\n", err)
+
+
+def test_a_truncated_shard(train, shards, tmp_path):
+    folder = shutil.copytree(shards, tmp_path / "shards")
+    tar = folder / "photos-000001.tar"
+    tar.write_bytes(tar.read_bytes()[:2000])
+    _, err = train("--data", folder, status=2)
+    assert f"{tar} is truncated" in err
+    assert not (tmp_path / "out").exists()
