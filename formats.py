@@ -67,26 +67,28 @@ def serialise(deltas: Deltas, metadata: dict[str, str]) -> bytes:
     return save(tensors, {**metadata, "sshs_model_hash": digest})
 
 
-def describe(
-    *, rank: int, alpha: float, targets: str, resolution: int, images: int, step: int, name: str, config: dict
-) -> dict[str, str]:
-    """The header: what A1111 and Forge need to list the file under SDXL, ModelSpec 1.0.1, and our own `sdxl_lora.*`."""
+def describe(config: dict, images: int, step: int) -> dict[str, str]:
+    """The header: what A1111 and Forge need to list the file under SDXL, ModelSpec 1.0.1, and our own `sdxl_lora.*`.
+
+    `config` holds the flags of the run: rank, alpha, targets, resolution, model, …
+    """
+    name, side = f"pytorch_lora_weights_{step}", config["resolution"]
     return {
         "ss_network_module": "networks.lora",
-        "ss_network_dim": str(rank),
-        "ss_network_alpha": str(alpha),
-        "ss_network_args": json.dumps({"targets": targets}),
+        "ss_network_dim": str(config["rank"]),
+        "ss_network_alpha": str(config["alpha"]),
+        "ss_network_args": json.dumps({"targets": config["targets"]}),
         "ss_base_model_version": "sdxl_base_v1-0",
         "ss_v2": "False",
         "ss_output_name": name,
-        "ss_resolution": f"({resolution}, {resolution})",
+        "ss_resolution": f"({side}, {side})",
         "ss_num_train_images": str(images),
         "ss_steps": str(step),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": name,
-        "modelspec.resolution": f"{resolution}x{resolution}",
+        "modelspec.resolution": f"{side}x{side}",
         "sdxl_lora.step": str(step),
         "sdxl_lora.config": json.dumps(config),
     }

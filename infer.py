@@ -71,26 +71,25 @@ def read_prompts(prompts: tuple[str, ...], model: str) -> list[str]:
 def main(config: InferConfig) -> None:
     # The LoRA, and the model it was trained on.
     device = memory.resolve_device(config.device)
-    dtype = memory.resolve_precision(config.precision, device)
+    precision = memory.resolve_precision(config.precision, device)
     lora = formats.find(config.lora)
     model = config.model or formats.trained_on(lora)
     prompts = read_prompts(config.prompts, model)
-    pipe = load_sdxl(model, dtype, device)
+    pipe = load_sdxl(model, memory.DTYPES[precision], device)
     denoiser = Denoiser(pipe)
     deltas = formats.read(lora, [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)])
     check_fit(denoiser, deltas)
     check_writable("--out", config.out)
 
     # How pictures are made: diffusers' pipeline and sampler.
-    attention = memory.choose_attention(pipe.unet, config.attention, device, dtype)
+    attention = memory.choose_attention(pipe.unet, config.attention, device, pipe.unet.dtype)
     if config.sampler != "default":
         pipe.scheduler = SAMPLERS[config.sampler].from_config(pipe.scheduler.config)
     size = native_resolution(pipe)
     how = {"seed": config.seed, "steps": config.steps, "guidance": config.guidance, "negative": config.negative}
     draw = partial(render, pipe, partial(decode_latents, pipe.vae), prompts, size=size, **how)
-    print(
-        f"model {model}, LoRA {lora} ({len(deltas)} layers, scale {config.scale:g}), {device}, {dtype}, {attention} attention"
-    )
+    print(f"model {model}, LoRA {lora}: {len(deltas)} layers, scale {config.scale:g}")
+    print(f"{device}, {precision}, {attention} attention, {config.steps} steps of the {config.sampler} sampler")
 
     # Base, merge, LoRA. Merging costs nothing per step afterwards.
     pictures = {}

@@ -45,6 +45,10 @@ class LoRAConfig:
             raise UserError(f"--targets {self.targets!r} is neither a preset nor a regular expression: {error}") from None
 
     @property
+    def resolved_alpha(self) -> float:
+        return float(self.rank if self.alpha is None else self.alpha)
+
+    @property
     def pattern(self) -> str:
         return TARGETS.get(self.targets, self.targets)
 
@@ -133,7 +137,7 @@ def add_lora(model: nn.Module, config: LoRAConfig, unread: Iterable[str] = (), s
         if not re.search(config.pattern, name) or name.startswith(tuple(unread)) or (text and not config.train_text_encoder):
             continue
         parent, _, child = name.rpartition(".")
-        modules[name] = LoRALinear(linear, config.rank, config.alpha or config.rank, generator)
+        modules[name] = LoRALinear(linear, config.rank, config.resolved_alpha, generator)
         setattr(model.get_submodule(parent), child, modules[name])
     if not modules:
         raise UserError(f"--targets {config.targets!r} matches none of {len(linears)} linear layers, e.g. {list(linears)[:3]}")

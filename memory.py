@@ -49,10 +49,12 @@ class MemoryConfig:
 # Precision.
 
 
-def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
-    if precision == "auto":
-        precision = "fp16" if device.type == "cuda" else "fp32"
-    return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """'auto' -> 'fp16' on CUDA, as in the recipe, 'fp32' elsewhere."""
+    return precision if precision != "auto" else "fp16" if device.type == "cuda" else "fp32"
 
 
 def resolve_device(device: str) -> torch.device:
@@ -64,6 +66,13 @@ def resolve_device(device: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device} cannot be used here: {str(error).splitlines()[0]} (use --device cpu)") from None
     return torch.device(device)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """CPU -> device. Through pinned memory, because a copy from ordinary memory makes the host wait for the device."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
 
 
 def peak_memory(device: torch.device) -> float:

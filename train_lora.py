@@ -14,7 +14,7 @@ import math
 import random
 import signal
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -52,8 +52,8 @@ class TrainConfig:
     """Optimiser steps."""
     grad_accum: int = 1
     """Batches per optimiser step and process."""
-    lr: float = 1e-4
-    """Learning rate."""
+    lr: float | None = None
+    """Learning rate. None: 1e-4; for the bundled model, which is 16 times narrower than SDXL, 2e-3."""
     text_encoder_lr: float | None = None
     """Learning rate of both text encoders. None: --lr."""
     lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
@@ -79,6 +79,10 @@ class TrainConfig:
         for flag, least in (("steps", 1), ("grad_accum", 1), ("save_every", 1), ("keep", 1), ("warmup", 0)):
             if getattr(self, flag) < least:
                 raise UserError(f"--{flag.replace('_', '-')} must be at least {least}, not {getattr(self, flag)}")
+        if self.lr is None:
+            object.__setattr__(self, "lr", 2e-3 if self.model == "demo" else 1e-4)
+        if self.text_encoder_lr is None:
+            object.__setattr__(self, "text_encoder_lr", self.lr)
 
 
 def lr_factor(step: int, config: TrainConfig) -> float:
@@ -139,7 +143,8 @@ class Meter:
 def main(config: TrainConfig) -> None:
     # Processes, device, precision.
     device = memory.resolve_device(config.device)
-    dtype = memory.resolve_precision(config.memory.precision, device)
+    precision = memory.resolve_precision(config.memory.precision, device)
+    dtype = memory.DTYPES[precision]
     ranks = join_ranks(device.type)
 
     # Data, looked at before the model is loaded: a mistake shows at once.
@@ -154,10 +159,16 @@ def main(config: TrainConfig) -> None:
     adapter = add_lora(denoiser, config.lora, denoiser.unread, config.seed)
     attention = memory.choose_attention(pipe.unet, config.memory.attention, device, dtype)
     blocks = memory.checkpoint_blocks(denoiser) if config.memory.checkpointing else 0
+    config = replace(  # from here on with every "auto" and None resolved
+        config,
+        lora=replace(config.lora, alpha=config.lora.resolved_alpha),
+        dataset=replace(config.dataset, resolution=resolution),
+        memory=replace(config.memory, precision=precision, attention=attention),
+    )
 
     # Objective and optimiser.
     diffusion = Diffusion(config.diffusion, pipe.scheduler.alphas_cumprod, pipe.scheduler.config.prediction_type, device)
-    rates = {"unet": config.lr, "text_encoder": config.lr if config.text_encoder_lr is None else config.text_encoder_lr}
+    rates = {"unet": config.lr, "text_encoder": config.text_encoder_lr}
     groups = [{"name": name, "params": [p]} for name, p in adapter.groups.items()]
     optimizer = memory.make_optimizer(config.memory.optimizer, groups)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -171,7 +182,7 @@ def main(config: TrainConfig) -> None:
         if run.step >= config.steps:
             print(f"{state_file} is at step {run.step} already: raise --steps, or start anew with --resume none")
             return
-    save = partial(save_checkpoint, config, resolution, source.samples, adapter, optimizer, scaler)
+    save = partial(save_checkpoint, config, source.samples, adapter, optimizer, scaler)
 
     # What the run is about to do.
     images_per_step = config.dataset.bs * config.grad_accum * ranks.world
@@ -180,16 +191,16 @@ def main(config: TrainConfig) -> None:
         check_writable("--out", config.out)
         check_writable("--log-dir", config.log_dir)
         writer = SummaryWriter(run.log_dir)
-        writer.add_text("config", f"```json\n{json.dumps(resolved(config, resolution), indent=2)}\n```", run.step)
-        size = len(lora_file(config, resolution, source.samples, adapter, config.steps)) / 1e6
+        writer.add_text("config", f"```json\n{json.dumps(flat_config(config), indent=2)}\n```", run.step)
+        size = len(lora_file(config, source.samples, adapter, config.steps)) / 1e6
         count, layers = adapter.flat.numel(), len(adapter.modules)
         print(f"model      {config.model}: U-Net and text encoders {total:,} parameters, frozen; {resolution} px")
         print(
-            f"LoRA       rank {config.lora.rank} on {layers} layers: {count:,} parameters trained, {100 * count / total:.2f} %"
+            f"LoRA       rank {config.lora.rank} on {layers} layers, {count:,} parameters trained: {100 * count / total:.2f} %"
         )
         print(f"data       {source.samples} images with a caption, {len(source.uncaptioned)} without")
         print(f"batch      {config.dataset.bs} × {config.grad_accum} accumulated × {ranks.world} processes = {images_per_step}")
-        print(f"device     {device}, {str(dtype).removeprefix('torch.')}, {attention} attention, {blocks} blocks checkpointed")
+        print(f"device     {device}, {precision}, {attention} attention, {blocks} blocks checkpointed")
         print(f"optimiser  {config.memory.optimizer}, learning rate {rates['unet']:g}, text encoders {rates['text_encoder']:g}")
         print(f"file       {config.out}/pytorch_lora_weights_{config.steps}.safetensors, {size:.2f} MB", flush=True)
 
@@ -206,9 +217,9 @@ def main(config: TrainConfig) -> None:
             batch = next(batches)
             skipped.update(batch.skipped)
             generator.manual_seed(seed_of(config.seed, ranks.rank, run.step, micro))
-            pixels = batch.pixels.to(device, non_blocking=True)
-            tokens = tokenize(denoiser.tokenizers, batch.captions).to(device, non_blocking=True)
-            ids = time_ids(batch.original_size, batch.crop, resolution).to(device, non_blocking=True)
+            pixels = memory.send(batch.pixels, device)
+            tokens = memory.send(tokenize(denoiser.tokenizers, batch.captions), device)
+            ids = memory.send(time_ids(batch.original_size, batch.crop, resolution), device)
             latents = encode_pixels(pipe.vae, pixels, generator)
             noise, timesteps = diffusion.draw(latents, generator)
             denoise = partial(denoiser, tokens=tokens, time_ids=ids)
@@ -266,35 +277,30 @@ class Run:
     saved: tuple[str, ...] = ()  # LoRA files that this run has written and not yet removed
 
 
-def resolved(config: TrainConfig, resolution: int) -> dict:
-    """Every flag with the value it came to: {flag: value}."""
+def flat_config(config: TrainConfig) -> dict:
+    """Every flag with its value: {flag: value}."""
     flags = {}
     for name, value in asdict(config).items():
         flags |= value if isinstance(value, dict) else {name: str(value) if isinstance(value, Path) else value}
-    return flags | {"resolution": resolution}
+    return flags
 
 
-def lora_file(config: TrainConfig, resolution: int, images: int, adapter: Adapter, step: int) -> bytes:
-    """The bytes of the LoRA file at `step`."""
-    alpha = config.lora.alpha or config.lora.rank
-    about = formats.describe(
-        rank=config.lora.rank, alpha=alpha, targets=config.lora.targets, resolution=resolution, images=images,
-        step=step, name=f"pytorch_lora_weights_{step}", config=resolved(config, resolution),
-    )  # fmt: skip
-    return formats.serialise(adapter.deltas, about)
+def lora_file(config: TrainConfig, images: int, adapter: Adapter, step: int) -> bytes:
+    """The bytes of the LoRA file at `step`, trained on `images` images."""
+    return formats.serialise(adapter.deltas, formats.describe(flat_config(config), images, step))
 
 
 def save_checkpoint(
-    config: TrainConfig, resolution: int, images: int, adapter: Adapter, optimizer: torch.optim.Optimizer,
+    config: TrainConfig, images: int, adapter: Adapter, optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler, run: Run,
 ) -> Path:  # fmt: skip
     """Writes the LoRA file and the state of the run; then removes what this run wrote beyond the --keep newest."""
     path = config.out / f"pytorch_lora_weights_{run.step}.safetensors"
-    write_atomically(path, lora_file(config, resolution, images, adapter, run.step))
+    write_atomically(path, lora_file(config, images, adapter, run.step))
     names = [*(name for name in run.saved if name != path.name), path.name]
     run.saved = tuple(names[-config.keep :])
     state = {"lora": adapter.flat, "layers": list(adapter.modules), "optimizer": optimizer.state_dict()}
-    state |= {"scaler": scaler.state_dict(), "run": asdict(run), "config": resolved(config, resolution)}
+    state |= {"scaler": scaler.state_dict(), "run": asdict(run), "config": flat_config(config)}
     save_state(config.out, state)
     for name in names[: -config.keep]:
         (config.out / name).unlink(missing_ok=True)

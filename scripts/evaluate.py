@@ -82,7 +82,7 @@ def main(config: EvaluateConfig) -> None:
     lora = formats.find(config.lora)
     model = config.model or formats.trained_on(lora)
     source = open_source(config.data)
-    pipe = load_sdxl(model, memory.resolve_precision("auto", device), device)
+    pipe = load_sdxl(model, memory.DTYPES[memory.resolve_precision("auto", device)], device)
     denoiser, size = Denoiser(pipe), native_resolution(pipe)
     deltas = formats.read(lora, [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)])
     schedule = pipe.scheduler

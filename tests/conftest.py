@@ -147,3 +147,38 @@ def script(monkeypatch, capfd):
         return out, err
 
     return call
+
+
+@pytest.fixture(scope="session")
+def sdxl_meta() -> torch.nn.Module:
+    """The Denoiser of the real SDXL base architecture on the meta device: shapes without weights."""
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    from sdxl import Denoiser
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            sample_size=128,
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+        one = CLIPTextConfig(
+            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768
+        )
+        two = CLIPTextConfig(
+            hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280
+        )
+        encoders = CLIPTextModel(one), CLIPTextModelWithProjection(two)
+    model = Denoiser.__new__(Denoiser)  # without its tokenizers
+    torch.nn.Module.__init__(model)
+    model.unet, model.text_encoder, model.text_encoder_2 = unet, *encoders
+    return model

@@ -12,7 +12,7 @@ import formats
 from errors import UserError
 from lora import LoRAConfig, add_lora, merge_lora
 
-ABOUT = {"rank": 4, "alpha": 2.0, "targets": "all", "resolution": 64, "images": 7, "step": 5, "name": "x"}
+CONFIG = {"model": "demo", "rank": 4, "alpha": 2.0, "targets": "all", "resolution": 64}
 
 
 def linear_paths(model: nn.Module) -> list[str]:
@@ -29,7 +29,7 @@ def adapter(denoiser):
 @pytest.fixture
 def file(adapter, tmp_path):
     path = tmp_path / "x.safetensors"
-    path.write_bytes(formats.serialise(adapter.deltas, formats.describe(**ABOUT, config={"model": "demo", "rank": 4})))
+    path.write_bytes(formats.serialise(adapter.deltas, formats.describe(CONFIG, images=7, step=5)))
     return path
 
 

@@ -22,10 +22,10 @@ def lora(tiny_model, denoiser, tmp_path):
     """A LoRA file that changes the tiny model visibly."""
     adapter = add_lora(denoiser, LoRAConfig(rank=4), denoiser.unread)
     shake(adapter)
-    about = {"rank": 4, "alpha": 4.0, "targets": "attention", "resolution": 64, "images": 1, "step": 1, "name": "x"}
+    config = {"model": str(tiny_model), "rank": 4, "alpha": 4.0, "targets": "attention", "resolution": 64}
     file = tmp_path / "checkpoints/x.safetensors"
     file.parent.mkdir()
-    file.write_bytes(formats.serialise(adapter.deltas, formats.describe(**about, config={"model": str(tiny_model)})))
+    file.write_bytes(formats.serialise(adapter.deltas, formats.describe(config, images=1, step=1)))
     return file
 
 

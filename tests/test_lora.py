@@ -1,7 +1,11 @@
+import copy
+import re
+
 import pytest
 import torch
 from torch import nn
 
+import formats
 from errors import UserError
 from lora import Adapter, LoRAConfig, LoRALinear, add_lora, merge_lora
 
@@ -147,3 +151,28 @@ def test_merge_refuses_what_does_not_fit(denoiser):
 def test_bad_options_name_their_flag(options, flag):
     with pytest.raises(UserError, match=flag):
         LoRAConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "layers", "parameters"),
+    [
+        ({"train_text_encoder": False}, 560, 11_612_160),
+        ({}, 732, 14_774_272),
+        ({"train_text_encoder": False, "targets": "all"}, 722, 21_278_720),
+        ({"targets": "all"}, 980, 28_393_472),
+    ],
+)
+def test_counts_on_the_real_architecture(sdxl_meta, options, layers, parameters):
+    """The figures of the README, at rank 8. Text encoder 1 trains 11 of its 12 layers: SDXL does not read the last."""
+    model = copy.deepcopy(sdxl_meta)
+    assert sum(p.numel() for p in model.unet.parameters()) == 2_567_463_684
+    adapter = add_lora(model, LoRAConfig(rank=8, **options), model.unread)
+    assert len(adapter.modules) == layers
+    assert adapter.flat.numel() == parameters
+
+
+def test_names_on_the_real_architecture(sdxl_meta):
+    paths = [name for name, m in sdxl_meta.named_modules() if isinstance(m, nn.Linear)]
+    names = {formats.kohya_name(path) for path in paths}
+    assert len(names) == len(paths) == 743 + 265
+    assert not any(re.search("down_blocks|up_blocks|mid_block", name) for name in names)

@@ -32,7 +32,7 @@ def equal(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(torch.equal(tensor, other[key]) for key, tensor in one.items())
 
 
-def test_a_run_writes_what_it_says(train, tmp_path):
+def test_a_run_writes_what_it_says(train, tiny_model, tmp_path):
     out, err = train("--steps", 7, "--save-every", 3, "--keep", 2)
     files = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
     assert files == ["pytorch_lora_weights_6.safetensors", "pytorch_lora_weights_7.safetensors"]
@@ -40,15 +40,15 @@ def test_a_run_writes_what_it_says(train, tmp_path):
     assert abs(os.path.getsize(tmp_path / "out" / files[1]) / 1e6 - predicted) < 0.02
     tensors = weights(tmp_path / "out", 7)
     trained = sum(t.numel() for key, t in tensors.items() if key.endswith("weight"))
-    assert f"{trained:,} parameters trained" in out
-    assert f"rank 2 on {len(tensors) // 3} layers" in out
+    assert f"rank 2 on {len(tensors) // 3} layers, {trained:,} parameters trained" in out
     assert "7 images with a caption" in out
-    assert re.search(r"cpu, float32, sdpa attention, \d\d blocks checkpointed", out)
+    assert re.search(r"cpu, fp32, sdpa attention, \d\d blocks checkpointed", out)
     assert "7/7" in err
     assert "loss=" in err
 
     config = json.loads(formats.read_metadata(tmp_path / "out" / files[1])["sdxl_lora.config"])
-    assert (config["rank"], config["resolution"], config["lr"], config["steps"]) == (2, 64, 1e-4, 7)
+    resolved = {"rank": 2, "alpha": 2, "resolution": 64, "lr": 1e-4, "text_encoder_lr": 1e-4, "precision": "fp32"}
+    assert config.items() >= {**resolved, "attention": "sdpa", "steps": 7, "model": str(tiny_model)}.items()
     (events,) = (tmp_path / "runs").iterdir()
     log = EventAccumulator(str(events)).Reload()
     wanted = {"loss", "grad_norm", "images_per_second", "peak_memory_GiB", "lr/unet", "lr/text_encoder", "loss_scale"}
