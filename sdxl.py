@@ -16,6 +16,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
@@ -54,6 +55,7 @@ def load_sdxl(model: str, dtype: torch.dtype, device: torch.device) -> StableDif
             check_folder(model, path)
             pipe = StableDiffusionXLPipeline.from_pretrained(path, local_files_only=True, low_cpu_mem_usage=False, **options)
         elif path.suffix == ".safetensors" and path.is_file():
+            check_checkpoint(model, path)
             pipe = StableDiffusionXLPipeline.from_single_file(source, **options)
         elif path.suffix == ".safetensors" or path.is_absolute() or source.startswith(".") or source.count("/") != 1:
             raise UserError(f"--model {model}: no such file or folder (nor 'demo', 'sdxl' or a hub id like owner/name)")
@@ -90,6 +92,17 @@ def check_folder(model: str, folder: Path) -> None:
         raise UserError(f"--model {model}: model_index.json is not JSON") from None
     if kind != "StableDiffusionXLPipeline":
         raise UserError(f"--model {model} is no SDXL: its model_index.json says {kind}, not StableDiffusionXLPipeline")
+
+
+def check_checkpoint(model: str, path: Path) -> None:
+    """Raises UserError unless `path` is a .safetensors file with SDXL's second text encoder in it."""
+    try:
+        with safe_open(path, "pt") as file:
+            if any(key.startswith("conditioner.embedders.1.") for key in file.keys()):  # noqa: SIM118 (no mapping)
+                return
+    except SafetensorError as error:
+        raise UserError(f"--model {model} is no readable .safetensors file: {error}") from None
+    raise UserError(f"--model {model} is no SDXL base checkpoint: it lacks the tensors conditioner.embedders.1.*")
 
 
 def native_resolution(pipe: StableDiffusionXLPipeline) -> int:

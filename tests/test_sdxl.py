@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from errors import UserError
 from lora import LoRAConfig, add_lora
@@ -107,7 +108,13 @@ def test_bad_models(tmp_path, tiny_model):
     with pytest.raises(UserError, match="no complete SDXL folder"):
         load(tmp_path)
     (tmp_path / "x.safetensors").write_bytes(b"rubbish")
-    with pytest.raises(UserError, match="hf download"):
+    with pytest.raises(UserError, match=r"no readable \.safetensors file"):
+        load(tmp_path / "x.safetensors")
+    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.ones(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="no SDXL base checkpoint"):
+        load(tmp_path / "x.safetensors")
+    save_file({"conditioner.embedders.1.model.ln_final.weight": torch.ones(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="hf download"):  # its configurations are not on this machine
         load(tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=r"hf download stabilityai/stable-diffusion-xl-base-1\.0"):
         load("sdxl")
