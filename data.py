@@ -11,13 +11,14 @@ import signal
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, groupby
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 import torch
 import webdataset as wds
-from braceexpand import braceexpand
+from braceexpand import UnbalancedBracesError, braceexpand
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -94,7 +95,10 @@ class Folder(Source):
 
     def walk(self, rng: random.Random) -> Iterator[Raw]:
         for path, caption in rng.sample(self.images, len(self.images)):
-            yield Raw(str(path), path.read_bytes(), caption)
+            try:
+                yield Raw(str(path), path.read_bytes(), caption)
+            except OSError:
+                yield Raw(str(path), b"", caption)  # cannot be decoded: skipped and named like any broken image
 
 
 @dataclass
@@ -102,12 +106,20 @@ class Shards(Source):
     shards: list[Path] = field(default_factory=list)
 
     def walk(self, rng: random.Random) -> Iterator[Raw]:
-        urls = ({"url": str(path)} for path in rng.sample(self.shards, len(self.shards)))
-        samples = wds.filters.shuffle(BUFFER, initial=BUFFER, rng=rng)(wds.tariterators.tarfile_samples(urls))
-        for sample in samples:
+        files = wds.tariterators.tar_file_expander(open_files(rng.sample(self.shards, len(self.shards))))
+        samples = wds.tariterators.group_by_keys(files)
+        for sample in wds.filters.shuffle(BUFFER, initial=BUFFER, rng=rng)(samples):
             image = next((sample[extension] for extension in IMAGES if extension in sample), None)
-            if image is not None and "txt" in sample:
-                yield Raw(sample["__key__"], image, sample["txt"].decode("utf-8", "replace").strip())
+            if image is not None and sample.get("txt"):
+                name = f"{Path(sample['__url__']).name}:{sample['__key__']}"
+                yield Raw(name, image, sample["txt"].decode("utf-8", "replace").strip())
+
+
+def open_files(paths: list[Path]) -> Iterator[dict]:
+    """Opened here and not by WebDataset, which would take a file named `pipe:…` for a shell command."""
+    for path in paths:
+        with path.open("rb") as stream:
+            yield {"url": str(path), "stream": stream}
 
 
 def open_source(data: str) -> Source:
@@ -119,7 +131,10 @@ def open_source(data: str) -> Source:
     if path.is_dir():
         shards = sorted(path.glob("*.tar"))
     else:
-        shards = [Path(name) for name in braceexpand(str(path))]
+        try:
+            shards = [Path(name) for name in braceexpand(str(path))]
+        except UnbalancedBracesError:
+            raise UserError(f"--data {data}: a brace is not closed") from None
         missing = [str(shard) for shard in shards if not shard.is_file()]
         if missing:
             raise UserError(f"--data {data}: {missing[0]} does not exist")
@@ -141,31 +156,40 @@ def scan_shards(shards: list[Path]) -> Shards:
             raise UserError(f"--data: {shard} is truncated or no tar file: {error}") from None
         if shard.stat().st_size < (end + 511) // 512 * 512 + 512:
             raise UserError(f"--data: {shard} is truncated: its end-of-archive mark is missing")
-        keys = {extension: set() for extension in (*IMAGES, "txt")}
-        for key, extension in (wds.tariterators.base_plus_ext(member.name) for member in members if member.isfile()):
-            keys.get(extension.lower() if extension else "", set()).add(key)
-        images = set().union(*(keys[extension] for extension in IMAGES))
-        samples += len(images & keys["txt"])
-        uncaptioned += sorted(f"{shard.name}:{key}" for key in images - keys["txt"])
+        files = [(*wds.tariterators.base_plus_ext(member.name), member.size) for member in members if member.isfile()]
+        files = [(key, extension.lower(), size) for key, extension, size in files if key is not None]
+        for key, group in groupby(files, key=itemgetter(0)):  # neighbours of one key are a sample, as WebDataset reads them
+            sizes = [(extension, size) for _, extension, size in group]
+            extensions = dict(sizes)
+            if len(extensions) < len(sizes):
+                raise UserError(f"--data: {shard} holds two files of the same name, with key {key}")
+            if extensions.keys().isdisjoint(IMAGES):
+                continue
+            if extensions.get("txt"):
+                samples += 1
+            else:
+                uncaptioned.append(f"{shard.name}:{key}")
     return Shards(samples, uncaptioned, shards)
 
 
 def scan_folder(folder: Path) -> Folder:
     """name.jpg with name.txt beside it, or a metadata.jsonl of {"file_name": …, "text": …} (Hugging Face imagefolder)."""
-    metadata = {}
-    for number, line in enumerate((folder / "metadata.jsonl").open() if (folder / "metadata.jsonl").is_file() else (), 1):
-        try:
-            row = json.loads(line)
-            metadata[folder / row["file_name"]] = row["text"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"--data: {folder}/metadata.jsonl line {number}: needs file_name and text ({error})") from None
+    captions = {}
+    for metadata in folder.rglob("metadata.jsonl"):
+        for number, line in enumerate(metadata.read_text(errors="replace").splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                captions[metadata.parent / row["file_name"]] = row["text"] or ""
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise UserError(f"--data: {metadata} line {number}: needs file_name and text ({error})") from None
     images, uncaptioned = [], []
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower().lstrip(".") in IMAGES):
+    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower().lstrip(".") in IMAGES and p.is_file()):
         text = path.with_suffix(".txt")
-        if path in metadata:
-            images.append((path, str(metadata[path]).strip()))
-        elif text.is_file():
-            images.append((path, text.read_text(errors="replace").strip()))
+        caption = captions.get(path) or (text.read_text(errors="replace") if text.is_file() else "")
+        if caption.strip():
+            images.append((path, caption.strip()))
         else:
             uncaptioned.append(str(path))
     return Folder(len(images), uncaptioned, images)
@@ -205,7 +229,7 @@ class Stream(IterableDataset):
 
     Sample n of the stream is a function of (seed, n): epoch n // N reshuffles shards and samples; consecutive batches of it
     go to the ranks in turn, and within a rank to the workers in turn. A sample that cannot be decoded is replaced by another
-    of its batch; a batch of which nothing can be decoded is passed over.
+    of its batch or, if nothing in it can, by the first image of the data set that can.
     """
 
     def __init__(
@@ -231,7 +255,7 @@ class Stream(IterableDataset):
             if rank == self.rank and (number - first) % workers == me:
                 mine.append((n, raw))
                 if len(mine) == self.config.bs:
-                    yield from self.batch(mine)
+                    yield self.batch(mine)
                     mine = []
 
     def raw_from(self, start: int) -> Iterator[tuple[int, Raw]]:
@@ -243,8 +267,7 @@ class Stream(IterableDataset):
                     yield n, raw
                 n += 1
 
-    def batch(self, samples: list[tuple[int, Raw]]) -> Iterator[Batch]:
-        """One batch, or none if no sample of it can be decoded."""
+    def batch(self, samples: list[tuple[int, Raw]]) -> Batch:
         good, skipped = [], []
         for n, raw in samples:
             rng = random.Random(f"{self.seed} sample {n}")
@@ -254,18 +277,19 @@ class Stream(IterableDataset):
             except Exception:  # whatever a broken file makes Pillow raise: it is named at the end of the run
                 skipped.append(raw.name)
         if not good:
-            return
+            spare = first_decodable(self.source, self.resolution)
+            good.append((*decode(spare, self.resolution, flip=False), spare.caption))
         good = [good[i % len(good)] for i in range(len(samples))]
         pixels, original, crop, captions = zip(*good, strict=True)
-        yield Batch(torch.from_numpy(np.stack(pixels)), list(captions), torch.tensor(original), torch.tensor(crop), skipped)
+        return Batch(torch.from_numpy(np.stack(pixels)), list(captions), torch.tensor(original), torch.tensor(crop), skipped)
 
 
-def check_decodable(source: Source, resolution: int) -> None:
-    """Raises UserError unless at least one image can be decoded, so that an endless stream of nothing cannot be."""
+def first_decodable(source: Source, resolution: int) -> Raw:
+    """The first image, in an order that never changes, that can be decoded. Raises UserError if there is none."""
     for raw in source.walk(random.Random(0)):
         try:
             decode(raw, resolution, flip=False)
-            return
+            return raw
         except Exception:
             continue
     raise UserError(f"--data: none of the {source.samples} images can be decoded")

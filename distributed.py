@@ -13,7 +13,6 @@ class Ranks:
     """Who this process is among how many. With one process every method is a no-op."""
 
     rank: int
-    local_rank: int
     world: int
 
     @property
@@ -35,6 +34,14 @@ class Ranks:
         dist.all_reduce(votes)
         return bool(votes)
 
+    def from_first(self, value: object) -> object:
+        """What rank 0 passed, on every rank: it alone reads the disk that it writes."""
+        if self.world == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        return values[0]
+
     def union(self, names: set[str]) -> set[str]:
         """The names of all ranks together."""
         if self.world == 1:
@@ -44,14 +51,13 @@ class Ranks:
         return set().union(*everyone)
 
 
-def join_ranks(device: str) -> Ranks:
+def join_ranks(device: torch.device) -> Ranks:
     """Reads torchrun's variables and opens the group if there are more: gloo for CPU tensors, nccl for CUDA's."""
-    variables = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
-    ranks = Ranks(*(int(os.environ.get(name, default)) for name, default in variables.items()))
+    ranks = Ranks(rank=int(os.environ.get("RANK", 0)), world=int(os.environ.get("WORLD_SIZE", 1)))
     if ranks.world > 1:
-        if device == "cuda":
-            torch.cuda.set_device(ranks.local_rank)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return ranks
 
 

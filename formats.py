@@ -50,7 +50,7 @@ def kohya_name(path: str) -> str:
 def serialise(deltas: Deltas, metadata: dict[str, str]) -> bytes:
     """The bytes of a .safetensors file in the kohya layout: float16 weights, a 0-dim float32 alpha on every module.
 
-    Raises FloatingPointError, naming the module, rather than write a value that is not finite.
+    Raises UserError, naming the module, rather than write a value that is not finite.
     """
     tensors = {}
     for path, (A, B, alpha) in deltas.items():
@@ -60,7 +60,7 @@ def serialise(deltas: Deltas, metadata: dict[str, str]) -> bytes:
         tensors[f"{name}.alpha"] = torch.tensor(float(alpha))
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise FloatingPointError(f"{key} is not finite: nothing was written")
+            raise UserError(f"{key} is not finite, so no file was written: go on from the last one with a lower --lr")
     plain = save(tensors)
     header = int.from_bytes(plain[:8], "little")
     digest = hashlib.sha256(plain[8 + header :]).hexdigest()  # of the tensor bytes only, as other tools compute it
@@ -127,7 +127,8 @@ def read(path: Path, module_paths: list[str]) -> Deltas:
     read_metadata(path)
     tensors = load_file(path)
     paths = {kohya_name(module): module for module in module_paths}
-    unknown = [key for key in tensors if key.split(".")[0] not in paths]
+    parts = {"lora_down.weight", "lora_up.weight", "alpha"}
+    unknown = [key for key in tensors if key.partition(".")[0] not in paths or key.partition(".")[2] not in parts]
     if unknown or not tensors:
         told = f"{len(unknown)} of {len(tensors)} keys match no layer, first {', '.join(unknown[:3])}"
         raise UserError(f"--lora {path} does not fit the model (kohya layout expected): {told}")

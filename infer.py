@@ -6,6 +6,7 @@ python infer.py --lora naruto.safetensors --model sdxl --scale 0.8 --sampler dpm
 python infer.py --save-merged merged/                 also writes W + ΔW as an ordinary diffusers folder
 """
 
+import os
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -13,13 +14,12 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from torch import nn
 
 import formats
 import memory  # before sdxl: it readies xFormers, which diffusers imports
 from checkpoint import check_writable
 from errors import UserError, one_line_errors
-from lora import check_fit, merge_lora
+from lora import check_fit, linear_layers, merge_lora
 from pictures import evaluation_prompts, render, save_png, side_by_side, stack
 from sdxl import SAMPLERS, Denoiser, decode_latents, load_sdxl, native_resolution
 
@@ -63,8 +63,12 @@ class InferConfig:
 
 
 def read_prompts(prompts: tuple[str, ...], model: str) -> list[str]:
-    if len(prompts) == 1 and Path(prompts[0]).is_file():
-        prompts = tuple(line.strip() for line in Path(prompts[0]).read_text().splitlines() if line.strip())
+    """Texts as they are; one name of a file: its lines; nothing: what the model is judged by."""
+    if len(prompts) == 1 and os.path.isfile(prompts[0]):
+        lines = [line.strip() for line in Path(prompts[0]).read_text(errors="replace").splitlines() if line.strip()]
+        if not lines:
+            raise UserError(f"--prompts {prompts[0]} is empty")
+        return lines
     return list(prompts) or evaluation_prompts(model)
 
 
@@ -77,12 +81,17 @@ def main(config: InferConfig) -> None:
     prompts = read_prompts(config.prompts, model)
     pipe = load_sdxl(model, memory.DTYPES[precision], device)
     denoiser = Denoiser(pipe)
-    deltas = formats.read(lora, [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)])
-    check_fit(denoiser, deltas)
+    deltas = formats.read(lora, list(linear_layers(denoiser)))
+    check_fit(denoiser, deltas)  # now, not after the base pictures
+    if config.save_merged:
+        if config.save_merged.exists() and (not config.save_merged.is_dir() or any(config.save_merged.iterdir())):
+            raise UserError(f"--save-merged {config.save_merged} is there already and not an empty folder")
+        check_writable("--save-merged", config.save_merged)
     check_writable("--out", config.out)
 
     # How pictures are made: diffusers' pipeline and sampler.
     attention = memory.choose_attention(pipe.unet, config.attention, device, pipe.unet.dtype)
+    own_scheduler = pipe.scheduler
     if config.sampler != "default":
         pipe.scheduler = SAMPLERS[config.sampler].from_config(pipe.scheduler.config)
     size = native_resolution(pipe)
@@ -97,18 +106,21 @@ def main(config: InferConfig) -> None:
         pictures["base"] = timed("base", draw, len(prompts))
     merge_lora(denoiser, deltas, config.scale)
     if config.save_merged:
+        sampler, pipe.scheduler = pipe.scheduler, own_scheduler
         pipe.save_pretrained(config.save_merged)
+        pipe.scheduler = sampler
         print(f"merged model in {config.save_merged}")
     pictures["LoRA"] = timed("LoRA", draw, len(prompts))
 
     # Sheets.
     rows = [dict(zip(pictures, row, strict=True)) for row in zip(*pictures.values(), strict=True)]
     sheets = [side_by_side(row, prompt) if config.compare else row["LoRA"] for row, prompt in zip(rows, prompts, strict=True)]
-    for i, sheet in enumerate(sheets, 1):
-        save_png(sheet, config.out / f"{i}.png")
+    files = {f"{i}.png": sheet for i, sheet in enumerate(sheets, 1)}
     if config.compare:
-        save_png(stack(sheets), config.out / "compare.png")
-    print(f"pictures in {config.out}/: {', '.join(sorted(p.name for p in config.out.glob('*.png')))}")
+        files["compare.png"] = stack(sheets)
+    for name, sheet in files.items():
+        save_png(sheet, config.out / name)
+    print(f"pictures in {config.out}/: {', '.join(files)}")
 
 
 def timed(label: str, draw, count: int) -> list:

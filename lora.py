@@ -120,6 +120,11 @@ class Adapter:
                 m.scale = scale
 
 
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """{module path: layer} of every linear layer."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
 def add_lora(model: nn.Module, config: LoRAConfig, unread: Iterable[str] = (), seed: int = 0) -> Adapter:
     """Freezes `model` and puts a LoRALinear in place of each linear layer that `config` names.
 
@@ -130,7 +135,7 @@ def add_lora(model: nn.Module, config: LoRAConfig, unread: Iterable[str] = (), s
     """
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    linears = linear_layers(model)
     modules = {}
     for name, linear in linears.items():
         text = name.startswith("text_encoder")
@@ -146,11 +151,14 @@ def add_lora(model: nn.Module, config: LoRAConfig, unread: Iterable[str] = (), s
 
 def check_fit(model: nn.Module, deltas: Deltas) -> dict[str, nn.Linear]:
     """The linear layers that `deltas` belong to. Raises UserError, naming the first that have no layer of their shape."""
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    shapes = {name: (B.shape[0], A.shape[1]) for name, (A, B, _) in deltas.items()}
-    wrong = [name for name, shape in shapes.items() if name not in linears or linears[name].weight.shape != shape]
+    linears = linear_layers(model)
+    wrong = []
+    for name, (A, B, _) in deltas.items():
+        pair = A.ndim == B.ndim == 2 and A.shape[0] == B.shape[1]
+        if not pair or name not in linears or linears[name].weight.shape != (B.shape[0], A.shape[1]):
+            wrong.append(name)
     if wrong:
-        told = "; ".join(f"{name} {list(shapes[name])}" for name in wrong[:3])
+        told = "; ".join(f"{n} {list(deltas[n][1].shape)} x {list(deltas[n][0].shape)}" for n in wrong[:3])
         raise UserError(f"the LoRA does not fit the model: {len(wrong)} of {len(deltas)} modules differ, first {told}")
     return {name: linears[name] for name in deltas}
 

@@ -58,9 +58,11 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 
 def resolve_device(device: str) -> torch.device:
-    """'auto' -> CUDA if there is one, else CPU. Raises UserError for a device that is not here."""
+    """'auto' -> CUDA if there is one, else CPU; 'cuda' -> this process's own. Raises UserError if it is not here."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:

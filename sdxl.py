@@ -49,27 +49,27 @@ def load_sdxl(model: str, dtype: torch.dtype, device: torch.device) -> StableDif
     """
     source = NAMES.get(model, model)
     path = Path(source)
-    options = {"dtype": dtype, "add_watermarker": False}
+    options = {"dtype": dtype, "add_watermarker": False, "low_cpu_mem_usage": False}
     try:
         if path.is_dir():
             check_folder(model, path)
-            pipe = StableDiffusionXLPipeline.from_pretrained(path, local_files_only=True, low_cpu_mem_usage=False, **options)
+            variant = "fp16" if any(path.glob("unet/*.fp16.safetensors")) else None
+            pipe = StableDiffusionXLPipeline.from_pretrained(path, variant=variant, local_files_only=True, **options)
         elif path.suffix == ".safetensors" and path.is_file():
             check_checkpoint(model, path)
             pipe = StableDiffusionXLPipeline.from_single_file(source, **options)
         elif path.suffix == ".safetensors" or path.is_absolute() or source.startswith(".") or source.count("/") != 1:
             raise UserError(f"--model {model}: no such file or folder (nor 'demo', 'sdxl' or a hub id like owner/name)")
         else:
-            variant = "fp16" if dtype == torch.float16 else None
-            pipe = StableDiffusionXLPipeline.from_pretrained(source, variant=variant, low_cpu_mem_usage=False, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+            pipe = from_hub(source, dtype, options)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if path.is_dir():
             raise UserError(f"--model {model} is no complete SDXL folder: {error}") from None
         repository = NAMES["sdxl"] if path.is_file() else source
         raise UserError(
             f"--model {model} needs files of {repository} that are not on this machine and could not be fetched "
-            f"({type(error).__name__}); where there is network run `hf download {repository} --local-dir sdxl`, "
-            f"copy the folder here and pass --model sdxl/"
+            f"({type(error).__name__}: {str(error).splitlines()[0][:150]}); where there is network run "
+            f"`hf download {repository} --local-dir sdxl`, copy the folder here and pass --model sdxl/"
         ) from None
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device)
@@ -79,6 +79,16 @@ def load_sdxl(model: str, dtype: torch.dtype, device: torch.device) -> StableDif
     for module in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
         module.requires_grad_(False).eval()
     return pipe
+
+
+def from_hub(repository: str, dtype: torch.dtype, options: dict) -> StableDiffusionXLPipeline:
+    """Fetches half-size files for float16 where the repository has them."""
+    if dtype == torch.float16:
+        try:
+            return StableDiffusionXLPipeline.from_pretrained(repository, variant="fp16", **options)
+        except ValueError:  # diffusers: no such files in this repository
+            pass
+    return StableDiffusionXLPipeline.from_pretrained(repository, **options)
 
 
 def check_folder(model: str, folder: Path) -> None:

@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 import formats
 import memory
-from checkpoint import check_writable, find_state, load_state, save_state, write_atomically
-from data import DataConfig, Stream, check_decodable, make_loader, open_source
+from checkpoint import STATE, check_writable, find_state, load_state, save_state, write_atomically
+from data import DataConfig, Stream, first_decodable, make_loader, open_source
 from diffusion import Diffusion, DiffusionConfig
 from distributed import Ranks, join_ranks, leave_ranks
 from errors import UserError, one_line_errors
@@ -145,7 +145,7 @@ def main(config: TrainConfig) -> None:
     device = memory.resolve_device(config.device)
     precision = memory.resolve_precision(config.memory.precision, device)
     dtype = memory.DTYPES[precision]
-    ranks = join_ranks(device.type)
+    ranks = join_ranks(device)
 
     # Data, looked at before the model is loaded: a mistake shows at once.
     source = open_source(config.dataset.data)
@@ -153,7 +153,7 @@ def main(config: TrainConfig) -> None:
     # Model: the frozen base, with adapters on the layers that --targets names.
     pipe = load_sdxl(config.model, dtype, device)
     resolution = config.dataset.resolution or native_resolution(pipe)
-    check_decodable(source, resolution)
+    first_decodable(source, resolution)
     denoiser = Denoiser(pipe)
     total = sum(p.numel() for p in denoiser.parameters())
     adapter = add_lora(denoiser, config.lora, denoiser.unread, config.seed)
@@ -176,12 +176,18 @@ def main(config: TrainConfig) -> None:
 
     # Where the run stands: at its beginning, or where a saved state left it.
     run = Run(log_dir=str(config.log_dir / time.strftime("%Y%m%d-%H%M%S")))
-    state_file = find_state(config.resume, config.out)
-    if state_file:
-        run = restore(state_file, config, adapter, optimizer, scaler)
+    state_file = find_state(config.resume, config.out) if ranks.first else None
+    state = ranks.from_first(load_state(state_file) if state_file else None)
+    if state:
+        run = restore(state, config, adapter, optimizer, scaler)
         if run.step >= config.steps:
-            print(f"{state_file} is at step {run.step} already: raise --steps, or start anew with --resume none")
+            if ranks.first:
+                print(f"{state_file} is at step {run.step} already: raise --steps, or start anew with --resume none")
+            leave_ranks()
             return
+        if ranks.first and state_file.resolve() != (config.out / STATE).resolve():
+            run.saved = ()  # another folder's files are not ours to remove
+    start = run.step
     save = partial(save_checkpoint, config, source.samples, adapter, optimizer, scaler)
 
     # What the run is about to do.
@@ -189,15 +195,14 @@ def main(config: TrainConfig) -> None:
     writer = NoWriter()
     if ranks.first:
         check_writable("--out", config.out)
-        check_writable("--log-dir", config.log_dir)
-        writer = SummaryWriter(run.log_dir)
+        check_writable("--log-dir", Path(run.log_dir).parent)
+        writer = SummaryWriter(run.log_dir, purge_step=run.step + 1)
         writer.add_text("config", f"```json\n{json.dumps(flat_config(config), indent=2)}\n```", run.step)
         size = len(lora_file(config, source.samples, adapter, config.steps)) / 1e6
         count, layers = adapter.flat.numel(), len(adapter.modules)
+        share = 100 * count / total
         print(f"model      {config.model}: U-Net and text encoders {total:,} parameters, frozen; {resolution} px")
-        print(
-            f"LoRA       rank {config.lora.rank} on {layers} layers, {count:,} parameters trained: {100 * count / total:.2f} %"
-        )
+        print(f"LoRA       rank {config.lora.rank} on {layers} layers, {count:,} parameters trained: {share:.2f} %")
         print(f"data       {source.samples} images with a caption, {len(source.uncaptioned)} without")
         print(f"batch      {config.dataset.bs} × {config.grad_accum} accumulated × {ranks.world} processes = {images_per_step}")
         print(f"device     {device}, {precision}, {attention} attention, {blocks} blocks checkpointed")
@@ -253,7 +258,9 @@ def main(config: TrainConfig) -> None:
     # The end, or Ctrl-C: the weights first, then pictures.
     progress.close()
     skipped = sorted(ranks.union(skipped))
-    if ranks.first:
+    if run.step == start:
+        print("stopped before the first step: nothing was written")
+    elif ranks.first:
         file = save(run)
         if run.step == config.steps:
             writer.add_image("compare", gallery.draw(f"LoRA, step {run.step}"), run.step, dataformats="HWC")
@@ -308,16 +315,20 @@ def save_checkpoint(
 
 
 def restore(
-    path: Path, config: TrainConfig, adapter: Adapter, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    state: dict, config: TrainConfig, adapter: Adapter, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
 ) -> Run:
-    """Puts a saved state back. Raises UserError if it belongs to another adapter."""
-    state = load_state(path)
-    if state["layers"] != list(adapter.modules) or state["lora"].numel() != adapter.flat.numel():
-        was = {flag: state["config"][flag] for flag in ("model", "rank", "targets", "train_text_encoder")}
-        raise UserError(f"{path} belongs to a run with other options ({was}): use them, or --resume none, or another --out")
+    """Puts a saved state back. Raises UserError if it is not ours, or of a run that this one cannot go on from."""
+    if not {"lora", "layers", "optimizer", "scaler", "run", "config"} <= state.keys():
+        raise UserError(f"--resume {config.resume}: this is no state of train_lora.py")
+    was, now = state["config"], flat_config(config)
+    fixed = ("model", "rank", "alpha", "targets", "train_text_encoder", "optimizer")
+    differ = [f"--{flag.replace('_', '-')} {was[flag]}" for flag in fixed if was[flag] != now[flag]]
+    if differ or state["layers"] != list(adapter.modules):
+        raise UserError(f"the saved state was made with {', '.join(differ)}: use that, or --resume none, or another --out")
     adapter.flat.copy_(state["lora"])
     optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:  # empty if the run so far was not in fp16
+        scaler.load_state_dict(state["scaler"])
     return Run(**state["run"])
 
 

@@ -27,8 +27,8 @@ import formats
 import memory  # before sdxl
 from data import decode, open_source
 from diffusion import Diffusion, DiffusionConfig
-from errors import one_line_errors
-from lora import merge_lora
+from errors import UserError, one_line_errors
+from lora import linear_layers, merge_lora
 from pictures import render
 from sdxl import Denoiser, decode_latents, encode_pixels, load_sdxl, native_resolution, time_ids, tokenize
 
@@ -49,6 +49,10 @@ class EvaluateConfig:
     """Captions to render with base and LoRA; 0 leaves the pictures out."""
     device: str = "auto"
     """'auto', 'cuda', 'cpu'."""
+
+    def __post_init__(self) -> None:
+        if self.timesteps < 1:
+            raise UserError(f"--timesteps must be at least 1, not {self.timesteps}")
 
 
 @torch.no_grad()
@@ -84,11 +88,18 @@ def main(config: EvaluateConfig) -> None:
     source = open_source(config.data)
     pipe = load_sdxl(model, memory.DTYPES[memory.resolve_precision("auto", device)], device)
     denoiser, size = Denoiser(pipe), native_resolution(pipe)
-    deltas = formats.read(lora, [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)])
+    deltas = formats.read(lora, list(linear_layers(denoiser)))
     schedule = pipe.scheduler
     diffusion = Diffusion(DiffusionConfig(), schedule.alphas_cumprod, schedule.config.prediction_type, device)
 
-    samples = [(*decode(raw, size, flip=False), raw.caption) for raw in source.walk(random.Random(0))]
+    samples = []
+    for raw in source.walk(random.Random(0)):
+        try:
+            samples.append((*decode(raw, size, flip=False), raw.caption))
+        except Exception as error:  # whatever a broken file makes Pillow raise
+            print(f"left out {raw.name}: {error}")
+    if not samples:
+        raise UserError(f"--data {config.data}: no image can be decoded")
     captions = [caption for *_, caption in islice(samples, config.pictures)]
     draw = partial(render, pipe, partial(decode_latents, pipe.vae), captions, seed=0, steps=20, guidance=5.0, size=size)
     results = {}
@@ -102,7 +113,7 @@ def main(config: EvaluateConfig) -> None:
     print(f"  base {base_loss:.4f}   LoRA {lora_loss:.4f}   {100 * (lora_loss / base_loss - 1):+.1f} %")
     if captions:
         style = statistics(
-            [Image.fromarray(((pixels.transpose(1, 2, 0) + 1) * 127.5).astype(np.uint8)) for pixels, *_ in samples]
+            [Image.fromarray(((pixels.transpose(1, 2, 0) + 1) * 127.5).round().astype(np.uint8)) for pixels, *_ in samples]
         )
         print(f"distance of {len(captions)} pictures to the held-out style images (0 equal, 1 disjoint)")
         for name, wanted in style.items():

@@ -5,8 +5,8 @@
     python scripts/make_shards.py train.parquet --out shards/                                 image {bytes, path}, text
     python scripts/make_shards.py lambdalabs/naruto-blip-captions --out shards/ --name naruto from the hub
 
-JPEG, PNG and WebP go in byte for byte; other formats are stored as JPEG. What cannot be decoded or has no caption is
-refused and named at the end.
+JPEG, PNG and WebP go in byte for byte; other formats, from parquet, are stored as JPEG. What cannot be decoded or has no
+caption is refused and named at the end.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from typing import Annotated
 
 import tyro
 import webdataset as wds
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -46,6 +46,8 @@ class ShardConfig:
     def __post_init__(self) -> None:
         if self.per_shard < 1:
             raise UserError(f"--per-shard must be at least 1, not {self.per_shard}")
+        if Path(self.name).name != self.name:
+            raise UserError(f"--name {self.name!r} must be a plain file name")
 
 
 def open_rows(source: str) -> tuple[int, Iterator[tuple[str, bytes, str]]]:
@@ -91,7 +93,8 @@ def parquet_rows(tables: list[Path]) -> tuple[int, Iterator[tuple[str, bytes, st
         for table, file in zip(tables, files, strict=True):
             batches = file.iter_batches(batch_size=16, columns=["image", "text"])
             for n, row in enumerate(row for batch in batches for row in batch.to_pylist()):
-                yield row["image"].get("path") or f"{table.name}:{n}", row["image"]["bytes"] or b"", row["text"] or ""
+                image = row["image"] if isinstance(row["image"], dict) else {"bytes": row["image"]}
+                yield image.get("path") or f"{table.name}:{n}", image.get("bytes") or b"", row["text"] or ""
 
     return sum(file.metadata.num_rows for file in files), rows()
 
@@ -109,7 +112,8 @@ def pack(name: str, encoded: bytes, caption: str) -> dict:
         buffer = io.BytesIO()
         to_rgb(image).save(buffer, "JPEG", quality=95, subsampling=0)
         encoded = buffer.getvalue()
-    about = {"width": image.width, "height": image.height, "source": name, "sha256": hashlib.sha256(encoded).hexdigest()}
+    upright = ImageOps.exif_transpose(image)
+    about = {"width": upright.width, "height": upright.height, "source": name, "sha256": hashlib.sha256(encoded).hexdigest()}
     return {SUFFIX.get(image.format, "jpg"): encoded, "txt": caption.strip(), "json": json.dumps(about)}
 
 

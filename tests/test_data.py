@@ -2,6 +2,7 @@ import io
 import json
 import random
 import shutil
+import tarfile
 from collections import Counter
 from itertools import islice
 
@@ -11,7 +12,7 @@ import torch
 from conftest import photograph
 from PIL import Image
 
-from data import BUFFER, DataConfig, Raw, Stream, check_decodable, decode, make_loader, open_source
+from data import BUFFER, DataConfig, Raw, Stream, decode, first_decodable, make_loader, open_source
 from errors import UserError
 
 
@@ -79,9 +80,14 @@ def test_flip_mirrors_pixels_and_crop():
 
 
 def test_flip_and_dropout_rates(shards):
-    batches = list(islice(stream(shards, bs=10, caption_dropout=0.25), 60))
-    dropped = sum(not caption for batch in batches for caption in batch.captions) / 600
+    plain = list(islice(stream(shards, bs=10), 60))
+    changed = list(islice(stream(shards, bs=10, flip=True, caption_dropout=0.25), 60))
+    dropped = sum(not caption for batch in changed for caption in batch.captions) / 600
     assert 0.18 < dropped < 0.32
+    pairs = [pair for a, b in zip(plain, changed, strict=True) for pair in zip(a.pixels, b.pixels, strict=True)]
+    kept = sum(torch.equal(a, b) for a, b in pairs) / 600
+    assert 0.42 < kept < 0.58
+    assert all(torch.equal(a, b) or (a.flip(-1) - b).abs().mean() < 0.05 for a, b in pairs)
 
 
 def test_upright_transparent_and_odd_modes():
@@ -104,8 +110,14 @@ def test_imagefolder_with_metadata(tmp_path):
         rows.append(json.dumps({"file_name": f"train/{i}.png", "text": f"row {i}"}))
     (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
     assert sorted(captions(stream(tmp_path, bs=3), 1)) == ["row 0", "row 1", "row 2"]
-    (tmp_path / "metadata.jsonl").write_text(rows[0] + "\n{}")
-    with pytest.raises(UserError, match=r"metadata\.jsonl line 2"):
+    (tmp_path / "metadata.jsonl").write_text(rows[0] + "\n\n" + json.dumps({"file_name": "train/1.png", "text": None}))
+    source = open_source(str(tmp_path))
+    assert (source.samples, len(source.uncaptioned)) == (1, 2)
+    (tmp_path / "metadata.jsonl").rename(tmp_path / "train/metadata.jsonl")
+    (tmp_path / "train/metadata.jsonl").write_text(json.dumps({"file_name": "2.png", "text": "beside it"}))
+    assert captions(stream(tmp_path, bs=1), 1) == ["beside it"]
+    (tmp_path / "train/metadata.jsonl").write_text("{}")
+    with pytest.raises(UserError, match=r"metadata\.jsonl line 1"):
         open_source(str(tmp_path))
 
 
@@ -127,6 +139,27 @@ def test_broken_and_uncaptioned_images_are_passed_over_and_named(photos, tmp_pat
     assert set(captions(stream(folder, bs=3), 4)) == {f"picture number {i}" for i in (0, 1, 2, 4, 6)}
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_of_broken_images_changes_no_order(photos, tmp_path, workers):
+    """With --bs 1 a broken image is a whole batch: another stands in, all others keep their places, also on resume."""
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    whole = captions(stream(folder, bs=1), 21)
+    (folder / "photo2.jpg").write_bytes(b"no picture")
+    broken = list(islice(make_loader(stream(folder, bs=1, workers=workers), pin_memory=False), 21))
+    pairs = list(zip(whole, (batch.captions[0] for batch in broken), strict=True))
+    assert {a for a, b in pairs if a != b} == {"picture number 2"}
+    assert sum(bool(batch.skipped) for batch in broken) == 3
+    rest = captions(stream(folder, bs=1, start=9), 12)
+    assert rest == [batch.captions[0] for batch in broken[9:]]
+
+
+def test_a_file_name_never_becomes_a_command(shards, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(shards / "photos-000000.tar", tmp_path / "pipe:touch attacked; cat x.tar")
+    assert len(captions(stream("."), 3)) == 6
+    assert not (tmp_path / "attacked").exists()
+
+
 def test_unusable_data(photos, shards, tmp_path):
     def refused(data, match):
         with pytest.raises(UserError, match=match):
@@ -134,14 +167,15 @@ def test_unusable_data(photos, shards, tmp_path):
 
     refused(tmp_path / "nowhere", "does not exist")
     refused(tmp_path / "{000..002}.tar", "000.tar does not exist")
+    refused(tmp_path / "{000..002.tar", "a brace is not closed")
     refused(tmp_path, "no image with a caption")
     photograph(0, 64, 64).save(tmp_path / "alone.jpg")
     refused(tmp_path, "1 images without one")
     (tmp_path / "alone.txt").write_text("a caption")
     (tmp_path / "alone.jpg").write_bytes(b"no picture")
     with pytest.raises(UserError, match="none of the 1 images can be decoded"):
-        check_decodable(open_source(str(tmp_path)), 64)
-    check_decodable(open_source(str(photos)), 64)
+        first_decodable(open_source(str(tmp_path)), 64)
+    first_decodable(open_source(str(photos)), 64)
 
 
 @pytest.mark.parametrize("cut", [100, 700, 1024, 3000, -1, -512, -1024, -5000])
@@ -151,6 +185,18 @@ def test_a_truncated_tar_is_found_before_training(shards, tmp_path, cut):
     (tmp_path / "photos-000000.tar").write_bytes(whole[:cut])
     with pytest.raises(UserError, match="truncated"):
         open_source(str(tmp_path))
+
+
+def test_the_scan_counts_what_the_stream_yields(shards, tmp_path):
+    """Also in a tar that holds samples without a caption, other files, and a caption apart from its image."""
+    with tarfile.open(shards / "photos-000000.tar") as old, tarfile.open(tmp_path / "x.tar", "w") as new:
+        members = {member.name: member for member in old}
+        order = ["0000000.jpg", "0000000.txt", "0000001.jpg", "0000001.json", "0000002.jpg", "0000001.txt", "0000002.txt"]
+        for name in order:
+            new.addfile(members[name], old.extractfile(name))
+    source = open_source(str(tmp_path))
+    assert [raw.name for raw in source.walk(random.Random(0))] == ["x.tar:0000000"]
+    assert (source.samples, source.uncaptioned) == (1, ["x.tar:0000001", "x.tar:0000002"])
 
 
 def test_shuffle_buffer_reaches_over_shards(shards):

@@ -132,6 +132,7 @@ def test_what_does_not_fit_is_refused_by_name(denoiser, file, tmp_path):
 
     refused({**tensors, "lora_unet_nowhere.alpha": torch.tensor(1.0)}, "1 of .* keys match no layer, first lora_unet_nowhere")
     name = next(iter(tensors)).split(".")[0]
+    refused({**tensors, f"{name}.dora_scale": torch.ones(1)}, f"first {name}.dora_scale")
     refused({k: t for k, t in tensors.items() if k != f"{name}.lora_up.weight"}, f"{name} lacks")
     refused({}, "match no layer")
     (tmp_path / "bad.safetensors").write_bytes(b"rubbish")
@@ -144,7 +145,7 @@ def test_nothing_that_is_not_finite_is_written(adapter, value):
     name, module = next(iter(adapter.modules.items()))
     with torch.no_grad():
         module.lora_B[0, 0] = value
-    with pytest.raises(FloatingPointError, match=formats.kohya_name(name)):
+    with pytest.raises(UserError, match=formats.kohya_name(name)):
         formats.serialise(adapter.deltas, {})
 
 

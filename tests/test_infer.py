@@ -80,6 +80,8 @@ def test_scale_zero_is_the_base_and_seeds_are_per_picture(script, lora, tiny_mod
 def test_save_merged_is_an_ordinary_folder(script, lora, tmp_path):
     merged = tmp_path / "merged"
     script("infer.py", "--lora", lora, "--save-merged", merged, "--out", tmp_path / "images", *HOW)
+    _, err = script("infer.py", "--lora", lora, "--save-merged", merged, "--out", tmp_path / "images", *HOW, status=2)
+    assert "is there already and not an empty folder" in err
     for i, picture in enumerate(pictures(merged), 1):
         assert np.array_equal(np.asarray(Image.open(tmp_path / f"images/{i}.png"), int), picture)
 
@@ -120,7 +122,7 @@ def test_mistakes(script, lora, tmp_path):
         assert err.startswith("infer.py: ")
         assert err.count("\n") == 1
         assert message in err
-        assert not out.exists()
+        assert not out.exists() or options[-1] == "README.md/x"
 
     refused("no .safetensors file there", "--lora", tmp_path)
     (tmp_path / "bad.safetensors").write_bytes(b"rubbish")
@@ -135,8 +137,14 @@ def test_mistakes(script, lora, tmp_path):
     wide = {key: torch.ones(4, 999) if key.endswith("lora_down.weight") else tensor for key, tensor in tensors.items()}
     save_file(wide, tmp_path / "wide.safetensors", metadata)
     refused("does not fit the model", "--lora", tmp_path / "wide.safetensors")
+    tall = {key: torch.ones(len(t), 8) if key.endswith("lora_up.weight") else t for key, t in tensors.items()}
+    save_file(tall, tmp_path / "tall.safetensors", metadata)
+    refused("does not fit the model", "--lora", tmp_path / "tall.safetensors")
+    refused("--save-merged README.md", "--lora", lora, "--save-merged", "README.md")
+    (tmp_path / "empty.txt").touch()
+    refused("empty.txt is empty", "--lora", lora, "--prompts", tmp_path / "empty.txt")
     refused("--model /nowhere", "--lora", lora, "--model", "/nowhere")
     refused("--steps", "--lora", lora, "--steps", 0)
     refused("--device cuda:77", "--lora", lora, "--device", "cuda:77")
-    _, err = script("infer.py", "--lora", lora, "--out", "README.md/x", status=2)
-    assert "--out README.md/x cannot be written" in err
+    refused("--out README.md/x cannot be written", "--lora", lora, "--out", "README.md/x")
+    refused("--save-merged README.md/x cannot be written", "--lora", lora, "--save-merged", "README.md/x")

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -107,6 +108,11 @@ def test_bad_models(tmp_path, tiny_model):
     (tmp_path / "model_index.json").write_text((tiny_model / "model_index.json").read_text())
     with pytest.raises(UserError, match="no complete SDXL folder"):
         load(tmp_path)
+    damaged = shutil.copytree(tiny_model, tmp_path / "damaged")
+    weights = damaged / "text_encoder/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="no complete SDXL folder"):
+        load(damaged)
     (tmp_path / "x.safetensors").write_bytes(b"rubbish")
     with pytest.raises(UserError, match=r"no readable \.safetensors file"):
         load(tmp_path / "x.safetensors")

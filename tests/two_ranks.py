@@ -30,7 +30,7 @@ def gradient_and_step(model: str, rank: int, world: int, average) -> dict[str, t
 
 if __name__ == "__main__":
     model, out = sys.argv[1:]
-    ranks = join_ranks("cpu")
+    ranks = join_ranks(torch.device("cpu"))
     result = gradient_and_step(model, ranks.rank, ranks.world, ranks.average)
     held = [torch.empty_like(result["flat"]) for _ in range(ranks.world)]
     dist.all_gather(held, result["flat"])
