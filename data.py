@@ -11,6 +11,7 @@ import signal
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import count, groupby
 from operator import itemgetter
 from pathlib import Path
@@ -267,6 +268,11 @@ class Stream(IterableDataset):
                     yield n, raw
                 n += 1
 
+    @cached_property
+    def spare(self) -> Raw:
+        """Stands in for a batch of which nothing can be decoded."""
+        return first_decodable(self.source, self.resolution)
+
     def batch(self, samples: list[tuple[int, Raw]]) -> Batch:
         good, skipped = [], []
         for n, raw in samples:
@@ -277,8 +283,7 @@ class Stream(IterableDataset):
             except Exception:  # whatever a broken file makes Pillow raise: it is named at the end of the run
                 skipped.append(raw.name)
         if not good:
-            spare = first_decodable(self.source, self.resolution)
-            good.append((*decode(spare, self.resolution, flip=False), spare.caption))
+            good.append((*decode(self.spare, self.resolution, flip=False), self.spare.caption))
         good = [good[i % len(good)] for i in range(len(samples))]
         pixels, original, crop, captions = zip(*good, strict=True)
         return Batch(torch.from_numpy(np.stack(pixels)), list(captions), torch.tensor(original), torch.tensor(crop), skipped)

@@ -124,7 +124,7 @@ def read(path: Path, module_paths: list[str]) -> Deltas:
 
     Raises UserError, naming the first keys, if any key belongs to none of `module_paths` or a pair is incomplete.
     """
-    read_metadata(path)
+    read_metadata(path)  # for its error
     tensors = load_file(path)
     paths = {kohya_name(module): module for module in module_paths}
     parts = {"lora_down.weight", "lora_up.weight", "alpha"}

@@ -20,7 +20,7 @@ import memory  # before sdxl: it readies xFormers, which diffusers imports
 from checkpoint import check_writable
 from errors import UserError, one_line_errors
 from lora import check_fit, linear_layers, merge_lora
-from pictures import evaluation_prompts, render, save_png, side_by_side, stack
+from pictures import evaluation_prompts, render, side_by_side, stack
 from sdxl import SAMPLERS, Denoiser, decode_latents, load_sdxl, native_resolution
 
 
@@ -119,7 +119,7 @@ def main(config: InferConfig) -> None:
     if config.compare:
         files["compare.png"] = stack(sheets)
     for name, sheet in files.items():
-        save_png(sheet, config.out / name)
+        sheet.save(config.out / name)
     print(f"pictures in {config.out}/: {', '.join(files)}")
 
 

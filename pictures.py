@@ -33,9 +33,13 @@ def render(
         generator = torch.Generator("cpu").manual_seed(seed + i)
         options = {"num_inference_steps": steps, "guidance_scale": guidance, "height": size, "width": size}
         latents = pipe(prompt, negative_prompt=negative, generator=generator, output_type="latent", **options).images
-        pixels = decode(latents)[0].permute(1, 2, 0).add(1).mul(127.5).round().byte().cpu()
-        images.append(Image.fromarray(pixels.numpy()))
+        images.append(to_image(decode(latents)[0]))
     return images
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """pixels [3, H, W] in [-1, 1] -> a picture."""
+    return Image.fromarray(pixels.permute(1, 2, 0).add(1).mul(127.5).round().byte().cpu().numpy())
 
 
 class Gallery:
@@ -95,8 +99,3 @@ def stack(sheets: list[Image.Image]) -> Image.Image:
         whole.paste(sheet, (0, y))
         y += sheet.height
     return whole
-
-
-def save_png(image: Image.Image, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)

@@ -79,10 +79,6 @@ class TrainConfig:
         for flag, least in (("steps", 1), ("grad_accum", 1), ("save_every", 1), ("keep", 1), ("warmup", 0)):
             if getattr(self, flag) < least:
                 raise UserError(f"--{flag.replace('_', '-')} must be at least {least}, not {getattr(self, flag)}")
-        if self.lr is None:
-            object.__setattr__(self, "lr", 2e-3 if self.model == "demo" else 1e-4)
-        if self.text_encoder_lr is None:
-            object.__setattr__(self, "text_encoder_lr", self.lr)
 
 
 def lr_factor(step: int, config: TrainConfig) -> float:
@@ -159,8 +155,11 @@ def main(config: TrainConfig) -> None:
     adapter = add_lora(denoiser, config.lora, denoiser.unread, config.seed)
     attention = memory.choose_attention(pipe.unet, config.memory.attention, device, dtype)
     blocks = memory.checkpoint_blocks(denoiser) if config.memory.checkpointing else 0
+    lr = (2e-3 if config.model == "demo" else 1e-4) if config.lr is None else config.lr
     config = replace(  # from here on with every "auto" and None resolved
         config,
+        lr=lr,
+        text_encoder_lr=lr if config.text_encoder_lr is None else config.text_encoder_lr,
         lora=replace(config.lora, alpha=config.lora.resolved_alpha),
         dataset=replace(config.dataset, resolution=resolution),
         memory=replace(config.memory, precision=precision, attention=attention),
@@ -240,8 +239,8 @@ def main(config: TrainConfig) -> None:
         run.step, run.samples = run.step + 1, run.samples + images_per_step
         progress.update()
 
-        saving = run.step % config.save_every == 0 and run.step < config.steps
-        if saving or run.step % LOG_EVERY == 0 or run.step == config.steps:
+        saving = run.step % config.save_every == 0 or run.step == config.steps
+        if saving or run.step % LOG_EVERY == 0:
             loss, rate = meter.read(ranks, run.step - logged, images_per_step)
             logged = run.step
             progress.set_postfix(loss=f"{loss:.4f}", lr=f"{optimizer.param_groups[0]['lr']:.2e}", img_s=f"{rate:.2f}")
@@ -250,22 +249,22 @@ def main(config: TrainConfig) -> None:
             scalars |= {"peak_memory_GiB": memory.peak_memory(device)}
             for name, value in scalars.items():
                 writer.add_scalar(name, value, run.step)
-        if saving and ranks.first:
+        if saving and ranks.first:  # the weights first, then pictures
             save(run)
             writer.add_image("compare", gallery.draw(f"LoRA, step {run.step}"), run.step, dataformats="HWC")
             meter.restart()
 
-    # The end, or Ctrl-C: the weights first, then pictures.
+    # The end, or Ctrl-C.
     progress.close()
     skipped = sorted(ranks.union(skipped))
-    if run.step == start:
-        print("stopped before the first step: nothing was written")
-    elif ranks.first:
-        file = save(run)
+    if ranks.first:
         if run.step == config.steps:
-            writer.add_image("compare", gallery.draw(f"LoRA, step {run.step}"), run.step, dataformats="HWC")
+            print(f"wrote {config.out / run.saved[-1]}")
+        elif run.step > start:
+            print(f"wrote {save(run)}: the same command goes on from there")
+        else:
+            print("stopped before the first step: nothing was written")
         writer.close()
-        print(f"wrote {file}" + (": the same command goes on from there" if run.step < config.steps else ""))
         if skipped:
             print(f"skipped {len(skipped)} images, broken or without a caption: {', '.join(skipped)}")
     leave_ranks()

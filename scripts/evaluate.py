@@ -12,7 +12,6 @@ import random
 import sys
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +28,7 @@ from data import decode, open_source
 from diffusion import Diffusion, DiffusionConfig
 from errors import UserError, one_line_errors
 from lora import linear_layers, merge_lora
-from pictures import render
+from pictures import render, to_image
 from sdxl import Denoiser, decode_latents, encode_pixels, load_sdxl, native_resolution, time_ids, tokenize
 
 HELD_OUT = Path(__file__).parents[1] / "assets/demo/heldout"
@@ -100,7 +99,7 @@ def main(config: EvaluateConfig) -> None:
             print(f"left out {raw.name}: {error}")
     if not samples:
         raise UserError(f"--data {config.data}: no image can be decoded")
-    captions = [caption for *_, caption in islice(samples, config.pictures)]
+    captions = [caption for *_, caption in samples[: config.pictures]]
     draw = partial(render, pipe, partial(decode_latents, pipe.vae), captions, seed=0, steps=20, guidance=5.0, size=size)
     results = {}
     for name in ("base", "LoRA"):
@@ -112,13 +111,12 @@ def main(config: EvaluateConfig) -> None:
     print(f"held-out denoising loss ({len(samples)} images x {config.timesteps} timesteps, the same noise)")
     print(f"  base {base_loss:.4f}   LoRA {lora_loss:.4f}   {100 * (lora_loss / base_loss - 1):+.1f} %")
     if captions:
-        style = statistics(
-            [Image.fromarray(((pixels.transpose(1, 2, 0) + 1) * 127.5).round().astype(np.uint8)) for pixels, *_ in samples]
-        )
+        style_pictures = [to_image(torch.from_numpy(pixels)) for pixels, *_ in samples]
+        style, base, tuned = map(statistics, (style_pictures, base_pictures, lora_pictures))
         print(f"distance of {len(captions)} pictures to the held-out style images (0 equal, 1 disjoint)")
         for name, wanted in style.items():
-            base, tuned = (np.abs(statistics(p)[name] - wanted).sum() / 2 for p in (base_pictures, lora_pictures))
-            print(f"  {name:8} base {base:.3f}   LoRA {tuned:.3f}   {100 * (tuned / base - 1):+.1f} %")
+            before, after = (np.abs(drawn[name] - wanted).sum() / 2 for drawn in (base, tuned))
+            print(f"  {name:8} base {before:.3f}   LoRA {after:.3f}   {100 * (after / before - 1):+.1f} %")
 
 
 if __name__ == "__main__":

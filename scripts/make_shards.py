@@ -15,7 +15,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Annotated
 
@@ -117,37 +117,39 @@ def pack(name: str, encoded: bytes, caption: str) -> dict:
     return {SUFFIX.get(image.format, "jpg"): encoded, "txt": caption.strip(), "json": json.dumps(about)}
 
 
+def usable(rows: Iterator[tuple[str, bytes, str]], refused: list[str]) -> Iterator[dict]:
+    """Samples with consecutive keys; what is not usable goes to `refused`, with the reason."""
+    keys = count()
+    for name, encoded, caption in rows:
+        try:
+            sample = pack(name, encoded, caption)
+        except ValueError as error:
+            refused.append(f"{name} ({error})")
+        else:
+            yield {"__key__": f"{next(keys):07d}", **sample}
+
+
 def main(config: ShardConfig) -> None:
     total, rows = open_rows(config.source)
     check_writable("--out", config.out)
     if there := sorted(config.out.glob(f"{config.name}-*.tar")):
         raise UserError(f"--out {config.out} already holds {there[0].name}: remove it or choose another --name")
 
-    refused: list[str] = []
-
-    def samples() -> Iterator[dict]:
-        kept = 0
-        for name, encoded, caption in tqdm(rows, total=total, unit="img"):
-            try:
-                yield {"__key__": f"{kept:07d}", **pack(name, encoded, caption)}
-                kept += 1
-            except ValueError as error:
-                refused.append(f"{name} ({error})")
-
     # Each shard is written aside and renamed when it is whole.
-    stream, shards, kept = samples(), 0, 0
-    while chunk := list(islice(stream, config.per_shard)):
+    refused: list[str] = []
+    samples, shards = usable(tqdm(rows, total=total, unit="img"), refused), 0
+    while chunk := list(islice(samples, config.per_shard)):
         path = config.out / f"{config.name}-{shards:06d}.tar"
         with wds.TarWriter(str(path.with_suffix(".part")), mtime=0, user="", group="") as tar:
             for sample in chunk:
                 tar.write(sample)
         path.with_suffix(".part").rename(path)
-        shards, kept = shards + 1, kept + len(chunk)
+        shards += 1
 
-    print(f"kept {kept} images in {shards} shards in {config.out}/, refused {len(refused)}")
+    print(f"kept {total - len(refused)} images in {shards} shards in {config.out}/, refused {len(refused)}")
     for line in refused:
         print(f"  refused {line}")
-    if not kept:
+    if not shards:
         raise UserError(f"{config.source}: no usable image with a caption")
 
 

@@ -19,6 +19,14 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 
+SDXL_UNET = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+}
+
+
 def make_tokenizer(folder: Path, pad: str):
     """A CLIP tokenizer whose words are single letters."""
     from transformers import CLIPTokenizer
@@ -42,16 +50,13 @@ def tiny_model(tmp_path_factory) -> Path:
     unet = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(32, 32, 64),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=(1, 1, 2),
         attention_head_dim=(2, 4, 8),
         cross_attention_dim=32 + 48,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=48 + 6 * 8,
         norm_num_groups=8,
+        **SDXL_UNET,
     )
     vae = AutoencoderKL(
         block_out_channels=(8, 8, 8, 8),
@@ -161,15 +166,12 @@ def sdxl_meta() -> torch.nn.Module:
         unet = UNet2DConditionModel(
             sample_size=128,
             block_out_channels=(320, 640, 1280),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             transformer_layers_per_block=(1, 2, 10),
             attention_head_dim=(5, 10, 20),
             cross_attention_dim=2048,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
             addition_time_embed_dim=256,
             projection_class_embeddings_input_dim=2816,
+            **SDXL_UNET,
         )
         one = CLIPTextConfig(
             hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768

@@ -10,13 +10,9 @@ from torch import nn
 
 import formats
 from errors import UserError
-from lora import LoRAConfig, add_lora, merge_lora
+from lora import LoRAConfig, add_lora, linear_layers, merge_lora
 
 CONFIG = {"model": "demo", "rank": 4, "alpha": 2.0, "targets": "all", "resolution": 64}
-
-
-def linear_paths(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
 @pytest.fixture
@@ -55,13 +51,13 @@ def test_names_of_the_real_architecture():
 
 
 def test_names_are_one_to_one(denoiser):
-    paths = linear_paths(denoiser)
+    paths = list(linear_layers(denoiser))
     assert len({formats.kohya_name(path) for path in paths}) == len(paths)
     assert not any(re.search(r"down_blocks|up_blocks|mid_block|\.", formats.kohya_name(path)) for path in paths)
 
 
 def test_round_trip(adapter, denoiser, file):
-    back = formats.read(file, linear_paths(denoiser))
+    back = formats.read(file, list(linear_layers(denoiser)))
     assert len(back) > 100
     assert back.keys() == adapter.deltas.keys()
     for path, (A, B, alpha) in adapter.deltas.items():
@@ -102,7 +98,7 @@ def test_it_loads_in_diffusers_with_the_same_weights(denoiser, pipe, file, tiny_
     ours = StableDiffusionXLPipeline.from_pretrained(tiny_model)
     holder = nn.ModuleDict({name: getattr(ours, name) for name in ("unet", "text_encoder", "text_encoder_2")})
     base = {name: p.detach().clone() for name, p in holder.named_parameters()}
-    merge_lora(holder, formats.read(file, linear_paths(holder)))
+    merge_lora(holder, formats.read(file, list(linear_layers(holder))))
     changed = 0
     for component in holder:
         theirs = dict(getattr(oracle, component).named_parameters())
@@ -119,11 +115,13 @@ def denoiser_modules(file) -> set[str]:
 def test_a_missing_alpha_means_rank(denoiser, file, tmp_path):
     tensors = {key: t for key, t in load_file(file).items() if not key.endswith("alpha")}
     save_file(tensors, tmp_path / "no_alpha.safetensors")
-    assert {alpha for *_, alpha in formats.read(tmp_path / "no_alpha.safetensors", linear_paths(denoiser)).values()} == {4.0}
+    assert {alpha for *_, alpha in formats.read(tmp_path / "no_alpha.safetensors", list(linear_layers(denoiser))).values()} == {
+        4.0
+    }
 
 
 def test_what_does_not_fit_is_refused_by_name(denoiser, file, tmp_path):
-    paths, tensors = linear_paths(denoiser), load_file(file)
+    paths, tensors = list(linear_layers(denoiser)), load_file(file)
 
     def refused(changed: dict, match: str):
         save_file(changed, tmp_path / "bad.safetensors")

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from test_lora import shake
 
 import formats
-from lora import LoRAConfig, add_lora
+from lora import LoRAConfig, add_lora, linear_layers
 from pictures import render, side_by_side
 from sdxl import Denoiser, decode_latents, load_sdxl
 
@@ -48,7 +48,8 @@ def test_compare_shows_base_and_merged(script, lora, tiny_model, tmp_path):
 
 def test_merged_pictures_equal_patched_pictures(script, lora, tiny_model, tmp_path):
     script("infer.py", "--lora", lora, "--out", tmp_path / "images", *HOW)
-    weights = formats.read(lora, [n for n, m in named_linears(tiny_model)])
+    denoiser = Denoiser(load_sdxl(str(tiny_model), torch.float32, torch.device("cpu")))
+    weights = formats.read(lora, list(linear_layers(denoiser)))
 
     def patch(denoiser):
         adapter = add_lora(denoiser, LoRAConfig(rank=4), denoiser.unread)
@@ -61,11 +62,6 @@ def test_merged_pictures_equal_patched_pictures(script, lora, tiny_model, tmp_pa
         merged = np.asarray(Image.open(tmp_path / f"images/{i}.png"), int)
         assert np.abs(merged - patched).max() <= 1
         assert np.abs(merged - base).mean() > 1
-
-
-def named_linears(model):
-    denoiser = Denoiser(load_sdxl(str(model), torch.float32, torch.device("cpu")))
-    return [(n, m) for n, m in denoiser.named_modules() if isinstance(m, torch.nn.Linear)]
 
 
 def test_scale_zero_is_the_base_and_seeds_are_per_picture(script, lora, tiny_model, tmp_path):

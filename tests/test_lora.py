@@ -7,7 +7,7 @@ from torch import nn
 
 import formats
 from errors import UserError
-from lora import Adapter, LoRAConfig, LoRALinear, add_lora, merge_lora
+from lora import Adapter, LoRAConfig, LoRALinear, add_lora, linear_layers, merge_lora
 
 
 def inputs(batch: int = 2, seed: int = 0) -> dict:
@@ -117,7 +117,7 @@ def test_every_adapter_gets_a_gradient(denoiser):
 
 
 def test_targets(denoiser):
-    names = [n for n, m in denoiser.named_modules() if isinstance(m, nn.Linear)]
+    names = list(linear_layers(denoiser))
     unet_only = add_lora(denoiser, LoRAConfig(targets="all", train_text_encoder=False), denoiser.unread)
     assert list(unet_only.groups) == ["unet"]
     left = [n for n in names if n.startswith("unet.") and n not in unet_only.modules]
@@ -172,7 +172,7 @@ def test_counts_on_the_real_architecture(sdxl_meta, options, layers, parameters)
 
 
 def test_names_on_the_real_architecture(sdxl_meta):
-    paths = [name for name, m in sdxl_meta.named_modules() if isinstance(m, nn.Linear)]
+    paths = list(linear_layers(sdxl_meta))
     names = {formats.kohya_name(path) for path in paths}
     assert len(names) == len(paths) == 743 + 265
     assert not any(re.search("down_blocks|up_blocks|mid_block", name) for name in names)
