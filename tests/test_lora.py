@@ -7,7 +7,8 @@ from torch import nn
 
 import formats
 from errors import UserError
-from lora import Adapter, LoRAConfig, LoRALinear, add_lora, linear_layers, merge_lora
+from lora import Adapter, LoRAConfig, LoRALinear, LowRank, add_lora, linear_layers, merge_lora
+from sdxl import Denoiser
 
 
 def inputs(batch: int = 2, seed: int = 0) -> dict:
@@ -24,6 +25,7 @@ def inputs(batch: int = 2, seed: int = 0) -> dict:
 def shake(adapter: Adapter) -> None:
     """Makes every ΔW differ from zero."""
     adapter.flat.copy_(0.05 * torch.randn(adapter.flat.shape, generator=torch.Generator().manual_seed(1)))
+    adapter.refresh()
 
 
 def test_identity_at_start_bit_for_bit(denoiser):
@@ -176,3 +178,51 @@ def test_names_on_the_real_architecture(sdxl_meta):
     names = {formats.kohya_name(path) for path in paths}
     assert len(names) == len(paths) == 743 + 265
     assert not any(re.search("down_blocks|up_blocks|mid_block", name) for name in names)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_by_hand_equal_autograd(bias):
+    """First and every partial derivative of the layer against finite differences, in float64; and a part of its outputs."""
+    torch.manual_seed(0)
+    layer = LoRALinear(nn.Linear(7, 6, bias=bias).double().requires_grad_(False), 3, 2.0, torch.Generator())
+    layer.lora_A.data, layer.lora_B.data = torch.randn(3, 7).double(), torch.randn(6, 3).double()
+    x = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True)
+    A, B = layer.lora_A, layer.lora_B
+    for part in (slice(None), slice(2, 5)):
+        assert torch.autograd.gradcheck(lambda x, A, B, part=part: LowRank.apply(x, A, B[part], layer, part), (x, A, B))
+    torch.testing.assert_close(layer.product(x, slice(2, 5)), layer(x)[..., 2:5])
+
+
+def test_half_precision_layers_beside_float32_masters(pipe):
+    """Gradients of several backward passes add up in float32; the layers see the masters after a refresh, rounded once."""
+    pipe.to(torch.bfloat16)
+    denoiser = Denoiser(pipe)
+    adapter = add_lora(denoiser, LoRAConfig(rank=2), denoiser.unread, dtype=torch.bfloat16)
+    shake(adapter)
+    assert adapter.flat.dtype == adapter.grad.dtype == torch.float32
+    for name, module in adapter.modules.items():
+        A, B, _ = adapter.deltas[name]
+        assert torch.equal(module.lora_A, A.bfloat16())
+        assert torch.equal(module.lora_B, B.bfloat16())
+    each = []
+    for seed in range(2):
+        adapter.grad.zero_()
+        denoiser(**inputs(seed=seed)).float().square().mean().backward()
+        assert not adapter.grad.any()
+        adapter.gather()
+        each.append(adapter.grad.clone())
+        assert not adapter.low_grad.any()
+    adapter.grad.copy_(each[0])
+    denoiser(**inputs(seed=1)).float().square().mean().backward()
+    adapter.gather()
+    assert torch.equal(adapter.grad, each[0] + each[1])
+    adapter.refresh()
+    assert not adapter.grad.any()
+
+
+def test_autograd_keeps_the_input_and_not_the_weight():
+    layer = LoRALinear(nn.Linear(64, 512).requires_grad_(False), 2, 2.0, torch.Generator())
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+        layer(torch.randn(8, 64, requires_grad=True))
+    assert sum(kept) == 4 * (8 * 64 + 8 * 2 + 2 * 64 + 512 * 2)  # x, x·Aᵀ, A and B
