@@ -21,19 +21,22 @@ import torch
 import webdataset as wds
 from braceexpand import UnbalancedBracesError, braceexpand
 from PIL import Image, ImageOps
+from safetensors.torch import load, save
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from errors import UserError
 
 DEMO = Path(__file__).parent / "assets/demo/train"
 IMAGES = ("jpg", "jpeg", "png", "webp")
+LATENTS = "safetensors"  # what a ready-made sample is called in a shard: see `pack_latents`
 BUFFER = 500  # samples, still encoded, that a shuffle within shards looks ahead
 
 
 @dataclass(frozen=True)
 class DataConfig:
     data: str = "demo"
-    """'demo', a folder of tar shards, a brace pattern (shards/{000000..000012}.tar), or a folder of captioned images."""
+    """'demo', a folder of tar shards (of images or of latents), a brace pattern (shards/{000000..000012}.tar), or a folder
+    of captioned images."""
     bs: int = 3
     """Images per step, process and accumulation."""
     resolution: int | None = None
@@ -58,14 +61,14 @@ class DataConfig:
 
 @dataclass
 class Batch:
-    pixels: torch.Tensor  # [B, 3, R, R] float32 in [-1, 1]
+    images: torch.Tensor  # pixels [B, 3, R, R] float32 in [-1, 1], or ready-made posteriors [B, 8, R/8, R/8] float16
     captions: list[str]
     original_size: torch.Tensor  # [B, 2] (h, w) of the source image
     crop: torch.Tensor  # [B, 2] (top, left) in the resized image
     skipped: list[str]  # images of this batch that could not be decoded
 
     def pin_memory(self) -> "Batch":
-        self.pixels = self.pixels.pin_memory()
+        self.images = self.images.pin_memory()
         return self
 
 
@@ -85,6 +88,7 @@ class Source:
 
     samples: int
     uncaptioned: list[str] = field(default_factory=list)
+    latents: bool = False  # ready-made, so that the VAE is not needed
 
     def walk(self, rng: random.Random) -> Iterator[Raw]:
         raise NotImplementedError
@@ -110,7 +114,7 @@ class Shards(Source):
         files = wds.tariterators.tar_file_expander(open_files(rng.sample(self.shards, len(self.shards))))
         samples = wds.tariterators.group_by_keys(files)
         for sample in wds.filters.shuffle(BUFFER, initial=BUFFER, rng=rng)(samples):
-            image = next((sample[extension] for extension in IMAGES if extension in sample), None)
+            image = next((sample[extension] for extension in (*IMAGES, LATENTS) if extension in sample), None)
             if image is not None and sample.get("txt"):
                 name = f"{Path(sample['__url__']).name}:{sample['__key__']}"
                 yield Raw(name, image, sample["txt"].decode("utf-8", "replace").strip())
@@ -147,7 +151,7 @@ def open_source(data: str) -> Source:
 
 def scan_shards(shards: list[Path]) -> Shards:
     """Reads the member headers, not the images: counts samples and finds a truncated file before training does."""
-    samples, uncaptioned = 0, []
+    samples, uncaptioned, kinds = 0, [], set()
     for shard in shards:
         try:
             with tarfile.open(shard, "r:") as tar:
@@ -164,13 +168,16 @@ def scan_shards(shards: list[Path]) -> Shards:
             extensions = dict(sizes)
             if len(extensions) < len(sizes):
                 raise UserError(f"--data: {shard} holds two files of the same name, with key {key}")
-            if extensions.keys().isdisjoint(IMAGES):
+            if extensions.keys().isdisjoint((*IMAGES, LATENTS)):
                 continue
             if extensions.get("txt"):
                 samples += 1
+                kinds.add(LATENTS in extensions)
             else:
                 uncaptioned.append(f"{shard.name}:{key}")
-    return Shards(samples, uncaptioned, shards)
+    if len(kinds) > 1:
+        raise UserError("--data: these shards hold both images and latents: train on one kind")
+    return Shards(samples, uncaptioned, kinds == {True}, shards)
 
 
 def scan_folder(folder: Path) -> Folder:
@@ -193,10 +200,26 @@ def scan_folder(folder: Path) -> Folder:
             images.append((path, caption.strip()))
         else:
             uncaptioned.append(str(path))
-    return Folder(len(images), uncaptioned, images)
+    return Folder(len(images), uncaptioned, images=images)
 
 
 # Raw samples -> batches.
+
+
+def pack_latents(posterior: torch.Tensor, original_size: tuple[int, int], crop: tuple[int, int]) -> bytes:
+    """posterior [8, h, w], mean and deviation of the latents -> the bytes of key.safetensors in a shard, float16."""
+    sizes = {"original_size": torch.tensor(original_size), "crop": torch.tensor(crop)}
+    return save({"posterior": posterior.to(torch.float16).contiguous(), **sizes})
+
+
+def unpack_latents(raw: Raw, resolution: int) -> tuple[np.ndarray, tuple[int, int], tuple[int, int]]:
+    """-> posterior [8, R/8, R/8] float16, original (h, w), crop (top, left). Raises UserError if of another resolution."""
+    tensors = load(raw.image)
+    posterior = tensors["posterior"]
+    if posterior.shape != (8, resolution // 8, resolution // 8):
+        side = [8 * n for n in posterior.shape[1:]]
+        raise UserError(f"--data: {raw.name} holds latents of {side} pixels, not of {resolution}: see --resolution")
+    return posterior.numpy(), tuple(tensors["original_size"].tolist()), tuple(tensors["crop"].tolist())
 
 
 def decode(raw: Raw, resolution: int, flip: bool) -> tuple[np.ndarray, tuple[int, int], tuple[int, int]]:
@@ -243,6 +266,8 @@ class Stream(IterableDataset):
         world: int = 1,
         start: int = 0,
     ):
+        if source.latents and config.flip:
+            raise UserError("--flip: latents cannot be mirrored, only the images that they are made of")
         self.source, self.config, self.resolution, self.seed = source, config, resolution, seed
         self.rank, self.world, self.start = rank, world, start
 
@@ -273,28 +298,33 @@ class Stream(IterableDataset):
         """Stands in for a batch of which nothing can be decoded."""
         return first_decodable(self.source, self.resolution)
 
+    def decode(self, raw: Raw, flip: bool) -> tuple[np.ndarray, tuple[int, int], tuple[int, int]]:
+        return unpack_latents(raw, self.resolution) if self.source.latents else decode(raw, self.resolution, flip)
+
     def batch(self, samples: list[tuple[int, Raw]]) -> Batch:
         good, skipped = [], []
         for n, raw in samples:
             rng = random.Random(f"{self.seed} sample {n}")
             flip, dropped = rng.random() < 0.5 * self.config.flip, rng.random() < self.config.caption_dropout
             try:
-                good.append((*decode(raw, self.resolution, flip), "" if dropped else raw.caption))
+                good.append((*self.decode(raw, flip), "" if dropped else raw.caption))
             except Exception:  # whatever a broken file makes Pillow raise: it is named at the end of the run
                 skipped.append(raw.name)
         if not good:
-            good.append((*decode(self.spare, self.resolution, flip=False), self.spare.caption))
+            good.append((*self.decode(self.spare, flip=False), self.spare.caption))
         good = [good[i % len(good)] for i in range(len(samples))]
-        pixels, original, crop, captions = zip(*good, strict=True)
-        return Batch(torch.from_numpy(np.stack(pixels)), list(captions), torch.tensor(original), torch.tensor(crop), skipped)
+        images, original, crop, captions = zip(*good, strict=True)
+        return Batch(torch.from_numpy(np.stack(images)), list(captions), torch.tensor(original), torch.tensor(crop), skipped)
 
 
 def first_decodable(source: Source, resolution: int) -> Raw:
     """The first image, in an order that never changes, that can be decoded. Raises UserError if there is none."""
     for raw in source.walk(random.Random(0)):
         try:
-            decode(raw, resolution, flip=False)
+            unpack_latents(raw, resolution) if source.latents else decode(raw, resolution, flip=False)
             return raw
+        except UserError:
+            raise
         except Exception:
             continue
     raise UserError(f"--data: none of the {source.samples} images can be decoded")

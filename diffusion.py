@@ -35,10 +35,10 @@ class Diffusion:
         if config.snr_gamma:
             self.weights = snr.clamp(max=config.snr_gamma) / (snr + 1 if self.v_prediction else snr)
 
-    def draw(self, latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Noise ε like `latents` [B, 4, h, w], and timesteps t [B], uniform over the schedule."""
-        noise = torch.randn(latents.shape, generator=generator, device=latents.device)
-        timesteps = torch.randint(len(self.alphas_cumprod), (len(latents),), generator=generator, device=latents.device)
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Noise ε of `shape` [B, 4, h, w], and timesteps t [B], uniform over the schedule."""
+        noise = torch.randn(shape, generator=generator, device=generator.device)
+        timesteps = torch.randint(len(self.alphas_cumprod), shape[:1], generator=generator, device=generator.device)
         return noise, timesteps
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

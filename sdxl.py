@@ -42,9 +42,23 @@ for library in (diffusers_logging, transformers_logging):
 
 
 def load_sdxl(model: str, dtype: torch.dtype, device: torch.device) -> StableDiffusionXLPipeline:
-    """`demo`, `sdxl`, a hub id, a diffusers folder, or a single .safetensors checkpoint -> diffusers' pipeline on `device`.
+    """`read_sdxl`, then to `device`."""
+    pipe = read_sdxl(model, dtype)
+    pipe.to(device)
+    pipe.vae.to(vae_dtype(device))
+    return pipe
 
-    U-Net and text encoders in `dtype`. The VAE is not safe in float16: bfloat16 where the GPU computes in it, else float32.
+
+def vae_dtype(device: torch.device) -> torch.dtype:
+    """The VAE is not safe in float16: bfloat16 where the GPU computes in it, else float32."""
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def read_sdxl(model: str, dtype: torch.dtype) -> StableDiffusionXLPipeline:
+    """`demo`, `sdxl`, a hub id, a diffusers folder, or a single .safetensors checkpoint -> diffusers' pipeline in `dtype` on
+    the host, frozen.
+
     Raises UserError in one line if there is no such model, if it is no SDXL, or if it is not here and cannot be fetched.
     """
     source = NAMES.get(model, model)
@@ -72,9 +86,6 @@ def load_sdxl(model: str, dtype: torch.dtype, device: torch.device) -> StableDif
             f"`hf download {repository} --local-dir sdxl`, copy the folder here and pass --model sdxl/"
         ) from None
     pipe.set_progress_bar_config(disable=True)
-    pipe.to(device)
-    bf16_vae = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    pipe.vae.to(torch.bfloat16 if bf16_vae else torch.float32)
     pipe.vae.enable_slicing()  # one image at a time: the memory of a batch of 1
     for module in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
         module.requires_grad_(False).eval()
@@ -115,6 +126,19 @@ def check_checkpoint(model: str, path: Path) -> None:
     raise UserError(f"--model {model} is no SDXL base checkpoint: it lacks the tensors conditioner.embedders.1.*")
 
 
+def blueprint(pipe: StableDiffusionXLPipeline) -> "Denoiser":
+    """A Denoiser of the same architecture and dtypes on the meta device: shapes without weights."""
+    with torch.device("meta"):
+        unet = type(pipe.unet).from_config(pipe.unet.config)
+        text_encoder, text_encoder_2 = (type(m)(m.config) for m in (pipe.text_encoder, pipe.text_encoder_2))
+    parts = {"unet": unet, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
+    return Denoiser(StableDiffusionXLPipeline(**{**pipe.components, **{n: m.to(pipe.dtype).eval() for n, m in parts.items()}}))
+
+
+# Bytes that the VAE takes for each pixel and byte of its dtype: 1.5 and 2.4 GiB at 1024 × 1024 in bfloat16.
+ENCODING, DECODING = 768, 1220
+
+
 def native_resolution(pipe: StableDiffusionXLPipeline) -> int:
     """Side in pixels of the images that the model was trained on: 1024 for SDXL."""
     return pipe.unet.config.sample_size * pipe.vae_scale_factor
@@ -139,17 +163,28 @@ def time_ids(original_size: Tensor, crop: Tensor, resolution: int) -> Tensor:
 
 
 @torch.no_grad()
-def encode_pixels(vae: nn.Module, pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """pixels [B, 3, H, W] in [-1, 1] -> latents [B, 4, H/8, W/8] float32: a sample of the posterior × scaling_factor."""
+def encode_pixels(vae: nn.Module, pixels: Tensor) -> Tensor:
+    """pixels [B, 3, H, W] in [-1, 1] -> posterior [B, 8, H/8, W/8] float32: mean and deviation of the latents."""
     posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
-    noise = torch.randn(posterior.mean.shape, generator=generator, device=pixels.device)
-    return (posterior.mean.float() + posterior.std.float() * noise) * vae.config.scaling_factor
+    return torch.cat([posterior.mean, posterior.std], dim=1).float()
+
+
+def sample_latents(vae: nn.Module, posterior: Tensor, noise: Tensor) -> Tensor:
+    """posterior [B, 8, h, w], noise [B, 4, h, w] -> latents [B, 4, h, w] float32: a sample × scaling_factor."""
+    mean, deviation = posterior.float().chunk(2, dim=1)
+    return (mean + deviation * noise) * vae.config.scaling_factor
 
 
 @torch.no_grad()
-def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
-    """latents [B, 4, h, w] -> pixels [B, 3, 8h, 8w] float32 in [-1, 1]."""
-    return vae.decode((latents.float() / vae.config.scaling_factor).to(vae.dtype)).sample.float().clamp(-1, 1)
+def decode_latents(vae: nn.Module, latents: Tensor, tiled: bool = False) -> Tensor:
+    """latents [B, 4, h, w] -> pixels [B, 3, 8h, 8w] float32 in [-1, 1].
+
+    `tiled`: in overlapping tiles of 512 pixels, for a quarter of the memory; not quite the same picture.
+    """
+    vae.use_tiling, vae.tile_latent_min_size, vae.tile_sample_min_size = tiled, 64, 512
+    pixels = vae.decode((latents.float() / vae.config.scaling_factor).to(vae.dtype)).sample
+    vae.use_tiling = False
+    return pixels.float().clamp(-1, 1)
 
 
 class Denoiser(nn.Module):

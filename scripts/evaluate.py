@@ -29,7 +29,7 @@ from diffusion import Diffusion, DiffusionConfig
 from errors import UserError, one_line_errors
 from lora import linear_layers, merge_lora
 from pictures import render, to_image
-from sdxl import Denoiser, decode_latents, encode_pixels, load_sdxl, native_resolution, time_ids, tokenize
+from sdxl import Denoiser, decode_latents, encode_pixels, load_sdxl, native_resolution, sample_latents, time_ids, tokenize
 
 HELD_OUT = Path(__file__).parents[1] / "assets/demo/heldout"
 
@@ -60,7 +60,9 @@ def denoising_loss(denoiser: Denoiser, diffusion: Diffusion, vae: nn.Module, sam
     device, losses = vae.device, []
     for i, (pixels, original, crop, caption) in enumerate(tqdm(samples, desc="loss", unit="img", leave=False)):
         generator = torch.Generator(device).manual_seed(i)
-        latents = encode_pixels(vae, torch.from_numpy(pixels)[None].to(device), generator).expand(timesteps, -1, -1, -1)
+        posterior = encode_pixels(vae, torch.from_numpy(pixels)[None].to(device))
+        spread = torch.randn(posterior[:, :4].shape, generator=generator, device=device)
+        latents = sample_latents(vae, posterior, spread).expand(timesteps, -1, -1, -1)
         noise = torch.randn(latents.shape, generator=generator, device=device)
         t = ((torch.arange(timesteps, device=device) + 0.5) * len(diffusion.alphas_cumprod) / timesteps).long()
         tokens = tokenize(denoiser.tokenizers, [caption] * timesteps).to(device)
@@ -85,6 +87,8 @@ def main(config: EvaluateConfig) -> None:
     lora = formats.find(config.lora)
     model = config.model or formats.trained_on(lora)
     source = open_source(config.data)
+    if source.latents:
+        raise UserError(f"--data {config.data} holds latents: the evaluation compares pictures, so it needs images")
     pipe = load_sdxl(model, memory.DTYPES[memory.resolve_precision("auto", device)], device)
     denoiser, size = Denoiser(pipe), native_resolution(pipe)
     deltas = formats.read(lora, list(linear_layers(denoiser)))

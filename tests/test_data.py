@@ -9,10 +9,11 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+import webdataset as wds
 from conftest import photograph
 from PIL import Image
 
-from data import BUFFER, DataConfig, Raw, Stream, decode, first_decodable, make_loader, open_source
+from data import BUFFER, DataConfig, Raw, Stream, decode, first_decodable, make_loader, open_source, pack_latents
 from errors import UserError
 
 
@@ -59,7 +60,7 @@ def test_a_stream_goes_on_where_it_stopped(shards, workers):
     rest = stream(shards, flip=True, caption_dropout=0.3, workers=workers, rank=1, world=2, start=3 * 2 * 2)
     for ours, wanted in zip(islice(make_loader(rest, pin_memory=False), 6), whole[3:], strict=True):
         assert ours.captions == wanted.captions
-        assert torch.equal(ours.pixels, wanted.pixels)
+        assert torch.equal(ours.images, wanted.images)
 
 
 def test_pixels_sizes_and_crop():
@@ -84,7 +85,7 @@ def test_flip_and_dropout_rates(shards):
     changed = list(islice(stream(shards, bs=10, flip=True, caption_dropout=0.25), 60))
     dropped = sum(not caption for batch in changed for caption in batch.captions) / 600
     assert 0.18 < dropped < 0.32
-    pairs = [pair for a, b in zip(plain, changed, strict=True) for pair in zip(a.pixels, b.pixels, strict=True)]
+    pairs = [pair for a, b in zip(plain, changed, strict=True) for pair in zip(a.images, b.images, strict=True)]
     kept = sum(torch.equal(a, b) for a, b in pairs) / 600
     assert 0.42 < kept < 0.58
     assert all(torch.equal(a, b) or (a.flip(-1) - b).abs().mean() < 0.05 for a, b in pairs)
@@ -217,3 +218,50 @@ def test_shuffle_buffer_reaches_over_shards(shards):
 def test_bad_options_name_their_flag(options, flag):
     with pytest.raises(UserError, match=flag):
         DataConfig(**options)
+
+
+# Latents, ready-made.
+
+
+def latent_shard(path, count: int = 3, side: int = 8, **also) -> None:
+    with wds.TarWriter(str(path)) as tar:
+        for i in range(count):
+            posterior = torch.full((8, side, side), float(i))
+            files = {"safetensors": pack_latents(posterior, (100 + i, 200), (i, 5)), "txt": f"number {i}"}
+            tar.write({"__key__": f"{i:03}", **files, **also})
+
+
+def test_latents_come_as_they_are_with_their_sizes(tmp_path):
+    latent_shard(tmp_path / "a.tar")
+    seen = stream(tmp_path, bs=3)
+    assert seen.source.latents
+    batch = next(iter(make_loader(seen, pin_memory=False)))
+    assert (batch.images.shape, batch.images.dtype) == ((3, 8, 8, 8), torch.float16)
+    for caption, posterior, original, crop in zip(
+        batch.captions, batch.images, batch.original_size.tolist(), batch.crop.tolist(), strict=True
+    ):
+        i = int(caption.split()[1])
+        assert torch.equal(posterior, torch.full((8, 8, 8), float(i)).half())
+        assert (original, crop) == ([100 + i, 200], [i, 5])
+
+
+def test_latents_that_do_not_fit_are_refused(tmp_path, shards):
+    latent_shard(tmp_path / "a.tar")
+    source = open_source(str(tmp_path))
+    with pytest.raises(UserError, match=r"a\.tar:00\d holds latents of \[64, 64\] pixels, not of 128: see --resolution"):
+        first_decodable(source, 128)
+    with pytest.raises(UserError, match="--flip: latents cannot be mirrored"):
+        stream(tmp_path, flip=True)
+    for shard in shards.glob("*.tar"):
+        shutil.copy(shard, tmp_path)
+    with pytest.raises(UserError, match="hold both images and latents"):
+        open_source(str(tmp_path))
+
+
+def test_damaged_latents_are_skipped_like_a_damaged_image(tmp_path):
+    latent_shard(tmp_path / "a.tar", count=2)
+    with wds.TarWriter(str(tmp_path / "b.tar")) as tar:
+        tar.write({"__key__": "x", "safetensors": b"no latents", "txt": "broken"})
+    batch = next(iter(stream(tmp_path, bs=3)))
+    assert batch.skipped == ["b.tar:x"]
+    assert batch.images.shape == (3, 8, 8, 8)
