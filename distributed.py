@@ -34,6 +34,14 @@ class Ranks:
         dist.all_reduce(votes)
         return bool(votes)
 
+    def least(self, number: int) -> int:
+        """The smallest of all ranks' numbers."""
+        if self.world > 1:
+            numbers = torch.tensor(number)
+            dist.all_reduce(numbers, dist.ReduceOp.MIN)
+            return int(numbers)
+        return number
+
     def from_first(self, value: object) -> object:
         """What rank 0 passed, on every rank: it alone reads the disk that it writes."""
         if self.world == 1:

@@ -52,8 +52,6 @@ class InferConfig:
     """Write the merged model there as a diffusers folder."""
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     """auto: fp16 on CUDA, fp32 on CPU. The VAE is never fp16."""
-    attention: Literal["auto", "xformers", "sdpa"] = "auto"
-    """Attention kernel of the U-Net."""
     device: str = "auto"
     """'auto' (CUDA if there is one), 'cuda', 'cpu'."""
 
@@ -90,7 +88,6 @@ def main(config: InferConfig) -> None:
     check_writable("--out", config.out)
 
     # How pictures are made: diffusers' pipeline and sampler.
-    attention = memory.choose_attention(pipe.unet, config.attention, device, pipe.unet.dtype)
     own_scheduler = pipe.scheduler
     if config.sampler != "default":
         pipe.scheduler = SAMPLERS[config.sampler].from_config(pipe.scheduler.config)
@@ -98,7 +95,7 @@ def main(config: InferConfig) -> None:
     how = {"seed": config.seed, "steps": config.steps, "guidance": config.guidance, "negative": config.negative}
     draw = partial(render, pipe, partial(decode_latents, pipe.vae), prompts, size=size, **how)
     print(f"model {model}, LoRA {lora}: {len(deltas)} layers, scale {config.scale:g}")
-    print(f"{device}, {precision}, {attention} attention, {config.steps} steps of the {config.sampler} sampler")
+    print(f"{device}, {precision}, {config.steps} steps of the {config.sampler} sampler")
 
     # Base, merge, LoRA. Merging costs nothing per step afterwards.
     pictures = {}

@@ -1,11 +1,12 @@
-"""What trades memory against speed or precision, each behind its own flag: gradient checkpointing, the attention kernel,
-8-bit Adam, half precision. Import this file before diffusers, which imports xFormers: see `load_cuda12_runtime`.
+"""What trades memory against speed or precision, each behind its own flag: half precision, gradient checkpointing, 8-bit
+Adam, the cap on the device's memory. Import this file before diffusers, which imports xFormers: see `load_cuda12_runtime`.
 """
 
 import ctypes
 import importlib.util
 import logging
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from errors import UserError
 
 GiB = 2**30
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def load_cuda12_runtime() -> None:
@@ -30,26 +32,38 @@ def load_cuda12_runtime() -> None:
 
 load_cuda12_runtime()
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # at import it warns of parts that SDXL does not use
-for library in ("xformers", "bitsandbytes"):  # at import they warn that there is no CUDA; --attention says why if asked
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read at the first allocation; hardly any gaps
+for library in ("xformers", "bitsandbytes"):  # at import they warn that there is no CUDA
     logging.getLogger(library).setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)
 class MemoryConfig:
+    vram_gb: float | None = None
+    """GiB of the GPU that this process may take, CUDA's own included: planned for and enforced. None: what is free."""
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
-    """Dtype of the frozen base and of the activations; LoRA weights stay float32. auto: fp16 on CUDA, fp32 on CPU."""
+    """Dtype of the activations; LoRA weights stay float32. auto: fp16 on CUDA, fp32 on CPU."""
+    base_precision: Literal["auto", "fp16", "bf16", "fp32", "int8", "nf4"] = "auto"
+    """What the frozen linear layers are stored in. auto: --precision, or fewer bits if the budget asks for it."""
+    checkpointing: Literal["auto", "all", "none"] = "auto"
+    """Blocks that recompute their activations in the backward pass instead of keeping them. auto: as few as fit."""
     optimizer: Literal["adamw8bit", "adamw"] = "adamw8bit"
     """AdamW with 8-bit states (bitsandbytes), or torch's fused one with 32-bit states."""
-    attention: Literal["auto", "xformers", "sdpa"] = "auto"
-    """Attention kernel of the U-Net. auto: xFormers where it runs forward and backward, else PyTorch's SDPA."""
-    checkpointing: bool = True
-    """Recompute activations in the backward pass instead of keeping them."""
+    attention: Literal["auto", "cudnn", "flash", "efficient", "xformers", "sdpa"] = "auto"
+    """Attention kernel of the U-Net. auto: the fastest here. sdpa: PyTorch's choice."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """Replay the step as one CUDA graph. auto: on CUDA, where it can be captured."""
+    compile: bool = False
+    """torch.compile every block of the U-Net: minutes at the start for a few percent, so for long runs only."""
+
+    def __post_init__(self) -> None:
+        if self.vram_gb is not None and self.vram_gb <= 0:
+            raise UserError(f"--vram-gb must be above 0, not {self.vram_gb}")
+        if self.base_precision in DTYPES and self.precision not in ("auto", self.base_precision):
+            raise UserError(f"--base-precision {self.base_precision} contradicts --precision {self.precision}: leave one away")
 
 
 # Precision.
-
-
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
@@ -77,62 +91,64 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
 
 
-def peak_memory(device: torch.device) -> float:
-    """Peak of the memory allocated so far, GiB: of the device, or of this process on the CPU."""
+# The cap.
+
+CUDA_ITSELF = GiB  # context, loaded kernels and recorded graph, outside of PyTorch's allocator: 0.9 measured on an H100
+
+
+def limit_memory(vram_gb: float | None, device: torch.device) -> int:
+    """--vram-gb -> bytes that tensors may take, enforced from here on by PyTorch's allocator; on the CPU only planned with.
+
+    None: what is free now. Raises UserError if that is not there.
+    """
+    if device.type != "cuda":
+        return int(vram_gb * GiB) if vram_gb else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free, total = torch.cuda.mem_get_info(device)  # the context is there by now
+    if vram_gb is None:
+        return free - CUDA_ITSELF // 2
+    if vram_gb * GiB > free + CUDA_ITSELF:
+        raise UserError(f"--vram-gb {vram_gb:g}: only {free / GiB:.1f} of {total / GiB:.1f} GiB are free on {device}")
+    budget = max(0, int(vram_gb * GiB) - CUDA_ITSELF)
+    torch.cuda.set_per_process_memory_fraction(budget / total, device)
+    return budget
+
+
+def peak_memory(device: torch.device) -> tuple[float, float]:
+    """GiB (allocated, reserved by the allocator) at their highest so far; on the CPU twice the peak of this process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / GiB
+        return torch.cuda.max_memory_allocated(device) / GiB, torch.cuda.max_memory_reserved(device) / GiB
     import resource  # not on Windows
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GiB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GiB
+    return peak, peak
 
 
 # Gradient checkpointing (Chen et al. 2016, arXiv:1604.06174).
 
-CHECKPOINTED = {"BasicTransformerBlock", "ResnetBlock2D", "CLIPEncoderLayer"}
+BLOCKS = {"BasicTransformerBlock", "ResnetBlock2D", "CLIPEncoderLayer"}
 
 
-def checkpoint_blocks(model: nn.Module) -> int:
-    """Every transformer and residual block keeps its input only and runs again in the backward pass. Returns their number.
+def block_names(model: nn.Module) -> list[str]:
+    """Paths of the transformer and residual blocks of `model`: what can be recomputed, and compiled, one by one."""
+    return [name for name, module in model.named_modules() if type(module).__name__ in BLOCKS]
 
-    The blocks draw no random numbers, so the state of the generators need not be kept.
+
+def checkpoint_blocks(model: nn.Module, names: Iterable[str]) -> None:
+    """These blocks keep their input only and run again in the backward pass.
+
+    They draw no random numbers, so the state of the generators need not be kept.
     """
-    blocks = [m for m in model.modules() if type(m).__name__ in CHECKPOINTED]
-    for block in blocks:
+    for name in names:
+        block = model.get_submodule(name)
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-    return len(blocks)
 
 
-# Attention.
-
-
-def why_not_xformers(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """None if xFormers' attention runs forward and backward here; else the reason, in one line."""
-    try:
-        import xformers.ops
-    except Exception as error:  # a missing package, or a library it was linked against
-        return f"it cannot be imported: {error}"
-    q = torch.zeros(1, 16, 2, head_dim, device=device, dtype=dtype, requires_grad=True)
-    try:
-        xformers.ops.memory_efficient_attention(q, q, q).sum().backward()
-    except (NotImplementedError, RuntimeError) as error:
-        reasons = [line.strip() for line in str(error).splitlines()[1:] if line.startswith("    ")]
-        return f"no operator of it runs on {device.type} in {dtype}: {reasons[0] if reasons else error}"
-    return None
-
-
-def choose_attention(unet: nn.Module, attention: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Sets the kernel of every attention layer of the U-Net (diffusers) and returns its name.
-
-    Raises UserError with the reason if xFormers is asked for and not usable.
-    """
-    from diffusers.models.attention_processor import AttnProcessor2_0, XFormersAttnProcessor
-
-    heads = next(m for m in unet.modules() if type(m).__name__ == "Attention")
-    reason = why_not_xformers(device, dtype, heads.inner_dim // heads.heads) if attention != "sdpa" else "not asked for"
-    if reason and attention == "xformers":
-        raise UserError(f"--attention xformers is not usable: {reason} (use --attention sdpa)")
-    unet.set_attn_processor(AttnProcessor2_0() if reason else XFormersAttnProcessor())
-    return "sdpa" if reason else "xformers"
+def compile_blocks(model: nn.Module, names: Iterable[str]) -> None:
+    """torch.compile of each block by itself: blocks of one kind and shape share the compiled code."""
+    torch._dynamo.config.recompile_limit = 64  # one entry for each kind and shape of block
+    for name in names:
+        block = model.get_submodule(name)
+        block.forward = torch.compile(block.forward, dynamic=False)
 
 
 # Optimiser.
@@ -171,3 +187,9 @@ def make_optimizer(name: str, groups: list[dict]) -> torch.optim.Optimizer:
                         now.copy_(torch.where(found_inf > 0, before, now))
 
     return AdamW8bit(groups, weight_decay=0.01, min_8bit_size=0)
+
+
+def bytes_per_trained(optimizer: str, dtype: torch.dtype) -> int:
+    """What a trained parameter takes besides the activations: itself, gradient, states, copies in `dtype` and of a step."""
+    copies = 0 if dtype == torch.float32 else 2 * dtype.itemsize
+    return 4 + 4 + copies + (2 + 10 if optimizer == "adamw8bit" else 8)

@@ -9,11 +9,14 @@
 Writes checkpoints/pytorch_lora_weights_{step}.safetensors and, for --resume, checkpoints/state/. `tensorboard --logdir runs`.
 """
 
+import time
+
+STARTED = time.perf_counter()  # before the imports: they are part of the wait for the first step
+
 import json
 import math
 import random
 import signal
-import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,15 +29,21 @@ from tqdm import tqdm
 
 import formats
 import memory
+import sdxl  # after memory, which readies xFormers: diffusers imports it
+from budget import Plan, dry_run, make_plan, stand_in_kernel
 from checkpoint import STATE, check_writable, find_state, load_state, save_state, write_atomically
 from data import DataConfig, Stream, first_decodable, make_loader, open_source
 from diffusion import Diffusion, DiffusionConfig
 from distributed import Ranks, join_ranks, leave_ranks
 from errors import UserError, one_line_errors
+from graph import GraphedStep
+from kernels import KERNELS, Shapes, choose_attention, install
 from lora import Adapter, LoRAConfig, add_lora
-from memory import MemoryConfig  # and before sdxl: it readies xFormers, which diffusers imports
+from memory import MemoryConfig
 from pictures import Gallery, evaluation_prompts
-from sdxl import Denoiser, decode_latents, encode_pixels, load_sdxl, native_resolution, time_ids, tokenize
+from quantise import BASES as PACKED
+from quantise import check_quantisable, packed_bytes, quantisable, quantise_base
+from sdxl import Denoiser, decode_latents, encode_pixels, sample_latents, time_ids, tokenize
 
 LOG_EVERY = 10  # steps; the host waits for the device only then
 MAX_GRAD_NORM = 1.0
@@ -139,22 +148,36 @@ class Meter:
 def main(config: TrainConfig) -> None:
     # Processes, device, precision.
     device = memory.resolve_device(config.device)
-    precision = memory.resolve_precision(config.memory.precision, device)
+    asked = config.memory.base_precision if config.memory.base_precision in memory.DTYPES else config.memory.precision
+    precision = memory.resolve_precision(asked, device)
     dtype = memory.DTYPES[precision]
     ranks = join_ranks(device)
 
     # Data, looked at before the model is loaded: a mistake shows at once.
     source = open_source(config.dataset.data)
 
-    # Model: the frozen base, with adapters on the layers that --targets names.
-    pipe = load_sdxl(config.model, dtype, device)
-    resolution = config.dataset.resolution or native_resolution(pipe)
+    # Model on the host, and what the device will have to hold.
+    pipe = sdxl.read_sdxl(config.model, dtype)
+    resolution = config.dataset.resolution or sdxl.native_resolution(pipe)
     first_decodable(source, resolution)
+    budget = ranks.least(memory.limit_memory(config.memory.vram_gb, device))
+    plan, attention_shapes = plan_memory(config, pipe, resolution, source.latents, dtype, device, budget)
+
+    # Model on the device: the frozen base, with adapters on the layers that --targets names.
     denoiser = Denoiser(pipe)
     total = sum(p.numel() for p in denoiser.parameters())
-    adapter = add_lora(denoiser, config.lora, denoiser.unread, config.seed)
-    attention = memory.choose_attention(pipe.unet, config.memory.attention, device, dtype)
-    blocks = memory.checkpoint_blocks(denoiser) if config.memory.checkpointing else 0
+    if plan.base in PACKED:
+        check_quantisable(plan.base, device)
+        quantise_base(denoiser, plan.base, device)
+    denoiser.to(device)
+    vae_home = torch.device("cpu") if source.latents else device  # not needed but for pictures
+    pipe.vae.to(vae_home, sdxl.vae_dtype(device)).use_slicing = not plan.whole_vae
+    adapter = add_lora(denoiser, config.lora, denoiser.unread, config.seed, dtype)
+    attention = choose_attention(config.memory.attention, attention_shapes, device, dtype)
+    install(pipe.unet, KERNELS[attention])
+    if config.memory.compile:
+        memory.compile_blocks(pipe.unet, memory.block_names(pipe.unet))
+    memory.checkpoint_blocks(denoiser, plan.checkpointed)
     lr = (2e-3 if config.model == "demo" else 1e-4) if config.lr is None else config.lr
     config = replace(  # from here on with every "auto" and None resolved
         config,
@@ -162,7 +185,7 @@ def main(config: TrainConfig) -> None:
         text_encoder_lr=lr if config.text_encoder_lr is None else config.text_encoder_lr,
         lora=replace(config.lora, alpha=config.lora.resolved_alpha),
         dataset=replace(config.dataset, resolution=resolution),
-        memory=replace(config.memory, precision=precision, attention=attention),
+        memory=replace(config.memory, precision=precision, base_precision=plan.base, attention=attention),
     )
 
     # Objective and optimiser.
@@ -172,6 +195,21 @@ def main(config: TrainConfig) -> None:
     optimizer = memory.make_optimizer(config.memory.optimizer, groups)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     generator = torch.Generator(device)
+
+    # The step from a batch to its gradients, every kernel of it recorded once.
+    encode = (lambda posterior: posterior) if source.latents else partial(encode_pixels, pipe.vae)
+    micro_batches = config.dataset.bs // plan.micro * config.grad_accum
+
+    def differentiate(images, spread, noise, timesteps, tokens, ids) -> torch.Tensor:
+        """Adds the gradients of one micro-batch to `adapter.grad`; returns its share of the loss."""
+        latents = sample_latents(pipe.vae, encode(images), spread)
+        denoise = partial(denoiser, tokens=tokens, time_ids=ids)
+        loss = diffusion(denoise, latents, noise, timesteps).mean() / micro_batches
+        scaler.scale(loss).backward()
+        adapter.gather()
+        return loss.detach()
+
+    step = GraphedStep(differentiate, [adapter.grad], config.memory.cuda_graph, device)
 
     # Where the run stands: at its beginning, or where a saved state left it.
     run = Run(log_dir=str(config.log_dir / time.strftime("%Y%m%d-%H%M%S")))
@@ -204,14 +242,20 @@ def main(config: TrainConfig) -> None:
         print(f"LoRA       rank {config.lora.rank} on {layers} layers, {count:,} parameters trained: {share:.2f} %")
         print(f"data       {source.samples} images with a caption, {len(source.uncaptioned)} without")
         print(f"batch      {config.dataset.bs} × {config.grad_accum} accumulated × {ranks.world} processes = {images_per_step}")
-        print(f"device     {device}, {precision}, {attention} attention, {blocks} blocks checkpointed")
+        launching = "every kernel launched" if step.eager else "CUDA graph"
+        print(f"device     {device}, {precision}, {attention} attention, {launching}")
+        print(f"memory     {plan}")
         print(f"optimiser  {config.memory.optimizer}, learning rate {rates['unet']:g}, text encoders {rates['text_encoder']:g}")
         print(f"file       {config.out}/pytorch_lora_weights_{config.steps}.safetensors, {size:.2f} MB", flush=True)
 
     # The loop. Randomness is a function of (seed, rank, step), the learning rate of the step.
+    side = resolution // pipe.vae_scale_factor
+    latents_shape = (config.dataset.bs, pipe.unet.config.in_channels, side, side)
     stream = Stream(source, config.dataset, resolution, config.seed, ranks.rank, ranks.world, start=run.samples)
     batches = make_loader(stream, pin_memory=device.type == "cuda")
-    gallery = Gallery(pipe, partial(decode_latents, pipe.vae), adapter.disabled, evaluation_prompts(config.model), resolution)
+    tight = sdxl.DECODING * resolution**2 * pipe.vae.dtype.itemsize > plan.budget / 2
+    decode = partial(decode_latents, pipe.vae, tiled=tight)
+    gallery = Gallery(pipe, decode, adapter.disabled, evaluation_prompts(config.model), resolution)
     stop, meter, logged, skipped = StopRequest(), Meter(device), run.step, set(source.uncaptioned)
     progress = tqdm(total=config.steps, initial=run.step, unit="step", disable=not ranks.first)
     while run.step < config.steps and not ranks.any(stop.asked):
@@ -221,24 +265,25 @@ def main(config: TrainConfig) -> None:
             batch = next(batches)
             skipped.update(batch.skipped)
             generator.manual_seed(seed_of(config.seed, ranks.rank, run.step, micro))
-            pixels = memory.send(batch.pixels, device)
+            images = memory.send(batch.images, device)
             tokens = memory.send(tokenize(denoiser.tokenizers, batch.captions), device)
             ids = memory.send(time_ids(batch.original_size, batch.crop, resolution), device)
-            latents = encode_pixels(pipe.vae, pixels, generator)
-            noise, timesteps = diffusion.draw(latents, generator)
-            denoise = partial(denoiser, tokens=tokens, time_ids=ids)
-            loss = diffusion(denoise, latents, noise, timesteps).mean() / config.grad_accum
-            scaler.scale(loss).backward()
-            meter.add(loss)
+            spread = torch.randn(latents_shape, generator=generator, device=device)
+            noise, timesteps = diffusion.draw(latents_shape, generator)
+            inputs = (images, spread, noise, timesteps, tokens, ids)
+            for part in zip(*(tensor.split(plan.micro) for tensor in inputs), strict=True):
+                meter.add(step(*part))
         ranks.average(adapter.grad)
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(adapter.groups.values(), MAX_GRAD_NORM)
         scaler.step(optimizer)
         scaler.update()
-        adapter.grad.zero_()
+        adapter.refresh()
         run.step, run.samples = run.step + 1, run.samples + images_per_step
         progress.update()
 
+        if run.step == start + 2 and ranks.first:
+            tqdm.write(measured(device))
         saving = run.step % config.save_every == 0 or run.step == config.steps
         if saving or run.step % LOG_EVERY == 0:
             loss, rate = meter.read(ranks, run.step - logged, images_per_step)
@@ -246,12 +291,16 @@ def main(config: TrainConfig) -> None:
             progress.set_postfix(loss=f"{loss:.4f}", lr=f"{optimizer.param_groups[0]['lr']:.2e}", img_s=f"{rate:.2f}")
             scalars = {"loss": loss, "grad_norm": grad_norm.item(), "images_per_second": rate, "loss_scale": scaler.get_scale()}
             scalars |= {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
-            scalars |= {"peak_memory_GiB": memory.peak_memory(device)}
+            scalars |= dict(zip(("peak_memory_GiB", "peak_reserved_GiB"), memory.peak_memory(device), strict=True))
             for name, value in scalars.items():
                 writer.add_scalar(name, value, run.step)
         if saving and ranks.first:  # the weights first, then pictures
             save(run)
-            writer.add_image("compare", gallery.draw(f"LoRA, step {run.step}"), run.step, dataformats="HWC")
+            step.release()
+            pipe.vae.to(device)
+            with torch.compiler.set_stance("force_eager"):  # compiling for the shapes of pictures would take minutes
+                writer.add_image("compare", gallery.draw(f"LoRA, step {run.step}"), run.step, dataformats="HWC")
+            pipe.vae.to(vae_home)
             meter.restart()
 
     # The end, or Ctrl-C.
@@ -268,6 +317,40 @@ def main(config: TrainConfig) -> None:
         if skipped:
             print(f"skipped {len(skipped)} images, broken or without a caption: {', '.join(skipped)}")
     leave_ranks()
+
+
+# Memory.
+
+
+def plan_memory(
+    config: TrainConfig, pipe, resolution: int, latents: bool, dtype: torch.dtype, device: torch.device, budget: int
+) -> tuple[Plan, Shapes]:
+    """How a step fits into `budget` bytes, by a dry run on shapes without weights; and the shapes of its attention."""
+    asked, vae = config.memory.base_precision, sdxl.vae_dtype(device)
+    full = next(name for name, kind in memory.DTYPES.items() if kind == dtype)
+    bases = [full, *PACKED] if asked == "auto" and device.type == "cuda" else [full if asked == "auto" else asked]
+    shapes = sdxl.blueprint(pipe)
+    linears = quantisable(shapes)
+    unpacked = sum(p.nbytes for p in shapes.parameters())
+    unpacked += 0 if latents else sum(p.numel() for p in pipe.vae.parameters()) * vae.itemsize
+    saved = {base: sum(m.weight.nbytes - packed_bytes(m, base) for m in linears.values()) for base in PACKED}
+    adapter = add_lora(shapes, config.lora, shapes.unread, dtype=dtype)
+    trained = adapter.flat.numel() * memory.bytes_per_trained(config.memory.optimizer, dtype)
+    install(shapes.unet, stand_in_kernel)
+    costs = dry_run(shapes, memory.block_names(shapes), config.dataset.bs, resolution // pipe.vae_scale_factor)
+    fixed = {base: unpacked - saved.get(base, 0) + trained for base in bases}
+    vae_image = 0 if latents else sdxl.ENCODING * resolution**2 * vae.itemsize
+    how = {"checkpointing": config.memory.checkpointing, "vae_image": vae_image}
+    return make_plan(costs, fixed, config.dataset.bs, budget, **how), costs.attention
+
+
+def measured(device: torch.device) -> str:
+    """What the plan has come to; waits for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    peak, reserved = memory.peak_memory(device)
+    seconds = time.perf_counter() - STARTED
+    return f"memory     measured peak {peak:.1f} GiB, {reserved:.1f} reserved; two steps done {seconds:.0f} s after the start"
 
 
 # Files: the LoRA, and the state that --resume goes on from.
@@ -325,6 +408,7 @@ def restore(
     if differ or state["layers"] != list(adapter.modules):
         raise UserError(f"the saved state was made with {', '.join(differ)}: use that, or --resume none, or another --out")
     adapter.flat.copy_(state["lora"])
+    adapter.refresh()
     optimizer.load_state_dict(state["optimizer"])
     if state["scaler"]:  # empty if the run so far was not in fp16
         scaler.load_state_dict(state["scaler"])

@@ -39,6 +39,13 @@ def make_tokenizer(folder: Path, pad: str):
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), pad_token=pad, model_max_length=77), len(words)
 
 
+def pytest_collection_modifyitems(items):
+    """Tests marked `gpu` need CUDA; elsewhere they are skipped, and say so."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA here"))
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """A diffusers folder: SDXL's three levels, two text encoders, 64 px, random weights."""

@@ -5,6 +5,8 @@ import shutil
 import tarfile
 
 import pyarrow
+import pytest
+import torch
 from conftest import photograph
 from PIL import Image
 from pyarrow import parquet
@@ -70,3 +72,12 @@ def test_make_shards_mistakes(script, tmp_path):
         _, err = script("scripts/make_shards.py", source, "--out", tmp_path / "out", status=2)
         assert err.strip().splitlines()[-1].startswith("make_shards.py: ")
         assert message in err
+
+
+def test_bench_needs_a_gpu(script):
+    if torch.cuda.is_available():
+        pytest.skip("there is one: bench.py would run for minutes")
+    _, err = script("scripts/bench.py", status=2)
+    assert err == "bench.py: nothing to measure here: a GPU with CUDA is needed\n"
+    _, err = script("scripts/bench.py", "--rows", "recipe", "nonsense", status=2)
+    assert err.startswith("bench.py: --rows nonsense: choose from recipe")

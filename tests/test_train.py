@@ -8,13 +8,18 @@ import sys
 
 import pytest
 import torch
+import webdataset as wds
 from conftest import ROOT, run
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from two_ranks import gradient_and_step
 
 import formats
-from train_lora import TrainConfig, lr_factor
+from data import DataConfig, pack_latents
+from lora import LoRAConfig
+from memory import MemoryConfig
+from sdxl import read_sdxl
+from train_lora import TrainConfig, lr_factor, plan_memory
 
 
 @pytest.fixture
@@ -42,7 +47,11 @@ def test_a_run_writes_what_it_says(train, tiny_model, tmp_path):
     trained = sum(t.numel() for key, t in tensors.items() if key.endswith("weight"))
     assert f"rank 2 on {len(tensors) // 3} layers, {trained:,} parameters trained" in out
     assert "7 images with a caption" in out
-    assert re.search(r"cpu, fp32, sdpa attention, \d\d blocks checkpointed", out)
+    assert "device     cpu, fp32, sdpa attention, every kernel launched" in out
+    assert re.search(
+        r"memory     [\d.]+ GiB for tensors: 0 of \d\d blocks checkpointed, fp32 base, batch in one piece; predicted", out
+    )
+    assert re.search(r"memory     measured peak [\d.]+ GiB", out + err)
     assert "7/7" in err
     assert "loss=" in err
 
@@ -51,7 +60,16 @@ def test_a_run_writes_what_it_says(train, tiny_model, tmp_path):
     assert config.items() >= {**resolved, "attention": "sdpa", "steps": 7, "model": str(tiny_model)}.items()
     (events,) = (tmp_path / "runs").iterdir()
     log = EventAccumulator(str(events)).Reload()
-    wanted = {"loss", "grad_norm", "images_per_second", "peak_memory_GiB", "lr/unet", "lr/text_encoder", "loss_scale"}
+    wanted = {
+        "loss",
+        "grad_norm",
+        "images_per_second",
+        "peak_memory_GiB",
+        "peak_reserved_GiB",
+        "lr/unet",
+        "lr/text_encoder",
+        "loss_scale",
+    }
     assert wanted <= set(log.Tags()["scalars"])
     assert [event.step for event in log.Images("compare")] == [3, 6, 7]
     assert "config/text_summary" in log.Tags()["tensors"]
@@ -119,12 +137,55 @@ def test_learning_rates(train, tmp_path):
 
 
 def test_other_choices_train(train, tmp_path):
-    train("--steps", 2, "--no-train-text-encoder", "--targets", "all", "--no-checkpointing", "--snr-gamma", 5)
+    train("--steps", 2, "--no-train-text-encoder", "--targets", "all", "--checkpointing", "all", "--snr-gamma", 5)
     keys = weights(tmp_path / "out", 2).keys()
     assert any("ff_net" in key for key in keys)
     assert not any("lora_te" in key for key in keys)
     train("--steps", 2, "--precision", "bf16", "--resolution", 96, "--targets", r"attn2\.to_[kv]", "--out", tmp_path / "b")
     assert {re.search(r"attn2_to_[kv]", key) is None for key in weights(tmp_path / "b", 2)} == {False}
+
+
+@pytest.mark.parametrize("base", ["int8", "nf4"])
+def test_a_packed_base_trains_and_merges_into_the_unpacked_one(train, script, tiny_model, tmp_path, base):
+    out, _ = train("--steps", 2, "--base-precision", base, "--targets", "all")
+    assert f", {base} base, " in out
+    config = json.loads(formats.read_metadata(tmp_path / "out/pytorch_lora_weights_2.safetensors")["sdxl_lora.config"])
+    assert (config["precision"], config["base_precision"]) == ("fp32", base)
+    out, _ = script("infer.py", "--lora", tmp_path / "out", "--steps", 2, "--out", tmp_path / "images", "--prompts", "x")
+    assert "scale 1" in out
+
+
+@pytest.fixture
+def latents(tmp_path):
+    """A shard of three ready-made latents."""
+    with wds.TarWriter(str(tmp_path / "latents.tar")) as tar:
+        for i in range(3):
+            posterior = torch.randn(8, 8, 8, generator=torch.Generator().manual_seed(i)).abs()
+            tar.write({"__key__": f"{i}", "safetensors": pack_latents(posterior, (64, 64), (0, 0)), "txt": "a picture"})
+    return tmp_path / "latents.tar"
+
+
+def test_ready_made_latents_train_without_the_vae(train, latents, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusers.AutoencoderKL.encode", None)
+    train("--data", latents, "--steps", 2)
+    assert weights(tmp_path / "out", 2)
+
+
+def test_a_batch_in_pieces_is_the_same_run(train, latents, tiny_model, tmp_path):
+    """A budget just too small for the whole batch: one image at a time, and the same weights but for rounding."""
+    memory = MemoryConfig(checkpointing="none", optimizer="adamw")
+    config = TrainConfig(lora=LoRAConfig(rank=2), dataset=DataConfig(bs=2), memory=memory)
+    pipe = read_sdxl(str(tiny_model), torch.float32)
+    whole, _ = plan_memory(config, pipe, 64, True, torch.float32, torch.device("cpu"), 2**34)
+    how = ["--data", latents, "--steps", 2, "--checkpointing", "none", "--optimizer", "adamw"]
+    out, _ = train(*how)
+    assert "batch in one piece" in out
+    out, _ = train(*how, "--vram-gb", f"{(whole.predicted - 1) / 2**30:.12f}", "--out", tmp_path / "b")
+    assert "batch in 2 pieces" in out
+    one, other = weights(tmp_path / "out", 2), weights(tmp_path / "b", 2)
+    assert any(t.any() for key, t in one.items() if "lora_up" in key)
+    for key, tensor in one.items():
+        torch.testing.assert_close(other[key], tensor, atol=1e-4, rtol=1e-2)
 
 
 def test_fp16_with_a_grad_scaler(train, tmp_path):
@@ -211,6 +272,8 @@ def test_torchrun_with_two_ranks(tiny_model, shards, tmp_path):
         (["--log-dir", "README.md/x"], "--log-dir README.md/x cannot be written"),
         (["--device", "cuda:77"], "--device cuda:77 cannot be used here"),
         (["--resume", "/nowhere"], "--resume /nowhere: no state there"),
+        (["--vram-gb", 0.001], "--vram-gb leaves 0.0 GiB for tensors, not enough: the smallest plan ("),
+        (["--cuda-graph", "on"], "--cuda-graph on needs a CUDA device, not cpu"),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, list) else "",
 )
