@@ -196,6 +196,7 @@ class Plan:
     base: str  # precision that the frozen weights are stored in
     batch: int
     micro: int  # images that run through the model at once: a divisor of the batch
+    weights: int  # bytes that stay: the base as stored, LoRA and its optimiser
     whole_vae: bool  # the VAE encodes the whole batch at once, not image by image
     predicted: int  # peak of the memory that the allocator reserves, bytes
     budget: int  # bytes
@@ -220,7 +221,7 @@ def plans(costs: Costs, fixed: dict[str, int], batch: int, budget: int, checkpoi
                 training = costs.peak(order[:number], micro)
                 for whole_vae in (True, False):
                     peak = weights + MARGIN + max(training, vae_image * (batch if whole_vae else 1))
-                    yield Plan(order[:number], len(order), base, batch, micro, whole_vae, peak, budget)
+                    yield Plan(order[:number], len(order), base, batch, micro, weights, whole_vae, peak, budget)
 
 
 def make_plan(
@@ -247,6 +248,6 @@ def make_plan(
         helps += ["--checkpointing auto"] if checkpointing == "none" else []
         helps += ["--no-train-text-encoder"] if any(costs.blocks[n].kept for n in costs.blocks if n.startswith("text")) else []
     raise UserError(
-        f"--vram-gb leaves {budget / GiB:.1f} GiB for tensors, not enough: the smallest plan ({smallest.measures}) needs "
+        f"--vram-gb, or what is free, leaves {budget / GiB:.1f} GiB for tensors: the smallest plan ({smallest.measures}) needs "
         f"{math.ceil(10 * smallest.predicted / GiB) / 10} GiB; what helps: {', '.join([*helps, 'a larger GPU'])}"
     )

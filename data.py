@@ -9,10 +9,10 @@ import json
 import random
 import signal
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import count, groupby
+from itertools import count, groupby, islice
 from operator import itemgetter
 from pathlib import Path
 
@@ -203,6 +203,25 @@ def scan_folder(folder: Path) -> Folder:
     return Folder(len(images), uncaptioned, images=images)
 
 
+def write_shards(folder: Path, name: str, samples: Iterable[dict], per_shard: int) -> int:
+    """Samples {extension: content} -> folder/name-000000.tar, …, each written aside and renamed when it is whole.
+
+    Returns their number. Raises UserError, before the first sample is taken, if there are such shards already.
+    """
+    if there := sorted(folder.glob(f"{name}-*.tar")):
+        raise UserError(f"--out {folder} already holds {there[0].name}: remove it or choose another --name")
+    remaining, keys = iter(samples), count()
+    for shard in count():
+        chunk = list(islice(remaining, per_shard))
+        if not chunk:
+            return shard
+        path = folder / f"{name}-{shard:06d}.tar"
+        with wds.TarWriter(str(path.with_suffix(".part")), mtime=0, user="", group="") as tar:
+            for sample in chunk:
+                tar.write({"__key__": f"{next(keys):07d}", **sample})
+        path.with_suffix(".part").rename(path)
+
+
 # Raw samples -> batches.
 
 
@@ -266,8 +285,6 @@ class Stream(IterableDataset):
         world: int = 1,
         start: int = 0,
     ):
-        if source.latents and config.flip:
-            raise UserError("--flip: latents cannot be mirrored, only the images that they are made of")
         self.source, self.config, self.resolution, self.seed = source, config, resolution, seed
         self.rank, self.world, self.start = rank, world, start
 
@@ -308,6 +325,8 @@ class Stream(IterableDataset):
             flip, dropped = rng.random() < 0.5 * self.config.flip, rng.random() < self.config.caption_dropout
             try:
                 good.append((*self.decode(raw, flip), "" if dropped else raw.caption))
+            except UserError:
+                raise
             except Exception:  # whatever a broken file makes Pillow raise: it is named at the end of the run
                 skipped.append(raw.name)
         if not good:

@@ -63,8 +63,6 @@ def join_ranks(device: torch.device) -> Ranks:
     """Reads torchrun's variables and opens the group if there are more: gloo for CPU tensors, nccl for CUDA's."""
     ranks = Ranks(rank=int(os.environ.get("RANK", 0)), world=int(os.environ.get("WORLD_SIZE", 1)))
     if ranks.world > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return ranks
 

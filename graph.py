@@ -27,7 +27,7 @@ class GraphedStep:
     def __init__(self, step: Callable[..., Tensor], accumulators: list[Tensor], cuda_graph: str, device: torch.device):
         self.step, self.accumulators, self.must = step, accumulators, cuda_graph == "on"
         self.graphs: dict = {}
-        self.pool = None
+        self.pool = self.stream = None
         self.eager = cuda_graph == "off" or device.type != "cuda"
         if self.must and self.eager:
             raise UserError(f"--cuda-graph on needs a CUDA device, not {device.type}: use --cuda-graph auto")
@@ -42,12 +42,15 @@ class GraphedStep:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                reason = str(error.__context__ or error).splitlines()[0]  # the cause, not that the capture then ended badly
+                cause = error.__context__ or error  # not that the capture then ended badly
+                reason = (str(cause).splitlines() or [type(cause).__name__])[0]
                 if self.must:
                     raise UserError(f"--cuda-graph on: the step cannot be captured: {reason}") from None
                 print(f"no CUDA graph, every kernel is launched by itself: {reason}", file=sys.stderr)
                 self.eager = True
-                return self.step(*inputs)
+        if self.eager:  # out of the except block, which would keep what the capture has allocated
+            self.release()
+            return self.step(*inputs)
         graph, static, output = self.graphs[shapes]
         for ours, given in zip(static, inputs, strict=True):
             ours.copy_(given)
@@ -55,24 +58,23 @@ class GraphedStep:
         return output
 
     def record(self, inputs: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
+        """(graph, its inputs, its output). torch.cuda.graph frees what the warm-up took before the pool takes it again."""
         static = [t.clone() for t in inputs]
         kept = [t.clone() for t in self.accumulators]
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):  # libraries choose their kernels, and compilers compile, on the first call
+        self.stream = self.stream or torch.cuda.Stream()  # one for good: cuBLAS keeps a workspace for every stream it has seen
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):  # libraries choose their kernels, and compilers compile, on the first call
             self.step(*static)
-        torch.cuda.current_stream().wait_stream(beside)
+        torch.cuda.current_stream().wait_stream(self.stream)
         for ours, before in zip(self.accumulators, kept, strict=True):
             ours.copy_(before)
         del kept
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # what the warm-up took, the pool of the graph takes again
         graph = torch.cuda.CUDAGraph()
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         generator = torch.cuda.default_generators[static[0].device.index]
         before = generator.clone_state()
         try:
-            with torch.cuda.graph(graph, pool=self.pool, stream=beside, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                 output = self.step(*static)  # the loader's and NCCL's threads may call CUDA meanwhile: thread_local
         except RuntimeError:
             generator.graphsafe_set_state(before)  # a capture that failed leaves it refusing to draw

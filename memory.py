@@ -57,8 +57,8 @@ class MemoryConfig:
     """torch.compile every block of the U-Net: minutes at the start for a few percent, so for long runs only."""
 
     def __post_init__(self) -> None:
-        if self.vram_gb is not None and self.vram_gb <= 0:
-            raise UserError(f"--vram-gb must be above 0, not {self.vram_gb}")
+        if self.vram_gb is not None and not 0 < self.vram_gb < 1e4:
+            raise UserError(f"--vram-gb must lie between 0 and 10000, not {self.vram_gb}")
         if self.base_precision in DTYPES and self.precision not in ("auto", self.base_precision):
             raise UserError(f"--base-precision {self.base_precision} contradicts --precision {self.precision}: leave one away")
 
@@ -81,6 +81,8 @@ def resolve_device(device: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device} cannot be used here: {str(error).splitlines()[0]} (use --device cpu)") from None
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)  # streams and graphs are made on the current one
     return torch.device(device)
 
 
@@ -99,10 +101,11 @@ CUDA_ITSELF = GiB  # context, loaded kernels and recorded graph, outside of PyTo
 def limit_memory(vram_gb: float | None, device: torch.device) -> int:
     """--vram-gb -> bytes that tensors may take, enforced from here on by PyTorch's allocator; on the CPU only planned with.
 
-    None: what is free now. Raises UserError if that is not there.
+    None: what is free now; of the host, all it has: a plan must not depend on what its cache of files holds just then.
+    Raises UserError if that is not there.
     """
     if device.type != "cuda":
-        return int(vram_gb * GiB) if vram_gb else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return int(vram_gb * GiB) if vram_gb else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     free, total = torch.cuda.mem_get_info(device)  # the context is there by now
     if vram_gb is None:
         return free - CUDA_ITSELF // 2

@@ -7,7 +7,6 @@ nf4 is the 4-bit NormalFloat of QLoRA (Dettmers et al. 2023, arXiv:2305.14314), 
 """
 
 import re
-from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -88,28 +87,24 @@ class QuantisedLinear(nn.Linear):
         return Product.apply(x, self, part)
 
 
-def quantisable(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, nn.Linear]:
-    """{module path: layer} of what `quantise_base` packs: linear layers, less KEPT and paths that begin with one of `skip`."""
-    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    return {n: m for n, m in linears.items() if not re.search(KEPT, n) and not n.startswith(tuple(skip))}
+def quantisable(model: nn.Module) -> dict[str, nn.Linear]:
+    """{module path: layer} of what `quantise_base` packs: linear layers, less KEPT."""
+    return {n: m for n, m in model.named_modules() if type(m) is nn.Linear and not re.search(KEPT, n)}
 
 
-def quantise_base(model: nn.Module, base: str, device: torch.device, skip: Iterable[str] = ()) -> int:
-    """Puts a QuantisedLinear in place of every `quantisable` layer of a model on the CPU. Returns their number.
+def quantise_base(model: nn.Module, base: str, device: torch.device) -> None:
+    """Puts a QuantisedLinear in place of every `quantisable` layer of a model on the CPU.
 
     One by one, so that `device` never holds more than one weight unpacked. model.to(device) then moves the rest.
     """
-    names = list(quantisable(model, skip))  # not the layers: the list would keep every weight
+    names = list(quantisable(model))  # not the layers: the list would keep every weight
     for name in names:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, QuantisedLinear(model.get_submodule(name), base, device))
-    return len(names)
 
 
 def check_quantisable(base: str, device: torch.device) -> None:
     """Packs and unpacks one small layer on `device`. Raises UserError if that cannot be done there."""
-    if base not in BASES:
-        raise UserError(f"--base-precision {base} is not a way to quantise: choose from {', '.join(BASES)}")
     try:
         QuantisedLinear(nn.Linear(BLOCK, 2), base, device).dense().cpu()
     except (ImportError, OSError, AttributeError, AssertionError, RuntimeError) as error:

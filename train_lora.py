@@ -36,8 +36,8 @@ from data import DataConfig, Stream, first_decodable, make_loader, open_source
 from diffusion import Diffusion, DiffusionConfig
 from distributed import Ranks, join_ranks, leave_ranks
 from errors import UserError, one_line_errors
+from fast import KERNELS, Shapes, choose_attention, install
 from graph import GraphedStep
-from kernels import KERNELS, Shapes, choose_attention, install
 from lora import Adapter, LoRAConfig, add_lora
 from memory import MemoryConfig
 from pictures import Gallery, evaluation_prompts
@@ -155,13 +155,15 @@ def main(config: TrainConfig) -> None:
 
     # Data, looked at before the model is loaded: a mistake shows at once.
     source = open_source(config.dataset.data)
+    if source.latents and config.dataset.flip:
+        raise UserError("--flip: latents cannot be mirrored, only the images that they are made of")
 
     # Model on the host, and what the device will have to hold.
     pipe = sdxl.read_sdxl(config.model, dtype)
     resolution = config.dataset.resolution or sdxl.native_resolution(pipe)
     first_decodable(source, resolution)
     budget = ranks.least(memory.limit_memory(config.memory.vram_gb, device))
-    plan, attention_shapes = plan_memory(config, pipe, resolution, source.latents, dtype, device, budget)
+    plan, attention_shapes = plan_memory(config, pipe, resolution, source.latents, precision, device, budget)
 
     # Model on the device: the frozen base, with adapters on the layers that --targets names.
     denoiser = Denoiser(pipe)
@@ -253,7 +255,8 @@ def main(config: TrainConfig) -> None:
     latents_shape = (config.dataset.bs, pipe.unet.config.in_channels, side, side)
     stream = Stream(source, config.dataset, resolution, config.seed, ranks.rank, ranks.world, start=run.samples)
     batches = make_loader(stream, pin_memory=device.type == "cuda")
-    tight = sdxl.DECODING * resolution**2 * pipe.vae.dtype.itemsize > plan.budget / 2
+    vae_bytes = sum(p.nbytes for p in pipe.vae.parameters()) + sdxl.DECODING * resolution**2 * pipe.vae.dtype.itemsize
+    tight = plan.weights + vae_bytes > plan.budget
     decode = partial(decode_latents, pipe.vae, tiled=tight)
     gallery = Gallery(pipe, decode, adapter.disabled, evaluation_prompts(config.model), resolution)
     stop, meter, logged, skipped = StopRequest(), Meter(device), run.step, set(source.uncaptioned)
@@ -323,12 +326,11 @@ def main(config: TrainConfig) -> None:
 
 
 def plan_memory(
-    config: TrainConfig, pipe, resolution: int, latents: bool, dtype: torch.dtype, device: torch.device, budget: int
+    config: TrainConfig, pipe, resolution: int, latents: bool, precision: str, device: torch.device, budget: int
 ) -> tuple[Plan, Shapes]:
     """How a step fits into `budget` bytes, by a dry run on shapes without weights; and the shapes of its attention."""
-    asked, vae = config.memory.base_precision, sdxl.vae_dtype(device)
-    full = next(name for name, kind in memory.DTYPES.items() if kind == dtype)
-    bases = [full, *PACKED] if asked == "auto" and device.type == "cuda" else [full if asked == "auto" else asked]
+    asked, dtype, vae = config.memory.base_precision, memory.DTYPES[precision], sdxl.vae_dtype(device)
+    bases = [asked] if asked in PACKED else [precision, *PACKED] if asked == "auto" and device.type == "cuda" else [precision]
     shapes = sdxl.blueprint(pipe)
     linears = quantisable(shapes)
     unpacked = sum(p.nbytes for p in shapes.parameters())
@@ -341,7 +343,8 @@ def plan_memory(
     fixed = {base: unpacked - saved.get(base, 0) + trained for base in bases}
     vae_image = 0 if latents else sdxl.ENCODING * resolution**2 * vae.itemsize
     how = {"checkpointing": config.memory.checkpointing, "vae_image": vae_image}
-    return make_plan(costs, fixed, config.dataset.bs, budget, **how), costs.attention
+    plan = make_plan(costs, fixed, config.dataset.bs, budget, **how)
+    return plan, Shapes({((plan.micro, *q[1:]), (plan.micro, *k[1:])): n for (q, k), n in costs.attention.items()})
 
 
 def measured(device: torch.device) -> str:
@@ -417,4 +420,8 @@ def restore(
 
 if __name__ == "__main__":
     with one_line_errors("train_lora.py"):
-        main(tyro.cli(TrainConfig, config=(tyro.conf.OmitArgPrefixes,)))
+        try:
+            main(tyro.cli(TrainConfig, config=(tyro.conf.OmitArgPrefixes,)))
+        except torch.OutOfMemoryError as error:
+            told = str(error).split(". ")[0]
+            raise UserError(f"{told}: give less as --vram-gb, or --checkpointing all, --base-precision nf4") from None

@@ -2,7 +2,7 @@
 
     python scripts/bench.py                          every row of the README's table, each by train_lora.py itself
     python scripts/bench.py --rows recipe images     some of them
-    python scripts/bench.py --vram-gb 12             the recipe under another cap
+    python scripts/bench.py --rows recipe --vram-gb 12
     python scripts/bench.py --parts                  where the time of a step goes, and inference: base, merge, merged
     python scripts/bench.py --compare-attention      every attention kernel on SDXL's shapes, forward and backward
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import webdataset as wds
 
-import kernels
+import fast
 import memory
 from data import DataConfig, Stream, open_source, pack_latents
 from diffusion import Diffusion, DiffusionConfig
@@ -38,7 +38,6 @@ from graph import GraphedStep
 from lora import LoRAConfig, add_lora, merge_lora
 from sdxl import Denoiser, blueprint, decode_latents, encode_pixels, load_sdxl, time_ids, tokenize
 
-GiB = 2**30
 FORWARD = 6.76e12  # floating-point operations of the U-Net's forward pass, one image of 1024 x 1024 (counted by dry_run)
 
 LATENTS = ("--data", "{work}/latents")
@@ -203,7 +202,7 @@ def measure(name: str, config: BenchConfig, matmul: float) -> Row:
     out, rest = process.communicate(timeout=120)
     row.told = [line for line in (out + told + rest).replace("\r", "\n").splitlines() if re.match(r"memory|device|batch", line)]
     if process.returncode:
-        row.failed = (told + rest).strip().splitlines()[-1][-300:]
+        row.failed = ((told + rest).strip().splitlines() or ["no output"])[-1][-300:]
         return row
     (events,) = (run / "log").iterdir()
     log = EventAccumulator(str(events)).Reload()
@@ -295,6 +294,7 @@ def measure_parts(pipe, device: torch.device) -> dict[str, float]:
     """Milliseconds of each part of a step of the recipe, batch 3, nothing checkpointed, each as a CUDA graph."""
     bs, times, denoiser = 3, {}, Denoiser(pipe)
     adapter = add_lora(denoiser, LoRAConfig(), denoiser.unread, dtype=torch.float16)
+    fast.install(pipe.unet, fast.KERNELS["sdpa"])
     diffusion = Diffusion(DiffusionConfig(), pipe.scheduler.alphas_cumprod, "epsilon", device)
     latents = torch.randn(bs, 4, 128, 128, device=device)
     noise, timesteps = diffusion.draw(latents.shape, torch.Generator(device).manual_seed(0))
@@ -349,9 +349,9 @@ def compare_attention(device: torch.device) -> list[str]:
     for tokens, heads in ((4096, 10), (1024, 20)):
         for keys in (tokens, 77):
             q, k = torch.Size((3, tokens, heads, 64)), torch.Size((3, keys, heads, 64))
-            for name, kernel in kernels.KERNELS.items():
-                reason = kernels.why_not(name, q, k, device, torch.float16)
-                told = reason or f"{kernels.milliseconds(kernel, q, k, device, torch.float16):.3f} ms"
+            for name, kernel in fast.KERNELS.items():
+                reason = fast.why_not(name, q, k, device, torch.float16)
+                told = reason or f"{fast.milliseconds(kernel, q, k, device, torch.float16):.3f} ms"
                 lines.append(f"{tokens:5} queries, {keys:5} keys, {heads} heads   {name:10} {told}")
     return lines
 
@@ -374,7 +374,6 @@ def main(config: BenchConfig) -> None:
         print("\n".join(result["attention"]))
     elif config.parts:
         pipe = load_sdxl(str(config.work / "model"), torch.float16, device)
-        kernels.install(pipe.unet, kernels.KERNELS["sdpa"])
         result["parts"] = measure_inference(pipe, device) | measure_parts(pipe, device) | measure_data(config)
         print("\n".join(f"{value:10.2f}  {name}" for name, value in result["parts"].items()))
     else:

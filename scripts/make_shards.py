@@ -15,18 +15,16 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count, islice
 from pathlib import Path
 from typing import Annotated
 
 import tyro
-import webdataset as wds
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from checkpoint import check_writable
-from data import scan_folder, to_rgb
+from data import scan_folder, to_rgb, write_shards
 from errors import UserError, one_line_errors
 
 SUFFIX = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -118,33 +116,20 @@ def pack(name: str, encoded: bytes, caption: str) -> dict:
 
 
 def usable(rows: Iterator[tuple[str, bytes, str]], refused: list[str]) -> Iterator[dict]:
-    """Samples with consecutive keys; what is not usable goes to `refused`, with the reason."""
-    keys = count()
+    """Samples; what is not usable goes to `refused`, with the reason."""
     for name, encoded, caption in rows:
         try:
-            sample = pack(name, encoded, caption)
+            yield pack(name, encoded, caption)
         except ValueError as error:
             refused.append(f"{name} ({error})")
-        else:
-            yield {"__key__": f"{next(keys):07d}", **sample}
 
 
 def main(config: ShardConfig) -> None:
     total, rows = open_rows(config.source)
     check_writable("--out", config.out)
-    if there := sorted(config.out.glob(f"{config.name}-*.tar")):
-        raise UserError(f"--out {config.out} already holds {there[0].name}: remove it or choose another --name")
-
-    # Each shard is written aside and renamed when it is whole.
     refused: list[str] = []
-    samples, shards = usable(tqdm(rows, total=total, unit="img"), refused), 0
-    while chunk := list(islice(samples, config.per_shard)):
-        path = config.out / f"{config.name}-{shards:06d}.tar"
-        with wds.TarWriter(str(path.with_suffix(".part")), mtime=0, user="", group="") as tar:
-            for sample in chunk:
-                tar.write(sample)
-        path.with_suffix(".part").rename(path)
-        shards += 1
+    samples = usable(tqdm(rows, total=total, unit="img"), refused)
+    shards = write_shards(config.out, config.name, samples, config.per_shard)
 
     print(f"kept {total - len(refused)} images in {shards} shards in {config.out}/, refused {len(refused)}")
     for line in refused:

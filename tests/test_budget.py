@@ -14,7 +14,7 @@ import budget
 import memory
 from budget import Block, Costs, GiB, Plan, dry_run, make_plan
 from errors import UserError
-from kernels import install
+from fast import install
 from lora import LoRAConfig, add_lora
 
 
@@ -223,7 +223,7 @@ def test_checkpointing_is_obeyed(real):
 
 
 def test_a_plan_in_one_line():
-    plan = Plan(("a", "b"), 124, "fp16", 3, 3, False, int(14.2 * GiB), 15 * GiB)
+    plan = Plan(("a", "b"), 124, "fp16", 3, 3, 7 * GiB, False, int(14.2 * GiB), 15 * GiB)
     assert str(plan) == (
         "15.0 GiB for tensors: 2 of 124 blocks checkpointed, fp16 base, batch in one piece, VAE one image at a time; "
         "predicted peak 14.2 GiB"
@@ -248,7 +248,7 @@ def test_too_little_says_what_helps(real, fixed, options, helps):
     with pytest.raises(UserError) as error:
         make_plan(real, fixed, 3, size, **options)
     text = str(error.value)
-    assert text.startswith("--vram-gb leaves 3.5 GiB for tensors, not enough: the smallest plan (")
+    assert text.startswith("--vram-gb, or what is free, leaves 3.5 GiB for tensors: the smallest plan (")
     assert text.endswith(f"; what helps: {helps}")
     assert "\n" not in text
     needed = float(text.split(" needs ")[1].split(" GiB")[0])

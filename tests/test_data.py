@@ -250,8 +250,9 @@ def test_latents_that_do_not_fit_are_refused(tmp_path, shards):
     source = open_source(str(tmp_path))
     with pytest.raises(UserError, match=r"a\.tar:00\d holds latents of \[64, 64\] pixels, not of 128: see --resolution"):
         first_decodable(source, 128)
-    with pytest.raises(UserError, match="--flip: latents cannot be mirrored"):
-        stream(tmp_path, flip=True)
+    latent_shard(tmp_path / "b.tar", side=16)
+    with pytest.raises(UserError, match=r"b\.tar:00\d holds latents of \[128, 128\] pixels, not of 64"):
+        list(islice(stream(tmp_path, bs=3), 2))
     for shard in shards.glob("*.tar"):
         shutil.copy(shard, tmp_path)
     with pytest.raises(UserError, match="hold both images and latents"):

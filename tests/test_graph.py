@@ -2,7 +2,7 @@ import pytest
 import torch
 from test_lora import shake
 
-import kernels
+import fast
 import memory
 from errors import UserError
 from graph import GraphedStep
@@ -37,7 +37,7 @@ def training(tiny_model):
     denoiser = Denoiser(pipe)
     adapter = add_lora(denoiser, LoRAConfig(rank=4), denoiser.unread, dtype=torch.float16)
     shake(adapter)
-    kernels.install(pipe.unet, kernels.KERNELS["sdpa"])
+    fast.install(pipe.unet, fast.KERNELS["sdpa"])
     memory.checkpoint_blocks(denoiser, memory.block_names(denoiser))
     scaler = torch.amp.GradScaler("cuda", init_scale=256.0)
 

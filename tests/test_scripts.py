@@ -1,6 +1,7 @@
 import hashlib
 import io
 import json
+import random
 import shutil
 import tarfile
 
@@ -11,7 +12,8 @@ from conftest import photograph
 from PIL import Image
 from pyarrow import parquet
 
-from data import open_source
+from data import decode, open_source, unpack_latents
+from sdxl import encode_pixels, load_sdxl
 
 
 def members(tar) -> dict[str, bytes]:
@@ -81,3 +83,23 @@ def test_bench_needs_a_gpu(script):
     assert err == "bench.py: nothing to measure here: a GPU with CUDA is needed\n"
     _, err = script("scripts/bench.py", "--rows", "recipe", "nonsense", status=2)
     assert err.startswith("bench.py: --rows nonsense: choose from recipe")
+
+
+def test_cached_latents_are_what_the_vae_gives_for_the_same_images(script, tiny_model, shards, tmp_path):
+    out, _ = script("scripts/cache.py", shards, "--model", tiny_model, "--out", tmp_path, "--per-shard", 4, "--device", "cpu")
+    assert "encoded 7 images at 64 px into 2 shards" in out
+    pipe = load_sdxl(str(tiny_model), torch.float32, torch.device("cpu"))
+    images, latents = open_source(str(shards)), open_source(str(tmp_path))
+    assert (images.samples, latents.samples, latents.latents) == (7, 7, True)
+    wanted = {raw.caption: decode(raw, 64, flip=False) for raw in images.walk(random.Random(0))}
+    for raw in latents.walk(random.Random(0)):
+        posterior, original, crop = unpack_latents(raw, 64)
+        pixels, *sizes = wanted.pop(raw.caption)
+        ours = encode_pixels(pipe.vae, torch.from_numpy(pixels)[None])[0]
+        torch.testing.assert_close(torch.from_numpy(posterior).float(), ours, atol=1e-3, rtol=1e-3)
+        assert [original, crop] == sizes
+    assert not wanted
+    _, err = script("scripts/cache.py", shards, "--model", tiny_model, "--out", tmp_path, status=2)
+    assert err == f"cache.py: --out {tmp_path} already holds latents-000000.tar: remove it or choose another --name\n"
+    _, err = script("scripts/cache.py", tmp_path, "--model", tiny_model, "--out", tmp_path / "b", status=2)
+    assert err == f"cache.py: {tmp_path} holds latents already\n"

@@ -25,8 +25,9 @@ from train_lora import TrainConfig, lr_factor, plan_memory
 @pytest.fixture
 def train(script, tiny_model, shards, tmp_path):
     """train("--steps", 4) runs the training script on the tiny model; files go to a fresh folder."""
-    base = ["--model", tiny_model, "--data", shards, "--rank", 2, "--bs", 2, "--workers", 0, "--out", tmp_path / "out"]
-    return lambda *options, **how: script("train_lora.py", *base, "--log-dir", tmp_path / "runs", *options, **how)
+    base = ["--model", tiny_model, "--data", shards, "--rank", 2, "--bs", 2, "--workers", 0, "--device", "cpu"]
+    base += ["--out", tmp_path / "out", "--log-dir", tmp_path / "runs"]
+    return lambda *options, **how: script("train_lora.py", *base, *options, **how)
 
 
 def weights(folder, step: int) -> dict[str, torch.Tensor]:
@@ -35,6 +36,12 @@ def weights(folder, step: int) -> dict[str, torch.Tensor]:
 
 def equal(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+
+
+def last(folder, scalar: str) -> float:
+    """The newest value of a scalar in the TensorBoard log below `folder`."""
+    (events,) = folder.iterdir()
+    return EventAccumulator(str(events)).Reload().Scalars(scalar)[-1].value
 
 
 def test_a_run_writes_what_it_says(train, tiny_model, tmp_path):
@@ -84,10 +91,11 @@ def test_training_on_shards_lowers_the_held_out_loss(train, script, tmp_path):
     assert re.search(r"colours  base 0\.\d+   LoRA 0\.\d+", out)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw8bit", "adamw"])
-def test_a_resumed_run_ends_as_one_that_never_stopped(train, tmp_path, optimizer):
+@pytest.mark.parametrize(("optimizer", "precision"), [("adamw8bit", "fp32"), ("adamw", "bf16")])
+def test_a_resumed_run_ends_as_one_that_never_stopped(train, tmp_path, optimizer, precision):
     """Bit for bit: weights, optimiser state, data position, flips, dropout, noise."""
     how = ["--grad-accum", 2, "--flip", "--caption-dropout", 0.3, "--warmup", 2, "--optimizer", optimizer, "--workers", 2]
+    how += ["--precision", precision]
     train("--steps", 6, *how)
     train("--steps", 3, *how, "--out", tmp_path / "halves")
     out, err = train("--steps", 6, *how, "--out", tmp_path / "halves")
@@ -169,6 +177,9 @@ def test_ready_made_latents_train_without_the_vae(train, latents, tmp_path, monk
     monkeypatch.setattr("diffusers.AutoencoderKL.encode", None)
     train("--data", latents, "--steps", 2)
     assert weights(tmp_path / "out", 2)
+    _, err = train("--data", latents, "--flip", "--out", tmp_path / "b", status=2)
+    assert err == "train_lora.py: --flip: latents cannot be mirrored, only the images that they are made of\n"
+    assert not (tmp_path / "b").exists()
 
 
 def test_a_batch_in_pieces_is_the_same_run(train, latents, tiny_model, tmp_path):
@@ -176,12 +187,18 @@ def test_a_batch_in_pieces_is_the_same_run(train, latents, tiny_model, tmp_path)
     memory = MemoryConfig(checkpointing="none", optimizer="adamw")
     config = TrainConfig(lora=LoRAConfig(rank=2), dataset=DataConfig(bs=2), memory=memory)
     pipe = read_sdxl(str(tiny_model), torch.float32)
-    whole, _ = plan_memory(config, pipe, 64, True, torch.float32, torch.device("cpu"), 2**34)
+    whole, _ = plan_memory(config, pipe, 64, True, "fp32", torch.device("cpu"), 2**34)
     how = ["--data", latents, "--steps", 2, "--checkpointing", "none", "--optimizer", "adamw"]
-    out, _ = train(*how)
+    short = f"{(whole.predicted - 1) / 2**30:.12f}"
+    out, _ = train(*how, "--log-dir", tmp_path / "whole")
     assert "batch in one piece" in out
-    out, _ = train(*how, "--vram-gb", f"{(whole.predicted - 1) / 2**30:.12f}", "--out", tmp_path / "b")
+    out, _ = train(*how, "--vram-gb", short, "--out", tmp_path / "b", "--log-dir", tmp_path / "pieces")
     assert "batch in 2 pieces" in out
+    train(*how, "--bs", 1, "--grad-accum", 2, "--out", tmp_path / "c", "--log-dir", tmp_path / "accumulated")
+    for scalar in ("loss", "grad_norm"):
+        wanted = last(tmp_path / "whole", scalar)
+        assert last(tmp_path / "pieces", scalar) == pytest.approx(wanted, rel=1e-4)
+        assert last(tmp_path / "accumulated", scalar) == pytest.approx(wanted, rel=0.7)  # of other noise
     one, other = weights(tmp_path / "out", 2), weights(tmp_path / "b", 2)
     assert any(t.any() for key, t in one.items() if "lora_up" in key)
     for key, tensor in one.items():
@@ -220,6 +237,20 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tiny_model, shards, tmp_path)
     assert weights(tmp_path / "out", step)
     done = run(*map(str, command[1:]), "--steps", str(step + 2))
     assert f"weights_{step + 2}.safetensors" in done.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("base", ["fp16", "nf4"])
+def test_a_run_on_a_gpu_is_the_same_with_and_without_a_graph(train, latents, tmp_path, base):
+    """Saves and pictures in between give the graph's memory back and take the VAE to the GPU and away."""
+    how = ["--device", "cuda", "--data", latents, "--steps", 7, "--save-every", 3, "--base-precision", base, "--workers", 2]
+    how += ["--lr", 1e-2]
+    out, _ = train(*how, "--cuda-graph", "on", "--log-dir", tmp_path / "graph")
+    assert "CUDA graph" in out
+    train(*how, "--cuda-graph", "off", "--out", tmp_path / "eager", "--log-dir", tmp_path / "launched")
+    assert last(tmp_path / "graph", "loss") == pytest.approx(last(tmp_path / "launched", "loss"), rel=0.02)
+    one, other = (torch.cat([t.flatten() for t in weights(tmp_path / f, 7).values()]) for f in ("out", "eager"))
+    assert (one - other).norm() < 0.05 * other.norm()
 
 
 # Several processes.
@@ -272,7 +303,7 @@ def test_torchrun_with_two_ranks(tiny_model, shards, tmp_path):
         (["--log-dir", "README.md/x"], "--log-dir README.md/x cannot be written"),
         (["--device", "cuda:77"], "--device cuda:77 cannot be used here"),
         (["--resume", "/nowhere"], "--resume /nowhere: no state there"),
-        (["--vram-gb", 0.001], "--vram-gb leaves 0.0 GiB for tensors, not enough: the smallest plan ("),
+        (["--vram-gb", 0.001], "--vram-gb, or what is free, leaves 0.0 GiB for tensors: the smallest plan ("),
         (["--cuda-graph", "on"], "--cuda-graph on needs a CUDA device, not cpu"),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, list) else "",

@@ -2,13 +2,13 @@ import pytest
 import torch
 from test_lora import inputs, shake
 
-import kernels
+import fast
 from errors import UserError
 from lora import LoRAConfig, add_lora
 from quantise import quantise_base
 
 CPU = torch.device("cpu")
-SHAPES = kernels.Shapes({(torch.Size((2, 32, 2, 16)), torch.Size((2, 32, 2, 16))): 3,
+SHAPES = fast.Shapes({(torch.Size((2, 32, 2, 16)), torch.Size((2, 32, 2, 16))): 3,
                          (torch.Size((2, 32, 2, 16)), torch.Size((2, 7, 2, 16))): 3})  # fmt: skip
 
 
@@ -28,9 +28,9 @@ def test_same_function_as_diffusers(denoiser, targets, base):
     adapter = add_lora(denoiser, LoRAConfig(rank=2, targets=targets), denoiser.unread)
     shake(adapter)
     theirs = output_and_gradient(denoiser, adapter)
-    kernels.install(denoiser.unet, kernels.KERNELS["sdpa"])
+    fast.install(denoiser.unet, fast.KERNELS["sdpa"])
     ours = output_and_gradient(denoiser, adapter)
-    assert any(type(m).__name__ == "GEGLU" and m.forward.__func__ is kernels.geglu for m in denoiser.modules())
+    assert any(type(m).__name__ == "GEGLU" and m.forward.__func__ is fast.geglu for m in denoiser.modules())
     for mine, reference in zip(ours, theirs, strict=True):
         assert reference.abs().max() > 1e-3
         torch.testing.assert_close(mine, reference, atol=1e-5, rtol=1e-4)
@@ -38,40 +38,45 @@ def test_same_function_as_diffusers(denoiser, targets, base):
 
 def test_gate_by_hand_equals_autograd():
     h, g = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    assert torch.autograd.gradcheck(kernels.Gate.apply, (h, g))
+    assert torch.autograd.gradcheck(fast.Gate.apply, (h, g))
 
 
-def test_on_the_cpu_attention_is_pytorchs(monkeypatch):
-    assert kernels.choose_attention("auto", SHAPES, CPU, torch.float32) == "sdpa"
-    assert kernels.choose_attention("sdpa", SHAPES, CPU, torch.float32) == "sdpa"
+def test_on_the_cpu_attention_is_pytorchs():
+    assert fast.choose_attention("auto", SHAPES, CPU, torch.float32) == "sdpa"
+    assert fast.choose_attention("sdpa", SHAPES, CPU, torch.float32) == "sdpa"
 
 
 def test_a_kernel_that_cannot_run_says_why():
     if torch.cuda.is_available():
         pytest.skip("xFormers runs on this machine")
     with pytest.raises(UserError, match=r"--attention xformers is not usable: .*cpu.*--attention sdpa"):
-        kernels.choose_attention("xformers", SHAPES, CPU, torch.float32)
+        fast.choose_attention("xformers", SHAPES, CPU, torch.float32)
 
 
 @pytest.mark.parametrize(
-    "wrong", [lambda q, k, v: kernels.sdpa(q, k, 1.05 * v), lambda q, k, v: kernels.sdpa(q, k.detach(), v) + 0 * k.sum()]
+    "wrong",
+    [
+        lambda q, k, v: fast.sdpa(q, k, 1.05 * v),
+        lambda q, k, v: fast.sdpa(q, k.detach(), v) + 0 * k.sum(),
+        lambda q, k, v: fast.sdpa(q, k, v) + (0 * v.mean()).sqrt(),  # its derivative is not a number
+    ],
 )
 def test_a_kernel_that_is_wrong_is_not_used(monkeypatch, wrong):
-    """Wrong forward, or a wrong gradient only."""
-    monkeypatch.setitem(kernels.KERNELS, "flash", wrong)
+    """Wrong forward, a wrong gradient only, a gradient that is not a number."""
+    monkeypatch.setitem(fast.KERNELS, "flash", wrong)
     with pytest.raises(UserError, match="--attention flash is not usable: it is wrong on cpu"):
-        kernels.choose_attention("flash", SHAPES, CPU, torch.float32)
+        fast.choose_attention("flash", SHAPES, CPU, torch.float32)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_kernel_of_the_gpu_is_right_and_the_fastest_is_taken(monkeypatch, dtype):
     device = torch.device("cuda")
-    big = kernels.Shapes({(torch.Size((1, 1024, 4, 64)), torch.Size((1, 1024, 4, 64))): 2,
+    big = fast.Shapes({(torch.Size((1, 1024, 4, 64)), torch.Size((1, 1024, 4, 64))): 2,
                           (torch.Size((1, 1024, 4, 64)), torch.Size((1, 77, 4, 64))): 2})  # fmt: skip
-    usable = [n for n in kernels.KERNELS if not any(kernels.why_not(n, q, k, device, dtype) for q, k in big)]
+    usable = [n for n in fast.KERNELS if not any(fast.why_not(n, q, k, device, dtype) for q, k in big)]
     assert {"flash", "efficient", "sdpa"} <= set(usable)
-    times = {name: 1.0 + (name != "efficient") for name in kernels.KERNELS}
-    named = {kernel: name for name, kernel in kernels.KERNELS.items()}
-    monkeypatch.setattr(kernels, "milliseconds", lambda kernel, *_: times[named[kernel]])
-    assert kernels.choose_attention("auto", big, device, dtype) == "efficient"
+    times = {name: 1.0 + (name != "efficient") for name in fast.KERNELS}
+    named = {kernel: name for name, kernel in fast.KERNELS.items()}
+    monkeypatch.setattr(fast, "milliseconds", lambda kernel, *_: times[named[kernel]])
+    assert fast.choose_attention("auto", big, device, dtype) == "efficient"
