@@ -356,6 +356,11 @@ def compare_attention(device: torch.device) -> list[str]:
     return lines
 
 
+def write(path: Path | None, result: dict) -> None:
+    if path:
+        path.write_text(json.dumps(result, indent=1))
+
+
 def main(config: BenchConfig) -> None:
     if not torch.cuda.is_available():
         raise UserError("nothing to measure here: a GPU with CUDA is needed")
@@ -368,7 +373,7 @@ def main(config: BenchConfig) -> None:
     rate = matmul_rate(device)
     card = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
     print(f"{card}; a matrix product of 8192³ in float16 runs at {rate / 1e12:.0f} TFLOP/s")
-    result = {"card": card, "matmul_TFLOPs": rate / 1e12}
+    result: dict = {"card": card, "matmul_TFLOPs": rate / 1e12}
     if config.compare_attention:
         result["attention"] = compare_attention(device)
         print("\n".join(result["attention"]))
@@ -389,8 +394,8 @@ def main(config: BenchConfig) -> None:
             print(f"| {row.what} | {row.failed or ' | '.join(map(str, cells))} |", flush=True)
             for line in row.told:
                 print(f"    {line}", flush=True)
-    if config.out:
-        config.out.write_text(json.dumps(result, indent=1))
+            write(config.out, result)  # a later row may not end
+    write(config.out, result)
 
 
 if __name__ == "__main__":
