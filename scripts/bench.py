@@ -73,7 +73,7 @@ class BenchConfig:
     """Instead of the rows: every attention kernel, forward and backward."""
     work: Path = Path("/tmp/sdxl-bench")
     """Folder for the model and the shards."""
-    out: Path | None = None
+    out: Path = Path("bench.json")
     """JSON file for the figures."""
 
     def __post_init__(self) -> None:
@@ -344,21 +344,19 @@ def measure_data(config: BenchConfig) -> dict[str, float]:
 
 
 def compare_attention(device: torch.device) -> list[str]:
-    """Lines of a table: forward + backward of each kernel on SDXL's shapes, batch 3."""
+    """Lines of a table: each kernel on SDXL's shapes, batch 3."""
     lines = []
     for tokens, heads in ((4096, 10), (1024, 20)):
         for keys in (tokens, 77):
             q, k = torch.Size((3, tokens, heads, 64)), torch.Size((3, keys, heads, 64))
             for name, kernel in fast.KERNELS.items():
-                reason = fast.why_not(name, q, k, device, torch.float16)
-                told = reason or f"{fast.milliseconds(kernel, q, k, device, torch.float16):.3f} ms"
+                how = (q, k, device, torch.float16)
+                told = fast.why_not(name, *how)
+                if told is None:
+                    forward, both = (fast.milliseconds(kernel, *how, backward=back) for back in (False, True))
+                    told = f"forward {forward:.3f} ms, backward {both - forward:.3f} ms"
                 lines.append(f"{tokens:5} queries, {keys:5} keys, {heads} heads   {name:10} {told}")
     return lines
-
-
-def write(path: Path | None, result: dict) -> None:
-    if path:
-        path.write_text(json.dumps(result, indent=1))
 
 
 def main(config: BenchConfig) -> None:
@@ -394,8 +392,9 @@ def main(config: BenchConfig) -> None:
             print(f"| {row.what} | {row.failed or ' | '.join(map(str, cells))} |", flush=True)
             for line in row.told:
                 print(f"    {line}", flush=True)
-            write(config.out, result)  # a later row may not end
-    write(config.out, result)
+            config.out.write_text(json.dumps(result, indent=1))  # now: a later row may not end
+    config.out.write_text(json.dumps(result, indent=1))
+    print(f"the same as JSON: {config.out}")
 
 
 if __name__ == "__main__":
