@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,8 +12,11 @@ from errors import UserError
 STATE = "state/state.pt"
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Temporary file, fsync, rename, fsync of the folder: a crash leaves the old file or the new one, never half of one."""
+def write_atomically(path: Path, data: bytes, check: Callable[[Path], None] = lambda written: None) -> None:
+    """Temporary file, fsync, rename, fsync of the folder: a crash leaves the old file or the new one, never half of one.
+
+    `check` looks at the temporary file; what it raises leaves the old file in its place.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -20,6 +24,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        check(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,10 +1,15 @@
-"""LoRA files: names, layout and metadata. Written: the kohya layout with SGM block names, which diffusers, ComfyUI and
-A1111 all read. Inside the suite an adapter is {module path: (A, B, alpha)}; the paths are those of diffusers' modules.
+"""LoRA files: names, layouts and metadata. Inside the suite an adapter is {module path: (A, B, alpha)}; the paths are those
+of diffusers' modules.
+
+Written: the kohya layout with SGM block names, which diffusers, ComfyUI and A1111 all match, or diffusers' own.
+Read: every layout of LoRA that other tools write.
 """
 
 import hashlib
 import json
+import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,6 +31,13 @@ SGM_BLOCKS = [
     (r"^up_blocks\.(\d+)\.resnets\.(\d+)", lambda i, j: f"output_blocks.{3 * i + j}.0"),
     (r"^time_embedding\.linear_(\d)", lambda i: f"time_embed.{2 * i - 2}"),
     (r"^add_embedding\.linear_(\d)", lambda i: f"label_emb.0.{2 * i - 2}"),
+    (r"^down_blocks\.(\d+)\.downsamplers\.0\.conv$", lambda i: f"input_blocks.{3 * i + 3}.0.op"),
+    (r"^up_blocks\.(\d+)\.upsamplers\.0\.conv$", lambda i: f"output_blocks.{3 * i + 2}.2.conv"),
+    (r"^conv_in$", lambda: "input_blocks.0.0"),
+    (r"^conv_out$", lambda: "out.2"),
+    (r"\.conv1$", lambda: ".in_layers.2"),
+    (r"\.conv2$", lambda: ".out_layers.3"),
+    (r"\.conv_shortcut$", lambda: ".skip_connection"),
     (r"\.time_emb_proj$", lambda: ".emb_layers.1"),
 ]
 
@@ -47,17 +59,58 @@ def kohya_name(path: str) -> str:
     return f"{prefix}_{rest}".replace(".", "_")
 
 
-def serialise(deltas: Deltas, metadata: dict[str, str]) -> bytes:
-    """The bytes of a .safetensors file in the kohya layout: float16 weights, a 0-dim float32 alpha on every module.
+def diffusers_name(path: str) -> str:
+    """The same in diffusers' layout: 'text_encoder.encoder.…' -> 'text_encoder.text_model.encoder.…'."""
+    component, _, rest = path.partition(".")
+    rest = rest.removeprefix("text_model.")
+    return f"{component}.{rest}" if component == "unet" or rest == "text_projection" else f"{component}.text_model.{rest}"
+
+
+def with_one_alpha(deltas: Deltas) -> Deltas:
+    """The same ΔW with one α in each component, the factor moved into B: diffusers mis-scales a kohya file of several."""
+    alphas = {path.split(".")[0]: alpha for path, (_, _, alpha) in deltas.items()}
+    folded = {}
+    for path, (A, B, alpha) in deltas.items():
+        one = alphas[path.split(".")[0]]
+        folded[path] = (A, B.float() * (alpha / one), one)
+    return folded
+
+
+def adapter_metadata(deltas: Deltas) -> dict[str, str]:
+    """`lora_adapter_metadata` as every version of diffusers that reads it takes it: flat, complete, names in full."""
+    told: dict = {}
+    for component in dict.fromkeys(path.split(".")[0] for path in deltas):
+        mine = {}  # without text_model, which one text encoder has: PEFT takes a name for the end of a path
+        for path, delta in deltas.items():
+            if path.startswith(f"{component}."):
+                mine[path.partition(".")[2].removeprefix("text_model.")] = delta
+        A, _, alpha = next(iter(mine.values()))
+        about = {"r": len(A), "lora_alpha": alpha, "target_modules": list(mine), "bias": "none"}
+        about["rank_pattern"] = {name: len(a) for name, (a, *_) in mine.items() if len(a) != len(A)}
+        about["alpha_pattern"] = {name: other for name, (*_, other) in mine.items() if other != alpha}
+        about |= dict.fromkeys(("use_dora", "use_rslora", "lora_bias"), False)
+        told |= {f"{component}.{key}": value for key, value in about.items()}
+    return {"lora_adapter_metadata": json.dumps(told)}
+
+
+def serialise(deltas: Deltas, metadata: dict[str, str], layout: str = "kohya", dtype: torch.dtype = torch.float16) -> bytes:
+    """The bytes of a .safetensors file, weights in `dtype`: 'kohya' with a 0-dim float32 alpha on every module, the same one
+    for all of a component; 'diffusers' with the alphas in its metadata.
 
     Raises UserError, naming the module, rather than write a value that is not finite.
     """
     tensors = {}
-    for path, (A, B, alpha) in deltas.items():
-        name = kohya_name(path)
-        tensors[f"{name}.lora_down.weight"] = A.to("cpu", torch.float16).contiguous()
-        tensors[f"{name}.lora_up.weight"] = B.to("cpu", torch.float16).contiguous()
-        tensors[f"{name}.alpha"] = torch.tensor(float(alpha))
+    if layout == "diffusers":
+        metadata = {**metadata, **adapter_metadata(deltas)}
+        for path, (A, B, _) in deltas.items():
+            name = diffusers_name(path)
+            tensors |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+    else:
+        for path, (A, B, alpha) in with_one_alpha(deltas).items():
+            name = kohya_name(path)
+            tensors |= {f"{name}.lora_down.weight": A, f"{name}.lora_up.weight": B}
+            tensors[f"{name}.alpha"] = torch.tensor(float(alpha))
+    tensors = {key: t.to("cpu", t.dtype if t.ndim == 0 else dtype).contiguous() for key, t in tensors.items()}
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise UserError(f"{key} is not finite, so no file was written: go on from the last one with a lower --lr")
@@ -65,6 +118,18 @@ def serialise(deltas: Deltas, metadata: dict[str, str]) -> bytes:
     header = int.from_bytes(plain[:8], "little")
     digest = hashlib.sha256(plain[8 + header :]).hexdigest()  # of the tensor bytes only, as other tools compute it
     return save(tensors, {**metadata, "sshs_model_hash": digest})
+
+
+def largest_difference(read_back: Deltas, live: Deltas) -> float:
+    """Of any weight between a file and the adapter that it was made of, α/r multiplied in. Infinite if modules differ."""
+    if read_back.keys() != live.keys():
+        return math.inf
+    worst = torch.zeros(())
+    for path, (A, B, alpha) in live.items():
+        theirs_A, theirs_B, theirs_alpha = read_back[path]
+        scaled = theirs_B.float() * (theirs_alpha / alpha)
+        worst = torch.stack([worst, (theirs_A.float() - A.cpu()).abs().max(), (scaled - B.cpu()).abs().max()]).max()
+    return worst.item()
 
 
 def describe(config: dict, images: int, step: int) -> dict[str, str]:
@@ -119,24 +184,147 @@ def find(path: Path) -> Path:
     return files[-1]
 
 
-def read(path: Path, module_paths: list[str]) -> Deltas:
-    """A LoRA file in the kohya layout, mapped onto a model's linear layers by their paths. A missing alpha means rank.
+# Reading: whatever another tool has written.
 
-    Raises UserError, naming the first keys, if any key belongs to none of `module_paths` or a pair is incomplete.
+PAIR = re.compile(r"(.+?)[._]lora(?:_linear_layer)?[._](?:(down|A)|up|B)(?:\.default)?\.weight")  # (stem, is it the down half)
+COMPONENTS = [  # prefix of a stem -> component; the first that fits
+    ("base_model.model.", None),
+    ("diffusion_model.", "unet"),
+    ("text_encoders.clip_l.transformer.", "text_encoder"),
+    ("text_encoders.clip_g.transformer.", "text_encoder_2"),
+    ("text_encoder_2.", "text_encoder_2"),
+    ("text_encoder.", "text_encoder"),
+    ("unet.", "unet"),
+    ("lora_unet_", "unet"),
+    ("lora_te1_", "text_encoder"),
+    ("lora_te2_", "text_encoder_2"),
+    ("lora_te_", "text_encoder"),
+    ("lycoris_", None),
+    ("", None),
+]
+FOREIGN = {  # what is in a key -> what such a file is
+    r"\.(dora_scale|lora_magnitude_vector|magnitude)\b": "DoRA",
+    r"\.lora_mid\b": "a LoCon with Tucker decomposition",
+    r"\.hada_": "LoHa",
+    r"\.lokr_": "LoKr",
+    r"\.oft_": "OFT",
+    r"\.diff(_b)?$": "a difference of whole weights",
+    r"bundle_emb": "a LoRA with embeddings in it",
+}
+CONTEXT = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}  # channels that cross-attention reads
+
+
+def flat(rest: str) -> str:
+    """A path inside a component in the one spelling that all layouts lead to: underscores, and the names of today."""
+    rest = rest.replace(".processor.", ".").replace(".", "_").removeprefix("text_model_")
+    rest = re.sub(r"(attn\d_to_out)$", r"\1_0", rest)
+    rest = re.sub(r"self_attn_to_([qkv])$", r"self_attn_\1_proj", rest)
+    return re.sub(r"self_attn_to_out$", "self_attn_out_proj", rest)
+
+
+def spellings(path: str) -> list[tuple[str | None, str]]:
+    """(component, flat path) under which a module of the model may appear in a file; None: the file names no component."""
+    component, _, rest = path.partition(".")
+    if component != "unet":
+        return [(component, flat(rest)), (None, flat(rest))]
+    stability = kohya_name(path).removeprefix("lora_unet_")
+    return [(named, name) for named in ("unet", None) for name in (flat(rest), stability)]
+
+
+def locate(stem: str) -> tuple[str | None, str]:
+    """The stem of a key -> (component, flat path)."""
+    prefix, component = next((p, c) for p, c in COMPONENTS if stem.startswith(p))
+    rest = stem.removeprefix(prefix)
+    return (component, flat(rest)) if component or prefix != "base_model.model." else locate(rest)
+
+
+def read(path: Path, shapes: dict[str, torch.Size]) -> Deltas:
+    """A LoRA file of any layout, mapped onto the layers of a model: `shapes` is {module path: shape of its weight}.
+
+    Read are the kohya layout with SGM's or diffusers' block names, diffusers' and PEFT's, old and new, PEFT's own
+    (`adapter_config.json` beside it), ComfyUI's and LyCORIS' prefixes, convolutions included. α comes from its tensor, else
+    from the metadata, else it is the rank; rsLoRA's α/√r is turned into the α that gives the same.
+
+    Raises UserError, in one line with counts and the first names, if the file is for another model, is no LoRA of plain
+    A and B, or if a key belongs to no layer or lacks its partner.
     """
-    read_metadata(path)  # for its error
+    metadata = read_metadata(path)
     tensors = load_file(path)
-    paths = {kohya_name(module): module for module in module_paths}
-    parts = {"lora_down.weight", "lora_up.weight", "alpha"}
-    unknown = [key for key in tensors if key.partition(".")[0] not in paths or key.partition(".")[2] not in parts]
-    if unknown or not tensors:
-        told = f"{len(unknown)} of {len(tensors)} keys match no layer, first {', '.join(unknown[:3])}"
-        raise UserError(f"--lora {path} does not fit the model (kohya layout expected): {told}")
-    deltas = {}
-    for name in dict.fromkeys(key.split(".")[0] for key in tensors):
-        down, up = tensors.get(f"{name}.lora_down.weight"), tensors.get(f"{name}.lora_up.weight")
-        if down is None or up is None:
-            raise UserError(f"--lora {path} does not fit the model: {name} lacks lora_down.weight or lora_up.weight")
-        alpha = tensors.get(f"{name}.alpha", torch.tensor(float(len(down))))
-        deltas[paths[name]] = (down, up, alpha.item())
+    if kind := next((kind for part, kind in FOREIGN.items() for key in tensors if re.search(part, key)), None):
+        raise UserError(f"--lora {path} is {kind}: only LoRA of plain A and B can be merged exactly")
+    halves: dict[str, dict[str, Tensor]] = {}  # {stem: {"down", "up", "alpha"}}
+    unknown = []
+    for key, tensor in tensors.items():
+        if match := PAIR.fullmatch(key):
+            halves.setdefault(match[1], {})["down" if match[2] else "up"] = tensor
+        elif key.endswith(".alpha") and tensor.numel() == 1:
+            halves.setdefault(key.removesuffix(".alpha"), {})["alpha"] = tensor
+        else:
+            unknown.append(key)
+    check_generation(path, halves, shapes)
+
+    modules: dict[tuple[str | None, str], list[str]] = {}
+    for module in shapes:
+        for spelling in spellings(module):
+            modules.setdefault(spelling, []).append(module)
+    rules = scaling_rules(path, metadata)
+    deltas: Deltas = {}
+    alone = []
+    for stem, parts in halves.items():
+        candidates = modules.get(locate(stem), [])
+        if not candidates:
+            unknown.append(stem)
+            continue
+        if {"down", "up"} - parts.keys():
+            alone.append(stem)
+            continue
+        down, up = parts["down"], parts["up"]
+        module = next((m for m in candidates if fits(down, up, shapes[m])), candidates[0])
+        alpha = float(parts["alpha"]) if "alpha" in parts else rules(module, len(down))
+        if module in deltas:
+            raise UserError(f"--lora {path} holds {module} twice, under two names: second {stem}")
+        deltas[module] = (down, up, alpha)
+    if unknown or not halves:
+        told = f"{len(unknown)} of {len(halves)} modules match no layer, first {', '.join(unknown[:3])}"
+        raise UserError(f"--lora {path} does not fit the model: {told}")
+    if alone:
+        raise UserError(f"--lora {path} is incomplete: {len(alone)} modules lack A or B, first {', '.join(alone[:3])}")
     return deltas
+
+
+def fits(down: Tensor, up: Tensor, shape: torch.Size) -> bool:
+    """Whether up · down has the shape of the weight, linear or convolution: down [r, in, …], up [out, r, …]."""
+    return len(up) == shape[0] and down[0].numel() == shape[1:].numel() and up[0].numel() == len(down)
+
+
+def check_generation(path: Path, halves: dict[str, dict[str, Tensor]], shapes: dict[str, torch.Size]) -> None:
+    """Raises UserError if cross-attention reads another number of channels than the model's: a LoRA for another model."""
+    ours = {shape[1] for module, shape in shapes.items() if module.endswith("attn2.to_k")}
+    downs = [parts["down"] for stem, parts in halves.items() if flat(stem).endswith("attn2_to_k") and "down" in parts]
+    theirs = {down.shape[1] for down in downs if down.ndim > 1}
+    if theirs and ours.isdisjoint(theirs):
+        told = " and ".join(CONTEXT.get(channels, f"a model of {channels} channels") for channels in sorted(theirs))
+        raise UserError(f"--lora {path} does not fit the model: it is for {told}, {theirs} channels of text and not {ours}")
+
+
+def scaling_rules(path: Path, metadata: dict[str, str]) -> Callable[[str, int], float]:
+    """(module path, rank) -> α where no tensor says it: by PEFT's metadata, in the header or in the file beside it."""
+    try:
+        told = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        beside = path.with_name("adapter_config.json")
+        if not told and beside.is_file():
+            told = {f".{key}": value for key, value in json.loads(beside.read_text()).items()}
+    except (ValueError, OSError) as error:
+        raise UserError(f"--lora {path}: its PEFT configuration is not readable: {error}") from None
+
+    def alpha(module: str, rank: int) -> float:
+        component, _, rest = module.partition(".")
+        if f"{component}.lora_alpha" not in told:
+            component = ""
+        value = told.get(f"{component}.lora_alpha", rank)
+        for pattern, other in (told.get(f"{component}.alpha_pattern") or {}).items():
+            if re.search(rf"(^|\.){pattern.removeprefix('^')}$", rest):
+                value = other
+        return float(value) * (rank**0.5 if told.get(f"{component}.use_rslora") else 1)
+
+    return alpha

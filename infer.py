@@ -19,7 +19,7 @@ import formats
 import memory  # before sdxl: it readies xFormers, which diffusers imports
 from checkpoint import check_writable
 from errors import UserError, one_line_errors
-from lora import check_fit, linear_layers, merge_lora
+from lora import check_fit, layer_shapes, merge_lora
 from pictures import evaluation_prompts, render, side_by_side, stack
 from sdxl import SAMPLERS, Denoiser, decode_latents, load_sdxl, native_resolution
 
@@ -79,7 +79,7 @@ def main(config: InferConfig) -> None:
     prompts = read_prompts(config.prompts, model)
     pipe = load_sdxl(model, memory.DTYPES[precision], device)
     denoiser = Denoiser(pipe)
-    deltas = formats.read(lora, list(linear_layers(denoiser)))
+    deltas = formats.read(lora, layer_shapes(denoiser))
     check_fit(denoiser, deltas)  # now, not after the base pictures
     if config.save_merged:
         if config.save_merged.exists() and (not config.save_merged.is_dir() or any(config.save_merged.iterdir())):

@@ -210,27 +210,40 @@ def add_lora(
     return Adapter(modules, dtype)
 
 
-def check_fit(model: nn.Module, deltas: Deltas) -> dict[str, nn.Linear]:
-    """The linear layers that `deltas` belong to. Raises UserError, naming the first that have no layer of their shape."""
-    linears = linear_layers(model)
+def mergeable_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+    """{module path: layer} of every linear and convolution layer: other tools train both."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+
+
+def layer_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """{module path: shape of the weight, unpacked} of the same layers."""
+    layers = mergeable_layers(model).items()
+    return {n: torch.Size((m.out_features, m.in_features)) if isinstance(m, nn.Linear) else m.weight.shape for n, m in layers}
+
+
+def check_fit(model: nn.Module, deltas: Deltas) -> dict[str, nn.Linear | nn.Conv2d]:
+    """The layers that `deltas` belong to. Raises UserError, naming the first that have no layer of their shape."""
+    layers = mergeable_layers(model)
     wrong = []
     for name, (A, B, _) in deltas.items():
-        pair = A.ndim == B.ndim == 2 and A.shape[0] == B.shape[1]
-        if not pair or name not in linears or linears[name].weight.shape != (B.shape[0], A.shape[1]):
+        pair = min(A.ndim, B.ndim) > 1 and B[0].numel() == len(A)
+        if not pair or name not in layers or layers[name].weight.flatten(1).shape != (len(B), A[0].numel()):
             wrong.append(name)
     if wrong:
         told = "; ".join(f"{n} {list(deltas[n][1].shape)} x {list(deltas[n][0].shape)}" for n in wrong[:3])
         raise UserError(f"the LoRA does not fit the model: {len(wrong)} of {len(deltas)} modules differ, first {told}")
-    return {name: linears[name] for name in deltas}
+    return {name: layers[name] for name in deltas}
 
 
 @torch.no_grad()
 def merge_lora(model: nn.Module, deltas: Deltas, strength: float = 1.0) -> None:
     """W += strength · (α/r) · B · A in place: the sum in float32, cast once to the dtype of W.
 
-    Raises UserError, before anything is changed, if the deltas do not fit the model.
+    A convolution's W [out, in, kh, kw] is taken as [out, in·kh·kw]. Raises UserError, before anything is changed, if the
+    deltas do not fit the model.
     """
-    for name, linear in check_fit(model, deltas).items():
+    for name, layer in check_fit(model, deltas).items():
         A, B, alpha = deltas[name]
-        A, B = A.to(linear.weight.device, torch.float32), B.to(linear.weight.device, torch.float32)
-        linear.weight.copy_(linear.weight.float().addmm_(B, A, alpha=strength * alpha / len(A)))
+        A, B = (half.flatten(1).to(layer.weight.device, torch.float32) for half in (A, B))
+        merged = layer.weight.float().flatten(1).addmm(B, A, alpha=strength * alpha / len(A))
+        layer.weight.copy_(merged.view_as(layer.weight))

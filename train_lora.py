@@ -38,7 +38,7 @@ from distributed import Ranks, join_ranks, leave_ranks
 from errors import UserError, one_line_errors
 from fast import KERNELS, Shapes, choose_attention, install
 from graph import GraphedStep
-from lora import Adapter, LoRAConfig, add_lora
+from lora import Adapter, LoRAConfig, add_lora, layer_shapes
 from memory import MemoryConfig
 from pictures import Gallery, evaluation_prompts
 from quantise import BASES as PACKED
@@ -71,6 +71,10 @@ class TrainConfig:
     """Steps over which the learning rate rises from zero."""
     save_every: int = 150
     """Steps between checkpoints; the last step is always saved."""
+    format: Literal["kohya", "diffusers", "both"] = "kohya"
+    """Layout of the LoRA files. kohya is read by diffusers, ComfyUI and A1111; diffusers' own by few others."""
+    save_dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
+    """Dtype of the weights in the files."""
     keep: int = 3
     """Newest checkpoints of this run to keep."""
     out: Path = Path("checkpoints")
@@ -227,7 +231,7 @@ def main(config: TrainConfig) -> None:
         if ranks.first and state_file.resolve() != (config.out / STATE).resolve():
             run.saved = ()  # another folder's files are not ours to remove
     start = run.step
-    save = partial(save_checkpoint, config, source.samples, adapter, optimizer, scaler)
+    save = partial(save_checkpoint, config, source.samples, adapter, layer_shapes(denoiser), optimizer, scaler)
 
     # What the run is about to do.
     images_per_step = config.dataset.bs * config.grad_accum * ranks.world
@@ -237,7 +241,7 @@ def main(config: TrainConfig) -> None:
         check_writable("--log-dir", Path(run.log_dir).parent)
         writer = SummaryWriter(run.log_dir, purge_step=run.step + 1)
         writer.add_text("config", f"```json\n{json.dumps(flat_config(config), indent=2)}\n```", run.step)
-        size = len(lora_file(config, source.samples, adapter, config.steps)) / 1e6
+        size = len(lora_file(config, source.samples, adapter, config.steps, next(iter(FILES[config.format])))) / 1e6
         count, layers = adapter.flat.numel(), len(adapter.modules)
         share = 100 * count / total
         print(f"model      {config.model}: U-Net and text encoders {total:,} parameters, frozen; {resolution} px")
@@ -298,7 +302,8 @@ def main(config: TrainConfig) -> None:
             for name, value in scalars.items():
                 writer.add_scalar(name, value, run.step)
         if saving and ranks.first:  # the weights first, then pictures
-            save(run)
+            _, error = save(run)
+            writer.add_scalar("largest_error_of_the_file", error, run.step)
             step.release()
             pipe.vae.to(device)
             with torch.compiler.set_stance("force_eager"):  # compiling for the shapes of pictures would take minutes
@@ -313,7 +318,7 @@ def main(config: TrainConfig) -> None:
         if run.step == config.steps:
             print(f"wrote {config.out / run.saved[-1]}")
         elif run.step > start:
-            print(f"wrote {save(run)}: the same command goes on from there")
+            print(f"wrote {save(run)[0]}: the same command goes on from there")
         else:
             print("stopped before the first step: nothing was written")
         writer.close()
@@ -377,26 +382,52 @@ def flat_config(config: TrainConfig) -> dict:
     return flags
 
 
-def lora_file(config: TrainConfig, images: int, adapter: Adapter, step: int) -> bytes:
+FILES = {  # --format: {layout: what its file is called after the step}
+    "kohya": {"kohya": ""},
+    "diffusers": {"diffusers": ""},
+    "both": {"kohya": "", "diffusers": "_diffusers"},
+}
+
+
+def lora_file(config: TrainConfig, images: int, adapter: Adapter, step: int, layout: str) -> bytes:
     """The bytes of the LoRA file at `step`, trained on `images` images."""
-    return formats.serialise(adapter.deltas, formats.describe(flat_config(config), images, step))
+    about = formats.describe(flat_config(config), images, step)
+    return formats.serialise(adapter.deltas, about, layout, memory.DTYPES[config.save_dtype])
+
+
+def check_file(config: TrainConfig, adapter: Adapter, shapes: dict[str, torch.Size], path: Path) -> float:
+    """Reads a written file as any other and compares it with the live weights: the largest difference.
+
+    Raises UserError if that is more than rounding to --save-dtype.
+    """
+    error = formats.largest_difference(formats.read(path, shapes), adapter.deltas)
+    allowed = torch.finfo(memory.DTYPES[config.save_dtype]).eps * adapter.flat.abs().max().item()
+    if not error <= allowed:
+        raise UserError(f"the LoRA file read back differs from the weights by {error:.3g}, so the last one was kept")
+    return error
 
 
 def save_checkpoint(
-    config: TrainConfig, images: int, adapter: Adapter, optimizer: torch.optim.Optimizer,
+    config: TrainConfig, images: int, adapter: Adapter, shapes: dict[str, torch.Size], optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler, run: Run,
-) -> Path:  # fmt: skip
-    """Writes the LoRA file and the state of the run; then removes what this run wrote beyond the --keep newest."""
-    path = config.out / f"pytorch_lora_weights_{run.step}.safetensors"
-    write_atomically(path, lora_file(config, images, adapter, run.step))
-    names = [*(name for name in run.saved if name != path.name), path.name]
-    run.saved = tuple(names[-config.keep :])
+) -> tuple[Path, float]:  # fmt: skip
+    """Writes the LoRA files, checks them, and writes the state of the run; then removes what this run wrote beyond the
+    --keep newest. Returns a file and the largest difference of its weights from the live ones.
+    """
+    names, errors = [], []
+    for layout, suffix in FILES[config.format].items():
+        names.append(f"pytorch_lora_weights_{run.step}{suffix}.safetensors")
+        check = lambda written: errors.append(check_file(config, adapter, shapes, written))  # noqa: E731
+        write_atomically(config.out / names[-1], lora_file(config, images, adapter, run.step, layout), check)
+    files = [*(name for name in run.saved if name not in names), *names]
+    keep = config.keep * len(names)
+    run.saved = tuple(files[-keep:])
     state = {"lora": adapter.flat, "layers": list(adapter.modules), "optimizer": optimizer.state_dict()}
     state |= {"scaler": scaler.state_dict(), "run": asdict(run), "config": flat_config(config)}
     save_state(config.out, state)
-    for name in names[: -config.keep]:
+    for name in files[:-keep]:
         (config.out / name).unlink(missing_ok=True)
-    return path
+    return config.out / names[0], max(errors)
 
 
 def restore(

@@ -27,7 +27,7 @@ import memory  # before sdxl
 from data import decode, open_source
 from diffusion import Diffusion, DiffusionConfig
 from errors import UserError, one_line_errors
-from lora import linear_layers, merge_lora
+from lora import layer_shapes, merge_lora
 from pictures import render, to_image
 from sdxl import Denoiser, decode_latents, encode_pixels, load_sdxl, native_resolution, sample_latents, time_ids, tokenize
 
@@ -91,7 +91,7 @@ def main(config: EvaluateConfig) -> None:
         raise UserError(f"--data {config.data} holds latents: the evaluation compares pictures, so it needs images")
     pipe = load_sdxl(model, memory.DTYPES[memory.resolve_precision("auto", device)], device)
     denoiser, size = Denoiser(pipe), native_resolution(pipe)
-    deltas = formats.read(lora, list(linear_layers(denoiser)))
+    deltas = formats.read(lora, layer_shapes(denoiser))
     schedule = pipe.scheduler
     diffusion = Diffusion(DiffusionConfig(), schedule.alphas_cumprod, schedule.config.prediction_type, device)
 

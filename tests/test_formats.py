@@ -1,5 +1,6 @@
 import hashlib
 import json
+import random
 import re
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 import formats
 from errors import UserError
-from lora import LoRAConfig, add_lora, linear_layers, merge_lora
+from lora import LoRAConfig, add_lora, layer_shapes, merge_lora, mergeable_layers
 
 CONFIG = {"model": "demo", "rank": 4, "alpha": 2.0, "targets": "all", "resolution": 64}
 
@@ -51,13 +52,13 @@ def test_names_of_the_real_architecture():
 
 
 def test_names_are_one_to_one(denoiser):
-    paths = list(linear_layers(denoiser))
+    paths = list(layer_shapes(denoiser))
     assert len({formats.kohya_name(path) for path in paths}) == len(paths)
     assert not any(re.search(r"down_blocks|up_blocks|mid_block|\.", formats.kohya_name(path)) for path in paths)
 
 
 def test_round_trip(adapter, denoiser, file):
-    back = formats.read(file, list(linear_layers(denoiser)))
+    back = formats.read(file, layer_shapes(denoiser))
     assert len(back) > 100
     assert back.keys() == adapter.deltas.keys()
     for path, (A, B, alpha) in adapter.deltas.items():
@@ -98,7 +99,7 @@ def test_it_loads_in_diffusers_with_the_same_weights(denoiser, pipe, file, tiny_
     ours = StableDiffusionXLPipeline.from_pretrained(tiny_model)
     holder = nn.ModuleDict({name: getattr(ours, name) for name in ("unet", "text_encoder", "text_encoder_2")})
     base = {name: p.detach().clone() for name, p in holder.named_parameters()}
-    merge_lora(holder, formats.read(file, list(linear_layers(holder))))
+    merge_lora(holder, formats.read(file, layer_shapes(holder)))
     changed = 0
     for component in holder:
         theirs = dict(getattr(oracle, component).named_parameters())
@@ -115,27 +116,214 @@ def denoiser_modules(file) -> set[str]:
 def test_a_missing_alpha_means_rank(denoiser, file, tmp_path):
     tensors = {key: t for key, t in load_file(file).items() if not key.endswith("alpha")}
     save_file(tensors, tmp_path / "no_alpha.safetensors")
-    assert {alpha for *_, alpha in formats.read(tmp_path / "no_alpha.safetensors", list(linear_layers(denoiser))).values()} == {
-        4.0
-    }
+    assert {alpha for *_, alpha in formats.read(tmp_path / "no_alpha.safetensors", layer_shapes(denoiser)).values()} == {4.0}
 
 
 def test_what_does_not_fit_is_refused_by_name(denoiser, file, tmp_path):
-    paths, tensors = list(linear_layers(denoiser)), load_file(file)
+    paths, tensors = layer_shapes(denoiser), load_file(file)
 
     def refused(changed: dict, match: str):
         save_file(changed, tmp_path / "bad.safetensors")
         with pytest.raises(UserError, match=match):
             formats.read(tmp_path / "bad.safetensors", paths)
 
-    refused({**tensors, "lora_unet_nowhere.alpha": torch.tensor(1.0)}, "1 of .* keys match no layer, first lora_unet_nowhere")
+    refused({**tensors, "lora_unet_nowhere.alpha": torch.ones(1)}, "1 of .* modules match no layer, first lora_unet_nowhere")
     name = next(iter(tensors)).split(".")[0]
-    refused({**tensors, f"{name}.dora_scale": torch.ones(1)}, f"first {name}.dora_scale")
-    refused({k: t for k, t in tensors.items() if k != f"{name}.lora_up.weight"}, f"{name} lacks")
+    refused({k: t for k, t in tensors.items() if k != f"{name}.lora_up.weight"}, f"1 modules lack A or B, first {name}")
+    again = {k.replace("input_blocks_4_1", "down_blocks_1_attentions_0"): t.clone() for k, t in tensors.items()}
+    refused({**tensors, **again}, "twice, under two names")
+    narrow = {k: t[:, :24].contiguous() if "attn2_to_k.lora_down" in k else t for k, t in tensors.items()}
+    refused(narrow, r"it is for a model of 24 channels, \{24\} channels of text and not \{80\}")
     refused({}, "match no layer")
     (tmp_path / "bad.safetensors").write_bytes(b"rubbish")
     with pytest.raises(UserError, match="not a readable"):
         formats.read(tmp_path / "bad.safetensors", paths)
+
+
+@pytest.mark.parametrize(
+    ("part", "kind"),
+    [
+        ("dora_scale", "DoRA"),
+        ("lora_magnitude_vector", "DoRA"),
+        ("hada_w1_a", "LoHa"),
+        ("lokr_w1", "LoKr"),
+        ("lora_mid.weight", "a LoCon with Tucker decomposition"),
+        ("oft_blocks", "OFT"),
+        ("diff", "a difference of whole weights"),
+    ],
+)
+def test_other_adapters_are_refused_by_their_name(denoiser, file, tmp_path, part, kind):
+    tensors = load_file(file)
+    save_file({**tensors, f"{next(iter(tensors)).split('.')[0]}.{part}": torch.ones(1)}, tmp_path / "bad.safetensors")
+    with pytest.raises(UserError, match=f"bad.safetensors is {kind}: only LoRA of plain A and B"):
+        formats.read(tmp_path / "bad.safetensors", layer_shapes(denoiser))
+
+
+# What other tools write.
+
+SUFFIXES = {
+    "kohya": ("lora_down.weight", "lora_up.weight"),
+    "peft": ("lora_A.weight", "lora_B.weight"),
+    "peft named": ("lora_A.default.weight", "lora_B.default.weight"),
+    "diffusers scripts": ("lora.down.weight", "lora.up.weight"),
+    "diffusers text": ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight"),
+}
+
+
+def with_text_model(rest: str) -> str:
+    rest = rest.removeprefix("text_model.")
+    return rest if rest == "text_projection" else f"text_model.{rest}"
+
+
+def stem(path: str, layout: str) -> str:
+    """The name of a module in a layout of formats.md, written out here a second time on purpose."""
+    component, _, rest = path.partition(".")
+    number = {"unet": "", "text_encoder": "1", "text_encoder_2": "2"}[component]
+    if layout == "kohya SGM":
+        return formats.kohya_name(path)
+    if layout == "kohya diffusers":
+        prefix = "lora_unet_" if component == "unet" else f"lora_te{number}_"
+        return prefix + (rest if component == "unet" else with_text_model(rest)).replace(".", "_")
+    if layout == "lycoris":
+        return f"lycoris_{rest}".replace(".", "_") if component == "unet" else stem(path, "kohya diffusers")
+    if layout == "diffusers":
+        return f"{component}." + (rest if component == "unet" else with_text_model(rest))
+    if layout == "transformers 5":
+        return f"{component}.{rest}"
+    if layout == "raw peft":
+        return f"base_model.model.{rest}"
+    assert layout == "comfy"
+    if component == "unet":
+        dotted = formats.kohya_name(path).removeprefix("lora_unet_")
+        head = re.match(r"(input_blocks|output_blocks|middle_block|time_embed|label_emb|out)((_\d+)*)", dotted)
+        below = rest.split(".", {"down_blocks": 4, "up_blocks": 4, "mid_block": 3}[rest.split(".")[0]])[-1]
+        return "diffusion_model." + head[0].replace("_", ".").replace("blocks.", "blocks.").replace(
+            "input.blocks", "input_blocks").replace("output.blocks", "output_blocks").replace(
+            "middle.block", "middle_block") + "." + below  # fmt: skip
+    return f"text_encoders.clip_{'l' if number == '1' else 'g'}.transformer.{with_text_model(rest)}"
+
+
+def write(path, deltas, layout: str, suffix: str, alpha: bool, metadata=None) -> None:
+    tensors = {}
+    down, up = SUFFIXES[suffix]
+    for module, (A, B, value) in deltas.items():
+        name = stem(module, layout)
+        tensors |= {f"{name}.{down}": A.clone(), f"{name}.{up}": B.clone()}
+        if alpha:
+            tensors[f"{name}.alpha"] = torch.tensor(value)
+    save_file(tensors, path, metadata)
+
+
+def check_equal(ours, wanted) -> None:
+    assert ours.keys() == wanted.keys()
+    for module, (A, B, alpha) in wanted.items():
+        assert torch.equal(ours[module][0], A)
+        assert torch.equal(ours[module][1], B)
+        assert ours[module][2] == pytest.approx(alpha)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("layout", ["kohya SGM", "kohya diffusers", "lycoris", "diffusers", "transformers 5", "comfy"])
+def test_every_layout_is_read_alike(adapter, denoiser, tmp_path, layout, suffix):
+    write(tmp_path / "x.safetensors", adapter.deltas, layout, suffix, alpha=True)
+    check_equal(formats.read(tmp_path / "x.safetensors", layer_shapes(denoiser)), adapter.deltas)
+
+
+def test_attention_processors_of_2023(adapter, denoiser, tmp_path):
+    attention = {m: d for m, d in adapter.deltas.items() if ".attn" in m or ".self_attn." in m}
+    tensors = {}
+    for module, (A, B, _) in attention.items():
+        name = re.sub(r"\.(to_[qkv]|to_out)(\.0)?$", r".processor.\1_lora", stem(module, "diffusers"))
+        name = re.sub(r"\.([qkv]|out)_proj$", r".to_\1_lora", name)
+        tensors |= {f"{name}.down.weight": A.clone(), f"{name}.up.weight": B.clone()}
+    save_file(tensors, tmp_path / "x.safetensors")
+    ours = formats.read(tmp_path / "x.safetensors", layer_shapes(denoiser))
+    check_equal(ours, {module: (A, B, 4.0) for module, (A, B, _) in attention.items()})
+
+
+@pytest.mark.parametrize("component", ["unet", "text_encoder", "text_encoder_2"])
+def test_raw_peft_names_no_component(adapter, denoiser, tmp_path, component):
+    """The shapes say which; alpha and rsLoRA stand in adapter_config.json."""
+    mine = {m: d for m, d in adapter.deltas.items() if m.split(".")[0] == component}
+    write(tmp_path / "adapter_model.safetensors", mine, "raw peft", "peft", alpha=False)
+    config = {"r": 4, "lora_alpha": 6, "use_rslora": True, "alpha_pattern": {}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    ours = formats.read(tmp_path / "adapter_model.safetensors", layer_shapes(denoiser))
+    check_equal(ours, {module: (A, B, 6 * 4**0.5) for module, (A, B, _) in mine.items()})
+
+
+def test_alpha_in_the_metadata_of_diffusers(adapter, denoiser, tmp_path):
+    special = next(m for m in adapter.deltas if m.startswith("unet.") and m.endswith("to_q"))
+    told = {"unet.lora_alpha": 8, "unet.alpha_pattern": {"^" + special.removeprefix("unet."): 3}}
+    told |= {"text_encoder.lora_alpha": 2, "text_encoder.use_rslora": True}
+    write(tmp_path / "x.safetensors", adapter.deltas, "diffusers", "peft", False, {"lora_adapter_metadata": json.dumps(told)})
+    ours = formats.read(tmp_path / "x.safetensors", layer_shapes(denoiser))
+    alphas = {"unet": 8.0, "text_encoder": 4.0, "text_encoder_2": 4.0}  # rsLoRA: 2 · √4; the rank
+    check_equal(ours, {m: (A, B, 3.0 if m == special else alphas[m.split(".")[0]]) for m, (A, B, _) in adapter.deltas.items()})
+
+
+@pytest.mark.parametrize("layout", ["kohya SGM", "kohya diffusers", "diffusers"])
+def test_convolutions_merge_like_diffusers_own(pipe, tiny_model, tmp_path, layout):
+    """1 × 1 and 3 × 3, down- and upsamplers, against PEFT."""
+    from diffusers import StableDiffusionXLPipeline
+
+    holder = nn.ModuleDict({"unet": pipe.unet})
+    g = torch.Generator().manual_seed(0)
+    deltas = {}
+    for name, module in mergeable_layers(holder).items():
+        if isinstance(module, nn.Conv2d) and ("resnets" in name or "samplers" in name):
+            A = 0.1 * torch.randn(2, *module.weight.shape[1:], generator=g)
+            deltas[name] = (A, 0.1 * torch.randn(len(module.weight), 2, 1, 1, generator=g), 2.0)
+    assert {a.shape[-1] for a, *_ in deltas.values()} == {1, 3}
+    write(tmp_path / "x.safetensors", deltas, layout, "peft" if layout == "diffusers" else "kohya", layout != "diffusers")
+    oracle = StableDiffusionXLPipeline.from_pretrained(tiny_model)
+    oracle.load_lora_weights(str(tmp_path), weight_name="x.safetensors")
+    oracle.fuse_lora(["unet"])
+    oracle.unload_lora_weights()
+    read = formats.read(tmp_path / "x.safetensors", layer_shapes(holder))
+    assert read.keys() == deltas.keys()
+    before = {name: p.clone() for name, p in pipe.unet.named_parameters()}
+    merge_lora(holder, read)
+    theirs = dict(oracle.unet.named_parameters())
+    for name, p in pipe.unet.named_parameters():
+        torch.testing.assert_close(p, theirs[name], atol=1e-6, rtol=0)
+    assert sum(not torch.equal(p, before[name]) for name, p in pipe.unet.named_parameters()) == len(deltas)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_what_diffusers_itself_saves(denoiser, tiny_model, tmp_path, rslora):
+    """Adapters added by PEFT with alpha ≠ rank and mixed ranks, saved by diffusers with its metadata, against its fusing."""
+    from diffusers import StableDiffusionXLPipeline
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    oracle = StableDiffusionXLPipeline.from_pretrained(tiny_model)
+    parts, kept = {"unet": oracle.unet, "text_encoder": oracle.text_encoder, "text_encoder_2": oracle.text_encoder_2}, {}
+    torch.manual_seed(0)
+    for name, model in parts.items():
+        targets = ["to_q", "to_out.0", "ff.net.2"] if name == "unet" else ["q_proj", "fc1"]
+        pattern = {"rank_pattern": {"ff.net.2": 2}, "alpha_pattern": {"ff.net.2": 5}} if name == "unet" else {}
+        config = LoraConfig(r=4, lora_alpha=3, target_modules=targets, use_rslora=rslora, init_lora_weights=False, **pattern)
+        model.add_adapter(config)
+        kept[name] = get_peft_model_state_dict(model)
+        kept[f"{name}_metadata"] = config.to_dict()
+    StableDiffusionXLPipeline.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=kept["unet"],
+        text_encoder_lora_layers=convert_state_dict_to_diffusers(kept["text_encoder"]),
+        text_encoder_2_lora_layers=convert_state_dict_to_diffusers(kept["text_encoder_2"]),
+        unet_lora_adapter_metadata=kept["unet_metadata"],
+        text_encoder_lora_adapter_metadata=kept["text_encoder_metadata"],
+        text_encoder_2_lora_adapter_metadata=kept["text_encoder_2_metadata"],
+    )
+    (file,) = tmp_path.glob("*.safetensors")
+    oracle.fuse_lora(list(parts))
+    oracle.unload_lora_weights()
+    merge_lora(denoiser, formats.read(file, layer_shapes(denoiser)))
+    for name, model in parts.items():
+        theirs = dict(model.named_parameters())
+        for key, p in getattr(denoiser, name).named_parameters():
+            torch.testing.assert_close(p, theirs[key], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])  # 1e6 is infinite in float16
@@ -162,3 +350,70 @@ def test_find_takes_the_newest(tmp_path):
         os.utime(tmp_path / f"{name}.safetensors", (0, 1000 - age))
     assert formats.find(tmp_path).name == "a.safetensors"
     assert formats.find(tmp_path / "c.safetensors").name == "c.safetensors"
+
+
+# What we write.
+
+
+@pytest.mark.parametrize("layout", ["kohya", "diffusers"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_any_adapter_returns_from_any_layout(adapter, denoiser, tmp_path, layout, dtype):
+    """Random ranks and alphas, some modules only: the same ΔW to the rounding of the dtype."""
+    shapes = layer_shapes(denoiser)
+    rng, g = random.Random(f"{layout} {dtype}"), torch.Generator().manual_seed(0)
+    for trial in range(3):
+        deltas = {}
+        for path in rng.sample(list(adapter.deltas), rng.randrange(1, len(adapter.deltas))):
+            rank, (out, inner) = rng.randrange(1, 9), shapes[path]
+            A, B = torch.randn(rank, inner, generator=g), torch.randn(out, rank, generator=g)
+            deltas[path] = (A, B, rng.choice([0.5, 1.0, 3.0, 8.0]))
+        (tmp_path / "x.safetensors").write_bytes(formats.serialise(deltas, {}, layout, dtype))
+        back = formats.read(tmp_path / "x.safetensors", shapes)
+        assert back.keys() == deltas.keys()
+        for path, (A, B, alpha) in deltas.items():
+            a, b, other = (float(x) if isinstance(x, float) else x.float() for x in back[path])
+            wanted, got = alpha / len(A) * B @ A, other / len(a) * b @ a
+            assert (got - wanted).norm() <= 2 * torch.finfo(dtype).eps * wanted.norm(), (trial, path)
+        if layout == "kohya":
+            alphas = {(path.split(".")[0], alpha) for path, (*_, alpha) in back.items()}
+            assert len(alphas) == len({path.split(".")[0] for path in deltas})  # one for a component
+        assert formats.largest_difference(back, deltas) <= 16 * torch.finfo(dtype).eps * 6
+
+
+@pytest.mark.parametrize("layout", ["kohya", "diffusers"])
+def test_mixed_ranks_and_alphas_load_in_diffusers(adapter, denoiser, tiny_model, tmp_path, layout):
+    from diffusers import StableDiffusionXLPipeline
+
+    deltas = {
+        path: (A[: 2 + i % 3], B[:, : 2 + i % 3], float(1 + i % 4))
+        for i, (path, (A, B, _)) in enumerate(adapter.deltas.items())
+    }
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(formats.serialise(deltas, {}, layout, torch.float32))
+    oracle = StableDiffusionXLPipeline.from_pretrained(tiny_model)
+    oracle.load_lora_weights(str(tmp_path), weight_name="x.safetensors")
+    oracle.fuse_lora(["unet", "text_encoder", "text_encoder_2"])
+    oracle.unload_lora_weights()
+    with torch.no_grad():  # of a fresh model: the fixture's has adapters
+        fresh = StableDiffusionXLPipeline.from_pretrained(tiny_model)
+        holder = nn.ModuleDict({name: getattr(fresh, name) for name in ("unet", "text_encoder", "text_encoder_2")})
+        base = {name: p.clone() for name, p in holder.named_parameters()}
+        merge_lora(holder, formats.read(file, layer_shapes(holder)))
+    changed = 0
+    for component in holder:
+        theirs = dict(getattr(oracle, component).named_parameters())
+        for name, p in holder[component].named_parameters():
+            torch.testing.assert_close(p, theirs[name], atol=2e-6, rtol=0)
+            changed += not torch.equal(p, base[f"{component}.{name}"])
+    assert changed == len(deltas)
+
+
+def test_the_largest_difference_sees_every_part(adapter):
+    deltas = adapter.deltas
+    assert formats.largest_difference(deltas, deltas) == 0
+    path = list(deltas)[-1]
+    A, B, alpha = deltas[path]
+    for changed in ((A + 0.25, B, alpha), (A, B - 0.25, alpha)):
+        assert formats.largest_difference({**deltas, path: changed}, deltas) == pytest.approx(0.25)
+    assert formats.largest_difference({**deltas, path: (A, B, 2 * alpha)}, deltas) == pytest.approx(B.abs().max().item())
+    assert formats.largest_difference({p: d for p, d in deltas.items() if p != path}, deltas) == float("inf")

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from test_lora import shake
 
 import formats
-from lora import LoRAConfig, add_lora, linear_layers
+from lora import LoRAConfig, add_lora, layer_shapes
 from pictures import render, side_by_side
 from sdxl import Denoiser, decode_latents, load_sdxl
 
@@ -49,7 +49,7 @@ def test_compare_shows_base_and_merged(script, lora, tiny_model, tmp_path):
 def test_merged_pictures_equal_patched_pictures(script, lora, tiny_model, tmp_path):
     script("infer.py", "--lora", lora, "--out", tmp_path / "images", *HOW)
     denoiser = Denoiser(load_sdxl(str(tiny_model), torch.float32, torch.device("cpu")))
-    weights = formats.read(lora, list(linear_layers(denoiser)))
+    weights = formats.read(lora, layer_shapes(denoiser))
 
     def patch(denoiser):
         adapter = add_lora(denoiser, LoRAConfig(rank=4), denoiser.unread)

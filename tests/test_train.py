@@ -16,9 +16,9 @@ from two_ranks import gradient_and_step
 
 import formats
 from data import DataConfig, pack_latents
-from lora import LoRAConfig
+from lora import LoRAConfig, layer_shapes
 from memory import MemoryConfig
-from sdxl import read_sdxl
+from sdxl import Denoiser, read_sdxl
 from train_lora import TrainConfig, lr_factor, plan_memory
 
 
@@ -104,6 +104,29 @@ def test_a_resumed_run_ends_as_one_that_never_stopped(train, tmp_path, optimizer
     assert not equal(weights(tmp_path / "halves", 3), weights(tmp_path / "out", 6))
     out, _ = train("--steps", 6, *how, "--out", tmp_path / "halves")
     assert "is at step 6 already" in out
+
+
+def test_both_layouts_hold_the_same_weights(train, tiny_model, tmp_path):
+    train("--steps", 5, "--save-every", 2, "--keep", 2, "--format", "both", "--save-dtype", "fp32", "--lr", 1e-2)
+    names = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
+    wanted = [f"pytorch_lora_weights_{step}{suffix}.safetensors" for step in (4, 5) for suffix in ("", "_diffusers")]
+    assert names == sorted(wanted)
+    shapes = layer_shapes(Denoiser(read_sdxl(str(tiny_model), torch.float32)))
+    kohya, diffusers = (formats.read(tmp_path / "out" / name, shapes) for name in wanted[2:])
+    assert formats.largest_difference(kohya, diffusers) == 0
+    assert any(B.any() for _, B, _ in kohya.values())
+    assert last(tmp_path / "runs", "largest_error_of_the_file") == 0  # in float32
+
+
+def test_a_file_that_reads_back_wrong_is_not_kept(train, tmp_path, monkeypatch):
+    train("--steps", 1)
+    before = (tmp_path / "out/pytorch_lora_weights_1.safetensors").read_bytes()
+    honest = formats.serialise
+    wrong = lambda deltas, *rest: honest({p: (A, B + 0.01, alpha) for p, (A, B, alpha) in deltas.items()}, *rest)  # noqa: E731
+    monkeypatch.setattr(formats, "serialise", wrong)
+    _, err = train("--steps", 1, "--resume", "none", status=2)
+    assert "the LoRA file read back differs from the weights by 0.01, so the last one was kept" in err
+    assert (tmp_path / "out/pytorch_lora_weights_1.safetensors").read_bytes() == before
 
 
 def test_a_state_of_another_adapter_is_refused(train, tmp_path):
