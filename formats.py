@@ -211,6 +211,7 @@ FOREIGN = {  # what is in a key -> what such a file is
     r"\.diff(_b)?$": "a difference of whole weights",
     r"bundle_emb": "a LoRA with embeddings in it",
 }
+OF_THE_FILE = ("lora_adapter_metadata", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "format")  # not of ΔW
 CONTEXT = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}  # channels that cross-attention reads
 
 

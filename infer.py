@@ -2,7 +2,8 @@
 
 python infer.py --compare                             the newest LoRA in checkpoints/: base | LoRA, in images/
 python infer.py --prompts "a cat in Naruto style"     pictures with the LoRA only
-python infer.py --lora naruto.safetensors --model sdxl --scale 0.8 --sampler dpm++ --steps 25
+python infer.py --lora naruto.safetensors --model sdxl --scale 0.4 0.7 1.0 --sampler dpm++ --steps 25     a column each
+python infer.py --lora naruto.safetensors:0.8 --lora ink.safetensors:0.5 --lora-parts unet                several at once
 python infer.py --save-merged merged/                 also writes W + ΔW as an ordinary diffusers folder
 """
 
@@ -23,13 +24,18 @@ from lora import check_fit, layer_shapes, merge_lora
 from pictures import evaluation_prompts, render, side_by_side, stack
 from sdxl import SAMPLERS, Denoiser, decode_latents, load_sdxl, native_resolution
 
+PARTS = {"unet": "unet.", "te1": "text_encoder.", "te2": "text_encoder_2."}
+
 
 @dataclass(frozen=True)
 class InferConfig:
     compare: bool = False
     """Render the base model too and put it on the left."""
-    lora: Path = Path("checkpoints")
-    """A LoRA file, or a folder of them: the newest one in it."""
+    lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A LoRA file of any tool, or a folder of them: the newest in it; with :0.8 after it its strength. Again for another
+    to be merged too. None given: checkpoints/."""
+    lora_parts: str = "unet,te1,te2"
+    """What of the LoRA is merged: U-Net, text encoders 1 and 2."""
     model: str | None = None
     """As in training. None: the model that the LoRA was trained on, from its header."""
     prompts: tuple[str, ...] = ()
@@ -42,14 +48,14 @@ class InferConfig:
     """Denoising steps."""
     guidance: float = 5.0
     """Classifier-free guidance scale; 1 is without."""
-    scale: float = 1.0
-    """Strength of the LoRA: W + scale·ΔW."""
+    scale: tuple[float, ...] = (1.0,)
+    """Strength of all LoRA together: W + scale·ΔW. Several: a column of pictures for each."""
     sampler: Literal["default", "ddim", "dpm++", "euler", "euler-a", "unipc"] = "default"
     """Sampler of diffusers. default: the model's own."""
     out: Path = Path("images")
     """Folder for 1.png, 2.png, … and compare.png."""
     save_merged: Path | None = None
-    """Write the merged model there as a diffusers folder."""
+    """Write the merged model there as a diffusers folder; for one --scale only."""
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     """auto: fp16 on CUDA, fp32 on CPU. The VAE is never fp16."""
     device: str = "auto"
@@ -58,6 +64,12 @@ class InferConfig:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise UserError(f"--steps must be at least 1, not {self.steps}")
+        if not self.scale:
+            raise UserError("--scale needs a number")
+        if self.save_merged and len(self.scale) > 1:
+            raise UserError("--save-merged writes one model: give one --scale")
+        if wrong := set(self.lora_parts.split(",")) - PARTS.keys():
+            raise UserError(f"--lora-parts {','.join(sorted(wrong))}: choose from {','.join(PARTS)}")
 
 
 def read_prompts(prompts: tuple[str, ...], model: str) -> list[str]:
@@ -70,17 +82,31 @@ def read_prompts(prompts: tuple[str, ...], model: str) -> list[str]:
     return list(prompts) or evaluation_prompts(model)
 
 
+def with_strength(lora: str) -> tuple[Path, float]:
+    """'naruto.safetensors:0.8' -> (path, 0.8); without a number 1."""
+    name, _, strength = lora.rpartition(":")
+    try:
+        return (Path(name), float(strength)) if name else (Path(lora), 1.0)
+    except ValueError:
+        return Path(lora), 1.0
+
+
 def main(config: InferConfig) -> None:
     # The LoRA, and the model it was trained on.
     device = memory.resolve_device(config.device)
     precision = memory.resolve_precision(config.precision, device)
-    lora = formats.find(config.lora)
-    model = config.model or formats.trained_on(lora)
+    loras = [(formats.find(path), strength) for path, strength in map(with_strength, config.lora or ("checkpoints",))]
+    model = config.model or formats.trained_on(loras[0][0])
     prompts = read_prompts(config.prompts, model)
     pipe = load_sdxl(model, memory.DTYPES[precision], device)
     denoiser = Denoiser(pipe)
-    deltas = formats.read(lora, layer_shapes(denoiser))
-    check_fit(denoiser, deltas)  # now, not after the base pictures
+    parts = tuple(PARTS[part] for part in config.lora_parts.split(","))
+    chosen = []  # (ΔW, strength) of every LoRA
+    for lora, strength in loras:
+        deltas = formats.read(lora, layer_shapes(denoiser))
+        check_fit(denoiser, deltas)  # now, not after the base pictures
+        chosen.append(({name: delta for name, delta in deltas.items() if name.startswith(parts)}, strength))
+        print(f"LoRA {lora}: {len(chosen[-1][0])} of {len(deltas)} layers, strength {strength:g}")
     if config.save_merged:
         if config.save_merged.exists() and (not config.save_merged.is_dir() or any(config.save_merged.iterdir())):
             raise UserError(f"--save-merged {config.save_merged} is there already and not an empty folder")
@@ -94,26 +120,33 @@ def main(config: InferConfig) -> None:
     size = native_resolution(pipe)
     how = {"seed": config.seed, "steps": config.steps, "guidance": config.guidance, "negative": config.negative}
     draw = partial(render, pipe, partial(decode_latents, pipe.vae), prompts, size=size, **how)
-    print(f"model {model}, LoRA {lora}: {len(deltas)} layers, scale {config.scale:g}")
-    print(f"{device}, {precision}, {config.steps} steps of the {config.sampler} sampler")
+    print(f"model {model}, {device}, {precision}, {config.steps} steps of the {config.sampler} sampler")
 
     # Base, merge, LoRA. Merging costs nothing per step afterwards.
     pictures = {}
     if config.compare:
         pictures["base"] = timed("base", draw, len(prompts))
-    merge_lora(denoiser, deltas, config.scale)
-    if config.save_merged:
-        sampler, pipe.scheduler = pipe.scheduler, own_scheduler
-        pipe.save_pretrained(config.save_merged)
-        pipe.scheduler = sampler
-        print(f"merged model in {config.save_merged}")
-    pictures["LoRA"] = timed("LoRA", draw, len(prompts))
+    layers = check_fit(denoiser, {name: delta for deltas, _ in chosen for name, delta in deltas.items()})
+    base = {name: layer.weight.cpu().clone() for name, layer in layers.items()} if len(config.scale) > 1 else {}
+    for scale in config.scale:
+        for name, weight in base.items():
+            layers[name].weight.copy_(weight)
+        for deltas, strength in chosen:
+            merge_lora(denoiser, deltas, scale * strength)
+        if config.save_merged:
+            sampler, pipe.scheduler = pipe.scheduler, own_scheduler
+            pipe.save_pretrained(config.save_merged)
+            pipe.scheduler = sampler
+            print(f"merged model in {config.save_merged}")
+        label = "LoRA" if len(config.scale) == 1 else f"LoRA × {scale:g}"
+        pictures[label] = timed(label, draw, len(prompts))
 
     # Sheets.
     rows = [dict(zip(pictures, row, strict=True)) for row in zip(*pictures.values(), strict=True)]
-    sheets = [side_by_side(row, prompt) if config.compare else row["LoRA"] for row, prompt in zip(rows, prompts, strict=True)]
+    several = len(pictures) > 1
+    sheets = [side_by_side(r, prompt) if several else next(iter(r.values())) for r, prompt in zip(rows, prompts, strict=True)]
     files = {f"{i}.png": sheet for i, sheet in enumerate(sheets, 1)}
-    if config.compare:
+    if several:
         files["compare.png"] = stack(sheets)
     for name, sheet in files.items():
         sheet.save(config.out / name)

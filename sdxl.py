@@ -13,12 +13,13 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     StableDiffusionXLPipeline,
+    UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from errors import UserError
@@ -133,6 +134,30 @@ def blueprint(pipe: StableDiffusionXLPipeline) -> "Denoiser":
         text_encoder, text_encoder_2 = (type(m)(m.config) for m in (pipe.text_encoder, pipe.text_encoder_2))
     parts = {"unet": unet, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
     return Denoiser(StableDiffusionXLPipeline(**{**pipe.components, **{n: m.to(pipe.dtype).eval() for n, m in parts.items()}}))
+
+
+def base_architecture(**words: int) -> tuple[UNet2DConditionModel, CLIPTextModel, CLIPTextModelWithProjection]:
+    """U-Net and text encoders of SDXL base on the default device, in the default dtype, as initialised.
+
+    For shapes on the meta device, and for measuring; `words` are further fields of the text encoders' configurations.
+    """
+    unet = UNet2DConditionModel(
+        sample_size=128,
+        block_out_channels=(320, 640, 1280),
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(5, 10, 20),
+        cross_attention_dim=2048,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+        use_linear_projection=True,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+    small = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    large = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+    one = CLIPTextModel(CLIPTextConfig(projection_dim=768, **small, **words))
+    return unet, one, CLIPTextModelWithProjection(CLIPTextConfig(projection_dim=1280, **large, **words))
 
 
 # Bytes that the VAE takes for each pixel and byte of its dtype: 1.5 and 2.4 GiB at 1024 × 1024 in bfloat16.

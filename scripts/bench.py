@@ -36,7 +36,7 @@ from diffusion import Diffusion, DiffusionConfig
 from errors import UserError, one_line_errors
 from graph import GraphedStep
 from lora import LoRAConfig, add_lora, merge_lora
-from sdxl import Denoiser, blueprint, decode_latents, encode_pixels, load_sdxl, time_ids, tokenize
+from sdxl import Denoiser, base_architecture, blueprint, decode_latents, encode_pixels, load_sdxl, time_ids, tokenize
 
 FORWARD = 6.76e12  # floating-point operations of the U-Net's forward pass, one image of 1024 x 1024 (counted by dry_run)
 
@@ -88,28 +88,13 @@ class BenchConfig:
 
 def make_model(folder: Path, device: torch.device) -> None:
     """SDXL base's architecture with random weights in float16, as a diffusers folder; tokenizers of the bundled model."""
-    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
 
     demo = load_sdxl("demo", torch.float32, torch.device("cpu"))
     words = {"vocab_size": 49408, "eos_token_id": demo.tokenizer.eos_token_id, "bos_token_id": demo.tokenizer.bos_token_id}
-    small = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-    large = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
     torch.set_default_dtype(torch.float16)
     with device:
-        unet = UNet2DConditionModel(
-            sample_size=128,
-            block_out_channels=(320, 640, 1280),
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),
-            cross_attention_dim=2048,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-            use_linear_projection=True,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        )
+        unet, one, two = base_architecture(**words)
         vae = AutoencoderKL(
             block_out_channels=(128, 256, 512, 512),
             down_block_types=("DownEncoderBlock2D",) * 4,
@@ -119,8 +104,6 @@ def make_model(folder: Path, device: torch.device) -> None:
             sample_size=1024,
             scaling_factor=0.13025,
         )
-        one = CLIPTextModel(CLIPTextConfig(projection_dim=768, **small, **words))
-        two = CLIPTextModelWithProjection(CLIPTextConfig(projection_dim=1280, **large, **words))
     torch.set_default_dtype(torch.float32)
     scheduler = EulerDiscreteScheduler.from_config(demo.scheduler.config)
     parts = (vae, one, two, demo.tokenizer, demo.tokenizer_2, unet, scheduler)

@@ -164,29 +164,10 @@ def script(monkeypatch, capfd):
 @pytest.fixture(scope="session")
 def sdxl_meta() -> torch.nn.Module:
     """The Denoiser of the real SDXL base architecture on the meta device: shapes without weights."""
-    from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    from sdxl import Denoiser
+    from sdxl import Denoiser, base_architecture
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            sample_size=128,
-            block_out_channels=(320, 640, 1280),
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),
-            cross_attention_dim=2048,
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-            **SDXL_UNET,
-        )
-        one = CLIPTextConfig(
-            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768
-        )
-        two = CLIPTextConfig(
-            hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280
-        )
-        encoders = CLIPTextModel(one), CLIPTextModelWithProjection(two)
+        unet, *encoders = base_architecture()
     model = Denoiser.__new__(Denoiser)  # without its tokenizers
     torch.nn.Module.__init__(model)
     model.unet, model.text_encoder, model.text_encoder_2 = unet, *encoders

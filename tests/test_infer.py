@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from test_lora import shake
 
 import formats
-from lora import LoRAConfig, add_lora, layer_shapes
+from lora import LoRAConfig, add_lora, layer_shapes, merge_lora
 from pictures import render, side_by_side
 from sdxl import Denoiser, decode_latents, load_sdxl
 
@@ -111,6 +111,46 @@ def test_prompts_from_a_file_and_negative_prompt(script, lora, tmp_path):
     assert (tmp_path / "plain/1.png").read_bytes() != (tmp_path / "negative/1.png").read_bytes()
 
 
+def merged(tiny_model, *parts) -> list[np.ndarray]:
+    """Pictures of the model with each (file, strength, components) merged."""
+
+    def prepare(denoiser):
+        for file, strength, components in parts:
+            deltas = formats.read(file, layer_shapes(denoiser))
+            merge_lora(denoiser, {n: d for n, d in deltas.items() if n.split(".")[0] in components}, strength)
+
+    return pictures(tiny_model, prepare=prepare)
+
+
+ALL = ("unet", "text_encoder", "text_encoder_2")
+
+
+def test_several_with_strengths_and_parts(script, lora, tiny_model, tmp_path):
+    other = lora.with_name("other.safetensors")
+    other.write_bytes(lora.read_bytes())
+    how = ["--out", tmp_path / "images", "--model", tiny_model, *HOW]
+    out, _ = script("infer.py", "--lora", f"{lora}:0.8", "--lora", f"{other}:-0.3", *how)
+    assert f"LoRA {lora}: " in out
+    assert "strength 0.8" in out
+    for i, wanted in enumerate(merged(tiny_model, (lora, 0.8, ALL), (other, -0.3, ALL)), 1):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / f"images/{i}.png"), int), wanted)
+    script("infer.py", "--lora", lora, "--lora-parts", "te2,unet", *how)
+    for i, wanted in enumerate(merged(tiny_model, (lora, 1.0, ("unet", "text_encoder_2"))), 1):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / f"images/{i}.png"), int), wanted)
+    assert not np.array_equal(wanted, merged(tiny_model, (lora, 1.0, ALL))[1])
+
+
+def test_a_sweep_has_a_column_for_every_scale(script, lora, tiny_model, tmp_path):
+    script("infer.py", "--compare", "--lora", lora, "--out", tmp_path / "images", *HOW, "--scale", 1, 0.25)
+    columns = {"base": pictures(tiny_model)}
+    columns |= {f"LoRA × {scale:g}": merged(tiny_model, (lora, scale, ALL)) for scale in (1, 0.25)}
+    for i, prompt in enumerate(PROMPTS):
+        row = {name: Image.fromarray(column[i].astype(np.uint8)) for name, column in columns.items()}
+        sheet = np.asarray(Image.open(tmp_path / f"images/{i + 1}.png"))
+        assert np.array_equal(sheet, np.asarray(side_by_side(row, prompt)))
+    assert (tmp_path / "images/compare.png").exists()
+
+
 def test_mistakes(script, lora, tmp_path):
     def refused(message: str, *options):
         out = tmp_path / "images"
@@ -141,6 +181,8 @@ def test_mistakes(script, lora, tmp_path):
     refused("empty.txt is empty", "--lora", lora, "--prompts", tmp_path / "empty.txt")
     refused("--model /nowhere", "--lora", lora, "--model", "/nowhere")
     refused("--steps", "--lora", lora, "--steps", 0)
+    refused("--lora-parts te3: choose from unet,te1,te2", "--lora", lora, "--lora-parts", "unet,te3")
+    refused("give one --scale", "--lora", lora, "--scale", 1, 2, "--save-merged", tmp_path / "m")
     refused("--device cuda:77", "--lora", lora, "--device", "cuda:77")
     refused("--out README.md/x cannot be written", "--lora", lora, "--out", "README.md/x")
     refused("--save-merged README.md/x cannot be written", "--lora", lora, "--save-merged", "README.md/x")

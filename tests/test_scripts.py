@@ -11,8 +11,11 @@ import torch
 from conftest import photograph
 from PIL import Image
 from pyarrow import parquet
+from test_lora import shake
 
+import formats
 from data import decode, open_source, unpack_latents
+from lora import LoRAConfig, add_lora
 from sdxl import encode_pixels, load_sdxl
 
 
@@ -103,3 +106,23 @@ def test_cached_latents_are_what_the_vae_gives_for_the_same_images(script, tiny_
     assert err == f"cache.py: --out {tmp_path} already holds latents-000000.tar: remove it or choose another --name\n"
     _, err = script("scripts/cache.py", tmp_path, "--model", tiny_model, "--out", tmp_path / "b", status=2)
     assert err == f"cache.py: {tmp_path} holds latents already\n"
+
+
+def test_converting_keeps_the_weights(script, denoiser, tiny_model, tmp_path):
+    adapter = add_lora(denoiser, LoRAConfig(rank=3, alpha=2, targets="all"), denoiser.unread)
+    shake(adapter)
+    ours, theirs, back = (tmp_path / f"{name}.safetensors" for name in ("ours", "theirs", "back"))
+    config = {"model": "demo", "rank": 3, "alpha": 2.0, "targets": "all", "resolution": 64}
+    ours.write_bytes(formats.serialise(adapter.deltas, formats.describe(config, images=7, step=5), dtype=torch.float32))
+    how = ["--model", tiny_model, "--save-dtype", "fp32"]
+    out, _ = script("scripts/convert.py", ours, theirs, "--format", "diffusers", *how)
+    assert "in the diffusers layout, largest difference 0" in out
+    script("scripts/convert.py", theirs, back, *how)
+    start = [8 + int.from_bytes(file.read_bytes()[:8], "little") for file in (back, ours)]
+    assert back.read_bytes()[start[0] :] == ours.read_bytes()[start[1] :]
+    assert formats.read_metadata(back) == formats.read_metadata(ours)
+    _, err = script("scripts/convert.py", ours, back, *how, status=2)
+    assert err == f"convert.py: {back} is there already: remove it or choose another name\n"
+    _, err = script("scripts/convert.py", ours, tmp_path / "x.safetensors", status=2)  # for the real SDXL
+    assert "does not fit the model: it is for a model of 80 channels, {80} channels of text and not {2048}" in err
+    assert not (tmp_path / "x.safetensors").exists()

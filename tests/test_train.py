@@ -183,7 +183,7 @@ def test_a_packed_base_trains_and_merges_into_the_unpacked_one(train, script, ti
     config = json.loads(formats.read_metadata(tmp_path / "out/pytorch_lora_weights_2.safetensors")["sdxl_lora.config"])
     assert (config["precision"], config["base_precision"]) == ("fp32", base)
     out, _ = script("infer.py", "--lora", tmp_path / "out", "--steps", 2, "--out", tmp_path / "images", "--prompts", "x")
-    assert "scale 1" in out
+    assert "layers, strength 1" in out
 
 
 @pytest.fixture

@@ -1,0 +1,66 @@
+"""Rewrites a LoRA file of any tool in the kohya layout (diffusers, ComfyUI, A1111) or in diffusers' own; the same ΔW.
+
+python scripts/convert.py theirs.safetensors ours.safetensors
+python scripts/convert.py ours.safetensors for-diffusers.safetensors --format diffusers --save-dtype fp32
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import formats
+import memory
+from checkpoint import check_writable, write_atomically
+from errors import UserError, one_line_errors
+from lora import layer_shapes
+from sdxl import base_architecture, load_sdxl
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    lora: Annotated[Path, tyro.conf.Positional]
+    """The file to read."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """The file to write."""
+    format: Literal["kohya", "diffusers"] = "kohya"
+    """Layout to write."""
+    save_dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
+    """Dtype of the weights in it."""
+    model: str | None = None
+    """The model it is for, as train_lora.py's --model. None: SDXL base's architecture, which needs no weights."""
+
+
+def model_shapes(model: str | None) -> dict[str, torch.Size]:
+    """{module path: shape} of every layer that a LoRA may change."""
+    if model is None:
+        with torch.device("meta"):
+            parts = base_architecture()
+    else:
+        pipe = load_sdxl(model, torch.float32, torch.device("cpu"))
+        parts = (pipe.unet, pipe.text_encoder, pipe.text_encoder_2)
+    return layer_shapes(torch.nn.ModuleDict(dict(zip(("unet", "text_encoder", "text_encoder_2"), parts, strict=True))))
+
+
+def main(config: ConvertConfig) -> None:
+    if config.out.exists():
+        raise UserError(f"{config.out} is there already: remove it or choose another name")
+    check_writable("the folder", config.out.parent)
+    shapes = model_shapes(config.model)
+    deltas = formats.read(config.lora, shapes)
+    if wrong := [name for name, (A, B, _) in deltas.items() if not formats.fits(A, B, shapes[name])]:
+        raise UserError(f"--lora {config.lora} does not fit the model: {len(wrong)} shapes differ, first {wrong[0]}")
+    metadata = {k: v for k, v in formats.read_metadata(config.lora).items() if k not in formats.OF_THE_FILE}
+    data = formats.serialise(deltas, metadata, config.format, memory.DTYPES[config.save_dtype])
+    write_atomically(config.out, data)
+    error = formats.largest_difference(formats.read(config.out, shapes), deltas)
+    print(f"{config.out}: {len(deltas)} layers in the {config.format} layout, largest difference {error:.2g}")
+
+
+if __name__ == "__main__":
+    with one_line_errors("convert.py"):
+        main(tyro.cli(ConvertConfig))
