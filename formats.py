@@ -42,6 +42,37 @@ SGM_BLOCKS = [
 ]
 
 
+def sgm_path(rest: str) -> str:
+    """'down_blocks.1.attentions.0.….to_q' -> 'input_blocks.4.1.….to_q', of the U-Net."""
+    for pattern, name in SGM_BLOCKS:
+        rest = re.sub(pattern, lambda match, name=name: name(*map(int, match.groups())), rest)
+    return rest
+
+
+def from_sgm(path: str) -> str:
+    """The other way: 'input_blocks.4.1.….to_q' -> 'down_blocks.1.attentions.0.….to_q'."""
+    leaves = {
+        "in_layers.2": "conv1",
+        "out_layers.3": "conv2",
+        "emb_layers.1": "time_emb_proj",
+        "skip_connection": "conv_shortcut",
+    }
+    whole = {"input_blocks.0.0": "conv_in", "out.2": "conv_out"}
+    whole |= {f"time_embed.{2 * i}": f"time_embedding.linear_{i + 1}" for i in range(2)}
+    whole |= {f"label_emb.0.{2 * i}": f"add_embedding.linear_{i + 1}" for i in range(2)}
+    match = re.fullmatch(r"(input|middle|output)_blocks?\.(?:(\d+)\.)?(\d+)\.(.+)", path)
+    if path in whole or not match:
+        return whole.get(path, path)
+    side, number, kind, rest = match[1], int(match[2] or 0), int(match[3]), leaves.get(match[4], match[4])
+    if side == "middle":
+        return f"mid_block.attentions.0.{rest}" if kind == 1 else f"mid_block.resnets.{kind // 2}.{rest}"
+    block, layer = divmod(number - (side == "input"), 3)
+    name = "down" if side == "input" else "up"
+    if rest in ("op", "conv"):
+        return f"{name}_blocks.{block}.{name}samplers.0.conv"
+    return f"{name}_blocks.{block}.{'attentions' if kind == 1 else 'resnets'}.{layer}.{rest}"
+
+
 def kohya_name(path: str) -> str:
     """'unet.down_blocks.1.attentions.0.….to_q' -> 'lora_unet_input_blocks_4_1_…_to_q', and likewise for both text encoders.
 
@@ -49,14 +80,9 @@ def kohya_name(path: str) -> str:
     """
     component, _, rest = path.partition(".")
     if component == "unet":
-        prefix = "lora_unet"
-        for pattern, name in SGM_BLOCKS:
-            rest = re.sub(pattern, lambda match, name=name: name(*map(int, match.groups())), rest)
-    else:
-        prefix = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}[component]
-        rest = rest.removeprefix("text_model.")
-        rest = rest if rest == "text_projection" else f"text_model.{rest}"
-    return f"{prefix}_{rest}".replace(".", "_")
+        return f"lora_unet_{sgm_path(rest)}".replace(".", "_")
+    prefix = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}[component]
+    return f"{prefix}_{diffusers_name(path).partition('.')[2]}".replace(".", "_")
 
 
 def diffusers_name(path: str) -> str:
@@ -182,6 +208,15 @@ def find(path: Path) -> Path:
     if not files:
         raise UserError(f"--lora {path}: no .safetensors file there (train one with train_lora.py)")
     return files[-1]
+
+
+def with_strength(lora: str) -> tuple[Path, float]:
+    """'naruto.safetensors:0.8' -> (path, 0.8); without a number 1."""
+    name, _, strength = lora.rpartition(":")
+    try:
+        return (Path(name), float(strength)) if name else (Path(lora), 1.0)
+    except ValueError:
+        return Path(lora), 1.0
 
 
 # Reading: whatever another tool has written.

@@ -82,20 +82,11 @@ def read_prompts(prompts: tuple[str, ...], model: str) -> list[str]:
     return list(prompts) or evaluation_prompts(model)
 
 
-def with_strength(lora: str) -> tuple[Path, float]:
-    """'naruto.safetensors:0.8' -> (path, 0.8); without a number 1."""
-    name, _, strength = lora.rpartition(":")
-    try:
-        return (Path(name), float(strength)) if name else (Path(lora), 1.0)
-    except ValueError:
-        return Path(lora), 1.0
-
-
 def main(config: InferConfig) -> None:
     # The LoRA, and the model it was trained on.
     device = memory.resolve_device(config.device)
     precision = memory.resolve_precision(config.precision, device)
-    loras = [(formats.find(path), strength) for path, strength in map(with_strength, config.lora or ("checkpoints",))]
+    loras = [(formats.find(path), strength) for path, strength in map(formats.with_strength, config.lora or ("checkpoints",))]
     model = config.model or formats.trained_on(loras[0][0])
     prompts = read_prompts(config.prompts, model)
     pipe = load_sdxl(model, memory.DTYPES[precision], device)

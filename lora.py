@@ -243,7 +243,11 @@ def merge_lora(model: nn.Module, deltas: Deltas, strength: float = 1.0) -> None:
     deltas do not fit the model.
     """
     for name, layer in check_fit(model, deltas).items():
-        A, B, alpha = deltas[name]
-        A, B = (half.flatten(1).to(layer.weight.device, torch.float32) for half in (A, B))
-        merged = layer.weight.float().flatten(1).addmm(B, A, alpha=strength * alpha / len(A))
-        layer.weight.copy_(merged.view_as(layer.weight))
+        layer.weight.copy_(add_delta(layer.weight.float(), deltas[name], strength))
+
+
+def add_delta(weight: Tensor, delta: tuple[Tensor, Tensor, float], strength: float) -> Tensor:
+    """weight [out, in, …] float32 + strength · (α/r) · B · A."""
+    A, B, alpha = delta
+    A, B = (half.flatten(1).to(weight.device, torch.float32) for half in (A, B))
+    return weight.flatten(1).addmm(B, A, alpha=strength * alpha / len(A)).view_as(weight)

@@ -51,6 +51,20 @@ def test_names_of_the_real_architecture():
     assert formats.kohya_name("text_encoder_2.text_projection") == "lora_te2_text_projection"
 
 
+def test_names_of_stability_there_and_back(sdxl_meta):
+    """Every linear and convolution layer of the real U-Net, and diffusers' own conversion of a checkpoint as the oracle."""
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    paths = [path.removeprefix("unet.") for path in layer_shapes(sdxl_meta) if path.startswith("unet.")]
+    assert len(paths) == 794
+    assert [formats.from_sgm(formats.sgm_path(path)) for path in paths] == paths
+    checkpoint = {f"model.diffusion_model.{formats.sgm_path(path)}.weight": torch.tensor(i) for i, path in enumerate(paths)}
+    checkpoint |= {key.replace(".weight", ".bias"): torch.tensor(-1) for key in checkpoint}
+    checkpoint |= {f"model.diffusion_model.out.0.{part}": torch.tensor(-1) for part in ("weight", "bias")}
+    converted = convert_ldm_unet_checkpoint(checkpoint, sdxl_meta.unet.config)
+    assert {k: int(v) for k, v in converted.items() if v >= 0} == {f"{path}.weight": i for i, path in enumerate(paths)}
+
+
 def test_names_are_one_to_one(denoiser):
     paths = list(layer_shapes(denoiser))
     assert len({formats.kohya_name(path) for path in paths}) == len(paths)

@@ -2,20 +2,23 @@ import hashlib
 import io
 import json
 import random
+import re
 import shutil
 import tarfile
 
 import pyarrow
 import pytest
 import torch
-from conftest import photograph
+from conftest import ROOT, photograph
 from PIL import Image
 from pyarrow import parquet
+from safetensors.torch import load_file, save_file
 from test_lora import shake
+from torch import nn
 
 import formats
 from data import decode, open_source, unpack_latents
-from lora import LoRAConfig, add_lora
+from lora import LoRAConfig, add_lora, layer_shapes, merge_lora, mergeable_layers
 from sdxl import encode_pixels, load_sdxl
 
 
@@ -126,3 +129,102 @@ def test_converting_keeps_the_weights(script, denoiser, tiny_model, tmp_path):
     _, err = script("scripts/convert.py", ours, tmp_path / "x.safetensors", status=2)  # for the real SDXL
     assert "does not fit the model: it is for a model of 80 channels, {80} channels of text and not {2048}" in err
     assert not (tmp_path / "x.safetensors").exists()
+
+
+# merge.py.
+
+
+@pytest.fixture
+def two_loras(denoiser, tmp_path):
+    """Files of two LoRA for the tiny model: every kind of linear layer and a convolution, and some of them again."""
+    adapter = add_lora(denoiser, LoRAConfig(rank=3, alpha=2, targets="all"), denoiser.unread)
+    shake(adapter)
+    deltas = {name: (A.clone(), B.clone(), alpha) for name, (A, B, alpha) in adapter.deltas.items()}
+    conv = denoiser.unet.down_blocks[0].resnets[0].conv1.weight
+    deltas["unet.down_blocks.0.resnets.0.conv1"] = (torch.randn(3, *conv.shape[1:]), torch.randn(len(conv), 3, 1, 1), 2.0)
+    projection = denoiser.text_encoder_2.text_projection.weight
+    deltas["text_encoder_2.text_projection"] = (torch.randn(3, projection.shape[1]), torch.randn(len(projection), 3), 2.0)
+    files = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    files[0].write_bytes(formats.serialise(deltas, {}, "kohya", torch.float32))
+    some = {name: delta for name, delta in deltas.items() if "to_q" in name or "fc1" in name}
+    files[1].write_bytes(formats.serialise(some, {}, "diffusers", torch.float32))
+    return files
+
+
+def parts_of(pipe) -> nn.ModuleDict:
+    return nn.ModuleDict({name: getattr(pipe, name) for name in ("unet", "text_encoder", "text_encoder_2")})
+
+
+def merged_in_memory(model, files) -> nn.ModuleDict:
+    holder = parts_of(load_sdxl(str(model), torch.float32, torch.device("cpu")))
+    for file, strength in zip(files, (0.8, -0.5), strict=True):
+        merge_lora(holder, formats.read(file, layer_shapes(holder)), strength)
+    return holder
+
+
+def test_merging_into_a_folder_is_merging_in_memory(script, two_loras, tiny_model, tmp_path):
+    a, b = two_loras
+    script("scripts/merge.py", tiny_model, tmp_path / "merged", "--lora", f"{a}:0.8", "--lora", f"{b}:-0.5")
+    wanted = merged_in_memory(tiny_model, two_loras).state_dict()
+    ours = parts_of(load_sdxl(str(tmp_path / "merged"), torch.float32, torch.device("cpu"))).state_dict()
+    assert ours.keys() == wanted.keys()
+    assert all(torch.equal(ours[key], tensor) for key, tensor in wanted.items())
+    for file in tiny_model.rglob("*"):
+        if file.is_file() and not re.search(r"(unet|text_encoder\w*)/.*safetensors", str(file)):
+            assert (tmp_path / "merged" / file.relative_to(tiny_model)).read_bytes() == file.read_bytes()
+    told = json.loads(formats.read_metadata(next((tmp_path / "merged/unet").glob("*.safetensors")))["sdxl_lora.merged"])
+    assert [(one["file"], one["strength"]) for one in told] == [("a.safetensors", 0.8), ("b.safetensors", -0.5)]
+
+
+def as_checkpoint(holder: nn.ModuleDict) -> dict[str, torch.Tensor]:
+    """The weights of the layers as Stability's own code names them in one file, in float16."""
+    tensors = {"first_stage_model.encoder.conv_in.weight": torch.ones(3), "model_ema.decay": torch.tensor(1.0)}
+    for name, layer in mergeable_layers(holder).items():
+        component, _, rest = name.partition(".")
+        if component == "unet":
+            tensors[f"model.diffusion_model.{formats.sgm_path(rest)}.weight"] = layer.weight
+        elif component == "text_encoder":
+            tensors[f"conditioner.embedders.0.transformer.text_model.{rest.removeprefix('text_model.')}.weight"] = layer.weight
+    second, prefix = holder.text_encoder_2, "conditioner.embedders.1.model."
+    tensors[prefix + "text_projection"] = second.text_projection.weight.T
+    for i, block in enumerate(second.text_model.encoder.layers):
+        at, attention = f"{prefix}transformer.resblocks.{i}.", block.self_attn
+        qkv = [layer.weight for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        tensors |= {at + "attn.in_proj_weight": torch.cat(qkv), at + "attn.out_proj.weight": attention.out_proj.weight}
+        tensors |= {at + "mlp.c_fc.weight": block.mlp.fc1.weight, at + "mlp.c_proj.weight": block.mlp.fc2.weight}
+    return {key: tensor.detach().half().contiguous() for key, tensor in tensors.items()}
+
+
+def test_merging_into_one_checkpoint_file(script, two_loras, tiny_model, tmp_path):
+    a, b = two_loras
+    base, merged = tmp_path / "base.safetensors", tmp_path / "merged.safetensors"
+    plain = load_sdxl(str(tiny_model), torch.float32, torch.device("cpu")).to(torch.float16).to(torch.float32)
+    plain.save_pretrained(tmp_path / "rounded")  # the same weights, as float16 holds them
+    save_file(as_checkpoint(parts_of(plain)), base, {"by": "somebody"})
+    script("scripts/merge.py", base, merged, "--lora", f"{a}:0.8", "--lora", f"{b}:-0.5")
+    ours, before = load_file(merged), load_file(base)
+    assert ours.keys() == before.keys()
+    assert all(ours[key].dtype == torch.float16 for key in ours)
+    assert formats.read_metadata(merged)["by"] == "somebody"
+    wanted = as_checkpoint(merged_in_memory(tmp_path / "rounded", two_loras))
+    assert all(torch.equal(ours[key], tensor) for key, tensor in wanted.items())  # both LoRA in float32, rounded once
+    touched = {key for key, tensor in wanted.items() if not torch.equal(tensor, before[key])}
+    assert {key for key in ours if not torch.equal(ours[key], before[key])} == touched
+    for part in ("in_proj_weight", "model.text_projection", "input_blocks.1.0.in_layers.2.weight"):
+        assert any(part in key for key in touched)
+
+
+def test_merge_mistakes(script, two_loras, tiny_model, tmp_path):
+    def refused(message: str, *options):
+        _, err = script("scripts/merge.py", *options, status=2)
+        assert err.count("\n") == 1
+        assert message in err
+        assert not list(tmp_path.glob("m*"))
+
+    refused("--lora is missing", tiny_model, tmp_path / "m")
+    refused("is neither a file nor a diffusers folder", tmp_path, tmp_path / "m", "--lora", two_loras[0])
+    refused("is there already", tiny_model, two_loras[1], "--lora", two_loras[0])
+    (tmp_path / "bad.safetensors").write_bytes(b"rubbish")
+    refused("bad.safetensors is not a readable", tmp_path / "bad.safetensors", tmp_path / "m", "--lora", two_loras[0])
+    refused("bad.safetensors is not a readable", tiny_model, tmp_path / "m", "--lora", tmp_path / "bad.safetensors")
+    refused("does not fit the model", ROOT / "assets/demo/model", tmp_path / "m", "--lora", two_loras[0])
