@@ -94,7 +94,10 @@ def diffusers_name(path: str) -> str:
 
 def with_one_alpha(deltas: Deltas) -> Deltas:
     """The same ΔW with one α in each component, the factor moved into B: diffusers mis-scales a kohya file of several."""
-    alphas = {path.split(".")[0]: alpha for path, (_, _, alpha) in deltas.items()}
+    alphas: dict[str, float] = {}
+    for path, (A, _, alpha) in deltas.items():  # the largest, so that no factor is above 1; the rank if all are 0
+        component = path.split(".")[0]
+        alphas[component] = max(alphas.get(component, 0), abs(alpha)) or float(len(A))
     folded = {}
     for path, (A, B, alpha) in deltas.items():
         one = alphas[path.split(".")[0]]
@@ -139,7 +142,7 @@ def serialise(deltas: Deltas, metadata: dict[str, str], layout: str = "kohya", d
     tensors = {key: t.to("cpu", t.dtype if t.ndim == 0 else dtype).contiguous() for key, t in tensors.items()}
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise UserError(f"{key} is not finite, so no file was written: go on from the last one with a lower --lr")
+            raise UserError(f"{key} is not finite in {str(dtype).removeprefix('torch.')}, so no file was written")
     plain = save(tensors)
     header = int.from_bytes(plain[:8], "little")
     digest = hashlib.sha256(plain[8 + header :]).hexdigest()  # of the tensor bytes only, as other tools compute it
@@ -153,9 +156,19 @@ def largest_difference(read_back: Deltas, live: Deltas) -> float:
     worst = torch.zeros(())
     for path, (A, B, alpha) in live.items():
         theirs_A, theirs_B, theirs_alpha = read_back[path]
-        scaled = theirs_B.float() * (theirs_alpha / alpha)
+        scaled = theirs_B.float() * (theirs_alpha / alpha if alpha else 1)
         worst = torch.stack([worst, (theirs_A.float() - A.cpu()).abs().max(), (scaled - B.cpu()).abs().max()]).max()
     return worst.item()
+
+
+LISTED = {  # without these A1111 and Forge take a file for one of Stable Diffusion 1 and hide it under SDXL
+    "ss_network_module": "networks.lora",
+    "ss_base_model_version": "sdxl_base_v1-0",
+    "ss_v2": "False",
+    "modelspec.sai_model_spec": "1.0.1",
+    "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+    "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+}
 
 
 def describe(config: dict, images: int, step: int) -> dict[str, str]:
@@ -164,20 +177,14 @@ def describe(config: dict, images: int, step: int) -> dict[str, str]:
     `config` holds the flags of the run: rank, alpha, targets, resolution, model, …
     """
     name, side = f"pytorch_lora_weights_{step}", config["resolution"]
-    return {
-        "ss_network_module": "networks.lora",
+    return LISTED | {
         "ss_network_dim": str(config["rank"]),
         "ss_network_alpha": str(config["alpha"]),
         "ss_network_args": json.dumps({"targets": config["targets"]}),
-        "ss_base_model_version": "sdxl_base_v1-0",
-        "ss_v2": "False",
         "ss_output_name": name,
         "ss_resolution": f"({side}, {side})",
         "ss_num_train_images": str(images),
         "ss_steps": str(step),
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": name,
         "modelspec.resolution": f"{side}x{side}",
         "sdxl_lora.step": str(step),
@@ -196,8 +203,11 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def trained_on(path: Path) -> str:
     """The --model that a LoRA file of ours was trained with. Raises UserError if its header does not say."""
-    model = json.loads(read_metadata(path).get("sdxl_lora.config", "{}")).get("model")
-    if model is None:
+    try:
+        model = json.loads(read_metadata(path).get("sdxl_lora.config", "{}")).get("model")
+    except (ValueError, AttributeError):
+        model = None
+    if not isinstance(model, str):
         raise UserError(f"--lora {path} does not say which model it was trained on: add --model")
     return model
 
@@ -211,10 +221,10 @@ def find(path: Path) -> Path:
 
 
 def with_strength(lora: str) -> tuple[Path, float]:
-    """'naruto.safetensors:0.8' -> (path, 0.8); without a number 1."""
+    """'naruto.safetensors:0.8' -> (path, 0.8); without a finite number 1."""
     name, _, strength = lora.rpartition(":")
     try:
-        return (Path(name), float(strength)) if name else (Path(lora), 1.0)
+        return (Path(name), float(strength)) if name and math.isfinite(float(strength)) else (Path(lora), 1.0)
     except ValueError:
         return Path(lora), 1.0
 
@@ -289,14 +299,15 @@ def read(path: Path, shapes: dict[str, torch.Size]) -> Deltas:
     if kind := next((kind for part, kind in FOREIGN.items() for key in tensors if re.search(part, key)), None):
         raise UserError(f"--lora {path} is {kind}: only LoRA of plain A and B can be merged exactly")
     halves: dict[str, dict[str, Tensor]] = {}  # {stem: {"down", "up", "alpha"}}
-    unknown = []
     for key, tensor in tensors.items():
         if match := PAIR.fullmatch(key):
             halves.setdefault(match[1], {})["down" if match[2] else "up"] = tensor
         elif key.endswith(".alpha") and tensor.numel() == 1:
             halves.setdefault(key.removesuffix(".alpha"), {})["alpha"] = tensor
         else:
-            unknown.append(key)
+            halves.setdefault(key, {})
+    if not halves:
+        raise UserError(f"--lora {path} holds no tensor")
     check_generation(path, halves, shapes)
 
     modules: dict[tuple[str | None, str], list[str]] = {}
@@ -305,31 +316,37 @@ def read(path: Path, shapes: dict[str, torch.Size]) -> Deltas:
             modules.setdefault(spelling, []).append(module)
     rules = scaling_rules(path, metadata)
     deltas: Deltas = {}
-    alone = []
+    wrong: dict[str, list[str]] = {"match no layer": [], "lack A or B": [], "have other shapes than their layer": []}
     for stem, parts in halves.items():
         candidates = modules.get(locate(stem), [])
         if not candidates:
-            unknown.append(stem)
+            wrong["match no layer"].append(stem)
             continue
         if {"down", "up"} - parts.keys():
-            alone.append(stem)
+            wrong["lack A or B"].append(stem)
             continue
         down, up = parts["down"], parts["up"]
-        module = next((m for m in candidates if fits(down, up, shapes[m])), candidates[0])
+        module = next((m for m in candidates if fits(down, up, shapes[m])), None)
+        if module is None:
+            wrong["have other shapes than their layer"].append(f"{stem} {list(up.shape)} x {list(down.shape)}")
+            continue
         alpha = float(parts["alpha"]) if "alpha" in parts else rules(module, len(down))
+        if not math.isfinite(alpha):
+            raise UserError(f"--lora {path}: the alpha of {stem} is {alpha}")
         if module in deltas:
             raise UserError(f"--lora {path} holds {module} twice, under two names: second {stem}")
         deltas[module] = (down, up, alpha)
-    if unknown or not halves:
-        told = f"{len(unknown)} of {len(halves)} modules match no layer, first {', '.join(unknown[:3])}"
-        raise UserError(f"--lora {path} does not fit the model: {told}")
-    if alone:
-        raise UserError(f"--lora {path} is incomplete: {len(alone)} modules lack A or B, first {', '.join(alone[:3])}")
+    for what, stems in wrong.items():
+        if stems:
+            told = f"{len(stems)} of {len(halves)} modules {what}, first {', '.join(stems[:3])}"
+            raise UserError(f"--lora {path} does not fit the model: {told}")
     return deltas
 
 
 def fits(down: Tensor, up: Tensor, shape: torch.Size) -> bool:
     """Whether up · down has the shape of the weight, linear or convolution: down [r, in, …], up [out, r, …]."""
+    if min(down.ndim, up.ndim) < 2 or not len(down):
+        return False
     return len(up) == shape[0] and down[0].numel() == shape[1:].numel() and up[0].numel() == len(down)
 
 
@@ -338,7 +355,7 @@ def check_generation(path: Path, halves: dict[str, dict[str, Tensor]], shapes: d
     ours = {shape[1] for module, shape in shapes.items() if module.endswith("attn2.to_k")}
     downs = [parts["down"] for stem, parts in halves.items() if flat(stem).endswith("attn2_to_k") and "down" in parts]
     theirs = {down.shape[1] for down in downs if down.ndim > 1}
-    if theirs and ours.isdisjoint(theirs):
+    if ours and theirs and ours.isdisjoint(theirs):
         told = " and ".join(CONTEXT.get(channels, f"a model of {channels} channels") for channels in sorted(theirs))
         raise UserError(f"--lora {path} does not fit the model: it is for {told}, {theirs} channels of text and not {ours}")
 
@@ -348,19 +365,26 @@ def scaling_rules(path: Path, metadata: dict[str, str]) -> Callable[[str, int], 
     try:
         told = json.loads(metadata.get("lora_adapter_metadata", "{}"))
         beside = path.with_name("adapter_config.json")
-        if not told and beside.is_file():
+        if path.name == "adapter_model.safetensors" and beside.is_file():  # PEFT's own names for the two
             told = {f".{key}": value for key, value in json.loads(beside.read_text()).items()}
-    except (ValueError, OSError) as error:
+        if not isinstance(told, dict):
+            raise ValueError("it is no table")
+    except (ValueError, AttributeError, OSError) as error:
         raise UserError(f"--lora {path}: its PEFT configuration is not readable: {error}") from None
 
     def alpha(module: str, rank: int) -> float:
         component, _, rest = module.partition(".")
         if f"{component}.lora_alpha" not in told:
             component = ""
-        value = told.get(f"{component}.lora_alpha", rank)
-        for pattern, other in (told.get(f"{component}.alpha_pattern") or {}).items():
-            if re.search(rf"(^|\.){pattern.removeprefix('^')}$", rest):
-                value = other
-        return float(value) * (rank**0.5 if told.get(f"{component}.use_rslora") else 1)
+        plain = rest.removeprefix("text_model.")
+        try:
+            value = told.get(f"{component}.lora_alpha", rank)
+            for pattern, other in (told.get(f"{component}.alpha_pattern") or {}).items():  # PEFT takes the first that matches
+                if any(re.match(rf"(.*\.)?({pattern})$", name) for name in (rest, plain, f"text_model.{plain}")):
+                    value = other
+                    break
+            return float(value) * (rank**0.5 if told.get(f"{component}.use_rslora") else 1)
+        except (ValueError, TypeError, AttributeError, re.error) as error:
+            raise UserError(f"--lora {path}: its PEFT configuration is not usable: {error}") from None
 
     return alpha

@@ -52,13 +52,19 @@ def main(config: ConvertConfig) -> None:
     check_writable("the folder", config.out.parent)
     shapes = model_shapes(config.model)
     deltas = formats.read(config.lora, shapes)
-    if wrong := [name for name, (A, B, _) in deltas.items() if not formats.fits(A, B, shapes[name])]:
-        raise UserError(f"--lora {config.lora} does not fit the model: {len(wrong)} shapes differ, first {wrong[0]}")
     metadata = {k: v for k, v in formats.read_metadata(config.lora).items() if k not in formats.OF_THE_FILE}
+    metadata = formats.LISTED | metadata
     data = formats.serialise(deltas, metadata, config.format, memory.DTYPES[config.save_dtype])
-    write_atomically(config.out, data)
-    error = formats.largest_difference(formats.read(config.out, shapes), deltas)
-    print(f"{config.out}: {len(deltas)} layers in the {config.format} layout, largest difference {error:.2g}")
+    errors = []
+
+    def check(written: Path) -> None:
+        errors.append(formats.largest_difference(formats.read(written, shapes), deltas))
+        largest = max(half.abs().max().item() for A, B, _ in deltas.values() for half in (A.float(), B.float()))
+        if not errors[0] <= torch.finfo(memory.DTYPES[config.save_dtype]).eps * largest:
+            raise UserError(f"the file read back differs by {errors[0]:.3g}, so it was not kept: try --save-dtype fp32")
+
+    write_atomically(config.out, data, check)
+    print(f"{config.out}: {len(deltas)} layers in the {config.format} layout, largest difference {errors[0]:.2g}")
 
 
 if __name__ == "__main__":

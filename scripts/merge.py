@@ -7,6 +7,7 @@ The sums are in float32, the file has the dtypes of the base; every other tensor
 """
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -96,7 +97,10 @@ def weight_files(base: Path) -> dict[Path, str]:
         return {base: ""}
     if not (base / "model_index.json").is_file():
         raise UserError(f"{base} is neither a file nor a diffusers folder (it has no model_index.json)")
-    return {file: name for name in COMPONENTS for file in sorted((base / name).glob("*.safetensors"))}
+    files = {file: name for name in COMPONENTS for file in sorted((base / name).glob("*.safetensors"))}
+    if missing := set(COMPONENTS) - set(files.values()):
+        raise UserError(f"{base} has no .safetensors file in {', '.join(sorted(missing))}")
+    return files
 
 
 def read_header(file: Path) -> tuple[int, dict]:
@@ -132,6 +136,8 @@ def merged_chunks(stream: BinaryIO, start: int, header: dict, component: str, lo
 def main(config: MergeConfig) -> None:
     if config.out.exists():
         raise UserError(f"{config.out} is there already: remove it or choose another name")
+    if config.base.resolve() in config.out.resolve().parents:
+        raise UserError(f"{config.out} lies in {config.base} itself: write it somewhere else")
     files = weight_files(config.base)
     headers = {file: read_header(file) for file in files}
     shapes = {}
@@ -139,23 +145,24 @@ def main(config: MergeConfig) -> None:
         for key, about in header.items():
             for place in places(files[file], key, about.get("shape", [])):
                 shapes[place.module] = place.of(torch.empty(about["shape"], device="meta")).shape
+                if about["dtype"] not in DTYPES:
+                    raise UserError(f"{file}: {key} is {about['dtype']}, which cannot be added to: {', '.join(DTYPES)} can")
     loras, told = [], []
     for path, strength in map(formats.with_strength, config.lora):
         deltas = formats.read(path, shapes)
-        if wrong := [name for name, (A, B, _) in deltas.items() if not formats.fits(A, B, shapes[name])]:
-            raise UserError(f"--lora {path} does not fit the model: {len(wrong)} shapes differ, first {wrong[0]}")
         loras.append((deltas, strength))
         told.append({"file": path.name, "strength": strength, "hash": formats.read_metadata(path).get("sshs_model_hash")})
 
     # Written aside and renamed when it is whole.
     check_writable("the folder", config.out.parent)
-    part = config.out.with_name(config.out.name + ".part")
+    part = config.out.with_name(f".{config.out.name}.{os.getpid()}")
     try:
         if config.base.is_dir():
             shutil.copytree(config.base, part, ignore=lambda folder, names: [n for n in names if Path(folder, n) in files])
         for file, component in files.items():
             start, header = headers[file]
-            metadata = {**header.pop("__metadata__", {}), "sdxl_lora.merged": json.dumps(told)}
+            kept = {k: v for k, v in (header.pop("__metadata__", None) or {}).items() if "hash" not in k}
+            metadata = {**kept, "sdxl_lora.merged": json.dumps(told)}
             text = json.dumps({"__metadata__": metadata, **header}).encode()
             text += b" " * (-len(text) % 8)
             target = part / file.relative_to(config.base) if config.base.is_dir() else part
@@ -164,8 +171,10 @@ def main(config: MergeConfig) -> None:
                 for chunk in merged_chunks(source, start, header, component, loras):
                     out.write(chunk)
         part.rename(config.out)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{config.out} could not be written: {error.strerror}") from None
         raise
     print(f"{config.out}: {config.base} with " + ", ".join(f"{t['file']} × {t['strength']:g}" for t in told))
 

@@ -143,12 +143,17 @@ def test_what_does_not_fit_is_refused_by_name(denoiser, file, tmp_path):
 
     refused({**tensors, "lora_unet_nowhere.alpha": torch.ones(1)}, "1 of .* modules match no layer, first lora_unet_nowhere")
     name = next(iter(tensors)).split(".")[0]
-    refused({k: t for k, t in tensors.items() if k != f"{name}.lora_up.weight"}, f"1 modules lack A or B, first {name}")
+    refused({k: t for k, t in tensors.items() if k != f"{name}.lora_up.weight"}, f"1 of .* modules lack A or B, first {name}")
     again = {k.replace("input_blocks_4_1", "down_blocks_1_attentions_0"): t.clone() for k, t in tensors.items()}
     refused({**tensors, **again}, "twice, under two names")
     narrow = {k: t[:, :24].contiguous() if "attn2_to_k.lora_down" in k else t for k, t in tensors.items()}
     refused(narrow, r"it is for a model of 24 channels, \{24\} channels of text and not \{80\}")
-    refused({}, "match no layer")
+    refused({}, "holds no tensor")
+    for shape in ((0, 64), (4,), ()):  # rank 0, no matrix, no dimension at all
+        refused(
+            {**tensors, f"{name}.lora_down.weight": torch.ones(shape)}, "1 of .* modules have other shapes than their layer"
+        )
+    refused({**tensors, f"{name}.alpha": torch.tensor(float("nan"))}, f"the alpha of {name} is nan")
     (tmp_path / "bad.safetensors").write_bytes(b"rubbish")
     with pytest.raises(UserError, match="not a readable"):
         formats.read(tmp_path / "bad.safetensors", paths)
@@ -264,6 +269,39 @@ def test_raw_peft_names_no_component(adapter, denoiser, tmp_path, component):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     ours = formats.read(tmp_path / "adapter_model.safetensors", layer_shapes(denoiser))
     check_equal(ours, {module: (A, B, 6 * 4**0.5) for module, (A, B, _) in mine.items()})
+
+
+@pytest.mark.parametrize(
+    "told", ["[1]", "null", "rubbish", '{"unet.lora_alpha": "x"}', '{"unet.lora_alpha": 1, "unet.alpha_pattern": {"(": 2}}']
+)
+def test_metadata_that_makes_no_sense_is_one_line(adapter, denoiser, tmp_path, told):
+    write(tmp_path / "x.safetensors", adapter.deltas, "diffusers", "peft", False, {"lora_adapter_metadata": told})
+    with pytest.raises(UserError, match=r"its PEFT configuration is not (readable|usable)"):
+        formats.read(tmp_path / "x.safetensors", layer_shapes(denoiser))
+
+
+def test_a_stray_configuration_beside_another_file_is_not_its_own(adapter, denoiser, tmp_path):
+    write(tmp_path / "x.safetensors", adapter.deltas, "diffusers", "peft", alpha=False)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 99}))
+    assert {alpha for *_, alpha in formats.read(tmp_path / "x.safetensors", layer_shapes(denoiser)).values()} == {4.0}
+
+
+def test_alpha_patterns_match_as_in_peft(adapter, denoiser, tmp_path):
+    """The first that matches the end of a path, alternatives grouped, text_model or not."""
+    from peft.utils.other import get_pattern_key  # not in every PEFT under this name: then this test says so
+
+    patterns = {"attn1.to_q": 3, "to_q": 5, "to_k|to_v": 6, "text_model.encoder.layers.0.self_attn.q_proj": 7}
+    told = {f"{c}.{key}": value for c in ("unet", "text_encoder", "text_encoder_2") for key, value in
+            (("lora_alpha", 2), ("alpha_pattern", patterns))}  # fmt: skip
+    write(tmp_path / "x.safetensors", adapter.deltas, "diffusers", "peft", False, {"lora_adapter_metadata": json.dumps(told)})
+    seen = set()
+    for path, (*_, alpha) in formats.read(tmp_path / "x.safetensors", layer_shapes(denoiser)).items():
+        component, _, rest = path.partition(".")
+        name = rest if component == "unet" else with_text_model(rest)
+        wanted = patterns.get(get_pattern_key(list(patterns), name), 2)
+        assert alpha == wanted, path
+        seen.add(wanted)
+    assert seen == {2, 3, 5, 6, 7}
 
 
 def test_alpha_in_the_metadata_of_diffusers(adapter, denoiser, tmp_path):

@@ -124,6 +124,14 @@ def test_converting_keeps_the_weights(script, denoiser, tiny_model, tmp_path):
     start = [8 + int.from_bytes(file.read_bytes()[:8], "little") for file in (back, ours)]
     assert back.read_bytes()[start[0] :] == ours.read_bytes()[start[1] :]
     assert formats.read_metadata(back) == formats.read_metadata(ours)
+    bare = tmp_path / "bare.safetensors"
+    save_file(load_file(theirs), bare)  # as of a tool that writes no header
+    script("scripts/convert.py", bare, tmp_path / "listed.safetensors", *how)
+    assert formats.read_metadata(tmp_path / "listed.safetensors").items() >= formats.LISTED.items()
+    large = {name: (A * 1e6, B, alpha) for name, (A, B, alpha) in adapter.deltas.items()}
+    bare.write_bytes(formats.serialise(large, {}, dtype=torch.float32))
+    _, err = script("scripts/convert.py", bare, tmp_path / "x.safetensors", "--model", tiny_model, status=2)
+    assert "is not finite in float16, so no file was written" in err
     _, err = script("scripts/convert.py", ours, back, *how, status=2)
     assert err == f"convert.py: {back} is there already: remove it or choose another name\n"
     _, err = script("scripts/convert.py", ours, tmp_path / "x.safetensors", status=2)  # for the real SDXL
@@ -222,8 +230,17 @@ def test_merge_mistakes(script, two_loras, tiny_model, tmp_path):
         assert not list(tmp_path.glob("m*"))
 
     refused("--lora is missing", tiny_model, tmp_path / "m")
-    refused("is neither a file nor a diffusers folder", tmp_path, tmp_path / "m", "--lora", two_loras[0])
+    refused("is neither a file nor a diffusers folder", ROOT / "scripts", tmp_path / "m", "--lora", two_loras[0])
     refused("is there already", tiny_model, two_loras[1], "--lora", two_loras[0])
+    refused("lies in", tiny_model, tiny_model / "unet/merged", "--lora", two_loras[0])
+    (tmp_path / "empty/unet").mkdir(parents=True)
+    (tmp_path / "empty/model_index.json").touch()
+    refused("has no .safetensors file in text_encoder, text_encoder_2, unet", tmp_path / "empty", tmp_path / "m",
+            "--lora", two_loras[0])  # fmt: skip
+    whole = {key: t.to(torch.float8_e4m3fn) for key, t in load_file(next((tiny_model / "unet").glob("*.safetensors"))).items()}
+    shutil.copytree(tiny_model, tmp_path / "fp8")
+    save_file(whole, next((tmp_path / "fp8/unet").glob("*.safetensors")))
+    refused("is F8_E4M3, which cannot be added to", tmp_path / "fp8", tmp_path / "m", "--lora", two_loras[0])
     (tmp_path / "bad.safetensors").write_bytes(b"rubbish")
     refused("bad.safetensors is not a readable", tmp_path / "bad.safetensors", tmp_path / "m", "--lora", two_loras[0])
     refused("bad.safetensors is not a readable", tiny_model, tmp_path / "m", "--lora", tmp_path / "bad.safetensors")
