@@ -192,9 +192,15 @@ def describe(config: dict, images: int, step: int) -> dict[str, str]:
     }
 
 
+MOST_HEADER = 16 * 2**20  # bytes; one of every layer of SDXL has 0.4 MB. A million keys would take a minute to read
+
+
 def read_metadata(path: Path) -> dict[str, str]:
     """The header of a LoRA file. Raises UserError if it is not a readable .safetensors file."""
     try:
+        with path.open("rb") as file:
+            if MOST_HEADER < int.from_bytes(file.read(8), "little") < path.stat().st_size:  # it is there, all of it
+                raise UserError(f"--lora {path} is no LoRA: its header alone is above {MOST_HEADER // 2**20} MiB")
         with safe_open(path, "pt") as file:
             return file.metadata() or {}
     except (OSError, SafetensorError) as error:

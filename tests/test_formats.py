@@ -469,3 +469,64 @@ def test_the_largest_difference_sees_every_part(adapter):
         assert formats.largest_difference({**deltas, path: changed}, deltas) == pytest.approx(0.25)
     assert formats.largest_difference({**deltas, path: (A, B, 2 * alpha)}, deltas) == pytest.approx(B.abs().max().item())
     assert formats.largest_difference({p: d for p, d in deltas.items() if p != path}, deltas) == float("inf")
+
+
+# Damaged and hostile files.
+
+
+def mutate(data: bytes, rng: random.Random) -> bytes:
+    """One of the ways in which a file can be wrong."""
+    length = int.from_bytes(data[:8], "little")
+    header, body = data[8 : 8 + length], data[8 + length :]
+
+    def with_header(text: bytes) -> bytes:
+        return len(text).to_bytes(8, "little") + text + body
+
+    def flip(part: bytes) -> bytes:
+        at = rng.randrange(len(part))
+        return part[:at] + bytes([part[at] ^ 1 << rng.randrange(8)]) + part[at + 1 :]
+
+    numbers = list(re.finditer(rb"\d+", header))
+    number = rng.choice(numbers)
+    other = str(rng.choice([0, 1, 2**31, 2**63, 10**30, -1, rng.randrange(10**6)])).encode()
+    kinds = {
+        "cut off": lambda: data[: rng.randrange(len(data))],
+        "a bit of the header": lambda: with_header(flip(header)),
+        "any bit": lambda: flip(data),
+        "a lying length": lambda: rng.choice([0, 1, 2**31, 2**63 - 1, 2**64 - 1, len(data)]).to_bytes(8, "little") + data[8:],
+        "another number": lambda: with_header(header[: number.start()] + other + header[number.end() :]),
+        "another dtype": lambda: with_header(header.replace(b"F16", rng.choice([b"F64", b"I64", b"F8_E4M3", b"U8", b"X1"]), 1)),
+        "no text": lambda: with_header(header.replace(b"lora", b"\xff\xfe\x00", rng.randrange(1, 4))),
+        "twice the same": lambda: with_header(header.replace(b"lora_up", b"lora_down")),
+        "more behind": lambda: data + rng.randbytes(rng.randrange(1, 99)),
+        "nesting": lambda: with_header(b"[" * 100_000),
+        "no mapping": lambda: with_header(rng.choice([b"[]", b"null", b"{}", b'{"a": 1}', b'{"__metadata__": {"a": 1}}'])),
+    }
+    return rng.choice(list(kinds.values()))()
+
+
+def test_two_thousand_damaged_files_end_in_one_line_or_in_finite_shapes(adapter, denoiser, tmp_path):
+    few = dict(list(adapter.deltas.items())[:4])
+    shapes = {name: shape for name, shape in layer_shapes(denoiser).items() if name in few}
+    data, path = formats.serialise(few, {"a": "b"}), tmp_path / "x.safetensors"
+    outcomes, lines = {"read": 0, "refused": 0}, []
+    for seed in range(2000):
+        path.write_bytes(mutate(data, random.Random(seed)))
+        try:
+            back = formats.read(path, shapes)
+        except UserError as error:
+            outcomes["refused"] += 1
+            lines.append(str(error))
+        else:
+            assert all(formats.fits(A, B, shapes[name]) for name, (A, B, _) in back.items()), seed
+            outcomes["read"] += 1
+    assert not [line for line in lines if "\n" in line or len(line) > 1000]
+    assert min(outcomes.values()) > 50  # a flipped bit of a weight is still a weight
+
+
+def test_a_million_keys_are_refused_at_once(denoiser, tmp_path):
+    entries = (f'"k{i}":{{"dtype":"F16","shape":[0],"data_offsets":[0,0]}}' for i in range(10**6))
+    header = ("{" + ",".join(entries) + "}").encode()
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(UserError, match="is no LoRA: its header alone is above 16 MiB"):
+        formats.read(tmp_path / "x.safetensors", layer_shapes(denoiser))
