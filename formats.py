@@ -235,6 +235,18 @@ def with_strength(lora: str) -> tuple[Path, float]:
         return Path(lora), 1.0
 
 
+def check_written(path: Path, shapes: dict[str, torch.Size], live: Deltas, dtype: torch.dtype, otherwise: str) -> float:
+    """Reads a written file as any other and compares it with what it was made of: the largest difference of any weight.
+
+    Raises UserError, which says what becomes of it, if that is more than rounding to `dtype`.
+    """
+    error = largest_difference(read(path, shapes), live)
+    largest = torch.stack([half.abs().max().float() for A, B, _ in live.values() for half in (A, B)]).max().item()
+    if not error <= torch.finfo(dtype).eps * largest:
+        raise UserError(f"the LoRA file read back differs from the weights by {error:.3g}, so {otherwise}")
+    return error
+
+
 # Reading: whatever another tool has written.
 
 PAIR = re.compile(r"(.+?)[._]lora(?:_linear_layer)?[._](?:(down|A)|up|B)(?:\.default)?\.weight")  # (stem, is it the down half)

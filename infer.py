@@ -95,7 +95,6 @@ def main(config: InferConfig) -> None:
     chosen = []  # (ΔW, strength) of every LoRA
     for lora, strength in loras:
         deltas = formats.read(lora, layer_shapes(denoiser))
-        check_fit(denoiser, deltas)  # now, not after the base pictures
         chosen.append(({name: delta for name, delta in deltas.items() if name.startswith(parts)}, strength))
         print(f"LoRA {lora}: {len(chosen[-1][0])} of {len(deltas)} layers, strength {strength:g}")
     if config.save_merged:

@@ -395,18 +395,6 @@ def lora_file(config: TrainConfig, images: int, adapter: Adapter, step: int, lay
     return formats.serialise(adapter.deltas, about, layout, memory.DTYPES[config.save_dtype])
 
 
-def check_file(config: TrainConfig, adapter: Adapter, shapes: dict[str, torch.Size], path: Path) -> float:
-    """Reads a written file as any other and compares it with the live weights: the largest difference.
-
-    Raises UserError if that is more than rounding to --save-dtype.
-    """
-    error = formats.largest_difference(formats.read(path, shapes), adapter.deltas)
-    allowed = torch.finfo(memory.DTYPES[config.save_dtype]).eps * adapter.flat.abs().max().item()
-    if not error <= allowed:
-        raise UserError(f"the LoRA file read back differs from the weights by {error:.3g}, so the last one was kept")
-    return error
-
-
 def save_checkpoint(
     config: TrainConfig, images: int, adapter: Adapter, shapes: dict[str, torch.Size], optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler, run: Run,
@@ -414,10 +402,11 @@ def save_checkpoint(
     """Writes the LoRA files, checks them, and writes the state of the run; then removes what this run wrote beyond the
     --keep newest. Returns a file and the largest difference of its weights from the live ones.
     """
-    names, errors = [], []
+    names, errors, dtype = [], [], memory.DTYPES[config.save_dtype]
+    how = {"shapes": shapes, "live": adapter.deltas, "dtype": dtype, "otherwise": "the last one was kept"}
     for layout, suffix in FILES[config.format].items():
         names.append(f"pytorch_lora_weights_{run.step}{suffix}.safetensors")
-        check = lambda written: errors.append(check_file(config, adapter, shapes, written))  # noqa: E731
+        check = lambda written: errors.append(formats.check_written(written, **how))  # noqa: E731
         write_atomically(config.out / names[-1], lora_file(config, images, adapter, run.step, layout), check)
     files = [*(name for name in run.saved if name not in names), *names]
     keep = config.keep * len(names)

@@ -54,14 +54,12 @@ def main(config: ConvertConfig) -> None:
     deltas = formats.read(config.lora, shapes)
     metadata = {k: v for k, v in formats.read_metadata(config.lora).items() if k not in formats.OF_THE_FILE}
     metadata = formats.LISTED | metadata
-    data = formats.serialise(deltas, metadata, config.format, memory.DTYPES[config.save_dtype])
+    dtype = memory.DTYPES[config.save_dtype]
+    data = formats.serialise(deltas, metadata, config.format, dtype)
     errors = []
 
     def check(written: Path) -> None:
-        errors.append(formats.largest_difference(formats.read(written, shapes), deltas))
-        largest = max(half.abs().max().item() for A, B, _ in deltas.values() for half in (A.float(), B.float()))
-        if not errors[0] <= torch.finfo(memory.DTYPES[config.save_dtype]).eps * largest:
-            raise UserError(f"the file read back differs by {errors[0]:.3g}, so it was not kept: try --save-dtype fp32")
+        errors.append(formats.check_written(written, shapes, deltas, dtype, "it was not kept: try --save-dtype fp32"))
 
     write_atomically(config.out, data, check)
     print(f"{config.out}: {len(deltas)} layers in the {config.format} layout, largest difference {errors[0]:.2g}")

@@ -104,6 +104,11 @@ def test_metadata(file):
 
 def test_it_loads_in_diffusers_with_the_same_weights(denoiser, pipe, file, tiny_model):
     """The oracle: diffusers with PEFT reads the file, fuses it, and has our merged weights."""
+    assert merged_like_diffusers(tiny_model, file) == len(denoiser_modules(file))
+
+
+def merged_like_diffusers(tiny_model, file, tolerance: float = 1e-6) -> int:
+    """Fuses the file by diffusers and PEFT, merges it by ours, compares every weight. Returns how many ours has changed."""
     from diffusers import StableDiffusionXLPipeline
 
     oracle = StableDiffusionXLPipeline.from_pretrained(tiny_model)
@@ -118,9 +123,9 @@ def test_it_loads_in_diffusers_with_the_same_weights(denoiser, pipe, file, tiny_
     for component in holder:
         theirs = dict(getattr(oracle, component).named_parameters())
         for name, p in holder[component].named_parameters():
-            torch.testing.assert_close(p, theirs[name], atol=1e-6, rtol=0)
+            torch.testing.assert_close(p, theirs[name], atol=tolerance, rtol=0)
             changed += not torch.equal(p, base[f"{component}.{name}"])
-    assert changed == len(denoiser_modules(file))
+    return changed
 
 
 def denoiser_modules(file) -> set[str]:
@@ -434,30 +439,13 @@ def test_any_adapter_returns_from_any_layout(adapter, denoiser, tmp_path, layout
 
 @pytest.mark.parametrize("layout", ["kohya", "diffusers"])
 def test_mixed_ranks_and_alphas_load_in_diffusers(adapter, denoiser, tiny_model, tmp_path, layout):
-    from diffusers import StableDiffusionXLPipeline
-
     deltas = {
         path: (A[: 2 + i % 3], B[:, : 2 + i % 3], float(1 + i % 4))
         for i, (path, (A, B, _)) in enumerate(adapter.deltas.items())
     }
     file = tmp_path / "x.safetensors"
     file.write_bytes(formats.serialise(deltas, {}, layout, torch.float32))
-    oracle = StableDiffusionXLPipeline.from_pretrained(tiny_model)
-    oracle.load_lora_weights(str(tmp_path), weight_name="x.safetensors")
-    oracle.fuse_lora(["unet", "text_encoder", "text_encoder_2"])
-    oracle.unload_lora_weights()
-    with torch.no_grad():  # of a fresh model: the fixture's has adapters
-        fresh = StableDiffusionXLPipeline.from_pretrained(tiny_model)
-        holder = nn.ModuleDict({name: getattr(fresh, name) for name in ("unet", "text_encoder", "text_encoder_2")})
-        base = {name: p.clone() for name, p in holder.named_parameters()}
-        merge_lora(holder, formats.read(file, layer_shapes(holder)))
-    changed = 0
-    for component in holder:
-        theirs = dict(getattr(oracle, component).named_parameters())
-        for name, p in holder[component].named_parameters():
-            torch.testing.assert_close(p, theirs[name], atol=2e-6, rtol=0)
-            changed += not torch.equal(p, base[f"{component}.{name}"])
-    assert changed == len(deltas)
+    assert merged_like_diffusers(tiny_model, file, tolerance=2e-6) == len(deltas)
 
 
 def test_the_largest_difference_sees_every_part(adapter):
