@@ -161,7 +161,9 @@ def test_a_cuda_graph_holds_it(base):
     got.zero_()
     graph.replay()
     torch.testing.assert_close(got, wanted)
-    torch.testing.assert_close(quantised.dense().cpu(), QuantisedLinear(layer.cpu(), base, CPU).dense())
+    off = (quantised.dense().cpu() - QuantisedLinear(layer.cpu(), base, CPU).dense()).abs()
+    assert off.max() < 2e-3  # one step of int8: what lies between two of them is rounded by each device in its own way
+    assert (off > 1e-5).float().mean() < 1e-4
 
 
 @EVERY_BASE

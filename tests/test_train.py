@@ -268,13 +268,13 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tiny_model, shards, tmp_path)
 def test_a_run_on_a_gpu_is_the_same_with_and_without_a_graph(train, latents, tmp_path, base):
     """Saves and pictures in between give the graph's memory back and take the VAE to the GPU and away."""
     how = ["--device", "cuda", "--data", latents, "--steps", 7, "--save-every", 3, "--base-precision", base, "--workers", 2]
-    how += ["--lr", 1e-2]
     out, _ = train(*how, "--cuda-graph", "on", "--log-dir", tmp_path / "graph")
     assert "CUDA graph" in out
     train(*how, "--cuda-graph", "off", "--out", tmp_path / "eager", "--log-dir", tmp_path / "launched")
-    assert last(tmp_path / "graph", "loss") == pytest.approx(last(tmp_path / "launched", "loss"), rel=0.02)
-    one, other = (torch.cat([t.flatten() for t in weights(tmp_path / f, 7).values()]) for f in ("out", "eager"))
-    assert (one - other).norm() < 0.05 * other.norm()
+    assert last(tmp_path / "graph", "loss") == pytest.approx(last(tmp_path / "launched", "loss"), rel=1e-2)
+    ups = [[t.flatten() for key, t in weights(tmp_path / f, 7).items() if "lora_up" in key] for f in ("out", "eager")]
+    # All of up is what was learnt: it begins at zero. Atomic sums differ from run to run; of another seed the cosine is 0.
+    assert torch.cosine_similarity(torch.cat(ups[0]), torch.cat(ups[1]), 0) > 0.95
 
 
 # Several processes.
