@@ -72,12 +72,13 @@ class GraphedStep:
         graph = torch.cuda.CUDAGraph()
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         generator = torch.cuda.default_generators[static[0].device.index]
-        before = generator.clone_state()
+        before, current = generator.clone_state(), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                 output = self.step(*static)  # the loader's and NCCL's threads may call CUDA meanwhile: thread_local
         except RuntimeError:
             generator.graphsafe_set_state(before)  # a capture that failed leaves it refusing to draw
+            torch.cuda.set_stream(current)  # ... and leaves its own stream, for which bitsandbytes' optimizer would not wait
             raise
         return graph, static, output
 

@@ -125,3 +125,5 @@ def test_where_capture_is_not_possible_it_says_so_once_and_goes_on(capsys):
     assert capsys.readouterr().err.count("no CUDA graph, every kernel is launched by itself: ") == 1
     with pytest.raises(UserError, match="--cuda-graph on: the step cannot be captured"):
         GraphedStep(step, [total], "on", torch.device("cuda"))(given)
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    torch.randn(1, device="cuda")  # draws again
