@@ -4,10 +4,12 @@ The only file that knows diffusers' and transformers' model classes.
 """
 
 import json
+import math
 from pathlib import Path
 
 import torch
 from diffusers import (
+    AutoencoderKL,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
@@ -28,6 +30,7 @@ NAMES = {
     "demo": str(Path(__file__).parent / "assets/demo/model"),
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
 }
+BASE = Path(__file__).parent / "assets/sdxl"  # configurations and tokenizers of SDXL base: a checkpoint file has none
 
 SAMPLERS = {
     "ddim": DDIMScheduler,
@@ -71,20 +74,19 @@ def read_sdxl(model: str, dtype: torch.dtype) -> StableDiffusionXLPipeline:
             variant = "fp16" if any(path.glob("unet/*.fp16.safetensors")) else None
             pipe = StableDiffusionXLPipeline.from_pretrained(path, variant=variant, local_files_only=True, **options)
         elif path.suffix == ".safetensors" and path.is_file():
-            check_checkpoint(model, path)
-            pipe = StableDiffusionXLPipeline.from_single_file(source, **options)
+            pipe = from_checkpoint(model, path, options)
         elif path.suffix == ".safetensors" or path.is_absolute() or source.startswith(".") or source.count("/") != 1:
             raise UserError(f"--model {model}: no such file or folder (nor 'demo', 'sdxl' or a hub id like owner/name)")
         else:
             pipe = from_hub(source, dtype, options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        if path.is_dir():
-            raise UserError(f"--model {model} is no complete SDXL folder: {error}") from None
-        repository = NAMES["sdxl"] if path.is_file() else source
+        if path.exists():
+            kind = "folder" if path.is_dir() else "checkpoint"
+            raise UserError(f"--model {model} is no complete SDXL {kind}: {str(error).splitlines()[0][:300]}") from None
         raise UserError(
-            f"--model {model} needs files of {repository} that are not on this machine and could not be fetched "
+            f"--model {model} needs files of {source} that are not on this machine and could not be fetched "
             f"({type(error).__name__}: {str(error).splitlines()[0][:150]}); where there is network run "
-            f"`hf download {repository} --local-dir sdxl`, copy the folder here and pass --model sdxl/"
+            f"`hf download {source} --local-dir sdxl`, copy the folder here and pass --model sdxl/"
         ) from None
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.enable_slicing()  # one image at a time: the memory of a batch of 1
@@ -116,15 +118,46 @@ def check_folder(model: str, folder: Path) -> None:
         raise UserError(f"--model {model} is no SDXL: its model_index.json says {kind}, not StableDiffusionXLPipeline")
 
 
-def check_checkpoint(model: str, path: Path) -> None:
-    """Raises UserError unless `path` is a .safetensors file with SDXL's second text encoder in it."""
+CHECKPOINT = {  # prefix of the names in a checkpoint file -> part of the pipeline
+    "model.diffusion_model.": "unet",
+    "conditioner.embedders.0.transformer.": "text_encoder",
+    "conditioner.embedders.1.model.": "text_encoder_2",
+    "first_stage_model.": "vae",
+}
+
+
+def from_checkpoint(model: str, path: Path, options: dict) -> StableDiffusionXLPipeline:
+    """One .safetensors file in Stability's own layout; needs no network. `v_pred` and `ztsnr` in it mean what they mean to
+    ComfyUI: a model that predicts v, one whose last timestep is pure noise.
+
+    diffusers would leave at random whatever the file lacks, so the parameters are counted first.
+    Raises UserError if it is not SDXL base's architecture.
+    """
+    held = dict.fromkeys(CHECKPOINT.values(), 0)
     try:
         with safe_open(path, "pt") as file:
-            if any(key.startswith("conditioner.embedders.1.") for key in file.keys()):  # noqa: SIM118 (no mapping)
-                return
+            keys = set(file.keys())
+            for key in keys:
+                prefix = next((p for p in CHECKPOINT if key.startswith(p)), None)
+                if prefix and not key.endswith(("position_ids", "logit_scale")):
+                    held[CHECKPOINT[prefix]] += math.prod(file.get_slice(key).get_shape())
     except SafetensorError as error:
         raise UserError(f"--model {model} is no readable .safetensors file: {error}") from None
-    raise UserError(f"--model {model} is no SDXL base checkpoint: it lacks the tensors conditioner.embedders.1.*")
+    with torch.device("meta"):
+        for name, part in base_architecture().items():
+            asked = sum(p.numel() for p in part.parameters())
+            if held[name] != asked:
+                raise UserError(f"--model {model} is no SDXL base checkpoint: {held[name]:,} values of {name}, not {asked:,}")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(options["dtype"])  # diffusers would hold everything in float32 first: 14 GiB instead of 7
+    try:
+        pipe = StableDiffusionXLPipeline.from_single_file(str(path), config=str(BASE), local_files_only=True, **options)
+    finally:
+        torch.set_default_dtype(before)
+    if "v_pred" in keys:
+        how = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in keys}
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **how)
+    return pipe
 
 
 def blueprint(pipe: StableDiffusionXLPipeline) -> "Denoiser":
@@ -136,28 +169,15 @@ def blueprint(pipe: StableDiffusionXLPipeline) -> "Denoiser":
     return Denoiser(StableDiffusionXLPipeline(**{**pipe.components, **{n: m.to(pipe.dtype).eval() for n, m in parts.items()}}))
 
 
-def base_architecture(**words: int) -> tuple[UNet2DConditionModel, CLIPTextModel, CLIPTextModelWithProjection]:
-    """U-Net and text encoders of SDXL base on the default device, in the default dtype, as initialised.
-
-    For shapes on the meta device, and for measuring; `words` are further fields of the text encoders' configurations.
-    """
-    unet = UNet2DConditionModel(
-        sample_size=128,
-        block_out_channels=(320, 640, 1280),
-        transformer_layers_per_block=(1, 2, 10),
-        attention_head_dim=(5, 10, 20),
-        cross_attention_dim=2048,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
-        use_linear_projection=True,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    )
-    small = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-    large = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
-    one = CLIPTextModel(CLIPTextConfig(projection_dim=768, **small, **words))
-    return unet, one, CLIPTextModelWithProjection(CLIPTextConfig(projection_dim=1280, **large, **words))
+def base_architecture() -> dict[str, nn.Module]:
+    """SDXL base's models on the default device, in the default dtype, as initialised: for shapes, and for measuring."""
+    one, two = (CLIPTextConfig.from_pretrained(BASE / name) for name in ("text_encoder", "text_encoder_2"))
+    return {
+        "unet": UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(BASE / "unet")),
+        "text_encoder": CLIPTextModel(one),
+        "text_encoder_2": CLIPTextModelWithProjection(two),
+        "vae": AutoencoderKL.from_config(AutoencoderKL.load_config(BASE / "vae")),
+    }
 
 
 # Bytes that the VAE takes for each pixel and byte of its dtype: 1.5 and 2.4 GiB at 1024 × 1024 in bfloat16.

@@ -36,7 +36,7 @@ from diffusion import Diffusion, DiffusionConfig
 from errors import UserError, one_line_errors
 from graph import GraphedStep
 from lora import LoRAConfig, add_lora, merge_lora
-from sdxl import Denoiser, base_architecture, blueprint, decode_latents, encode_pixels, load_sdxl, time_ids, tokenize
+from sdxl import BASE, Denoiser, base_architecture, blueprint, decode_latents, encode_pixels, load_sdxl, time_ids, tokenize
 
 FORWARD = 6.76e12  # floating-point operations of the U-Net's forward pass, one image of 1024 x 1024 (counted by dry_run)
 
@@ -87,27 +87,14 @@ class BenchConfig:
 
 
 def make_model(folder: Path, device: torch.device) -> None:
-    """SDXL base's architecture with random weights in float16, as a diffusers folder; tokenizers of the bundled model."""
-    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
+    """SDXL base's architecture with random weights in float16, as a diffusers folder."""
+    from diffusers import StableDiffusionXLPipeline
 
-    demo = load_sdxl("demo", torch.float32, torch.device("cpu"))
-    words = {"vocab_size": 49408, "eos_token_id": demo.tokenizer.eos_token_id, "bos_token_id": demo.tokenizer.bos_token_id}
     torch.set_default_dtype(torch.float16)
     with device:
-        unet, one, two = base_architecture(**words)
-        vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-            latent_channels=4,
-            sample_size=1024,
-            scaling_factor=0.13025,
-        )
+        models = base_architecture()
     torch.set_default_dtype(torch.float32)
-    scheduler = EulerDiscreteScheduler.from_config(demo.scheduler.config)
-    parts = (vae, one, two, demo.tokenizer, demo.tokenizer_2, unet, scheduler)
-    StableDiffusionXLPipeline(*parts, add_watermarker=False).save_pretrained(folder)
+    StableDiffusionXLPipeline.from_pretrained(BASE, **models, add_watermarker=False).save_pretrained(folder)
 
 
 def make_shards(folder: Path, count: int = 64) -> None:

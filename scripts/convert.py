@@ -37,13 +37,13 @@ class ConvertConfig:
 
 def model_shapes(model: str | None) -> dict[str, torch.Size]:
     """{module path: shape} of every layer that a LoRA may change."""
+    names = ("unet", "text_encoder", "text_encoder_2")
     if model is None:
         with torch.device("meta"):
             parts = base_architecture()
     else:
-        pipe = load_sdxl(model, torch.float32, torch.device("cpu"))
-        parts = (pipe.unet, pipe.text_encoder, pipe.text_encoder_2)
-    return layer_shapes(torch.nn.ModuleDict(dict(zip(("unet", "text_encoder", "text_encoder_2"), parts, strict=True))))
+        parts = load_sdxl(model, torch.float32, torch.device("cpu")).components
+    return layer_shapes(torch.nn.ModuleDict({name: parts[name] for name in names}))
 
 
 def main(config: ConvertConfig) -> None:

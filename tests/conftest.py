@@ -167,8 +167,8 @@ def sdxl_meta() -> torch.nn.Module:
     from sdxl import Denoiser, base_architecture
 
     with torch.device("meta"):
-        unet, *encoders = base_architecture()
+        parts = base_architecture()
     model = Denoiser.__new__(Denoiser)  # without its tokenizers
     torch.nn.Module.__init__(model)
-    model.unet, model.text_encoder, model.text_encoder_2 = unet, *encoders
+    model.unet, model.text_encoder, model.text_encoder_2 = (parts[n] for n in ("unet", "text_encoder", "text_encoder_2"))
     return model

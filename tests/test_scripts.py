@@ -9,6 +9,7 @@ import tarfile
 import pyarrow
 import pytest
 import torch
+from checkpoints import checkpoint_of
 from conftest import ROOT, photograph
 from PIL import Image
 from pyarrow import parquet
@@ -18,7 +19,7 @@ from torch import nn
 
 import formats
 from data import decode, open_source, unpack_latents
-from lora import LoRAConfig, add_lora, layer_shapes, merge_lora, mergeable_layers
+from lora import LoRAConfig, add_lora, layer_shapes, merge_lora
 from sdxl import encode_pixels, load_sdxl
 
 
@@ -184,37 +185,19 @@ def test_merging_into_a_folder_is_merging_in_memory(script, two_loras, tiny_mode
     assert [(one["file"], one["strength"]) for one in told] == [("a.safetensors", 0.8), ("b.safetensors", -0.5)]
 
 
-def as_checkpoint(holder: nn.ModuleDict) -> dict[str, torch.Tensor]:
-    """The weights of the layers as Stability's own code names them in one file, in float16."""
-    tensors = {"first_stage_model.encoder.conv_in.weight": torch.ones(3), "model_ema.decay": torch.tensor(1.0)}
-    for name, layer in mergeable_layers(holder).items():
-        component, _, rest = name.partition(".")
-        if component == "unet":
-            tensors[f"model.diffusion_model.{formats.sgm_path(rest)}.weight"] = layer.weight
-        elif component == "text_encoder":
-            tensors[f"conditioner.embedders.0.transformer.text_model.{rest.removeprefix('text_model.')}.weight"] = layer.weight
-    second, prefix = holder.text_encoder_2, "conditioner.embedders.1.model."
-    tensors[prefix + "text_projection"] = second.text_projection.weight.T
-    for i, block in enumerate(second.text_model.encoder.layers):
-        at, attention = f"{prefix}transformer.resblocks.{i}.", block.self_attn
-        qkv = [layer.weight for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
-        tensors |= {at + "attn.in_proj_weight": torch.cat(qkv), at + "attn.out_proj.weight": attention.out_proj.weight}
-        tensors |= {at + "mlp.c_fc.weight": block.mlp.fc1.weight, at + "mlp.c_proj.weight": block.mlp.fc2.weight}
-    return {key: tensor.detach().half().contiguous() for key, tensor in tensors.items()}
-
-
 def test_merging_into_one_checkpoint_file(script, two_loras, tiny_model, tmp_path):
     a, b = two_loras
     base, merged = tmp_path / "base.safetensors", tmp_path / "merged.safetensors"
     plain = load_sdxl(str(tiny_model), torch.float32, torch.device("cpu")).to(torch.float16).to(torch.float32)
     plain.save_pretrained(tmp_path / "rounded")  # the same weights, as float16 holds them
-    save_file(as_checkpoint(parts_of(plain)), base, {"by": "somebody"})
+    save_file({key: t.half() for key, t in checkpoint_of(plain).items()}, base, {"by": "somebody"})
     script("scripts/merge.py", base, merged, "--lora", f"{a}:0.8", "--lora", f"{b}:-0.5")
     ours, before = load_file(merged), load_file(base)
     assert ours.keys() == before.keys()
     assert all(ours[key].dtype == torch.float16 for key in ours)
     assert formats.read_metadata(merged)["by"] == "somebody"
-    wanted = as_checkpoint(merged_in_memory(tmp_path / "rounded", two_loras))
+    whole = checkpoint_of(merged_in_memory(tmp_path / "rounded", two_loras))
+    wanted = {key: tensor.half() for key, tensor in whole.items()}
     assert all(torch.equal(ours[key], tensor) for key, tensor in wanted.items())  # both LoRA in float32, rounded once
     touched = {key for key, tensor in wanted.items() if not torch.equal(tensor, before[key])}
     assert {key for key in ours if not torch.equal(ours[key], before[key])} == touched
