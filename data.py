@@ -4,6 +4,7 @@ Every worker of every rank walks the same order and decodes only its own share, 
 of workers nor on that of ranks, each image is seen once per epoch, and a run resumes by skipping bytes, not pictures.
 """
 
+import hashlib
 import io
 import json
 import random
@@ -84,11 +85,15 @@ class Raw:
 
 @dataclass
 class Source:
-    """A data set on disk: `samples` usable ones, and the names of those without a caption."""
+    """A data set on disk: `samples` usable ones, and the names of those without a caption.
+
+    `fingerprint` is a SHA-256 of the names and sizes of its files, which a LoRA file then tells; their bytes are not read.
+    """
 
     samples: int
     uncaptioned: list[str] = field(default_factory=list)
     latents: bool = False  # ready-made, so that the VAE is not needed
+    fingerprint: str = ""
 
     def walk(self, rng: random.Random) -> Iterator[Raw]:
         raise NotImplementedError
@@ -151,7 +156,7 @@ def open_source(data: str) -> Source:
 
 def scan_shards(shards: list[Path]) -> Shards:
     """Reads the member headers, not the images: counts samples and finds a truncated file before training does."""
-    samples, uncaptioned, kinds = 0, [], set()
+    samples, uncaptioned, kinds, digest = 0, [], set(), hashlib.sha256()
     for shard in shards:
         try:
             with tarfile.open(shard, "r:") as tar:
@@ -163,6 +168,7 @@ def scan_shards(shards: list[Path]) -> Shards:
             raise UserError(f"--data: {shard} is truncated: its end-of-archive mark is missing")
         files = [(*wds.tariterators.base_plus_ext(member.name), member.size) for member in members if member.isfile()]
         files = [(key, extension.lower(), size) for key, extension, size in files if key is not None]
+        digest.update(json.dumps(files).encode())
         for key, group in groupby(files, key=itemgetter(0)):  # neighbours of one key are a sample, as WebDataset reads them
             sizes = [(extension, size) for _, extension, size in group]
             extensions = dict(sizes)
@@ -177,7 +183,7 @@ def scan_shards(shards: list[Path]) -> Shards:
                 uncaptioned.append(f"{shard.name}:{key}")
     if len(kinds) > 1:
         raise UserError("--data: these shards hold both images and latents: train on one kind")
-    return Shards(samples, uncaptioned, kinds == {True}, shards)
+    return Shards(samples, uncaptioned, kinds == {True}, digest.hexdigest(), shards)
 
 
 def scan_folder(folder: Path) -> Folder:
@@ -192,15 +198,16 @@ def scan_folder(folder: Path) -> Folder:
                 captions[metadata.parent / row["file_name"]] = row["text"] or ""
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise UserError(f"--data: {metadata} line {number}: needs file_name and text ({error})") from None
-    images, uncaptioned = [], []
+    images, uncaptioned, digest = [], [], hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.suffix.lower().lstrip(".") in IMAGES and p.is_file()):
         text = path.with_suffix(".txt")
         caption = captions.get(path) or (text.read_text(errors="replace") if text.is_file() else "")
+        digest.update(json.dumps([str(path.relative_to(folder)), path.stat().st_size, caption]).encode())
         if caption.strip():
             images.append((path, caption.strip()))
         else:
             uncaptioned.append(str(path))
-    return Folder(len(images), uncaptioned, images=images)
+    return Folder(len(images), uncaptioned, fingerprint=digest.hexdigest(), images=images)
 
 
 def write_shards(folder: Path, name: str, samples: Iterable[dict], per_shard: int) -> int:

@@ -32,7 +32,7 @@ import memory
 import sdxl  # after memory, which readies xFormers: diffusers imports it
 from budget import Plan, dry_run, make_plan, stand_in_kernel
 from checkpoint import STATE, check_writable, find_state, load_state, save_state, write_atomically
-from data import DataConfig, Stream, first_decodable, make_loader, open_source
+from data import DataConfig, Source, Stream, first_decodable, make_loader, open_source
 from diffusion import Diffusion, DiffusionConfig
 from distributed import Ranks, join_ranks, leave_ranks
 from errors import UserError, one_line_errors
@@ -231,7 +231,7 @@ def main(config: TrainConfig) -> None:
         if ranks.first and state_file.resolve() != (config.out / STATE).resolve():
             run.saved = ()  # another folder's files are not ours to remove
     start = run.step
-    save = partial(save_checkpoint, config, source.samples, adapter, layer_shapes(denoiser), optimizer, scaler)
+    save = partial(save_checkpoint, config, source, adapter, layer_shapes(denoiser), optimizer, scaler)
 
     # What the run is about to do.
     images_per_step = config.dataset.bs * config.grad_accum * ranks.world
@@ -241,7 +241,7 @@ def main(config: TrainConfig) -> None:
         check_writable("--log-dir", Path(run.log_dir).parent)
         writer = SummaryWriter(run.log_dir, purge_step=run.step + 1)
         writer.add_text("config", f"```json\n{json.dumps(flat_config(config), indent=2)}\n```", run.step)
-        size = len(lora_file(config, source.samples, adapter, config.steps, next(iter(FILES[config.format])))) / 1e6
+        size = len(lora_file(config, source, adapter, config.steps, next(iter(FILES[config.format])))) / 1e6
         count, layers = adapter.flat.numel(), len(adapter.modules)
         share = 100 * count / total
         print(f"model      {config.model}: U-Net and text encoders {total:,} parameters, frozen; {resolution} px")
@@ -389,14 +389,14 @@ FILES = {  # --format: {layout: what its file is called after the step}
 }
 
 
-def lora_file(config: TrainConfig, images: int, adapter: Adapter, step: int, layout: str) -> bytes:
-    """The bytes of the LoRA file at `step`, trained on `images` images."""
-    about = formats.describe(flat_config(config), images, step)
+def lora_file(config: TrainConfig, source: Source, adapter: Adapter, step: int, layout: str) -> bytes:
+    """The bytes of the LoRA file at `step`."""
+    about = formats.describe(flat_config(config), source.samples, step) | {"sdxl_lora.dataset": source.fingerprint}
     return formats.serialise(adapter.deltas, about, layout, memory.DTYPES[config.save_dtype])
 
 
 def save_checkpoint(
-    config: TrainConfig, images: int, adapter: Adapter, shapes: dict[str, torch.Size], optimizer: torch.optim.Optimizer,
+    config: TrainConfig, source: Source, adapter: Adapter, shapes: dict[str, torch.Size], optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler, run: Run,
 ) -> tuple[Path, float]:  # fmt: skip
     """Writes the LoRA files, checks them, and writes the state of the run; then removes what this run wrote beyond the
@@ -407,7 +407,7 @@ def save_checkpoint(
     for layout, suffix in FILES[config.format].items():
         names.append(f"pytorch_lora_weights_{run.step}{suffix}.safetensors")
         check = lambda written: errors.append(formats.check_written(written, **how))  # noqa: E731
-        write_atomically(config.out / names[-1], lora_file(config, images, adapter, run.step, layout), check)
+        write_atomically(config.out / names[-1], lora_file(config, source, adapter, run.step, layout), check)
     files = [*(name for name in run.saved if name not in names), *names]
     keep = config.keep * len(names)
     run.saved = tuple(files[-keep:])

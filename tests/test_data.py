@@ -127,6 +127,15 @@ def test_brace_pattern(shards):
     assert (first_two.samples, open_source(str(shards)).samples) == (6, 7)
 
 
+def test_the_fingerprint_is_that_of_names_sizes_and_captions(photos, shards, tmp_path):
+    here, moved = photos, shutil.copytree(photos, tmp_path / "elsewhere")
+    assert open_source(str(here)).fingerprint == open_source(str(moved)).fingerprint
+    (moved / "photo3.txt").write_text("another caption")
+    assert open_source(str(here)).fingerprint != open_source(str(moved)).fingerprint
+    assert open_source(str(shards)).fingerprint == open_source(str(shutil.copytree(shards, tmp_path / "s"))).fingerprint
+    assert open_source(str(shards)).fingerprint != open_source(f"{shards}/photos-{{000000..000001}}.tar").fingerprint
+
+
 def test_broken_and_uncaptioned_images_are_passed_over_and_named(photos, tmp_path):
     folder = shutil.copytree(photos, tmp_path / "photos")
     (folder / "photo3.txt").unlink()

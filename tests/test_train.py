@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from two_ranks import gradient_and_step
 
 import formats
-from data import DataConfig, pack_latents
+from data import DataConfig, open_source, pack_latents
 from lora import LoRAConfig, layer_shapes
 from memory import MemoryConfig
 from sdxl import Denoiser, read_sdxl
@@ -45,7 +45,7 @@ def last(folder, scalar: str) -> float:
     return EventAccumulator(str(events)).Reload().Scalars(scalar)[-1].value
 
 
-def test_a_run_writes_what_it_says(train, tiny_model, tmp_path):
+def test_a_run_writes_what_it_says(train, tiny_model, shards, tmp_path):
     out, err = train("--steps", 7, "--save-every", 3, "--keep", 2)
     files = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
     assert files == ["pytorch_lora_weights_6.safetensors", "pytorch_lora_weights_7.safetensors"]
@@ -63,7 +63,9 @@ def test_a_run_writes_what_it_says(train, tiny_model, tmp_path):
     assert "7/7" in err
     assert "loss=" in err
 
-    config = json.loads(formats.read_metadata(tmp_path / "out" / files[1])["sdxl_lora.config"])
+    told = formats.read_metadata(tmp_path / "out" / files[1])
+    assert told["sdxl_lora.dataset"] == open_source(str(shards)).fingerprint
+    config = json.loads(told["sdxl_lora.config"])
     resolved = {"rank": 2, "alpha": 2, "resolution": 64, "lr": 1e-4, "text_encoder_lr": 1e-4, "precision": "fp32"}
     assert config.items() >= {**resolved, "attention": "sdpa", "steps": 7, "model": str(tiny_model)}.items()
     (events,) = (tmp_path / "runs").iterdir()
