@@ -251,3 +251,18 @@ def add_delta(weight: Tensor, delta: tuple[Tensor, Tensor, float], strength: flo
     A, B, alpha = delta
     A, B = (half.flatten(1).to(weight.device, torch.float32) for half in (A, B))
     return weight.flatten(1).addmm(B, A, alpha=strength * alpha / len(A)).view_as(weight)
+
+
+@torch.no_grad()
+def delta_svd(delta: tuple[Tensor, Tensor, float]) -> tuple[Tensor, Tensor, Tensor]:
+    """(A [r, in, …], B [out, r, …], α) -> the thin SVD of ΔW: U [out, k], S [k] descending and ≥ 0, Vh [k, in·…].
+
+    float64 on the device of A; k = min(r, out, in·…). ΔW = U·diag(S)·Vh is never formed: with B = Q₁·R₁ and Aᵀ = Q₂·R₂ its
+    singular values are those of the r × r core (α/r)·R₁·R₂ᵀ. A convolution's ΔW is taken as [out, in·kh·kw].
+    """
+    A, B, alpha = delta
+    A, B = (half.flatten(1).to(A.device, torch.float64) for half in (A, B))
+    Q1, R1 = torch.linalg.qr(B)
+    Q2, R2 = torch.linalg.qr(A.T)
+    U, S, Vh = torch.linalg.svd(alpha / len(A) * R1 @ R2.T, full_matrices=False)
+    return Q1 @ U, S, Vh @ Q2.T
