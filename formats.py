@@ -9,7 +9,9 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -265,6 +267,17 @@ COMPONENTS = [  # prefix of a stem -> component; the first that fits
     ("lycoris_", None),
     ("", None),
 ]
+LAYOUTS = [  # what is in a key -> the layout that it is in; the first that fits
+    (r"^lora_unet_((in|out)put_blocks|middle_block|time_embed_\d|label_emb|out_)", "kohya with SGM block names"),
+    (r"^lora_unet_", "kohya with diffusers block names"),
+    (r"^lora_te[12]?_", "kohya"),
+    (r"^lycoris_", "LyCORIS"),
+    (r"^base_model\.model\.", "raw PEFT"),
+    (r"^(diffusion_model|text_encoders)\.", "ComfyUI"),
+    (r"\.to_\w+_lora\.(down|up)\.", "diffusers of 2023 (attention processors)"),
+    (r"\.lora_([AB]\.|magnitude)", "diffusers/PEFT"),
+    (r"\.lora(_linear_layer)?\.(down|up)\.", "diffusers old (.lora.down)"),
+]
 FOREIGN = {  # what is in a key -> what such a file is
     r"\.(dora_scale|lora_magnitude_vector|magnitude)\b": "DoRA",
     r"\.lora_mid\b": "a LoCon with Tucker decomposition",
@@ -302,6 +315,84 @@ def locate(stem: str) -> tuple[str | None, str]:
     return (component, flat(rest)) if component or prefix != "base_model.model." else locate(rest)
 
 
+def layouts(keys: Iterable[str]) -> list[str]:
+    """The layouts of a file, by name, that of most keys first. The text encoders of both kinds of kohya are named alike."""
+    keys = (key for key in keys if not key.endswith(".alpha"))
+    found = Counter(next((name for part, name in LAYOUTS if re.search(part, key)), "unknown") for key in keys)
+    if any(name.startswith("kohya ") for name in found):
+        del found["kohya"]
+    return [name for name, _ in found.most_common()]
+
+
+def gather(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """{stem: {"down", "up", "alpha"}}; what FOREIGN knows is there by its own name, and any other key is a stem of no parts."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        stem, part = key, None
+        if match := PAIR.fullmatch(key):
+            stem, part = match[1], "down" if match[2] else "up"
+        elif key.endswith(".alpha") and tensor.numel() == 1:
+            stem, part = key.removesuffix(".alpha"), "alpha"
+        elif match := next(filter(None, (re.search(kind, key) for kind in FOREIGN)), None):
+            stem, part = key[: match.start()] or key, key[match.start() :].removeprefix(".")
+        parts.setdefault(stem, {}).update({part: tensor} if part else {})
+    return parts
+
+
+def foreign(parts: Iterable[str]) -> str | None:
+    """What a module of these parts is, unless it is LoRA of plain A and B."""
+    return next((kind for pattern, kind in FOREIGN.items() for part in parts if re.search(pattern, f".{part}")), None)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What is in a file and which layers of a model it is for. Nothing is refused yet."""
+
+    path: Path
+    metadata: dict[str, str]
+    tensors: dict[str, Tensor]
+    parts: dict[str, dict[str, Tensor]]
+    """{stem: its tensors}, as `gather` sorts them."""
+    places: dict[str, str]
+    """{stem: module path} of what fits; of another kind of adapter by its name alone."""
+    deltas: Deltas
+    """Of plain A and B that fit. An α may be anything."""
+    wrong: dict[str, list[str]]
+    """{what they do: stems}"""
+
+
+def survey(path: Path, shapes: dict[str, torch.Size]) -> Contents:
+    """As `read`, which refuses whatever this finds wrong. Raises UserError only if the file or its metadata is unreadable."""
+    metadata = read_metadata(path)
+    tensors = load_file(path)
+    parts = gather(tensors)
+    modules: dict[tuple[str | None, str], list[str]] = {}
+    for module in shapes:
+        for spelling in spellings(module):
+            modules.setdefault(spelling, []).append(module)
+    rules = scaling_rules(path, metadata)
+    places: dict[str, str] = {}
+    deltas: Deltas = {}
+    wrong: dict[str, list[str]] = {}
+    for stem, mine in parts.items():
+        candidates = modules.get(locate(stem), [])
+        if not candidates:
+            wrong.setdefault("match no layer", []).append(stem)
+        elif foreign(mine):
+            places[stem] = candidates[0]
+        elif {"down", "up"} - mine.keys():
+            wrong.setdefault("lack A or B", []).append(stem)
+        elif (module := next((m for m in candidates if fits(mine["down"], mine["up"], shapes[m])), None)) is None:
+            wrong.setdefault("have other shapes than their layer", []).append(stem)
+        elif module in deltas:
+            wrong.setdefault("are there twice, under two names", []).append(stem)
+        else:
+            down, up = mine["down"], mine["up"]
+            places[stem] = module
+            deltas[module] = (down, up, float(mine["alpha"]) if "alpha" in mine else rules(module, len(down)))
+    return Contents(path, metadata, tensors, parts, places, deltas, wrong)
+
+
 def read(path: Path, shapes: dict[str, torch.Size]) -> Deltas:
     """A LoRA file of any layout, mapped onto the layers of a model: `shapes` is {module path: shape of its weight}.
 
@@ -312,53 +403,21 @@ def read(path: Path, shapes: dict[str, torch.Size]) -> Deltas:
     Raises UserError, in one line with counts and the first names, if the file is for another model, is no LoRA of plain
     A and B, or if a key belongs to no layer or lacks its partner.
     """
-    metadata = read_metadata(path)
-    tensors = load_file(path)
-    if kind := next((kind for part, kind in FOREIGN.items() for key in tensors if re.search(part, key)), None):
+    contents = survey(path, shapes)
+    parts = contents.parts
+    if kind := next(filter(None, map(foreign, parts.values())), None):
         raise UserError(f"--lora {path} is {kind}: only LoRA of plain A and B can be merged exactly")
-    halves: dict[str, dict[str, Tensor]] = {}  # {stem: {"down", "up", "alpha"}}
-    for key, tensor in tensors.items():
-        if match := PAIR.fullmatch(key):
-            halves.setdefault(match[1], {})["down" if match[2] else "up"] = tensor
-        elif key.endswith(".alpha") and tensor.numel() == 1:
-            halves.setdefault(key.removesuffix(".alpha"), {})["alpha"] = tensor
-        else:
-            halves.setdefault(key, {})
-    if not halves:
+    if not parts:
         raise UserError(f"--lora {path} holds no tensor")
-    check_generation(path, halves, shapes)
-
-    modules: dict[tuple[str | None, str], list[str]] = {}
-    for module in shapes:
-        for spelling in spellings(module):
-            modules.setdefault(spelling, []).append(module)
-    rules = scaling_rules(path, metadata)
-    deltas: Deltas = {}
-    wrong: dict[str, list[str]] = {"match no layer": [], "lack A or B": [], "have other shapes than their layer": []}
-    for stem, parts in halves.items():
-        candidates = modules.get(locate(stem), [])
-        if not candidates:
-            wrong["match no layer"].append(stem)
-            continue
-        if {"down", "up"} - parts.keys():
-            wrong["lack A or B"].append(stem)
-            continue
-        down, up = parts["down"], parts["up"]
-        module = next((m for m in candidates if fits(down, up, shapes[m])), None)
-        if module is None:
-            wrong["have other shapes than their layer"].append(f"{stem} {list(up.shape)} x {list(down.shape)}")
-            continue
-        alpha = float(parts["alpha"]) if "alpha" in parts else rules(module, len(down))
-        if not math.isfinite(alpha):
+    check_generation(path, parts, shapes)
+    if contents.wrong:
+        what, stems = next(iter(contents.wrong.items()))
+        first = ", ".join(" ".join([stem, *(str(list(t.shape)) for t in parts[stem].values())]) for stem in stems[:3])
+        raise UserError(f"--lora {path} does not fit the model: {len(stems)} of {len(parts)} modules {what}, first {first}")
+    for stem, module in contents.places.items():
+        if not math.isfinite(alpha := contents.deltas[module][2]):
             raise UserError(f"--lora {path}: the alpha of {stem} is {alpha}")
-        if module in deltas:
-            raise UserError(f"--lora {path} holds {module} twice, under two names: second {stem}")
-        deltas[module] = (down, up, alpha)
-    for what, stems in wrong.items():
-        if stems:
-            told = f"{len(stems)} of {len(halves)} modules {what}, first {', '.join(stems[:3])}"
-            raise UserError(f"--lora {path} does not fit the model: {told}")
-    return deltas
+    return contents.deltas
 
 
 def fits(down: Tensor, up: Tensor, shape: torch.Size) -> bool:
@@ -368,10 +427,10 @@ def fits(down: Tensor, up: Tensor, shape: torch.Size) -> bool:
     return len(up) == shape[0] and down[0].numel() == shape[1:].numel() and up[0].numel() == len(down)
 
 
-def check_generation(path: Path, halves: dict[str, dict[str, Tensor]], shapes: dict[str, torch.Size]) -> None:
+def check_generation(path: Path, parts: dict[str, dict[str, Tensor]], shapes: dict[str, torch.Size]) -> None:
     """Raises UserError if cross-attention reads another number of channels than the model's: a LoRA for another model."""
     ours = {shape[1] for module, shape in shapes.items() if module.endswith("attn2.to_k")}
-    downs = [parts["down"] for stem, parts in halves.items() if flat(stem).endswith("attn2_to_k") and "down" in parts]
+    downs = [mine["down"] for stem, mine in parts.items() if flat(stem).endswith("attn2_to_k") and "down" in mine]
     theirs = {down.shape[1] for down in downs if down.ndim > 1}
     if ours and theirs and ours.isdisjoint(theirs):
         told = " and ".join(CONTEXT.get(channels, f"a model of {channels} channels") for channels in sorted(theirs))

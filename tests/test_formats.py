@@ -5,13 +5,14 @@ import re
 
 import pytest
 import torch
+from layouts import SUFFIXES, with_text_model, write
 from safetensors.torch import load, load_file, save_file
+from test_interop import merged_like_diffusers
 from test_lora import shake
-from torch import nn
 
 import formats
 from errors import UserError
-from lora import LoRAConfig, add_lora, layer_shapes, merge_lora, mergeable_layers
+from lora import LoRAConfig, add_lora, layer_shapes
 
 CONFIG = {"model": "demo", "rank": 4, "alpha": 2.0, "targets": "all", "resolution": 64}
 
@@ -102,34 +103,8 @@ def test_metadata(file):
     assert formats.trained_on(file) == "demo"
 
 
-def test_it_loads_in_diffusers_with_the_same_weights(denoiser, pipe, file, tiny_model):
-    """The oracle: diffusers with PEFT reads the file, fuses it, and has our merged weights."""
-    assert merged_like_diffusers(tiny_model, file) == len(denoiser_modules(file))
-
-
-def merged_like_diffusers(tiny_model, file, tolerance: float = 1e-6) -> int:
-    """Fuses the file by diffusers and PEFT, merges it by ours, compares every weight. Returns how many ours has changed."""
-    from diffusers import StableDiffusionXLPipeline
-
-    oracle = StableDiffusionXLPipeline.from_pretrained(tiny_model)
-    oracle.load_lora_weights(str(file.parent), weight_name=file.name)
-    oracle.fuse_lora(["unet", "text_encoder", "text_encoder_2"])
-    oracle.unload_lora_weights()
-    ours = StableDiffusionXLPipeline.from_pretrained(tiny_model)
-    holder = nn.ModuleDict({name: getattr(ours, name) for name in ("unet", "text_encoder", "text_encoder_2")})
-    base = {name: p.detach().clone() for name, p in holder.named_parameters()}
-    merge_lora(holder, formats.read(file, layer_shapes(holder)))
-    changed = 0
-    for component in holder:
-        theirs = dict(getattr(oracle, component).named_parameters())
-        for name, p in holder[component].named_parameters():
-            torch.testing.assert_close(p, theirs[name], atol=tolerance, rtol=0)
-            changed += not torch.equal(p, base[f"{component}.{name}"])
-    return changed
-
-
-def denoiser_modules(file) -> set[str]:
-    return {key.split(".")[0] for key in load_file(file)}
+def test_what_is_trained_loads_in_diffusers(file, tiny_model):
+    assert merged_like_diffusers(tiny_model, file) == len({key.split(".")[0] for key in load_file(file)})
 
 
 def test_a_missing_alpha_means_rank(denoiser, file, tmp_path):
@@ -174,6 +149,7 @@ def test_what_does_not_fit_is_refused_by_name(denoiser, file, tmp_path):
         ("lora_mid.weight", "a LoCon with Tucker decomposition"),
         ("oft_blocks", "OFT"),
         ("diff", "a difference of whole weights"),
+        ("bundle_emb", "a LoRA with embeddings in it"),
     ],
 )
 def test_other_adapters_are_refused_by_their_name(denoiser, file, tmp_path, part, kind):
@@ -185,58 +161,6 @@ def test_other_adapters_are_refused_by_their_name(denoiser, file, tmp_path, part
 
 # What other tools write.
 
-SUFFIXES = {
-    "kohya": ("lora_down.weight", "lora_up.weight"),
-    "peft": ("lora_A.weight", "lora_B.weight"),
-    "peft named": ("lora_A.default.weight", "lora_B.default.weight"),
-    "diffusers scripts": ("lora.down.weight", "lora.up.weight"),
-    "diffusers text": ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight"),
-}
-
-
-def with_text_model(rest: str) -> str:
-    rest = rest.removeprefix("text_model.")
-    return rest if rest == "text_projection" else f"text_model.{rest}"
-
-
-def stem(path: str, layout: str) -> str:
-    """The name of a module in a layout of formats.md, written out here a second time on purpose."""
-    component, _, rest = path.partition(".")
-    number = {"unet": "", "text_encoder": "1", "text_encoder_2": "2"}[component]
-    if layout == "kohya SGM":
-        return formats.kohya_name(path)
-    if layout == "kohya diffusers":
-        prefix = "lora_unet_" if component == "unet" else f"lora_te{number}_"
-        return prefix + (rest if component == "unet" else with_text_model(rest)).replace(".", "_")
-    if layout == "lycoris":
-        return f"lycoris_{rest}".replace(".", "_") if component == "unet" else stem(path, "kohya diffusers")
-    if layout == "diffusers":
-        return f"{component}." + (rest if component == "unet" else with_text_model(rest))
-    if layout == "transformers 5":
-        return f"{component}.{rest}"
-    if layout == "raw peft":
-        return f"base_model.model.{rest}"
-    assert layout == "comfy"
-    if component == "unet":
-        dotted = formats.kohya_name(path).removeprefix("lora_unet_")
-        head = re.match(r"(input_blocks|output_blocks|middle_block|time_embed|label_emb|out)((_\d+)*)", dotted)
-        below = rest.split(".", {"down_blocks": 4, "up_blocks": 4, "mid_block": 3}[rest.split(".")[0]])[-1]
-        return "diffusion_model." + head[0].replace("_", ".").replace("blocks.", "blocks.").replace(
-            "input.blocks", "input_blocks").replace("output.blocks", "output_blocks").replace(
-            "middle.block", "middle_block") + "." + below  # fmt: skip
-    return f"text_encoders.clip_{'l' if number == '1' else 'g'}.transformer.{with_text_model(rest)}"
-
-
-def write(path, deltas, layout: str, suffix: str, alpha: bool, metadata=None) -> None:
-    tensors = {}
-    down, up = SUFFIXES[suffix]
-    for module, (A, B, value) in deltas.items():
-        name = stem(module, layout)
-        tensors |= {f"{name}.{down}": A.clone(), f"{name}.{up}": B.clone()}
-        if alpha:
-            tensors[f"{name}.alpha"] = torch.tensor(value)
-    save_file(tensors, path, metadata)
-
 
 def check_equal(ours, wanted) -> None:
     assert ours.keys() == wanted.keys()
@@ -246,23 +170,14 @@ def check_equal(ours, wanted) -> None:
         assert ours[module][2] == pytest.approx(alpha)
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("layout", ["kohya SGM", "kohya diffusers", "lycoris", "diffusers", "transformers 5", "comfy"])
-def test_every_layout_is_read_alike(adapter, denoiser, tmp_path, layout, suffix):
-    write(tmp_path / "x.safetensors", adapter.deltas, layout, suffix, alpha=True)
-    check_equal(formats.read(tmp_path / "x.safetensors", layer_shapes(denoiser)), adapter.deltas)
-
-
-def test_attention_processors_of_2023(adapter, denoiser, tmp_path):
-    attention = {m: d for m, d in adapter.deltas.items() if ".attn" in m or ".self_attn." in m}
-    tensors = {}
-    for module, (A, B, _) in attention.items():
-        name = re.sub(r"\.(to_[qkv]|to_out)(\.0)?$", r".processor.\1_lora", stem(module, "diffusers"))
-        name = re.sub(r"\.([qkv]|out)_proj$", r".to_\1_lora", name)
-        tensors |= {f"{name}.down.weight": A.clone(), f"{name}.up.weight": B.clone()}
-    save_file(tensors, tmp_path / "x.safetensors")
-    ours = formats.read(tmp_path / "x.safetensors", layer_shapes(denoiser))
-    check_equal(ours, {module: (A, B, 4.0) for module, (A, B, _) in attention.items()})
+@pytest.mark.parametrize(
+    "layout", ["kohya SGM", "kohya diffusers", "lycoris", "diffusers", "processors", "transformers 5", "comfy"]
+)
+def test_every_layout_is_read_alike(adapter, denoiser, tmp_path, layout):
+    for suffix in SUFFIXES:
+        file = tmp_path / f"{suffix}.safetensors"
+        write(file, adapter.deltas, layout, suffix, alpha=True)
+        check_equal(formats.read(file, layer_shapes(denoiser)), adapter.deltas)
 
 
 @pytest.mark.parametrize("component", ["unet", "text_encoder", "text_encoder_2"])
@@ -319,70 +234,6 @@ def test_alpha_in_the_metadata_of_diffusers(adapter, denoiser, tmp_path):
     check_equal(ours, {m: (A, B, 3.0 if m == special else alphas[m.split(".")[0]]) for m, (A, B, _) in adapter.deltas.items()})
 
 
-@pytest.mark.parametrize("layout", ["kohya SGM", "kohya diffusers", "diffusers"])
-def test_convolutions_merge_like_diffusers_own(pipe, tiny_model, tmp_path, layout):
-    """1 × 1 and 3 × 3, down- and upsamplers, against PEFT."""
-    from diffusers import StableDiffusionXLPipeline
-
-    holder = nn.ModuleDict({"unet": pipe.unet})
-    g = torch.Generator().manual_seed(0)
-    deltas = {}
-    for name, module in mergeable_layers(holder).items():
-        if isinstance(module, nn.Conv2d) and ("resnets" in name or "samplers" in name):
-            A = 0.1 * torch.randn(2, *module.weight.shape[1:], generator=g)
-            deltas[name] = (A, 0.1 * torch.randn(len(module.weight), 2, 1, 1, generator=g), 2.0)
-    assert {a.shape[-1] for a, *_ in deltas.values()} == {1, 3}
-    write(tmp_path / "x.safetensors", deltas, layout, "peft" if layout == "diffusers" else "kohya", layout != "diffusers")
-    oracle = StableDiffusionXLPipeline.from_pretrained(tiny_model)
-    oracle.load_lora_weights(str(tmp_path), weight_name="x.safetensors")
-    oracle.fuse_lora(["unet"])
-    oracle.unload_lora_weights()
-    read = formats.read(tmp_path / "x.safetensors", layer_shapes(holder))
-    assert read.keys() == deltas.keys()
-    before = {name: p.clone() for name, p in pipe.unet.named_parameters()}
-    merge_lora(holder, read)
-    theirs = dict(oracle.unet.named_parameters())
-    for name, p in pipe.unet.named_parameters():
-        torch.testing.assert_close(p, theirs[name], atol=1e-6, rtol=0)
-    assert sum(not torch.equal(p, before[name]) for name, p in pipe.unet.named_parameters()) == len(deltas)
-
-
-@pytest.mark.parametrize("rslora", [False, True])
-def test_what_diffusers_itself_saves(denoiser, tiny_model, tmp_path, rslora):
-    """Adapters added by PEFT with alpha ≠ rank and mixed ranks, saved by diffusers with its metadata, against its fusing."""
-    from diffusers import StableDiffusionXLPipeline
-    from diffusers.utils import convert_state_dict_to_diffusers
-    from peft import LoraConfig, get_peft_model_state_dict
-
-    oracle = StableDiffusionXLPipeline.from_pretrained(tiny_model)
-    parts, kept = {"unet": oracle.unet, "text_encoder": oracle.text_encoder, "text_encoder_2": oracle.text_encoder_2}, {}
-    torch.manual_seed(0)
-    for name, model in parts.items():
-        targets = ["to_q", "to_out.0", "ff.net.2"] if name == "unet" else ["q_proj", "fc1"]
-        pattern = {"rank_pattern": {"ff.net.2": 2}, "alpha_pattern": {"ff.net.2": 5}} if name == "unet" else {}
-        config = LoraConfig(r=4, lora_alpha=3, target_modules=targets, use_rslora=rslora, init_lora_weights=False, **pattern)
-        model.add_adapter(config)
-        kept[name] = get_peft_model_state_dict(model)
-        kept[f"{name}_metadata"] = config.to_dict()
-    StableDiffusionXLPipeline.save_lora_weights(
-        tmp_path,
-        unet_lora_layers=kept["unet"],
-        text_encoder_lora_layers=convert_state_dict_to_diffusers(kept["text_encoder"]),
-        text_encoder_2_lora_layers=convert_state_dict_to_diffusers(kept["text_encoder_2"]),
-        unet_lora_adapter_metadata=kept["unet_metadata"],
-        text_encoder_lora_adapter_metadata=kept["text_encoder_metadata"],
-        text_encoder_2_lora_adapter_metadata=kept["text_encoder_2_metadata"],
-    )
-    (file,) = tmp_path.glob("*.safetensors")
-    oracle.fuse_lora(list(parts))
-    oracle.unload_lora_weights()
-    merge_lora(denoiser, formats.read(file, layer_shapes(denoiser)))
-    for name, model in parts.items():
-        theirs = dict(model.named_parameters())
-        for key, p in getattr(denoiser, name).named_parameters():
-            torch.testing.assert_close(p, theirs[key], atol=1e-6, rtol=0)
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])  # 1e6 is infinite in float16
 def test_nothing_that_is_not_finite_is_written(adapter, value):
     name, module = next(iter(adapter.modules.items()))
@@ -435,17 +286,6 @@ def test_any_adapter_returns_from_any_layout(adapter, denoiser, tmp_path, layout
             alphas = {(path.split(".")[0], alpha) for path, (*_, alpha) in back.items()}
             assert len(alphas) == len({path.split(".")[0] for path in deltas})  # one for a component
         assert formats.largest_difference(back, deltas) <= 16 * torch.finfo(dtype).eps * 6
-
-
-@pytest.mark.parametrize("layout", ["kohya", "diffusers"])
-def test_mixed_ranks_and_alphas_load_in_diffusers(adapter, denoiser, tiny_model, tmp_path, layout):
-    deltas = {
-        path: (A[: 2 + i % 3], B[:, : 2 + i % 3], float(1 + i % 4))
-        for i, (path, (A, B, _)) in enumerate(adapter.deltas.items())
-    }
-    file = tmp_path / "x.safetensors"
-    file.write_bytes(formats.serialise(deltas, {}, layout, torch.float32))
-    assert merged_like_diffusers(tiny_model, file, tolerance=2e-6) == len(deltas)
 
 
 def test_the_largest_difference_sees_every_part(adapter):
