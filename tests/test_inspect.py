@@ -1,0 +1,418 @@
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+import test_interop
+import torch
+from conftest import ROOT
+from layouts import named
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_interop import fused, random_deltas, turns, weights
+from test_lora import shake
+
+sys.path.append(str(ROOT / "scripts"))
+import inspect_lora
+
+import formats
+from lora import EVERYTHING, LoRAConfig, add_delta, add_lora, layer_shapes
+from sdxl import Denoiser
+
+KOHYA, OTHER = ("kohya SGM", "kohya"), ("kohya diffusers", "kohya")
+PEFT, OLD = ("diffusers", "peft"), ("diffusers", "diffusers scripts")
+
+
+def verdicts(file, shapes) -> dict[str, str]:
+    seen = inspect_lora.LoraFile(**vars(formats.survey(file, shapes)), shapes=shapes)
+    return {program: inspect_lora.verdict(seen, program) for program in inspect_lora.RULES}
+
+
+def count(verdict: str, modules: int) -> int:
+    """Of how many modules a verdict says that the program gets them right."""
+    if match := re.match(r"partly \((\d+) of (\d+) modules\): \w", verdict):
+        assert int(match[2]) == modules
+        assert 0 < int(match[1]) < modules
+        return int(match[1])
+    assert re.match(r"loads|not: \w", verdict), verdict
+    return modules if verdict.startswith("loads") else 0
+
+
+# The names: what was found with ComfyUI's own map and A1111's rules on the real SDXL (formats.md, "UI key matching").
+
+ATTENTION = r"^unet\..*\.attn[12]\."
+
+
+@pytest.fixture(scope="module")
+def real_shapes(sdxl_meta):
+    return layer_shapes(sdxl_meta)
+
+
+@pytest.fixture(scope="module")
+def zeros(real_shapes) -> formats.Deltas:
+    """Rank 1 on all layers of the real SDXL."""
+    half = {"dtype": torch.float16}
+    return {
+        path: (torch.zeros(1, *inner, **half), torch.zeros(out, 1, *[1] * (len(inner) - 1), **half), 1.0)
+        for path, (out, *inner) in real_shapes.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("layout", "layers", "modules", "comfyui", "a1111", "forge"),
+    [
+        (KOHYA, EVERYTHING, 986, 986, 986, 986),
+        (OTHER, EVERYTHING, 986, 986, 986, 986),
+        (PEFT, EVERYTHING, 986, 426, 0, 0),
+        (("diffusers", "diffusers text"), EVERYTHING, 986, 426, 0, 0),
+        (("processors", "processors"), ATTENTION, 560, 560, 0, 560),
+        (("comfy", "peft"), rf"^unet\..*({EVERYTHING})", 722, 722, 0, 722),
+        ("without text_model", EVERYTHING, 986, 722, 722, 0),
+        (KOHYA, r"^unet\.", 794, 794, 794, 794),
+        (OTHER, r"^unet\.", 794, 794, 791, 794),
+        (("raw peft", "peft"), EVERYTHING, 986, 0, 0, 0),
+        (("lycoris", "kohya"), rf"^unet\..*({EVERYTHING})", 722, 722, 0, 0),
+    ],
+)
+def test_names_that_the_programs_know(real_shapes, zeros, tmp_path, layout, layers, modules, comfyui, a1111, forge):
+    chosen = {path: delta for path, delta in zeros.items() if re.search(layers, path)}
+    assert len(chosen) == modules
+    tensors = named(chosen, *(KOHYA if layout == "without text_model" else layout), alpha=False)
+    if layout == "without text_model":
+        tensors = {key.replace("text_model_", ""): tensor for key, tensor in tensors.items()}
+    save_file(tensors, tmp_path / "x.safetensors")
+    told = verdicts(tmp_path / "x.safetensors", real_shapes)
+    assert [count(told[program], modules) for program in ("ComfyUI", "A1111", "Forge")] == [comfyui, a1111, forge], told
+
+
+def test_forge_lets_twelve_keys_pass(real_shapes, zeros, tmp_path):
+    some = {path: delta for path, delta in zeros.items() if ".mid_block.attentions.0.transformer_blocks.0" in path}
+    for keys in (12, 13):
+        foreign = {f"nonsense_{i}": torch.zeros(1) for i in range(keys)}
+        save_file({**named(some, *KOHYA, alpha=True), **foreign}, tmp_path / "x.safetensors")
+        told = verdicts(tmp_path / "x.safetensors", real_shapes)
+        assert [told[program].partition(":")[0] for program in ("ComfyUI", "A1111")] == ["loads", "loads"]
+        assert told["Forge"].startswith("loads" if keys == 12 else "not: refuses a file"), told["Forge"]
+
+
+def test_a1111_hides_what_it_takes_for_another_generation(real_shapes, zeros, tmp_path):
+    some = named(dict(list(zeros.items())[5:9]), *KOHYA, alpha=True)
+    versions = {"sdxl_base_v1-0": False, "sd_v1": True}
+    headers = [({}, False), ({"format": "pt"}, True), *(({"ss_base_model_version": v}, h) for v, h in versions.items())]
+    for header, hidden in headers:
+        save_file(some, tmp_path / "x.safetensors", header)
+        told = verdicts(tmp_path / "x.safetensors", real_shapes)
+        assert told["A1111"] == "loads" + hidden * (
+            ": not in its list under SDXL, since the header has no ss_base_model_version of sdxl_…"
+        )
+        assert told["ComfyUI"] == told["Forge"] == "loads"
+
+
+@pytest.mark.parametrize(
+    ("layout", "told"),
+    [
+        (KOHYA, ["kohya with SGM block names"]),
+        (OTHER, ["kohya with diffusers block names"]),
+        (PEFT, ["diffusers/PEFT"]),
+        (OLD, ["diffusers old (.lora.down)"]),
+        (("diffusers", "diffusers text"), ["diffusers old (.lora.down)"]),
+        (("processors", "processors"), ["diffusers of 2023 (attention processors)"]),
+        (("raw peft", "peft"), ["raw PEFT"]),
+        (("comfy", "kohya"), ["ComfyUI"]),
+        (("lycoris", "kohya"), ["LyCORIS", "kohya"]),
+    ],
+)
+def test_layouts_are_told_apart(zeros, layout, told):
+    some = {path: delta for path, delta in zeros.items() if re.search(ATTENTION + r"|self_attn", path)}
+    assert formats.layouts(named(some, *layout, alpha=True)) == told
+
+
+# diffusers' column against diffusers itself.
+
+
+plain = test_interop.plain
+
+
+@pytest.fixture(scope="module")
+def tiny_shapes(plain):
+    return layer_shapes(Denoiser(plain))
+
+
+def right_in_diffusers(plain, file, shapes) -> int:
+    """How many modules have our ΔW in them after diffusers and PEFT have loaded the file. If they raise none."""
+    try:
+        after = fused(plain, file)
+    except (ValueError, KeyError, IndexError, RuntimeError):
+        return 0
+    before, equal = weights(plain), 0
+    for module, delta in formats.survey(file, shapes).deltas.items():
+        old, new = (found[f"{module}.weight"] for found in (before, after))
+        ours = add_delta(old, delta, 1.0)
+        assert (ours - old).abs().max() > 1e-3
+        equal += (ours - new).abs().max().item() < 1e-5
+    return equal
+
+
+def only(tensors, keep: str) -> dict:
+    return {key: tensor for key, tensor in tensors.items() if re.search(keep, key)}
+
+
+def other_alphas(deltas: formats.Deltas) -> formats.Deltas:
+    return {path: (A, B, (1.0, 2.0, 2.0, 4.0)[i % 4]) for i, (path, (A, B, _)) in enumerate(deltas.items())}
+
+
+def standing(tensors) -> dict:
+    """One linear layer with the four dimensions of a convolution."""
+    return {key: t[..., None, None] if "1_proj_in.lora" in key else t for key, t in tensors.items()}
+
+
+def header_without(deltas: formats.Deltas, key: str, keep: int = 0) -> dict[str, str]:
+    """PEFT's header with only so many of the entries of a list."""
+    told = json.loads(formats.adapter_metadata(deltas)["lora_adapter_metadata"])
+    return {"lora_adapter_metadata": json.dumps({**told, key: told[key][:keep]})}
+
+
+HALF = {"lora_adapter_metadata": json.dumps({"unet.r": 4, "unet.lora_alpha": 2, "unet.target_modules": ["to_q"]})}
+FILES = {  # name -> (the tensors of a file, its header, how many of its modules diffusers gets right)
+    "kohya": lambda d: (named(d, *KOHYA, True), {}, "all"),
+    "PEFT, its alpha told nowhere": lambda d: (named(d, *PEFT, False), {}, "all"),  # and so it is the rank
+    "PEFT with its header": lambda d: (named(d, *PEFT, False), formats.adapter_metadata(other_alphas(d)), "all"),
+    "PEFT without targets": lambda d: (named(d, *PEFT, False), header_without(d, "text_encoder.target_modules"), "none"),
+    "PEFT with few targets": lambda d: (named(d, *PEFT, False), header_without(d, "text_encoder_2.target_modules", 3), "some"),
+    "PEFT with half of its header": lambda d: (named(d, *PEFT, False), HALF, "none"),
+    "PEFT with alphas": lambda d: (named(d, *PEFT, True), {}, "none"),
+    "kohya with PEFT's header": lambda d: (named(d, *KOHYA, True), formats.adapter_metadata(d), "none"),
+    "kohya with diffusers' names": lambda d: (named(d, *OTHER, True), {}, "some"),  # its add_embedding
+    "kohya with unequal alphas": lambda d: (named(other_alphas(d), *KOHYA, True), {}, "some"),
+    "kohya with an alpha here and there": lambda d: (only(named(d, *KOHYA, True), r"weight$|(to_q|fc1)\.alpha$"), {}, "some"),
+    "kohya with a foreign key": lambda d: (named(d, *KOHYA, True) | {"bundle_emb.x": torch.ones(2)}, {}, "none"),
+    "two spellings": lambda d: (
+        only(named(d, *OLD, False), "^unet.*attn") | only(named(d, *PEFT, False), "ff|proj_"),
+        {},
+        "some",
+    ),
+    "two namings": lambda d: (
+        only(named(d, *KOHYA, True), "attn|_te") | only(named(d, *OTHER, True), "_ff|_proj_"),
+        {},
+        "some",
+    ),
+    "no text_model": lambda d: ({k.replace("text_model_", ""): t for k, t in named(d, *KOHYA, True).items()}, {}, "none"),
+    "no out_proj": lambda d: (only(named(d, *KOHYA, True), "unet|[qkv]_proj|fc"), {}, "some"),
+    "no out_proj and no mlp": lambda d: (only(named(d, *KOHYA, True), "unet|[qkv]_proj"), {}, "none"),
+    "another shape": lambda d: (standing(named(d, *KOHYA, True)), {}, "none"),
+    "ComfyUI": lambda d: (named({p: x for p, x in d.items() if "unet.mid" in p}, "comfy", "peft", False), {}, "none"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:While injecting the PEFT adapters", "ignore:The following alpha_pattern keys")
+@pytest.mark.parametrize("name", FILES)
+def test_the_verdict_on_diffusers_is_what_diffusers_does(plain, tiny_shapes, tmp_path, name):
+    file = tmp_path / "x.safetensors"
+    few = r"^unet\.(down_blocks\.1\.attentions\.0|mid_block\.attentions)|^text.*layers\.[01]"
+    tensors, header, wanted = FILES[name](random_deltas(tiny_shapes, rf"({few}).*({EVERYTHING})|add_embedding", alpha=turns(2)))
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file, header)
+    modules = len(formats.survey(file, tiny_shapes).deltas)
+    told = verdicts(file, tiny_shapes)["diffusers"]
+    equal = right_in_diffusers(plain, file, tiny_shapes)
+    assert count(told, modules) == equal, told
+    assert {modules: "all", 0: "none"}.get(equal, "some") == wanted
+
+
+def test_alpha_that_only_the_header_tells(tiny_shapes, tmp_path):
+    """ComfyUI does not read diffusers' header, and nobody kohya's."""
+    deltas, file = random_deltas(tiny_shapes, alpha=turns(2)), tmp_path / "x.safetensors"
+    mlp = {path: delta for path, delta in deltas.items() if ".mlp." in path}
+    save_file(named(mlp, *PEFT, False), file, formats.adapter_metadata(mlp))
+    told = verdicts(file, tiny_shapes)
+    assert told["ComfyUI"].startswith(f"not: {len(mlp)} at another strength: their alpha is in the header")
+    hint = {"ss_network_alpha": "1.0", "ss_network_dim": "4"}
+    same = {path: (A, B, 4.0) for path, (A, B, _) in deltas.items()}
+    save_file(named(same, *PEFT, False), file, hint | formats.adapter_metadata(same))
+    assert verdicts(file, tiny_shapes)["diffusers"] == "loads"
+    save_file(named(deltas, *KOHYA, False), file, hint)
+    told = verdicts(file, tiny_shapes)
+    assert set(told.values()) >= {"loads: alpha taken for the rank, although the header has another ss_network_alpha"}
+    save_file(named(deltas, *KOHYA, False), file, {"ss_network_alpha": "4.0", "ss_network_dim": "4"})
+    assert verdicts(file, tiny_shapes)["diffusers"] == "loads"
+
+
+@pytest.mark.parametrize(
+    ("part", "shape", "kind", "loads"),
+    [
+        ("dora_scale", (1, 64), "DoRA", "ComfyUI A1111 Forge"),
+        ("dora_scale", (64, 1), "DoRA", ""),
+        ("lora_mid.weight", (4, 4, 3, 3), "a LoCon with Tucker decomposition", "ComfyUI A1111 Forge"),
+        ("hada_w1_a", (64, 4), "LoHa", "ComfyUI A1111 Forge"),
+        ("lokr_w1", (8, 8), "LoKr", "ComfyUI A1111 Forge"),
+        ("oft_blocks", (8, 8, 8), "OFT", "ComfyUI A1111"),
+    ],
+)
+def test_other_kinds_of_adapters(tiny_shapes, tmp_path, part, shape, kind, loads):
+    deltas = random_deltas(tiny_shapes, r"^unet\.mid_block.*attn1")
+    extra = {f"{formats.kohya_name(path)}.{part}": torch.ones(shape) for path in deltas}
+    save_file({**named(deltas, *KOHYA, True), **extra}, tmp_path / "x.safetensors")
+    for program, told in verdicts(tmp_path / "x.safetensors", tiny_shapes).items():
+        assert told.startswith("loads") == (program in loads), told
+        assert told.startswith("loads") or re.search(rf"raises|of a kind|{kind}", told), told
+        assert ("by its source alone" in told) == (program in loads and kind != "DoRA"), told
+
+
+def test_dora_of_peft(tiny_shapes, tmp_path):
+    deltas = random_deltas(tiny_shapes)
+    extra = {f"{key.removesuffix('.lora_A.weight')}.lora_magnitude_vector": torch.ones(8)
+             for key in named(deltas, *PEFT, False) if "lora_A" in key}  # fmt: skip
+    save_file(named(deltas, *PEFT, False) | extra, tmp_path / "x.safetensors")
+    told = verdicts(tmp_path / "x.safetensors", tiny_shapes)
+    assert count(told["diffusers"], len(deltas)) == sum(path.startswith("unet.") for path in deltas)
+    assert "DoRA in a text encoder" in told["diffusers"]
+    assert told["ComfyUI"].startswith("not: ")
+    assert "of DoRA without dora_scale, which it adds as plain LoRA" in told["ComfyUI"]
+
+
+def test_another_kind_is_reported_without_norms(script, how, tiny_shapes, tmp_path):
+    deltas = random_deltas(tiny_shapes, r"^unet\.mid_block.*attn1")
+    tensors = {f"{formats.kohya_name(path)}.hada_w1_a": torch.ones(4, 4) for path in deltas}
+    save_file(tensors, tmp_path / "x.safetensors")
+    out, _ = script("scripts/inspect_lora.py", tmp_path / "x.safetensors", *how)
+    assert f"\nkind         LoHa ({len(deltas)} modules): no ΔW of plain A and B" in out
+    assert re.search(r"^ComfyUI +loads: by its source alone for this kind$", out, re.M)
+    assert not re.search("^block|^lost", out, re.M)
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.fixture
+def how(tiny_model, tmp_path) -> tuple:
+    return "--model", tiny_model, "--picture", tmp_path / "x.png"
+
+
+# The figures.
+
+
+def table(out: str) -> dict[str, tuple[int, float, float]]:
+    """{block: modules, Frobenius, spectral norm} of a report."""
+    lines = re.findall(r"^((?:unet|text_encoder)\S+) +(\d+) +([\d.e+-]+) +([\d.e+-]+)$", out, re.M)
+    return {name: (int(n), float(frobenius), float(spectral)) for name, n, frobenius, spectral in lines}
+
+
+def test_norms_are_those_of_the_formed_matrix_and_the_bars_follow_them(script, how, tiny_shapes, tmp_path):
+    deltas = random_deltas(tiny_shapes, EVERYTHING + r"|resnets\.0\.conv1$|^unet\.conv_in", alpha=lambda path, i: 0.5 + i % 7)
+    save_file(named(deltas, *KOHYA, True), tmp_path / "x.safetensors")
+    out, _ = script("scripts/inspect_lora.py", tmp_path / "x.safetensors", *how)
+    blocks = table(out)
+    assert sum(modules for modules, *_ in blocks.values()) == len(deltas)
+    for name, (modules, frobenius, spectral) in blocks.items():
+        inside = re.sub(r"^(text_encoder(_2)?)\.layers", r"\1.(text_model.)?encoder.layers", name)
+        mine = [delta for path, delta in deltas.items() if re.match(rf"{inside}(\.|$)", path)]
+        dense = [alpha / len(A) * B.flatten(1).double() @ A.flatten(1).double() for A, B, alpha in mine]
+        assert len(mine) == modules, name
+        assert frobenius == pytest.approx(sum(torch.linalg.norm(W) ** 2 for W in dense).sqrt().item(), rel=1e-3)
+        assert spectral == pytest.approx(max(torch.linalg.norm(W, 2).item() for W in dense), rel=1e-3)
+
+    # The picture: in each row of a panel the coloured pixels are as many as the norm is long.
+    image = np.asarray(Image.open(tmp_path / "x.png").convert("RGB"))
+    colours = {part: tuple(bytes.fromhex(colour[1:])) for part, colour in inspect_lora.COLOURS.items()}
+    for panel in (1, 2):
+        largest = max(norms[panel] for norms in blocks.values())
+        left = inspect_lora.LABEL + (panel - 1) * (inspect_lora.BAR + inspect_lora.NUMBER)
+        for row, (name, norms) in enumerate(blocks.items()):
+            line = image[inspect_lora.TOP + row * inspect_lora.ROW + inspect_lora.ROW // 2, left : left + inspect_lora.BAR]
+            length = int((line == colours[name.partition(".")[0]]).all(1).sum())
+            assert length == pytest.approx(inspect_lora.BAR * norms[panel] / largest, abs=1), name
+        assert inspect_lora.BAR in [
+            int((line == colours["unet"]).all(1).sum()) for line in image[:, left : left + inspect_lora.BAR]
+        ]
+
+
+def test_planted_faults_are_counted(script, how, tiny_shapes, tmp_path):
+    deltas = random_deltas(tiny_shapes, r"^unet\..*attn1\.to_[qkv]$")
+    paths = list(deltas)
+    for i, path in enumerate(paths):
+        A, B, alpha = deltas[path]
+        if i < 2:  # dead by B, dead by α
+            deltas[path] = (A, torch.zeros_like(B), alpha) if i else (A, B, 0.0)
+        elif i == 2:  # dead by halves that never meet
+            A[:2], B[:, 2:] = 0, 0
+        elif i == 3:
+            B[0, 0] = float("nan")
+        elif i == 4:
+            A[0, 0] = float("inf")
+        else:
+            deltas[path] = (A.sign(), B.sign(), alpha)
+    alive = [deltas[path][:2] for path in paths[5:]]
+    weights = sum(half.numel() for halves in alive for half in halves)
+    for value, (A, _) in zip((1e-9, 1e-7, 1.8e-6, 1.95e-6, 7e4, 0.0), alive[:6], strict=True):
+        A[0, :10] = value  # the first three and 7e4 are lost; 1.95e-6 is above 2^-19 and 0 is 0 in float16 too
+    save_file(named(deltas, *KOHYA, True), tmp_path / "x.safetensors")
+    out, _ = script("scripts/inspect_lora.py", tmp_path / "x.safetensors", *how)
+    for what, planted in (("dead .*", paths[:3]), ("not finite", paths[3:5])):
+        (found,) = re.findall(rf"^{what} +{len(planted)} of {len(paths)} modules: (.+)$", out, re.M)
+        assert sorted(found.split(", ")) == sorted(planted)
+    assert sum(modules for modules, *_ in table(out).values()) == len(paths) - 2
+    assert f"\nlost to fp16   {100 * 40 / weights:.3g} % of the live weights" in out
+    half = {key: t.half() if "lora" in key else t for key, t in named(deltas, *KOHYA, True).items()}
+    save_file({key: t.nan_to_num(posinf=6e4) if "lora" in key else t for key, t in half.items()}, tmp_path / "x.safetensors")
+    out, _ = script("scripts/inspect_lora.py", tmp_path / "x.safetensors", *how)
+    share = float(re.search(r"lost to fp16 +(\S+) %", out)[1]) / 100  # the zeros of this file are lost weights
+    total = weights + sum(half.numel() for path in paths[3:5] for half in deltas[path][:2])
+    assert share == pytest.approx((40 + 1) / total, rel=1e-2)
+
+
+def test_the_report(script, denoiser, tiny_model, tmp_path, monkeypatch):
+    adapter = add_lora(denoiser, LoRAConfig(rank=4, alpha=2, targets="all"), denoiser.unread)
+    shake(adapter)
+    config = {"model": "demo", "rank": 4, "alpha": 2.0, "targets": "all", "resolution": 64}
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(formats.serialise(adapter.deltas, formats.describe(config, images=7, step=5)))
+    monkeypatch.chdir(tmp_path)
+    out, _ = script("scripts/inspect_lora.py", file, "--model", tiny_model)
+    layers = layer_shapes(denoiser)
+    for line in (
+        "layout       kohya with SGM block names",
+        "base model   sdxl_base_v1-0",
+        "trained by   this suite: model demo, rank 4, alpha 2.0, targets all, resolution 64",
+        "step         5",
+        *(f"{program:10} loads" for program in inspect_lora.RULES),
+    ):
+        assert f"\n{line}\n" in out, line
+    for part, label in inspect_lora.COMPONENTS.items():
+        mine, all_of_it = (sum(path.startswith(f"{part}.") for path in paths) for paths in (adapter.deltas, layers))
+        assert re.search(rf"^{label} +{mine} of {all_of_it} +4 +2 +0\.5$", out, re.M)
+    assert re.search(r"^dead .* 0 of", out, re.M)
+    with Image.open(tmp_path / "x.norms.png") as image:
+        assert image.format == "PNG"
+
+    # A header of somebody else's may hold anything.
+    save_file(load_file(file), file, {"ss_network_module": "networks.lora\x1b[31m\nverdict", "sdxl_lora.config": "[1]"})
+    out, _ = script("scripts/inspect_lora.py", file, "--model", tiny_model)
+    assert "\ntrained by   networks.lora?[31m?verdict\n" in out
+
+
+def test_a_lora_for_another_model_is_still_reported(script, how, tiny_shapes, tmp_path):
+    wide = {path: torch.Size((shape[0], 768)) if path.endswith("attn2.to_k") else shape for path, shape in tiny_shapes.items()}
+    deltas = random_deltas(wide, r"attn2\.to_[kv]$|mlp")
+    save_file(named(deltas, *KOHYA, True), tmp_path / "x.safetensors")
+    out, _ = script("scripts/inspect_lora.py", tmp_path / "x.safetensors", *how)
+    wrong = sum(path.endswith("attn2.to_k") for path in deltas)
+    assert "\ngeneration   it is for Stable Diffusion 1, {768} channels of text and not {80}\n" in out
+    assert f"\n{wrong} have other shapes than their layer, first lora_unet_input_blocks_4_1" in out
+    assert re.search(rf"^ComfyUI +partly \({len(deltas) - wrong} of {len(deltas)} modules\)", out, re.M)
+    assert re.search(r"^diffusers +not: ", out, re.M)
+    save_file({}, tmp_path / "x.safetensors")
+    (tmp_path / "x.png").unlink()
+    out, _ = script("scripts/inspect_lora.py", tmp_path / "x.safetensors", *how)
+    assert re.search(r"^layout +none$.*^Forge +not$", out, re.M | re.S)
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_mistakes(script, how, tmp_path):
+    file = tmp_path / "x.safetensors"
+    for content in (None, b"rubbish"):
+        if content:
+            file.write_bytes(content)
+        _, err = script("scripts/inspect_lora.py", file, *how, status=2)
+        assert err.startswith(f"inspect_lora.py: --lora {file} is not a readable .safetensors file: ")
+        assert err.count("\n") == 1
+    _, err = script("scripts/inspect_lora.py", file, "--picture", file / "x.png", status=2)
+    assert err == f"inspect_lora.py: --picture {file} cannot be written: File exists\n"
+    assert not (tmp_path / "x.png").exists()
