@@ -445,9 +445,10 @@ def about(file: LoraFile) -> Iterator[str]:
     for label, keys in TOLD.items():
         value = next((file.metadata[key] for key in keys if key in file.metadata), None)
         if value := told.get(label, value):
+            told[label] = value
             yield f"{label:12} {printable(value)[:100]}"
-    if not file.metadata:
-        yield "header       empty"
+    if not told:
+        yield "header       tells nothing of its training"
 
 
 def components(file: LoraFile) -> Iterator[str]:
