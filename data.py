@@ -1,36 +1,25 @@
-"""tar shards (or a plain folder) -> batches, as an endless stream that is a function of (seed, position).
+"""Captioned images -> batches of one bucket each, as an endless stream that is a function of (seed, position).
 
-Every worker of every rank walks the same order and decodes only its own share, so the order depends neither on the number
-of workers nor on that of ranks, each image is seen once per epoch, and a run resumes by skipping bytes, not pictures.
+Each batch is read by itself, wherever it is in the stream: the order depends neither on the number of workers nor on that
+of ranks, and a run resumes without reading what was passed.
 """
 
-import hashlib
-import io
-import json
 import random
 import signal
-import tarfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import count, groupby, islice
-from operator import itemgetter
-from pathlib import Path
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 
 import numpy as np
 import torch
-import webdataset as wds
-from braceexpand import UnbalancedBracesError, braceexpand
-from PIL import Image, ImageOps
-from safetensors.torch import load, save
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from buckets import Order, bucket_sizes, choose_bucket, enlarged, resized, share_cropped
+from captions import CaptionConfig, choose_caption
 from errors import UserError
-
-DEMO = Path(__file__).parent / "assets/demo/train"
-IMAGES = ("jpg", "jpeg", "png", "webp")
-LATENTS = "safetensors"  # what a ready-made sample is called in a shard: see `pack_latents`
-BUFFER = 500  # samples, still encoded, that a shuffle within shards looks ahead
+from images import Size, fit, open_image, to_rgb
+from sources import Raw, Source, unpack_latents
 
 
 @dataclass(frozen=True)
@@ -41,9 +30,11 @@ class DataConfig:
     bs: int = 3
     """Images per step, process and accumulation."""
     resolution: int | None = None
-    """Side of the square crop in pixels. None: the model's own (1024 for SDXL)."""
-    caption_dropout: float = 0.0
-    """Share of captions replaced by the empty one."""
+    """Side in pixels of the square whose area the images get. None: the model's own (1024 for SDXL)."""
+    buckets: bool = True
+    """Aspect-ratio buckets of that area: an image keeps its shape as far as one has it. Off: the square in its middle."""
+    bucket_step: int = 64
+    """Sides of the buckets are multiples of so many pixels."""
     flip: bool = False
     """Mirror every second image at random."""
     workers: int = 2
@@ -54,18 +45,19 @@ class DataConfig:
             raise UserError(f"--bs must be at least 1, not {self.bs}")
         if self.resolution is not None and (self.resolution < 64 or self.resolution % 8):
             raise UserError(f"--resolution must be a multiple of 8 from 64 up, not {self.resolution}")
-        if not 0 <= self.caption_dropout <= 1:
-            raise UserError(f"--caption-dropout must lie in 0…1, not {self.caption_dropout}")
+        if self.bucket_step < 8 or self.bucket_step % 8:
+            raise UserError(f"--bucket-step must be a multiple of 8, not {self.bucket_step}")
         if self.workers < 0:
             raise UserError(f"--workers must be at least 0, not {self.workers}")
 
 
 @dataclass
 class Batch:
-    images: torch.Tensor  # pixels [B, 3, R, R] float32 in [-1, 1], or ready-made posteriors [B, 8, R/8, R/8] float16
+    images: torch.Tensor  # pixels [B, h, w, 3] uint8, or ready-made posteriors [B, 8, h/8, w/8] float16
     captions: list[str]
     original_size: torch.Tensor  # [B, 2] (h, w) of the source image
     crop: torch.Tensor  # [B, 2] (top, left) in the resized image
+    size: torch.Tensor  # [B, 2] (h, w) of the bucket
     skipped: list[str]  # images of this batch that could not be decoded
 
     def pin_memory(self) -> "Batch":
@@ -73,284 +65,116 @@ class Batch:
         return self
 
 
-# Where samples come from: each source knows its size and walks its raw, still encoded samples in the order of an epoch.
+# Samples -> batches.
 
 
-@dataclass
-class Raw:
-    name: str
-    image: bytes
-    caption: str
+def decode(raw: Raw, bucket: Size, flip: bool) -> tuple[np.ndarray, Size, Size]:
+    """Encoded image -> pixels [h, w, 3] uint8 of the bucket, original (h, w), crop (top, left) of the resized image.
 
-
-@dataclass
-class Source:
-    """A data set on disk: `samples` usable ones, and the names of those without a caption.
-
-    `fingerprint` is a SHA-256 of the names and sizes of its files, which a LoRA file then tells; their bytes are not read.
+    Raises ValueError, or what Pillow raises, if it is broken.
     """
-
-    samples: int
-    uncaptioned: list[str] = field(default_factory=list)
-    latents: bool = False  # ready-made, so that the VAE is not needed
-    fingerprint: str = ""
-
-    def walk(self, rng: random.Random) -> Iterator[Raw]:
-        raise NotImplementedError
-
-
-@dataclass
-class Folder(Source):
-    images: list[tuple[Path, str]] = field(default_factory=list)
-
-    def walk(self, rng: random.Random) -> Iterator[Raw]:
-        for path, caption in rng.sample(self.images, len(self.images)):
-            try:
-                yield Raw(str(path), path.read_bytes(), caption)
-            except OSError:
-                yield Raw(str(path), b"", caption)  # cannot be decoded: skipped and named like any broken image
-
-
-@dataclass
-class Shards(Source):
-    shards: list[Path] = field(default_factory=list)
-
-    def walk(self, rng: random.Random) -> Iterator[Raw]:
-        files = wds.tariterators.tar_file_expander(open_files(rng.sample(self.shards, len(self.shards))))
-        samples = wds.tariterators.group_by_keys(files)
-        for sample in wds.filters.shuffle(BUFFER, initial=BUFFER, rng=rng)(samples):
-            image = next((sample[extension] for extension in (*IMAGES, LATENTS) if extension in sample), None)
-            if image is not None and sample.get("txt"):
-                name = f"{Path(sample['__url__']).name}:{sample['__key__']}"
-                yield Raw(name, image, sample["txt"].decode("utf-8", "replace").strip())
-
-
-def open_files(paths: list[Path]) -> Iterator[dict]:
-    """Opened here and not by WebDataset, which would take a file named `pipe:…` for a shell command."""
-    for path in paths:
-        with path.open("rb") as stream:
-            yield {"url": str(path), "stream": stream}
-
-
-def open_source(data: str) -> Source:
-    """--data -> its source, after one look at every file's header.
-
-    Raises UserError if there is nothing there, a tar is damaged or truncated, or no image has a caption.
-    """
-    path = DEMO if data == "demo" else Path(data)
-    if path.is_dir():
-        shards = sorted(path.glob("*.tar"))
-    else:
-        try:
-            shards = [Path(name) for name in braceexpand(str(path))]
-        except UnbalancedBracesError:
-            raise UserError(f"--data {data}: a brace is not closed") from None
-        missing = [str(shard) for shard in shards if not shard.is_file()]
-        if missing:
-            raise UserError(f"--data {data}: {missing[0]} does not exist")
-    source = scan_shards(shards) if shards else scan_folder(path)
-    if not source.samples:
-        raise UserError(f"--data {data}: no image with a caption there ({len(source.uncaptioned)} images without one)")
-    return source
-
-
-def scan_shards(shards: list[Path]) -> Shards:
-    """Reads the member headers, not the images: counts samples and finds a truncated file before training does."""
-    samples, uncaptioned, kinds, digest = 0, [], set(), hashlib.sha256()
-    for shard in shards:
-        try:
-            with tarfile.open(shard, "r:") as tar:
-                members = tar.getmembers()
-                end = members[-1].offset_data + members[-1].size if members else 0
-        except (tarfile.TarError, OSError) as error:
-            raise UserError(f"--data: {shard} is truncated or no tar file: {error}") from None
-        if shard.stat().st_size < (end + 511) // 512 * 512 + 512:
-            raise UserError(f"--data: {shard} is truncated: its end-of-archive mark is missing")
-        files = [(*wds.tariterators.base_plus_ext(member.name), member.size) for member in members if member.isfile()]
-        files = [(key, extension.lower(), size) for key, extension, size in files if key is not None]
-        digest.update(json.dumps(files).encode())
-        for key, group in groupby(files, key=itemgetter(0)):  # neighbours of one key are a sample, as WebDataset reads them
-            sizes = [(extension, size) for _, extension, size in group]
-            extensions = dict(sizes)
-            if len(extensions) < len(sizes):
-                raise UserError(f"--data: {shard} holds two files of the same name, with key {key}")
-            if extensions.keys().isdisjoint((*IMAGES, LATENTS)):
-                continue
-            if extensions.get("txt"):
-                samples += 1
-                kinds.add(LATENTS in extensions)
-            else:
-                uncaptioned.append(f"{shard.name}:{key}")
-    if len(kinds) > 1:
-        raise UserError("--data: these shards hold both images and latents: train on one kind")
-    return Shards(samples, uncaptioned, kinds == {True}, digest.hexdigest(), shards)
-
-
-def scan_folder(folder: Path) -> Folder:
-    """name.jpg with name.txt beside it, or a metadata.jsonl of {"file_name": …, "text": …} (Hugging Face imagefolder)."""
-    captions = {}
-    for metadata in folder.rglob("metadata.jsonl"):
-        for number, line in enumerate(metadata.read_text(errors="replace").splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                captions[metadata.parent / row["file_name"]] = row["text"] or ""
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise UserError(f"--data: {metadata} line {number}: needs file_name and text ({error})") from None
-    images, uncaptioned, digest = [], [], hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower().lstrip(".") in IMAGES and p.is_file()):
-        text = path.with_suffix(".txt")
-        caption = captions.get(path) or (text.read_text(errors="replace") if text.is_file() else "")
-        digest.update(json.dumps([str(path.relative_to(folder)), path.stat().st_size, caption]).encode())
-        if caption.strip():
-            images.append((path, caption.strip()))
-        else:
-            uncaptioned.append(str(path))
-    return Folder(len(images), uncaptioned, fingerprint=digest.hexdigest(), images=images)
-
-
-def write_shards(folder: Path, name: str, samples: Iterable[dict], per_shard: int) -> int:
-    """Samples {extension: content} -> folder/name-000000.tar, …, each written aside and renamed when it is whole.
-
-    Returns their number. Raises UserError, before the first sample is taken, if there are such shards already.
-    """
-    if there := sorted(folder.glob(f"{name}-*.tar")):
-        raise UserError(f"--out {folder} already holds {there[0].name}: remove it or choose another --name")
-    remaining, keys = iter(samples), count()
-    for shard in count():
-        chunk = list(islice(remaining, per_shard))
-        if not chunk:
-            return shard
-        path = folder / f"{name}-{shard:06d}.tar"
-        with wds.TarWriter(str(path.with_suffix(".part")), mtime=0, user="", group="") as tar:
-            for sample in chunk:
-                tar.write({"__key__": f"{next(keys):07d}", **sample})
-        path.with_suffix(".part").rename(path)
-
-
-# Raw samples -> batches.
-
-
-def pack_latents(posterior: torch.Tensor, original_size: tuple[int, int], crop: tuple[int, int]) -> bytes:
-    """posterior [8, h, w], mean and deviation of the latents -> the bytes of key.safetensors in a shard, float16."""
-    sizes = {"original_size": torch.tensor(original_size), "crop": torch.tensor(crop)}
-    return save({"posterior": posterior.to(torch.float16).contiguous(), **sizes})
-
-
-def unpack_latents(raw: Raw, resolution: int) -> tuple[np.ndarray, tuple[int, int], tuple[int, int]]:
-    """-> posterior [8, R/8, R/8] float16, original (h, w), crop (top, left). Raises UserError if of another resolution."""
-    tensors = load(raw.image)
-    posterior = tensors["posterior"]
-    if posterior.shape != (8, resolution // 8, resolution // 8):
-        side = [8 * n for n in posterior.shape[1:]]
-        raise UserError(f"--data: {raw.name} holds latents of {side} pixels, not of {resolution}: see --resolution")
-    return posterior.numpy(), tuple(tensors["original_size"].tolist()), tuple(tensors["crop"].tolist())
-
-
-def decode(raw: Raw, resolution: int, flip: bool) -> tuple[np.ndarray, tuple[int, int], tuple[int, int]]:
-    """Encoded image -> pixels [3, R, R] float32 in [-1, 1], original (h, w), crop (top, left) of the resized image.
-
-    The shorter side becomes R, the longer one is cropped about its centre. Raises OSError (or what Pillow raises) if broken.
-    """
-    image = to_rgb(Image.open(io.BytesIO(raw.image)))
+    image = to_rgb(open_image(raw.image))
     original = (image.height, image.width)
-    scale = resolution / min(original)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
-    if flip:
-        image = ImageOps.mirror(image)
-    top, left = (image.height - resolution) // 2, (image.width - resolution) // 2
-    image = image.crop((left, top, left + resolution, top + resolution))
-    pixels = np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
-    return np.ascontiguousarray(pixels), original, (top, left)
+    pixels, crop = fit(image, resized(original, bucket), bucket, flip)
+    return pixels, original, crop
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Upright by its EXIF tag, transparency on white, any mode to RGB."""
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+def normalise(images: torch.Tensor) -> torch.Tensor:
+    """Pixels [B, h, w, 3] uint8 -> [B, 3, h, w] float32 in [-1, 1]."""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def assign_buckets(source: Source, config: DataConfig, resolution: int) -> tuple[list[Size], np.ndarray]:
+    """(sizes of the buckets, number of each sample's bucket [N]). Latents have their size already.
+
+    Raises UserError if latents are of another resolution.
+    """
+    pixels = list(zip(source.where["height"].tolist(), source.where["width"].tolist(), strict=True))
+    sizes = bucket_sizes(resolution, config.bucket_step) if config.buckets else [(resolution, resolution)]
+    choose = partial(choose_bucket, sizes=sizes)
+    if source.latents:
+        known = {(resolution, resolution), *bucket_sizes(resolution, config.bucket_step)}
+        sizes = sorted(set(pixels) - {(0, 0)}) or [(resolution, resolution)]
+        if foreign := set(sizes) - known:
+            height, width = min(foreign)
+            told = f"{source.names[pixels.index((height, width))]} holds latents of {height} × {width} pixels"
+            asked = f"--resolution {resolution} and --bucket-step {config.bucket_step}"
+            raise UserError(f"--data: {told}, which is no bucket of {asked}")
+        choose = sizes.index
+    chosen = {size: choose(size) if all(size) else 0 for size in set(pixels)}  # what cannot be read is skipped and named
+    return sizes, np.array([chosen[size] for size in pixels])
+
+
+def describe_buckets(source: Source, sizes: list[Size], bucket: np.ndarray) -> str:
+    """One line: how many buckets are in use, the share of the images that is cropped away, and how many are enlarged."""
+    used = f"{len(np.unique(bucket))} of {len(sizes)} buckets"
+    if source.latents:
+        return used
+    pixels = zip(source.where["height"].tolist(), source.where["width"].tolist(), strict=True)
+    pairs = [(size, sizes[b]) for size, b in zip(pixels, bucket, strict=True) if all(size)]
+    cropped = np.mean([share_cropped(*pair) for pair in pairs]) if pairs else 0
+    factors = [factor for pair in pairs if (factor := enlarged(*pair)) > 1]
+    told = f"{len(factors)} images enlarged, by up to {max(factors):.2f}" if factors else "none enlarged"
+    return f"{used}, {cropped:.1%} of the images cropped away, {told}"
 
 
 class Stream(IterableDataset):
-    """Endless batches for one rank, from global sample number `start` on.
+    """Endless batches for one rank, from global batch number `start` on.
 
-    Sample n of the stream is a function of (seed, n): epoch n // N reshuffles shards and samples; consecutive batches of it
-    go to the ranks in turn, and within a rank to the workers in turn. A sample that cannot be decoded is replaced by another
-    of its batch or, if nothing in it can, by the first image of the data set that can.
+    Batch k of the stream is a function of (seed, k); consecutive batches go to the ranks in turn, and within a rank to the
+    workers in turn. A sample that cannot be decoded is replaced by another of its batch or, if nothing in it can, by the first
+    of its bucket, or of the data set, that can.
     """
 
     def __init__(
-        self,
-        source: Source,
-        config: DataConfig,
-        resolution: int,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-        start: int = 0,
-    ):
-        self.source, self.config, self.resolution, self.seed = source, config, resolution, seed
+        self, source: Source, config: DataConfig, captions: CaptionConfig, resolution: int, seed: int,
+        rank: int = 0, world: int = 1, start: int = 0,
+    ):  # fmt: skip
+        self.source, self.config, self.captions, self.seed = source, config, captions, seed
+        self.sizes, self.bucket = assign_buckets(source, config, resolution)
         self.rank, self.world, self.start = rank, world, start
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         me, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        mine: list[tuple[int, Raw]] = []
-        first = self.start // self.config.bs // self.world
-        for n, raw in self.raw_from(self.start):
-            number, rank = divmod(n // self.config.bs, self.world)
-            if rank == self.rank and (number - first) % workers == me:
-                mine.append((n, raw))
-                if len(mine) == self.config.bs:
-                    yield self.batch(mine)
-                    mine = []
+        batches = Order(self.bucket, self.config.bs, self.seed).batches(self.start)
+        for draws, samples in islice(batches, self.rank + me * self.world, None, workers * self.world):
+            yield self.batch(draws.tolist(), samples.tolist())
 
-    def raw_from(self, start: int) -> Iterator[tuple[int, Raw]]:
-        """(n, raw sample) for n = start, start + 1, …"""
-        n = start - start % self.source.samples
-        for epoch in count(start // self.source.samples):
-            for raw in self.source.walk(random.Random(f"{self.seed} epoch {epoch}")):
-                if n >= start:
-                    yield n, raw
-                n += 1
-
-    @cached_property
-    def spare(self) -> Raw:
+    def spare(self, bucket: int) -> Raw:
         """Stands in for a batch of which nothing can be decoded."""
-        return first_decodable(self.source, self.resolution)
+        mine = np.flatnonzero(self.bucket == bucket)
+        return first_decodable(self.source, mine if self.source.latents else [*mine, *range(self.source.samples)])
 
-    def decode(self, raw: Raw, flip: bool) -> tuple[np.ndarray, tuple[int, int], tuple[int, int]]:
-        return unpack_latents(raw, self.resolution) if self.source.latents else decode(raw, self.resolution, flip)
+    def decode(self, raw: Raw, bucket: int, flip: bool) -> tuple[np.ndarray, Size, Size]:
+        return unpack_latents(raw, flip) if self.source.latents else decode(raw, self.sizes[bucket], flip)
 
-    def batch(self, samples: list[tuple[int, Raw]]) -> Batch:
-        good, skipped = [], []
-        for n, raw in samples:
-            rng = random.Random(f"{self.seed} sample {n}")
-            flip, dropped = rng.random() < 0.5 * self.config.flip, rng.random() < self.config.caption_dropout
+    def batch(self, draws: list[int], samples: list[int]) -> Batch:
+        good, skipped, bucket = [], [], self.bucket[samples[0]]
+        for draw, n in zip(draws, samples, strict=True):
+            rng, raw = random.Random(f"{self.seed} draw {draw}"), self.source.raw(n)
+            flip, caption = rng.random() < 0.5 * self.config.flip, choose_caption(raw.captions, self.captions, rng)
             try:
-                good.append((*self.decode(raw, flip), "" if dropped else raw.caption))
-            except UserError:
-                raise
+                good.append((*self.decode(raw, bucket, flip), caption))
             except Exception:  # whatever a broken file makes Pillow raise: it is named at the end of the run
                 skipped.append(raw.name)
         if not good:
-            good.append((*self.decode(self.spare, flip=False), self.spare.caption))
+            raw = self.spare(bucket)
+            good.append((*self.decode(raw, bucket, flip=False), raw.captions[0]))
         good = [good[i % len(good)] for i in range(len(samples))]
         images, original, crop, captions = zip(*good, strict=True)
-        return Batch(torch.from_numpy(np.stack(images)), list(captions), torch.tensor(original), torch.tensor(crop), skipped)
+        size = torch.tensor([self.sizes[bucket]] * len(samples))
+        images = torch.from_numpy(np.stack(images))
+        return Batch(images, list(captions), torch.tensor(original), torch.tensor(crop), size, skipped)
 
 
-def first_decodable(source: Source, resolution: int) -> Raw:
-    """The first image, in an order that never changes, that can be decoded. Raises UserError if there is none."""
-    for raw in source.walk(random.Random(0)):
+def first_decodable(source: Source, samples: Iterable[int]) -> Raw:
+    """The first of these samples that can be decoded. Raises UserError if there is none."""
+    for n in samples:
         try:
-            unpack_latents(raw, resolution) if source.latents else decode(raw, resolution, flip=False)
+            raw = source.raw(n)
+            unpack_latents(raw, flip=False) if source.latents else to_rgb(open_image(raw.image))
             return raw
-        except UserError:
-            raise
         except Exception:
             continue
     raise UserError(f"--data: none of the {source.samples} images can be decoded")

@@ -198,13 +198,12 @@ def tokenize(tokenizers: list[CLIPTokenizer], captions: list[str]) -> Tensor:
     return torch.stack(rows, dim=1)
 
 
-def time_ids(original_size: Tensor, crop: Tensor, resolution: int) -> Tensor:
-    """SDXL's micro-conditioning: original (h, w) and crop (top, left), each [B, 2] in pixels -> [B, 6] float32.
+def time_ids(original_size: Tensor, crop: Tensor, size: Tensor) -> Tensor:
+    """SDXL's micro-conditioning: original (h, w), crop (top, left), size (h, w), each [B, 2] in pixels -> [B, 6] float32.
 
     They stay float32 until after their sinusoid: in bfloat16 1365 would become 1368.
     """
-    target = torch.full_like(original_size, resolution)
-    return torch.cat([original_size, crop, target], dim=1).float()
+    return torch.cat([original_size, crop, size], dim=1).float()
 
 
 @torch.no_grad()

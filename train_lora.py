@@ -31,8 +31,9 @@ import formats
 import memory
 import sdxl  # after memory, which readies xFormers: diffusers imports it
 from budget import Plan, dry_run, make_plan, stand_in_kernel
+from captions import CaptionConfig
 from checkpoint import STATE, check_writable, find_state, load_state, save_state, write_atomically
-from data import DataConfig, Source, Stream, first_decodable, make_loader, open_source
+from data import DataConfig, Stream, describe_buckets, first_decodable, make_loader, normalise
 from diffusion import Diffusion, DiffusionConfig
 from distributed import Ranks, join_ranks, leave_ranks
 from errors import UserError, one_line_errors
@@ -44,6 +45,7 @@ from pictures import Gallery, evaluation_prompts
 from quantise import BASES as PACKED
 from quantise import check_quantisable, packed_bytes, quantisable, quantise_base
 from sdxl import Denoiser, decode_latents, encode_pixels, sample_latents, time_ids, tokenize
+from sources import Source, open_source
 
 LOG_EVERY = 10  # steps; the host waits for the device only then
 MAX_GRAD_NORM = 1.0
@@ -53,6 +55,7 @@ MAX_GRAD_NORM = 1.0
 class TrainConfig:
     lora: LoRAConfig = LoRAConfig()
     dataset: DataConfig = DataConfig()
+    captions: CaptionConfig = CaptionConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     memory: MemoryConfig = MemoryConfig()
     model: str = "demo"
@@ -159,13 +162,13 @@ def main(config: TrainConfig) -> None:
 
     # Data, looked at before the model is loaded: a mistake shows at once.
     source = open_source(config.dataset.data)
-    if source.latents and config.dataset.flip:
-        raise UserError("--flip: latents cannot be mirrored, only the images that they are made of")
+    if source.latents and config.dataset.flip and not source.mirrored:
+        raise UserError("--flip: these latents are not there of the mirrored images: make them anew with cache.py --flip")
 
     # Model on the host, and what the device will have to hold.
     pipe = sdxl.read_sdxl(config.model, dtype)
     resolution = config.dataset.resolution or sdxl.native_resolution(pipe)
-    first_decodable(source, resolution)
+    first_decodable(source, range(source.samples))
     budget = ranks.least(memory.limit_memory(config.memory.vram_gb, device))
     plan, attention_shapes = plan_memory(config, pipe, resolution, source.latents, precision, device, budget)
 
@@ -203,7 +206,7 @@ def main(config: TrainConfig) -> None:
     generator = torch.Generator(device)
 
     # The step from a batch to its gradients, every kernel of it recorded once.
-    encode = (lambda posterior: posterior) if source.latents else partial(encode_pixels, pipe.vae)
+    encode = (lambda posterior: posterior) if source.latents else (lambda images: encode_pixels(pipe.vae, normalise(images)))
     micro_batches = config.dataset.bs // plan.micro * config.grad_accum
 
     def differentiate(images, spread, noise, timesteps, tokens, ids) -> torch.Tensor:
@@ -234,6 +237,8 @@ def main(config: TrainConfig) -> None:
     save = partial(save_checkpoint, config, source, adapter, layer_shapes(denoiser), optimizer, scaler)
 
     # What the run is about to do.
+    order = (config.seed, ranks.rank, ranks.world)
+    stream = Stream(source, config.dataset, config.captions, resolution, *order, start=run.batches)
     images_per_step = config.dataset.bs * config.grad_accum * ranks.world
     writer = NoWriter()
     if ranks.first:
@@ -247,6 +252,7 @@ def main(config: TrainConfig) -> None:
         print(f"model      {config.model}: U-Net and text encoders {total:,} parameters, frozen; {resolution} px")
         print(f"LoRA       rank {config.lora.rank} on {layers} layers, {count:,} parameters trained: {share:.2f} %")
         print(f"data       {source.samples} images with a caption, {len(source.uncaptioned)} without")
+        print(f"buckets    {describe_buckets(source, stream.sizes, stream.bucket)}")
         print(f"batch      {config.dataset.bs} × {config.grad_accum} accumulated × {ranks.world} processes = {images_per_step}")
         launching = "every kernel launched" if step.eager else "CUDA graph"
         print(f"device     {device}, {precision}, {attention} attention, {launching}")
@@ -255,9 +261,7 @@ def main(config: TrainConfig) -> None:
         print(f"file       {config.out}/pytorch_lora_weights_{config.steps}.safetensors, {size:.2f} MB", flush=True)
 
     # The loop. Randomness is a function of (seed, rank, step), the learning rate of the step.
-    side = resolution // pipe.vae_scale_factor
-    latents_shape = (config.dataset.bs, pipe.unet.config.in_channels, side, side)
-    stream = Stream(source, config.dataset, resolution, config.seed, ranks.rank, ranks.world, start=run.samples)
+    channels = pipe.unet.config.in_channels
     batches = make_loader(stream, pin_memory=device.type == "cuda")
     vae_bytes = sum(p.nbytes for p in pipe.vae.parameters()) + sdxl.DECODING * resolution**2 * pipe.vae.dtype.itemsize
     tight = plan.weights + vae_bytes > plan.budget
@@ -272,9 +276,10 @@ def main(config: TrainConfig) -> None:
             batch = next(batches)
             skipped.update(batch.skipped)
             generator.manual_seed(seed_of(config.seed, ranks.rank, run.step, micro))
+            latents_shape = (config.dataset.bs, channels, *(batch.size[0] // pipe.vae_scale_factor).tolist())
             images = memory.send(batch.images, device)
             tokens = memory.send(tokenize(denoiser.tokenizers, batch.captions), device)
-            ids = memory.send(time_ids(batch.original_size, batch.crop, resolution), device)
+            ids = memory.send(time_ids(batch.original_size, batch.crop, batch.size), device)
             spread = torch.randn(latents_shape, generator=generator, device=device)
             noise, timesteps = diffusion.draw(latents_shape, generator)
             inputs = (images, spread, noise, timesteps, tokens, ids)
@@ -286,7 +291,7 @@ def main(config: TrainConfig) -> None:
         scaler.step(optimizer)
         scaler.update()
         adapter.refresh()
-        run.step, run.samples = run.step + 1, run.samples + images_per_step
+        run.step, run.batches = run.step + 1, run.batches + config.grad_accum * ranks.world
         progress.update()
 
         if run.step == start + 2 and ranks.first:
@@ -370,7 +375,7 @@ class Run:
 
     log_dir: str
     step: int = 0
-    samples: int = 0  # of the data stream, over all ranks
+    batches: int = 0  # of the data stream, over all ranks
     saved: tuple[str, ...] = ()  # LoRA files that this run has written and not yet removed
 
 
@@ -425,6 +430,8 @@ def restore(
     """Puts a saved state back. Raises UserError if it is not ours, or of a run that this one cannot go on from."""
     if not {"lora", "layers", "optimizer", "scaler", "run", "config"} <= state.keys():
         raise UserError(f"--resume {config.resume}: this is no state of train_lora.py")
+    if state["run"].keys() != asdict(Run("")).keys():
+        raise UserError(f"--resume {config.resume}: this state is of another version of the suite: --resume none starts anew")
     was, now = state["config"], flat_config(config)
     fixed = ("model", "rank", "alpha", "targets", "train_text_encoder", "optimizer")
     differ = [f"--{flag.replace('_', '-')} {was[flag]}" for flag in fixed if was[flag] != now[flag]]

@@ -31,12 +31,14 @@ import webdataset as wds
 
 import fast
 import memory
-from data import DataConfig, Stream, open_source, pack_latents
+from captions import CaptionConfig
+from data import DataConfig, Stream
 from diffusion import Diffusion, DiffusionConfig
 from errors import UserError, one_line_errors
 from graph import GraphedStep
 from lora import LoRAConfig, add_lora, merge_lora
 from sdxl import BASE, Denoiser, base_architecture, blueprint, decode_latents, encode_pixels, load_sdxl, time_ids, tokenize
+from sources import open_source, pack_latents
 
 FORWARD = 6.76e12  # floating-point operations of the U-Net's forward pass, one image of 1024 x 1024 (counted by dry_run)
 
@@ -269,7 +271,7 @@ def measure_parts(pipe, device: torch.device) -> dict[str, float]:
     latents = torch.randn(bs, 4, 128, 128, device=device)
     noise, timesteps = diffusion.draw(latents.shape, torch.Generator(device).manual_seed(0))
     tokens = tokenize(denoiser.tokenizers, ["a picture"] * bs).to(device)
-    ids = time_ids(torch.full((bs, 2), 1024), torch.zeros(bs, 2), 1024).to(device)
+    ids = time_ids(torch.full((bs, 2), 1024), torch.zeros(bs, 2), torch.full((bs, 2), 1024)).to(device)
     pixels = torch.rand(bs, 3, 1024, 1024, device=device) * 2 - 1
     denoise = partial(denoiser, tokens=tokens, time_ids=ids)
 
@@ -304,7 +306,7 @@ def measure_data(config: BenchConfig) -> dict[str, float]:
     """Milliseconds that one worker needs for a batch of 3."""
     times = {}
     for name in ("photos", "latents"):
-        stream = iter(Stream(open_source(str(config.work / name)), DataConfig(bs=3), 1024, seed=0))
+        stream = iter(Stream(open_source(str(config.work / name)), DataConfig(bs=3), CaptionConfig(), 1024, seed=0))
         next(stream)
         since = time.perf_counter()
         for _ in range(10):

@@ -4,10 +4,10 @@
     torchrun train_lora.py --model sdxl --data latents/ --rank 8 --bs 3
 
 Mean and deviation of every posterior are kept, in float16, so that each epoch draws its own sample of it; with them go the
-caption, the original size and the crop. What cannot be decoded is named at the end. Images cannot be mirrored afterwards.
+captions, the original size and the crop. What cannot be decoded is named at the end.
 """
 
-import random
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,9 +22,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import memory
 from checkpoint import check_writable
-from data import Source, decode, open_source, pack_latents, write_shards
+from data import DataConfig, assign_buckets, decode, describe_buckets, normalise
 from errors import UserError, one_line_errors
 from sdxl import encode_pixels, load_sdxl, native_resolution
+from sources import Source, open_source, pack_latents, write_shards
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,13 @@ class CacheConfig:
     model: str = "demo"
     """Whose VAE; as train_lora.py's --model."""
     resolution: int | None = None
-    """Side of the square crop in pixels. None: the model's own."""
+    """Side in pixels of the square whose area the images get. None: the model's own."""
+    buckets: bool = True
+    """As train_lora.py's --buckets."""
+    bucket_step: int = 64
+    """As train_lora.py's --bucket-step."""
+    flip: bool = False
+    """Encode every image mirrored too, so that training may use --flip: twice the work and the size."""
     per_shard: int = 500
     """Samples in a shard."""
     device: str = "auto"
@@ -51,16 +58,24 @@ class CacheConfig:
             raise UserError(f"--per-shard must be at least 1, not {self.per_shard}")
 
 
-def encoded(source: Source, vae: nn.Module, resolution: int, refused: list[str]) -> Iterator[dict]:
-    """Samples of the shards; what cannot be decoded goes to `refused`, with the reason."""
-    for raw in tqdm(source.walk(random.Random(0)), total=source.samples, unit="img"):
+def encoded(source: Source, vae: nn.Module, buckets: list, flip: bool, refused: list[str]) -> Iterator[dict]:
+    """Samples of the shards; what cannot be decoded goes to `refused`, with the reason. `buckets` [N]: size for each."""
+
+    def encode(raw, bucket, mirror) -> tuple:
+        pixels, original, crop = decode(raw, bucket, mirror)
+        images = torch.from_numpy(pixels)[None].to(vae.device)
+        return encode_pixels(vae, normalise(images))[0].cpu(), original, crop
+
+    for n, bucket in enumerate(tqdm(buckets, unit="img")):
+        raw = source.raw(n)
         try:
-            pixels, original, crop = decode(raw, resolution, flip=False)
+            posterior, original, crop = encode(raw, bucket, False)
         except Exception as error:  # whatever a broken file makes Pillow raise
             refused.append(f"{raw.name} ({error})")
             continue
-        posterior = encode_pixels(vae, torch.from_numpy(pixels)[None].to(vae.device))[0].cpu()
-        yield {"safetensors": pack_latents(posterior, original, crop), "txt": raw.caption}
+        mirrored = encode(raw, bucket, True)[::2] if flip else None
+        packed = pack_latents(posterior, original, crop, mirrored)
+        yield {"safetensors": packed, "json": json.dumps({"captions": raw.captions}, ensure_ascii=False)}
 
 
 def main(config: CacheConfig) -> None:
@@ -72,10 +87,14 @@ def main(config: CacheConfig) -> None:
     pipe = load_sdxl(config.model, torch.float32, torch.device("cpu"))
     vae = pipe.vae.to(device)  # in float32: it is done once
     resolution = config.resolution or native_resolution(pipe)
+    how = DataConfig(resolution=resolution, buckets=config.buckets, bucket_step=config.bucket_step)
+    sizes, bucket = assign_buckets(source, how, resolution)
+    print(f"{source.samples} images at {resolution} px: {describe_buckets(source, sizes, bucket)}")
 
     refused: list[str] = []
-    shards = write_shards(config.out, config.name, encoded(source, vae, resolution, refused), config.per_shard)
-    print(f"encoded {source.samples - len(refused)} images at {resolution} px into {shards} shards in {config.out}/")
+    samples = encoded(source, vae, [sizes[b] for b in bucket], config.flip, refused)
+    shards = write_shards(config.out, config.name, samples, config.per_shard)
+    print(f"encoded {source.samples - len(refused)} images into {shards} shards in {config.out}/")
     for line in refused:
         print(f"  refused {line}")
 

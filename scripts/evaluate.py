@@ -8,7 +8,6 @@
    colours (4 x 4 x 4 bins of RGB) and of edge strengths (16 bins). Half the L1 distance: 0 is equal, 1 disjoint.
 """
 
-import random
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -24,12 +23,13 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import formats
 import memory  # before sdxl
-from data import decode, open_source
+from data import decode, normalise
 from diffusion import Diffusion, DiffusionConfig
 from errors import UserError, one_line_errors
 from lora import layer_shapes, merge_lora
-from pictures import render, to_image
+from pictures import render
 from sdxl import Denoiser, decode_latents, encode_pixels, load_sdxl, native_resolution, sample_latents, time_ids, tokenize
+from sources import open_source
 
 HELD_OUT = Path(__file__).parents[1] / "assets/demo/heldout"
 
@@ -60,13 +60,13 @@ def denoising_loss(denoiser: Denoiser, diffusion: Diffusion, vae: nn.Module, sam
     device, losses = vae.device, []
     for i, (pixels, original, crop, caption) in enumerate(tqdm(samples, desc="loss", unit="img", leave=False)):
         generator = torch.Generator(device).manual_seed(i)
-        posterior = encode_pixels(vae, torch.from_numpy(pixels)[None].to(device))
+        posterior = encode_pixels(vae, normalise(torch.from_numpy(pixels)[None].to(device)))
         spread = torch.randn(posterior[:, :4].shape, generator=generator, device=device)
         latents = sample_latents(vae, posterior, spread).expand(timesteps, -1, -1, -1)
         noise = torch.randn(latents.shape, generator=generator, device=device)
         t = ((torch.arange(timesteps, device=device) + 0.5) * len(diffusion.alphas_cumprod) / timesteps).long()
         tokens = tokenize(denoiser.tokenizers, [caption] * timesteps).to(device)
-        ids = time_ids(torch.tensor([original] * timesteps), torch.tensor([crop] * timesteps), pixels.shape[-1]).to(device)
+        ids = time_ids(*(torch.tensor([size] * timesteps) for size in (original, crop, pixels.shape[:2]))).to(device)
         losses.append(diffusion(partial(denoiser, tokens=tokens, time_ids=ids), latents, noise, t).mean().item())
     return sum(losses) / len(losses)
 
@@ -96,9 +96,9 @@ def main(config: EvaluateConfig) -> None:
     diffusion = Diffusion(DiffusionConfig(), schedule.alphas_cumprod, schedule.config.prediction_type, device)
 
     samples = []
-    for raw in source.walk(random.Random(0)):
+    for raw in map(source.raw, range(source.samples)):
         try:
-            samples.append((*decode(raw, size, flip=False), raw.caption))
+            samples.append((*decode(raw, (size, size), flip=False), raw.captions[0]))
         except Exception as error:  # whatever a broken file makes Pillow raise
             print(f"left out {raw.name}: {error}")
     if not samples:
@@ -115,7 +115,7 @@ def main(config: EvaluateConfig) -> None:
     print(f"held-out denoising loss ({len(samples)} images x {config.timesteps} timesteps, the same noise)")
     print(f"  base {base_loss:.4f}   LoRA {lora_loss:.4f}   {100 * (lora_loss / base_loss - 1):+.1f} %")
     if captions:
-        style_pictures = [to_image(torch.from_numpy(pixels)) for pixels, *_ in samples]
+        style_pictures = [Image.fromarray(pixels) for pixels, *_ in samples]
         style, base, tuned = map(statistics, (style_pictures, base_pictures, lora_pictures))
         print(f"distance of {len(captions)} pictures to the held-out style images (0 equal, 1 disjoint)")
         for name, wanted in style.items():

@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from checkpoint import check_writable
-from data import scan_folder, to_rgb, write_shards
 from errors import UserError, one_line_errors
+from images import to_rgb
+from sources import scan_folder, write_shards
 
 SUFFIX = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
@@ -48,8 +49,8 @@ class ShardConfig:
             raise UserError(f"--name {self.name!r} must be a plain file name")
 
 
-def open_rows(source: str) -> tuple[int, Iterator[tuple[str, bytes, str]]]:
-    """(number of rows, iterator of (source name, encoded image, caption or '')). Raises UserError if there is nothing."""
+def open_rows(source: str) -> tuple[int, Iterator[tuple[str, bytes, list[str]]]]:
+    """(number of rows, iterator of (source name, encoded image, captions)). Raises UserError if there is nothing."""
     path = Path(source)
     if not path.exists():
         path = fetch(source)
@@ -57,8 +58,8 @@ def open_rows(source: str) -> tuple[int, Iterator[tuple[str, bytes, str]]]:
     if tables:
         return parquet_rows(tables)
     folder = scan_folder(path)
-    rows = folder.images + [(Path(name), "") for name in folder.uncaptioned]
-    return len(rows), ((str(file.relative_to(path)), file.read_bytes(), caption) for file, caption in rows)
+    rows = [*zip(folder.files, folder.captions, strict=True), *((Path(name), []) for name in folder.uncaptioned)]
+    return len(rows), ((str(file.relative_to(path)), file.read_bytes(), captions) for file, captions in rows)
 
 
 def fetch(repository: str) -> Path:
@@ -74,7 +75,7 @@ def fetch(repository: str) -> Path:
         ) from None
 
 
-def parquet_rows(tables: list[Path]) -> tuple[int, Iterator[tuple[str, bytes, str]]]:
+def parquet_rows(tables: list[Path]) -> tuple[int, Iterator[tuple[str, bytes, list[str]]]]:
     """Rows of the layout of lambdalabs/naruto-blip-captions: image {bytes, path}, text."""
     import pyarrow
     import pyarrow.parquet
@@ -87,19 +88,22 @@ def parquet_rows(tables: list[Path]) -> tuple[int, Iterator[tuple[str, bytes, st
         if not {"image", "text"} <= set(file.schema_arrow.names):
             raise UserError(f"{table} has columns {file.schema_arrow.names}, not image and text")
 
-    def rows() -> Iterator[tuple[str, bytes, str]]:
+    def rows() -> Iterator[tuple[str, bytes, list[str]]]:
         for table, file in zip(tables, files, strict=True):
             batches = file.iter_batches(batch_size=16, columns=["image", "text"])
             for n, row in enumerate(row for batch in batches for row in batch.to_pylist()):
                 image = row["image"] if isinstance(row["image"], dict) else {"bytes": row["image"]}
-                yield image.get("path") or f"{table.name}:{n}", image.get("bytes") or b"", row["text"] or ""
+                text = row["text"] or []
+                captions = [text] if isinstance(text, str) else text
+                yield image.get("path") or f"{table.name}:{n}", image.get("bytes") or b"", captions
 
     return sum(file.metadata.num_rows for file in files), rows()
 
 
-def pack(name: str, encoded: bytes, caption: str) -> dict:
+def pack(name: str, encoded: bytes, captions: list[str]) -> dict:
     """One sample without its key. Raises ValueError, saying what is wrong, if it is not usable."""
-    if not caption.strip():
+    lines = [" ".join(caption.split()) for caption in captions if caption.strip()]
+    if not lines:
         raise ValueError("no caption")
     try:
         image = Image.open(io.BytesIO(encoded))
@@ -112,14 +116,14 @@ def pack(name: str, encoded: bytes, caption: str) -> dict:
         encoded = buffer.getvalue()
     upright = ImageOps.exif_transpose(image)
     about = {"width": upright.width, "height": upright.height, "source": name, "sha256": hashlib.sha256(encoded).hexdigest()}
-    return {SUFFIX.get(image.format, "jpg"): encoded, "txt": caption.strip(), "json": json.dumps(about)}
+    return {SUFFIX.get(image.format, "jpg"): encoded, "txt": "\n".join(lines), "json": json.dumps(about)}
 
 
-def usable(rows: Iterator[tuple[str, bytes, str]], refused: list[str]) -> Iterator[dict]:
+def usable(rows: Iterator[tuple[str, bytes, list[str]]], refused: list[str]) -> Iterator[dict]:
     """Samples; what is not usable goes to `refused`, with the reason."""
-    for name, encoded, caption in rows:
+    for name, encoded, captions in rows:
         try:
-            yield pack(name, encoded, caption)
+            yield pack(name, encoded, captions)
         except ValueError as error:
             refused.append(f"{name} ({error})")
 

@@ -1,11 +1,11 @@
 import hashlib
 import io
 import json
-import random
 import re
 import shutil
 import tarfile
 
+import numpy as np
 import pyarrow
 import pytest
 import torch
@@ -18,9 +18,12 @@ from test_lora import shake
 from torch import nn
 
 import formats
-from data import decode, open_source, unpack_latents
+from buckets import bucket_sizes
+from captions import CaptionConfig
+from data import DataConfig, Stream, assign_buckets, decode, normalise
 from lora import LoRAConfig, add_lora, layer_shapes, merge_lora
 from sdxl import encode_pixels, load_sdxl
+from sources import open_source, unpack_latents
 
 
 def members(tar) -> dict[str, bytes]:
@@ -93,23 +96,49 @@ def test_bench_needs_a_gpu(script):
 
 
 def test_cached_latents_are_what_the_vae_gives_for_the_same_images(script, tiny_model, shards, tmp_path):
-    out, _ = script("scripts/cache.py", shards, "--model", tiny_model, "--out", tmp_path, "--per-shard", 4, "--device", "cpu")
-    assert "encoded 7 images at 64 px into 2 shards" in out
+    how = ["--model", tiny_model, "--per-shard", 4, "--device", "cpu", "--bucket-step", 16, "--flip"]
+    out, _ = script("scripts/cache.py", shards, *how, "--out", tmp_path)
+    assert re.search(r"^7 images at 64 px: [2-5] of 5 buckets, ", out)
+    assert "encoded 7 images into 2 shards" in out
     pipe = load_sdxl(str(tiny_model), torch.float32, torch.device("cpu"))
     images, latents = open_source(str(shards)), open_source(str(tmp_path))
-    assert (images.samples, latents.samples, latents.latents) == (7, 7, True)
-    wanted = {raw.caption: decode(raw, 64, flip=False) for raw in images.walk(random.Random(0))}
-    for raw in latents.walk(random.Random(0)):
-        posterior, original, crop = unpack_latents(raw, 64)
-        pixels, *sizes = wanted.pop(raw.caption)
-        ours = encode_pixels(pipe.vae, torch.from_numpy(pixels)[None])[0]
-        torch.testing.assert_close(torch.from_numpy(posterior).float(), ours, atol=1e-3, rtol=1e-3)
-        assert [original, crop] == sizes
-    assert not wanted
+    assert (images.samples, latents.samples, latents.latents, latents.mirrored) == (7, 7, True, True)
+    sizes, bucket = assign_buckets(images, DataConfig(bucket_step=16), 64)
+    for n in range(7):
+        wanted, ready = images.raw(n), latents.raw(n)
+        assert ready.captions == wanted.captions
+        for flip in (False, True):
+            pixels, *about = decode(wanted, sizes[bucket[n]], flip)
+            posterior, *told = unpack_latents(ready, flip)
+            ours = encode_pixels(pipe.vae, normalise(torch.from_numpy(pixels)[None]))[0]
+            torch.testing.assert_close(torch.from_numpy(posterior).float(), ours, atol=1e-3, rtol=1e-3)
+            assert told == about
     _, err = script("scripts/cache.py", shards, "--model", tiny_model, "--out", tmp_path, status=2)
     assert err == f"cache.py: --out {tmp_path} already holds latents-000000.tar: remove it or choose another --name\n"
     _, err = script("scripts/cache.py", tmp_path, "--model", tiny_model, "--out", tmp_path / "b", status=2)
     assert err == f"cache.py: {tmp_path} holds latents already\n"
+
+
+def test_the_contact_sheet_shows_what_training_sees(script, photos, tmp_path):
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    (folder / "photo0.txt").write_text("a, " * 60)
+    (folder / "photo1.txt").unlink()
+    how = ["--data", folder, "--resolution", 64, "--bucket-step", 16, "--bs", 2, "--caption-prefix", "b, "]
+    out, _ = script("scripts/show_data.py", *how, "--images", 8, "--out", tmp_path / "sheet.png")
+    rows = re.findall(r"^ +(\d+) × (\d+) +(\d+) +[\d.]+ % +[\d.]+ % +0$", out, re.M)
+    assert sum(int(images) for *_, images in rows) == 6
+    assert {(int(h), int(w)) for w, h, _ in rows} <= set(bucket_sizes(64, 16))
+    assert "6 captions of 6 images" in out
+    assert "1 are cut after 75 tokens and lose 47 on average, 47 at most" in out  # 2 of the prefix and 120
+    assert "1 images have no caption and are left out: " in out
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
+    stream = Stream(open_source(str(folder)), DataConfig(bs=2, bucket_step=16), CaptionConfig(), 64, 0)
+    first = next(iter(stream)).images[0].numpy()
+    y, width = 6 + (256 - len(first)) // 2, first.shape[1]
+    at = [x for x in range(268 - width) if np.array_equal(sheet[y, x : x + width], first[0])]
+    assert at == [(268 - width) // 2]
+    _, err = script("scripts/show_data.py", "--images", 0, status=2)
+    assert err == "show_data.py: --images must be at least 1, not 0\n"
 
 
 def test_converting_keeps_the_weights(script, denoiser, tiny_model, tmp_path):

@@ -50,7 +50,7 @@ def test_time_ids_equal_the_pipeline_and_are_exact(pipe):
     original, crop = torch.tensor([[1365, 777]]), torch.tensor([[0, 36]])
     dim = pipe.text_encoder_2.config.projection_dim
     wanted = pipe._get_add_time_ids((1365, 777), (0, 36), (1024, 1024), torch.float32, text_encoder_projection_dim=dim)
-    ours = time_ids(original, crop, 1024)
+    ours = time_ids(original, crop, torch.tensor([[1024, 1024]]))
     assert torch.equal(ours, wanted)
     assert ours.dtype == torch.float32  # in bfloat16 1365 is 1368
 
@@ -63,7 +63,8 @@ def test_unet_call_equals_the_pipeline(pipe, denoiser):
     pipe("a cat", num_inference_steps=1, guidance_scale=1.0, output_type="latent", generator=torch.Generator().manual_seed(0))
     pipe.unet.forward = forward
     latents, t = seen["args"]
-    ids = time_ids(torch.tensor([[64, 64]]), torch.tensor([[0, 0]]), native_resolution(pipe))
+    size = torch.tensor([[native_resolution(pipe)] * 2])
+    ids = time_ids(size, torch.tensor([[0, 0]]), size)
     with torch.no_grad():
         ours = denoiser(latents, t, tokenize(denoiser.tokenizers, ["a cat"]), ids)
     torch.testing.assert_close(ours, seen["out"][0])

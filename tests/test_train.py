@@ -15,10 +15,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from two_ranks import gradient_and_step
 
 import formats
-from data import DataConfig, open_source, pack_latents
+from data import DataConfig
 from lora import LoRAConfig, layer_shapes
 from memory import MemoryConfig
 from sdxl import Denoiser, read_sdxl
+from sources import open_source, pack_latents
 from train_lora import TrainConfig, lr_factor, plan_memory
 
 
@@ -204,8 +205,22 @@ def test_ready_made_latents_train_without_the_vae(train, latents, tmp_path, monk
     train("--data", latents, "--steps", 2)
     assert weights(tmp_path / "out", 2)
     _, err = train("--data", latents, "--flip", "--out", tmp_path / "b", status=2)
-    assert err == "train_lora.py: --flip: latents cannot be mirrored, only the images that they are made of\n"
+    assert err.startswith("train_lora.py: --flip: these latents are not there of the mirrored images")
     assert not (tmp_path / "b").exists()
+
+
+def test_buckets_of_several_shapes_train_and_go_on_bit_for_bit(train, tmp_path):
+    how = ["--bucket-step", 16, "--flip", "--caption-dropout", 0.2, "--workers", 2]
+    out, _ = train(*how, "--steps", 6)
+    assert re.search(r"^buckets    [2-5] of 5 buckets, [\d.]+% of the images cropped away, none enlarged$", out, re.M)
+    train(*how, "--steps", 3, "--out", tmp_path / "b")
+    train(*how, "--steps", 6, "--out", tmp_path / "b")
+    assert equal(weights(tmp_path / "out", 6), weights(tmp_path / "b", 6))
+    state = torch.load(tmp_path / "b/state/state.pt", weights_only=True)
+    state["run"]["samples"] = state["run"].pop("batches")
+    torch.save(state, tmp_path / "b/state/state.pt")
+    _, err = train(*how, "--steps", 7, "--out", tmp_path / "b", status=2)
+    assert "another version of the suite: --resume none" in err
 
 
 def test_a_batch_in_pieces_is_the_same_run(train, latents, tiny_model, tmp_path):
@@ -303,7 +318,7 @@ def test_torchrun_with_two_ranks(tiny_model, shards, tmp_path):
     assert "batch      1 × 1 accumulated × 2 processes = 2" in done.stdout
     assert done.stdout.count("wrote") == 1  # rank 0 alone writes
     assert weights(tmp_path / "out", 3)
-    assert torch.load(tmp_path / "out/state/state.pt", weights_only=True)["run"]["samples"] == 6
+    assert torch.load(tmp_path / "out/state/state.pt", weights_only=True)["run"]["batches"] == 6
     how[how.index("--steps") + 1] = 5
     torchrun(2, "train_lora.py", *how, "--out", tmp_path / "out", "--log-dir", tmp_path / "runs")
     torchrun(2, "train_lora.py", *how, "--out", tmp_path / "whole", "--log-dir", tmp_path / "runs")

@@ -1,0 +1,66 @@
+"""Encoded images of any kind -> upright RGB in sRGB -> the pixels of a bucket."""
+
+import io
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps
+
+Size = tuple[int, int]  # (height, width)
+
+FILES = ("jpg", "jpeg", "png", "webp", "avif")  # what is taken for an image, by its extension
+MOST_PIXELS = 200_000_000  # of an image before it is decoded: a file of some kilobytes can ask for all of the memory
+SRGB = ImageCms.createProfile("sRGB")
+
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns first, and once
+
+
+def open_image(encoded: bytes) -> Image.Image:
+    """Header only. Raises ValueError, or what Pillow raises, if it is broken or larger than MOST_PIXELS."""
+    image = Image.open(io.BytesIO(encoded))
+    if image.width * image.height > MOST_PIXELS:
+        raise ValueError(f"{image.width} × {image.height} pixels are more than the limit of {MOST_PIXELS:,}")
+    return image
+
+
+def upright_size(image: Image.Image) -> Size:
+    """(height, width) once it is turned upright by its EXIF tag."""
+    turned = image.getexif().get(0x0112, 1) >= 5
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Its first frame, upright, in sRGB, transparency on white; 16 bits to 8."""
+    profile = image.info.get("icc_profile")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or image.mode == "I":
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    if profile:
+        image = to_srgb(image, profile)
+    return image.convert("RGB")
+
+
+def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """By its ICC profile; as it is if that is damaged or for another kind of image."""
+    try:
+        given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "srgb" in ImageCms.getProfileDescription(given).lower():
+            return image
+        return ImageCms.profileToProfile(image, given, SRGB, outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError):
+        return image
+
+
+def fit(image: Image.Image, covering: Size, bucket: Size, flip: bool) -> tuple[np.ndarray, Size]:
+    """RGB -> pixels [h, w, 3] uint8 of the bucket, crop (top, left): resized to `covering`, cropped about the centre.
+
+    Mirrored, it is the crop of the mirrored image.
+    """
+    if image.size != covering[::-1]:
+        image = image.resize(covering[::-1], Image.Resampling.LANCZOS)
+    if flip:
+        image = ImageOps.mirror(image)
+    top, left = ((covering[i] - bucket[i]) // 2 for i in (0, 1))
+    return np.array(image.crop((left, top, left + bucket[1], top + bucket[0]))), (top, left)

@@ -1,0 +1,125 @@
+"""Shows what training will see: a contact sheet of the crops with their captions and sizes, a table of the buckets.
+
+python scripts/show_data.py --data photos/                                         data.png and the table, for SDXL
+python scripts/show_data.py --data photos/ --flip --shuffle-tags --keep-tags 1     with train_lora.py's own flags
+"""
+
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from PIL import Image, ImageDraw, ImageFont
+from transformers import CLIPTokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import memory  # noqa: F401 (readies xFormers before diffusers is imported)
+from buckets import enlarged, share_cropped
+from captions import CaptionConfig
+from checkpoint import check_writable
+from data import DataConfig, Stream
+from errors import UserError, one_line_errors
+from pictures import stack
+from sdxl import BASE
+from sources import Source, open_source
+
+SIDE, COLUMNS, LINES, FONT = 256, 6, 5, 12  # pixels of a cell, cells in a row, lines of a caption, pixels of a line
+
+
+@dataclass(frozen=True)
+class ShowConfig:
+    dataset: DataConfig = DataConfig()
+    captions: CaptionConfig = CaptionConfig()
+    seed: int = 0
+    """As train_lora.py's: the sheet begins with its first batch."""
+    images: int = 24
+    """Pictures on the sheet."""
+    out: Path = Path("data.png")
+    """The sheet."""
+
+    def __post_init__(self) -> None:
+        if self.images < 1:
+            raise UserError(f"--images must be at least 1, not {self.images}")
+
+
+def cell(pixels: np.ndarray, caption: str, facts: str) -> Image.Image:
+    """One picture with what the model is told of it."""
+    font, line = ImageFont.load_default(size=FONT), FONT + 3
+    image = Image.fromarray(pixels)
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    sheet = Image.new("RGB", (SIDE + 12, SIDE + (LINES + 1) * line + 12), "white")
+    sheet.paste(image, ((sheet.width - image.width) // 2, 6 + (SIDE - image.height) // 2))
+    draw = ImageDraw.Draw(sheet)
+    draw.text((6, SIDE + 8), facts, fill="gray", font=font)
+    lines = textwrap.wrap(caption, 42, max_lines=LINES, placeholder=" …") or ["(no caption)"]
+    draw.multiline_text((6, SIDE + 8 + line), "\n".join(lines), fill="black", font=font, spacing=2)
+    return sheet
+
+
+def contact_sheet(stream: Stream, images: int) -> Image.Image:
+    """The first images of the stream, from left to right, row by row."""
+    cells = []
+    for batch in stream:
+        facts = zip(batch.size.tolist(), batch.original_size.tolist(), batch.crop.tolist(), strict=True)
+        for pixels, caption, (size, original, crop) in zip(batch.images.numpy(), batch.captions, facts, strict=True):
+            told = "{1} x {0} of {3} x {2}, cut left {5}, top {4}".format(*size, *original, *crop)
+            cells.append(cell(pixels, caption, told))
+        if len(cells) >= images:
+            break
+    cells = cells[:images]
+    rows = [cells[i : i + COLUMNS] for i in range(0, len(cells), COLUMNS)]
+    sheets = []
+    for row in rows:
+        sheet = Image.new("RGB", (min(COLUMNS, len(cells)) * cells[0].width, cells[0].height), "white")
+        for i, one in enumerate(row):
+            sheet.paste(one, (i * one.width, 0))
+        sheets.append(sheet)
+    return stack(sheets)
+
+
+def bucket_table(source: Source, stream: Stream) -> list[str]:
+    """Lines: every bucket in use, its images, how much of them is cropped away, how many are enlarged."""
+    pixels = np.stack([source.where["height"], source.where["width"]], axis=1)
+    lines = ["   width × height   images   cropped away: mean, most   enlarged: images, most"]
+    for number in np.unique(stream.bucket):
+        size, mine = stream.sizes[number], pixels[stream.bucket == number]
+        mine = [(h, w) for h, w in mine.tolist() if h]
+        cropped = [100 * share_cropped(original, size) for original in mine] or [0]
+        factors = [factor for original in mine if (factor := enlarged(original, size)) > 1]
+        told = f"{len(factors):8} {max(factors):10.2f} ×" if factors else f"{0:8}"
+        lines.append(f"{size[1]:8} × {size[0]:<6} {len(mine):8} {np.mean(cropped):12.1f} % {max(cropped):8.1f} % {told}")
+    return lines
+
+
+def caption_lines(source: Source, prefix: str) -> list[str]:
+    """Lines: how many captions there are, and how many are longer than CLIP reads."""
+    tokenizer = CLIPTokenizer.from_pretrained(BASE / "tokenizer")
+    captions = [prefix + caption for n in range(source.samples) for caption in source.raw(n).captions]
+    lengths = np.array([len(ids) - 2 for ids in tokenizer(captions).input_ids])
+    room = tokenizer.model_max_length - 2
+    lines = [f"{len(captions)} captions of {source.samples} images, {lengths.mean():.0f} tokens on average"]
+    if (lost := lengths[lengths > room] - room).size:
+        longest = captions[int(lengths.argmax())]
+        lines.append(f"{len(lost)} are cut after {room} tokens and lose {lost.mean():.0f} on average, {lost.max()} at most:")
+        lines.append(f"   …{tokenizer.decode(tokenizer(longest).input_ids[room + 1 : -1])[:150]}")
+    return lines
+
+
+def main(config: ShowConfig) -> None:
+    source = open_source(config.dataset.data)
+    if source.latents:
+        raise UserError(f"--data {config.dataset.data} holds latents: give the images that they are made of")
+    check_writable("the folder of --out", config.out.parent)
+    stream = Stream(source, config.dataset, config.captions, config.dataset.resolution or 1024, config.seed)
+    print("\n".join(bucket_table(source, stream) + caption_lines(source, config.captions.caption_prefix)))
+    if source.uncaptioned:
+        print(f"{len(source.uncaptioned)} images have no caption and are left out: {', '.join(source.uncaptioned[:10])}")
+    contact_sheet(stream, config.images).save(config.out)
+    print(f"what training sees first: {config.out}")
+
+
+if __name__ == "__main__":
+    with one_line_errors("show_data.py"):
+        main(tyro.cli(ShowConfig, config=(tyro.conf.OmitArgPrefixes,)))

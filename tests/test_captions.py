@@ -1,0 +1,50 @@
+import random
+
+import pytest
+
+from captions import CaptionConfig, choose_caption
+from errors import UserError
+
+TAGS = "naruto, orange coat, smile, leaf village"
+
+
+def chosen(config: CaptionConfig, captions: list[str], count: int = 200) -> list[str]:
+    return [choose_caption(captions, config, random.Random(i)) for i in range(count)]
+
+
+def test_as_it_is_without_options():
+    assert set(chosen(CaptionConfig(), [TAGS])) == {TAGS}
+
+
+def test_every_caption_of_several_is_told():
+    counts = [chosen(CaptionConfig(), ["a", "b", "c"]).count(c) for c in "abc"]
+    assert min(counts) > 40
+
+
+def test_tags_change_places_but_the_first_stay():
+    seen = set(chosen(CaptionConfig(shuffle_tags=True, keep_tags=1), [TAGS]))
+    assert len(seen) == 6
+    assert all(sorted(caption.split(", ")) == sorted(TAGS.split(", ")) for caption in seen)
+    assert all(caption.startswith("naruto, ") for caption in seen)
+
+
+def test_prefix_and_dropout():
+    seen = chosen(CaptionConfig(caption_prefix="nrt style, ", caption_dropout=0.25), ["a"], 2000)
+    assert set(seen) == {"nrt style, a", ""}
+    assert 0.2 < seen.count("") / 2000 < 0.3
+
+
+def test_options_change_nothing_else():
+    """The same draw picks the same caption, and is dropped or not, whatever else is asked for."""
+    plain = chosen(CaptionConfig(caption_dropout=0.5), ["a, b", "c, d"])
+    shuffled = chosen(CaptionConfig(caption_dropout=0.5, shuffle_tags=True), ["a, b", "c, d"])
+    assert [set(caption) for caption in plain] == [set(caption) for caption in shuffled]
+
+
+@pytest.mark.parametrize(
+    ("options", "flag"),
+    [({"caption_dropout": 2.0}, "--caption-dropout"), ({"keep_tags": -1}, "--keep-tags"), ({"keep_tags": 2}, "--shuffle-tags")],
+)
+def test_bad_options_name_their_flag(options, flag):
+    with pytest.raises(UserError, match=flag):
+        CaptionConfig(**options)

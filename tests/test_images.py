@@ -1,0 +1,95 @@
+import io
+
+import numpy as np
+import pytest
+from conftest import photograph
+from PIL import Image, ImageCms
+
+from images import fit, open_image, to_rgb, upright_size
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def opened(image: Image.Image, kind: str = "PNG", **options) -> Image.Image:
+    return to_rgb(open_image(encoded(image, kind, **options)))
+
+
+def far(one: Image.Image, other: Image.Image) -> float:
+    """Mean difference of two pictures, in grey levels."""
+    assert one.size == other.size
+    return np.abs(np.asarray(one.convert("RGB"), float) - np.asarray(other.convert("RGB"), float)).mean()
+
+
+PHOTO = photograph(2, 90, 60)
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_upright_by_its_exif_tag(turn):
+    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # how a camera that sets this tag stores the scene
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    stored = PHOTO.transpose(Image.Transpose(back[turn])) if turn > 1 else PHOTO
+    given = encoded(stored, "JPEG", exif=exif, quality=98)
+    assert upright_size(open_image(given)) == (60, 90)
+    assert far(to_rgb(open_image(given)), PHOTO) < 3
+
+
+def test_transparency_lies_on_white():
+    clear = PHOTO.copy()
+    clear.putalpha(Image.new("L", PHOTO.size, 0))
+    assert (np.asarray(opened(clear)) == 255).all()
+    clear.putalpha(Image.new("L", PHOTO.size, 128))
+    half = Image.blend(Image.new("RGB", PHOTO.size, "white"), PHOTO, 128 / 255)
+    assert far(opened(clear), half) < 1
+    palette = PHOTO.convert("P")
+    palette.info["transparency"] = int(np.asarray(palette)[0, 0])
+    assert opened(palette).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("L", "PNG"), ("P", "PNG"), ("1", "PNG"), ("CMYK", "JPEG"), ("LA", "PNG")])
+def test_other_modes(mode, kind):
+    given = PHOTO.convert(mode)
+    assert far(opened(given, kind, **({"quality": 98} if kind == "JPEG" else {})), given) < 3
+
+
+def test_sixteen_bits_become_eight():
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16)
+    given = opened(Image.fromarray(np.tile(ramp, (4, 1))))
+    assert np.abs(np.asarray(given)[0, :, 0].astype(int) - np.arange(256)).max() <= 1
+
+
+def test_colours_of_another_profile_become_srgb():
+    lab = ImageCms.createProfile("LAB")
+    to_lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), lab, "RGB", "LAB")
+    given = ImageCms.applyTransform(PHOTO, to_lab)
+    profile = ImageCms.ImageCmsProfile(lab).tobytes()
+    assert far(opened(given, "TIFF", icc_profile=profile), PHOTO) < 2
+    assert far(opened(PHOTO, icc_profile=b"no profile"), PHOTO) == 0
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert far(opened(PHOTO, icc_profile=srgb), PHOTO) == 0
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_the_first_frame_of_an_animation(kind):
+    others = [photograph(i, 90, 60) for i in (3, 4)]
+    how = {"lossless": True} if kind == "WEBP" else {}
+    assert far(opened(PHOTO, kind, save_all=True, append_images=others, **how), PHOTO) < (20 if kind == "GIF" else 1)
+
+
+def test_a_pixel_bomb_is_refused_before_it_is_decoded():
+    bomb = encoded(Image.new("1", (20_000, 20_000)))
+    assert len(bomb) < 100_000
+    with pytest.raises(ValueError, match="20000 × 20000 pixels are more than the limit of 200,000,000"):
+        open_image(bomb)
+
+
+def test_an_image_of_the_right_size_is_not_resampled():
+    pixels, crop = fit(PHOTO, (60, 90), (60, 80), flip=False)
+    assert crop == (0, 5)
+    assert np.array_equal(pixels, np.asarray(PHOTO)[:, 5:85])
+    mirrored, _ = fit(PHOTO, (60, 90), (60, 90), flip=True)
+    assert np.array_equal(mirrored, np.asarray(PHOTO)[:, ::-1])
