@@ -150,21 +150,30 @@ class Stream(IterableDataset):
         return unpack_latents(raw, flip) if self.source.latents else decode(raw, self.sizes[bucket], flip)
 
     def batch(self, draws: list[int], samples: list[int]) -> Batch:
-        good, skipped, bucket = [], [], self.bucket[samples[0]]
+        told, skipped, bucket, images = [], [], self.bucket[samples[0]], None
+
+        def keep(raw: Raw, flip: bool, caption: str) -> None:
+            nonlocal images
+            pixels, *sizes = self.decode(raw, bucket, flip)
+            if images is None:
+                images = np.empty((len(samples), *pixels.shape), pixels.dtype)
+            images[len(told)] = pixels  # at once: memory that is given back while it is warm makes the next image faster
+            told.append((*sizes, caption))
+
         for draw, n in zip(draws, samples, strict=True):
             rng, raw = random.Random(f"{self.seed} draw {draw}"), self.source.raw(n)
             flip, caption = rng.random() < 0.5 * self.config.flip, choose_caption(raw.captions, self.captions, rng)
             try:
-                good.append((*self.decode(raw, bucket, flip), caption))
+                keep(raw, flip, caption)
             except Exception:  # whatever a broken file makes Pillow raise: it is named at the end of the run
                 skipped.append(raw.name)
-        if not good:
+        if not told:
             raw = self.spare(bucket)
-            good.append((*self.decode(raw, bucket, flip=False), raw.captions[0]))
-        good = [good[i % len(good)] for i in range(len(samples))]
-        images, original, crop, captions = zip(*good, strict=True)
+            keep(raw, False, raw.captions[0])
+        again = [i % len(told) for i in range(len(samples))]
+        images = torch.from_numpy(images if len(told) == len(samples) else images[again])
+        original, crop, captions = zip(*(told[i] for i in again), strict=True)
         size = torch.tensor([self.sizes[bucket]] * len(samples))
-        images = torch.from_numpy(np.stack(images))
         return Batch(images, list(captions), torch.tensor(original), torch.tensor(crop), size, skipped)
 
 

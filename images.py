@@ -9,6 +9,7 @@ Size = tuple[int, int]  # (height, width)
 
 FILES = ("jpg", "jpeg", "png", "webp", "avif")  # what is taken for an image, by its extension
 MOST_PIXELS = 200_000_000  # of an image before it is decoded: a file of some kilobytes can ask for all of the memory
+ORIENTATION = 0x0112  # of EXIF: 1 is upright, from 5 on height and width change places
 SRGB = ImageCms.createProfile("sRGB")
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns first, and once
@@ -24,14 +25,16 @@ def open_image(encoded: bytes) -> Image.Image:
 
 def upright_size(image: Image.Image) -> Size:
     """(height, width) once it is turned upright by its EXIF tag."""
-    turned = image.getexif().get(0x0112, 1) >= 5
+    turned = image.getexif().get(ORIENTATION, 1) >= 5
     return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Its first frame, upright, in sRGB, transparency on white; 16 bits to 8."""
+    image.load()
     profile = image.info.get("icc_profile")
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ORIENTATION, 1) != 1:  # each step below that changes nothing would copy the image
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or image.mode == "I":
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
@@ -39,7 +42,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     if profile:
         image = to_srgb(image, profile)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
@@ -63,4 +66,4 @@ def fit(image: Image.Image, covering: Size, bucket: Size, flip: bool) -> tuple[n
     if flip:
         image = ImageOps.mirror(image)
     top, left = ((covering[i] - bucket[i]) // 2 for i in (0, 1))
-    return np.array(image.crop((left, top, left + bucket[1], top + bucket[0]))), (top, left)
+    return np.asarray(image)[top : top + bucket[0], left : left + bucket[1]], (top, left)

@@ -234,7 +234,7 @@ def write_shards(folder: Path, name: str, samples: Iterable[dict], per_shard: in
         if not chunk:
             return shard
         path = folder / f"{name}-{shard:06d}.tar"
-        with wds.TarWriter(str(path.with_suffix(".part")), mtime=0, user="", group="") as tar:
+        with path.with_suffix(".part").open("wb") as stream, wds.TarWriter(stream, mtime=0, user="", group="") as tar:
             for sample in chunk:
                 tar.write({"__key__": f"{next(keys):07d}", **sample})
         path.with_suffix(".part").rename(path)

@@ -17,6 +17,7 @@ import json
 import math
 import random
 import signal
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,7 @@ import sdxl  # after memory, which readies xFormers: diffusers imports it
 from budget import Plan, dry_run, make_plan, stand_in_kernel
 from captions import CaptionConfig
 from checkpoint import STATE, check_writable, find_state, load_state, save_state, write_atomically
-from data import DataConfig, Stream, describe_buckets, first_decodable, make_loader, normalise
+from data import Batch, DataConfig, Stream, describe_buckets, first_decodable, make_loader, normalise
 from diffusion import Diffusion, DiffusionConfig
 from distributed import Ranks, join_ranks, leave_ranks
 from errors import UserError, one_line_errors
@@ -130,26 +131,45 @@ class NoWriter:
 
 
 class Meter:
-    """Mean loss and images per second since the last reading. Adding costs no synchronisation, reading costs one."""
+    """Mean loss, images per second and share of the time spent waiting for data since the last reading.
+
+    Adding costs no synchronisation, reading costs one.
+    """
 
     def __init__(self, device: torch.device):
         self.loss = torch.zeros((), device=device)
+        self.shares: list[float] = []  # of every reading
         self.restart()
 
     def restart(self) -> None:
         self.loss.zero_()
-        self.since = time.perf_counter()
+        self.since, self.waited = time.perf_counter(), 0.0
+
+    def next(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch, and how long it took to come."""
+        since = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - since
+        return batch
 
     def add(self, loss: torch.Tensor) -> None:
         self.loss += loss.detach()
 
-    def read(self, ranks: Ranks, steps: int, images_per_step: int) -> tuple[float, float]:
-        """(loss, images/s) over the last `steps`, of all ranks."""
+    def read(self, ranks: Ranks, steps: int, images_per_step: int) -> dict[str, float]:
+        """Over the last `steps`: loss and images/s of all ranks, and what this one waited."""
         ranks.average(self.loss)
-        loss = self.loss.item() / steps
-        rate = steps * images_per_step / (time.perf_counter() - self.since)
+        loss, seconds = self.loss.item() / steps, time.perf_counter() - self.since
+        self.shares.append(self.waited / seconds)
+        told = {"loss": loss, "images_per_second": steps * images_per_step / seconds, "waiting_for_data": self.shares[-1]}
         self.restart()
-        return loss, rate
+        return told
+
+    def advice(self) -> str | None:
+        """What to do where data is the bottleneck. The first reading does not count: the workers had just been started."""
+        share = sum(self.shares[1:]) / max(1, len(self.shares) - 1)
+        if share > 0.05:
+            return f"waiting for data took {share:.0%} of the time: more --workers, or latents made ready by scripts/cache.py"
+        return None
 
 
 def main(config: TrainConfig) -> None:
@@ -273,7 +293,7 @@ def main(config: TrainConfig) -> None:
         for group in optimizer.param_groups:
             group["lr"] = rates[group["name"]] * lr_factor(run.step, config)
         for micro in range(config.grad_accum):
-            batch = next(batches)
+            batch = meter.next(batches)
             skipped.update(batch.skipped)
             generator.manual_seed(seed_of(config.seed, ranks.rank, run.step, micro))
             latents_shape = (config.dataset.bs, channels, *(batch.size[0] // pipe.vae_scale_factor).tolist())
@@ -298,10 +318,11 @@ def main(config: TrainConfig) -> None:
             tqdm.write(measured(device))
         saving = run.step % config.save_every == 0 or run.step == config.steps
         if saving or run.step % LOG_EVERY == 0:
-            loss, rate = meter.read(ranks, run.step - logged, images_per_step)
+            scalars = meter.read(ranks, run.step - logged, images_per_step)
             logged = run.step
-            progress.set_postfix(loss=f"{loss:.4f}", lr=f"{optimizer.param_groups[0]['lr']:.2e}", img_s=f"{rate:.2f}")
-            scalars = {"loss": loss, "grad_norm": grad_norm.item(), "images_per_second": rate, "loss_scale": scaler.get_scale()}
+            shown = {"lr": f"{optimizer.param_groups[0]['lr']:.2e}", "img_s": f"{scalars['images_per_second']:.2f}"}
+            progress.set_postfix(loss=f"{scalars['loss']:.4f}", **shown)
+            scalars |= {"grad_norm": grad_norm.item(), "loss_scale": scaler.get_scale()}
             scalars |= {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
             scalars |= dict(zip(("peak_memory_GiB", "peak_reserved_GiB"), memory.peak_memory(device), strict=True))
             for name, value in scalars.items():
@@ -327,6 +348,8 @@ def main(config: TrainConfig) -> None:
         else:
             print("stopped before the first step: nothing was written")
         writer.close()
+        if advice := meter.advice():
+            print(advice)
         if skipped:
             print(f"skipped {len(skipped)} images, broken or without a caption: {', '.join(skipped)}")
     leave_ranks()

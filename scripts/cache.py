@@ -63,7 +63,7 @@ def encoded(source: Source, vae: nn.Module, buckets: list, flip: bool, refused: 
 
     def encode(raw, bucket, mirror) -> tuple:
         pixels, original, crop = decode(raw, bucket, mirror)
-        images = torch.from_numpy(pixels)[None].to(vae.device)
+        images = torch.tensor(pixels)[None].to(vae.device)
         return encode_pixels(vae, normalise(images))[0].cpu(), original, crop
 
     for n, bucket in enumerate(tqdm(buckets, unit="img")):

@@ -60,7 +60,7 @@ def denoising_loss(denoiser: Denoiser, diffusion: Diffusion, vae: nn.Module, sam
     device, losses = vae.device, []
     for i, (pixels, original, crop, caption) in enumerate(tqdm(samples, desc="loss", unit="img", leave=False)):
         generator = torch.Generator(device).manual_seed(i)
-        posterior = encode_pixels(vae, normalise(torch.from_numpy(pixels)[None].to(device)))
+        posterior = encode_pixels(vae, normalise(torch.tensor(pixels)[None].to(device)))
         spread = torch.randn(posterior[:, :4].shape, generator=generator, device=device)
         latents = sample_latents(vae, posterior, spread).expand(timesteps, -1, -1, -1)
         noise = torch.randn(latents.shape, generator=generator, device=device)

@@ -110,13 +110,21 @@ def test_cached_latents_are_what_the_vae_gives_for_the_same_images(script, tiny_
         for flip in (False, True):
             pixels, *about = decode(wanted, sizes[bucket[n]], flip)
             posterior, *told = unpack_latents(ready, flip)
-            ours = encode_pixels(pipe.vae, normalise(torch.from_numpy(pixels)[None]))[0]
+            ours = encode_pixels(pipe.vae, normalise(torch.tensor(pixels)[None]))[0]
             torch.testing.assert_close(torch.from_numpy(posterior).float(), ours, atol=1e-3, rtol=1e-3)
             assert told == about
     _, err = script("scripts/cache.py", shards, "--model", tiny_model, "--out", tmp_path, status=2)
     assert err == f"cache.py: --out {tmp_path} already holds latents-000000.tar: remove it or choose another --name\n"
     _, err = script("scripts/cache.py", tmp_path, "--model", tiny_model, "--out", tmp_path / "b", status=2)
     assert err == f"cache.py: {tmp_path} holds latents already\n"
+
+
+def test_bench_data_measures_every_job(script, monkeypatch):
+    out, _ = script("scripts/bench_data.py", "--rounds", 1, "--photos", 3, "--latents", 30)
+    rates = re.findall(r"^ +([\d.]+) a second   (.+)$", out, re.M)
+    assert len(rates) == 5
+    assert all(float(rate) > 0 for rate, _ in rates)
+    assert re.search(r"peak memory after 100, 50,100 and 100,000 latents: \d+ MiB, \d+ MiB, \d+ MiB$", out.strip())
 
 
 def test_the_contact_sheet_shows_what_training_sees(script, photos, tmp_path):

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from two_ranks import gradient_and_step
 
+import data
 import formats
 from data import DataConfig
 from lora import LoRAConfig, layer_shapes
@@ -75,6 +77,7 @@ def test_a_run_writes_what_it_says(train, tiny_model, shards, tmp_path):
         "loss",
         "grad_norm",
         "images_per_second",
+        "waiting_for_data",
         "peak_memory_GiB",
         "peak_reserved_GiB",
         "lr/unet",
@@ -221,6 +224,17 @@ def test_buckets_of_several_shapes_train_and_go_on_bit_for_bit(train, tmp_path):
     torch.save(state, tmp_path / "b/state/state.pt")
     _, err = train(*how, "--steps", 7, "--out", tmp_path / "b", status=2)
     assert "another version of the suite: --resume none" in err
+
+
+def test_waiting_for_data_is_told_with_what_to_do(train, tmp_path, monkeypatch):
+    how = ["--steps", 22, "--save-every", 22]
+    out, _ = train(*how)
+    assert "waiting for data" not in out
+    choose = data.choose_caption
+    monkeypatch.setattr("data.choose_caption", lambda *given: time.sleep(0.05) or choose(*given))
+    out, _ = train(*how, "--out", tmp_path / "b", "--log-dir", tmp_path / "slow")
+    assert re.search(r"^waiting for data took [1-9]\d% of the time: more --workers, or latents", out, re.M)
+    assert last(tmp_path / "slow", "waiting_for_data") > 0.1
 
 
 def test_a_batch_in_pieces_is_the_same_run(train, latents, tiny_model, tmp_path):
