@@ -46,11 +46,28 @@ class Order:
 
     Every epoch draws every sample once, in a new order; a batch is ready as soon as its bucket has `bs` samples of those
     drawn so far. What is left in a bucket at the end of an epoch waits for the next: no image is dropped, no batch is short.
-    `bucket` [N] is the number of each sample's bucket.
+    `bucket` [N] is the number of each sample's bucket, `part` [N] that of the data set it comes from. With `shares`, which add
+    up to 1, an epoch still has N draws, but a part gets its share of them and is seen more or less often than once.
     """
 
-    def __init__(self, bucket: np.ndarray, bs: int, seed: int):
-        self.bucket, self.bs, self.seed = bucket, bs, seed
+    def __init__(self, bucket: np.ndarray, bs: int, seed: int, part: np.ndarray | None = None, shares: list[float] = ()):
+        self.bucket, self.bs, self.seed, self.part, self.shares = bucket, bs, seed, part, shares
+
+    def epoch(self, number: int) -> np.ndarray:
+        """Sample numbers [N] in the order in which the epoch draws them."""
+        size, rng = len(self.bucket), np.random.default_rng([self.seed, number])
+        if not self.shares:
+            return rng.permutation(size)
+        marks = np.array([*np.cumsum([0, *self.shares])[:-1], 1])
+        ends = [np.floor(marks * size * n).astype(int) for n in (number, number + 1)]
+        drawn = []
+        for part, (begin, end) in enumerate(zip(*(np.diff(e) for e in ends), strict=True)):
+            mine = np.flatnonzero(self.part == part)
+            rounds = range(begin // len(mine), (end - 1) // len(mine) + 1)  # the part goes through its own samples in turn
+            order = [mine[np.random.default_rng([self.seed, part, r]).permutation(len(mine))] for r in rounds]
+            skipped = rounds.start * len(mine)
+            drawn += [np.concatenate(order)[begin - skipped : end - skipped]] if order else []
+        return rng.permutation(np.concatenate(drawn))
 
     def batches(self, start: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Batch `start` and all that follow: (numbers of the draws [bs], numbers of the samples [bs]).
@@ -62,7 +79,7 @@ class Order:
         draws, samples = np.empty(0, np.int64), np.empty(0, np.int64)  # left over
         for epoch in count():
             draws = np.concatenate([draws, np.arange(epoch * size, (epoch + 1) * size)])
-            samples = np.concatenate([samples, np.random.default_rng([self.seed, epoch]).permutation(size)])
+            samples = np.concatenate([samples, self.epoch(epoch)])
             of = self.bucket[samples]
             groups = [np.flatnonzero(of == b) for b in np.unique(of)]
             rows = np.concatenate([group[: len(group) // self.bs * self.bs].reshape(-1, self.bs) for group in groups])

@@ -13,6 +13,7 @@ from itertools import islice
 
 import numpy as np
 import torch
+import tyro
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from buckets import Order, bucket_sizes, choose_bucket, enlarged, resized, share_cropped
@@ -24,9 +25,9 @@ from sources import Raw, Source, unpack_latents
 
 @dataclass(frozen=True)
 class DataConfig:
-    data: str = "demo"
+    data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """'demo', a folder of tar shards (of images or of latents), a brace pattern (shards/{000000..000012}.tar), or a folder
-    of captioned images."""
+    of captioned images; with :3 after it, its weight in a mixture. Again for another. None: demo."""
     bs: int = 3
     """Images per step, process and accumulation."""
     resolution: int | None = None
@@ -137,7 +138,8 @@ class Stream(IterableDataset):
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         me, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        batches = Order(self.bucket, self.config.bs, self.seed).batches(self.start)
+        order = Order(self.bucket, self.config.bs, self.seed, self.source.part, self.source.shares)
+        batches = order.batches(self.start)
         for draws, samples in islice(batches, self.rank + me * self.world, None, workers * self.world):
             yield self.batch(draws.tolist(), samples.tolist())
 

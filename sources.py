@@ -8,7 +8,7 @@ import json
 import tarfile
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, groupby, islice
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
@@ -47,11 +47,13 @@ class Source:
     files: list[Path]
     where: np.ndarray  # [N] PLACE
     names: list[str]
-    captions: list[list[str]]  # [N] of a folder; in shards they are read where they lie
+    captions: list[list[str]]  # [N] of a folder; empty for a shard's: they are read where they lie
     uncaptioned: list[str]
     fingerprint: str
     latents: bool = False  # ready-made, so that the VAE is not needed
     mirrored: bool = False  # latents, each with those of the mirrored image
+    part: np.ndarray | None = None  # [N] number of the data set in a mixture
+    shares: tuple[float, ...] = ()  # of each in the draws of an epoch, in all 1
 
     @property
     def samples(self) -> int:
@@ -64,7 +66,7 @@ class Source:
             with self.files[place["file"]].open("rb") as file:
                 file.seek(place["at"])
                 image = file.read(place["size"])
-                if not self.captions:
+                if not captions:
                     file.seek(place["text_at"])
                     captions = split_captions(file.read(place["text_size"]))
         except OSError:
@@ -101,6 +103,54 @@ def size_of_latents(encoded: bytes) -> tuple[int, int, bool]:
 
 
 HEAD = 2**16  # bytes in which the size of an image stands, unless other things come first
+
+
+def open_mixture(data: tuple[str, ...]) -> Source:
+    """Every --data -> one source. 'a/:3' and 'b/:1' are drawn from three to one, whatever their sizes; without weights, each
+    sample once per epoch. Raises UserError as `open_source`, and for mistaken weights or a mixture of images and latents.
+    """
+    pairs = [split_weight(one) for one in data or ("demo",)]
+    weights = [weight for _, weight in pairs if weight is not None]
+    if weights and len(weights) < len(pairs):
+        raise UserError(f"--data {' '.join(data)}: give all of them a weight (:3 at the end), or none")
+    sources = [open_source(one) for one, _ in pairs]
+    if len({source.latents for source in sources}) > 1:
+        raise UserError(f"--data {' '.join(data)}: these hold both images and latents: train on one kind")
+    first, *others = sources
+    if not others:
+        return first
+    captions = [
+        lines for source in sources for lines in source.captions or [[]] * source.samples
+    ]  # an empty list: they lie in the shard
+    where = [source.where.copy() for source in sources]
+    for n, places in enumerate(where):
+        places["file"] += sum(len(source.files) for source in sources[:n])
+    return replace(
+        first,
+        files=[file for source in sources for file in source.files],
+        where=np.concatenate(where),
+        names=[name for source in sources for name in source.names],
+        captions=captions,
+        uncaptioned=[name for source in sources for name in source.uncaptioned],
+        fingerprint=hashlib.sha256(" ".join(source.fingerprint for source in sources).encode()).hexdigest(),
+        mirrored=all(source.mirrored for source in sources),
+        part=np.repeat(range(len(sources)), [source.samples for source in sources]),
+        shares=tuple(weight / sum(weights) for weight in weights),
+    )
+
+
+def split_weight(data: str) -> tuple[str, float | None]:
+    """'shards/:3' -> ('shards/', 3.0); None where there is none. Raises UserError if it is not above zero."""
+    name, colon, weight = data.rpartition(":")
+    try:
+        value = float(weight)
+    except ValueError:
+        return data, None
+    if not colon or Path(data).exists():
+        return data, None
+    if not 0 < value < float("inf"):
+        raise UserError(f"--data {data}: a weight must be above 0")
+    return name, value
 
 
 def open_source(data: str) -> Source:

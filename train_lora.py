@@ -46,7 +46,7 @@ from pictures import Gallery, evaluation_prompts
 from quantise import BASES as PACKED
 from quantise import check_quantisable, packed_bytes, quantisable, quantise_base
 from sdxl import Denoiser, decode_latents, encode_pixels, sample_latents, time_ids, tokenize
-from sources import Source, open_source
+from sources import Source, open_mixture
 
 LOG_EVERY = 10  # steps; the host waits for the device only then
 MAX_GRAD_NORM = 1.0
@@ -181,7 +181,7 @@ def main(config: TrainConfig) -> None:
     ranks = join_ranks(device)
 
     # Data, looked at before the model is loaded: a mistake shows at once.
-    source = open_source(config.dataset.data)
+    source = open_mixture(config.dataset.data)
     if source.latents and config.dataset.flip and not source.mirrored:
         raise UserError("--flip: these latents are not there of the mirrored images: make them anew with cache.py --flip")
 

@@ -61,7 +61,7 @@ def bare(files: list[Path]) -> Callable[[], int]:
 
 def through_the_stream(folder: Path, images: int) -> Callable[[], int]:
     """Batches of 3, made in this process."""
-    config = DataConfig(str(folder), bs=3, workers=0)
+    config = DataConfig(bs=3, workers=0)
     stream = Stream(open_source(str(folder)), config, CaptionConfig(), 1024, seed=0)
 
     def work() -> int:

@@ -23,7 +23,7 @@ from data import DataConfig, Stream
 from errors import UserError, one_line_errors
 from pictures import stack
 from sdxl import BASE
-from sources import Source, open_source
+from sources import Source, open_mixture
 
 SIDE, COLUMNS, LINES, FONT = 256, 6, 5, 12  # pixels of a cell, cells in a row, lines of a caption, pixels of a line
 
@@ -108,9 +108,9 @@ def caption_lines(source: Source, prefix: str) -> list[str]:
 
 
 def main(config: ShowConfig) -> None:
-    source = open_source(config.dataset.data)
+    source = open_mixture(config.dataset.data)
     if source.latents:
-        raise UserError(f"--data {config.dataset.data} holds latents: give the images that they are made of")
+        raise UserError("--data holds latents: give the images that they are made of")
     check_writable("the folder of --out", config.out.parent)
     stream = Stream(source, config.dataset, config.captions, config.dataset.resolution or 1024, config.seed)
     print("\n".join(bucket_table(source, stream) + caption_lines(source, config.captions.caption_prefix)))

@@ -17,13 +17,13 @@ from buckets import bucket_sizes
 from captions import CaptionConfig
 from data import DataConfig, Stream, decode, describe_buckets, first_decodable, make_loader, normalise
 from errors import UserError
-from sources import Raw, open_source, pack_latents
+from sources import Raw, open_mixture, open_source, pack_latents
 
 
 def stream(data, bs: int = 2, resolution: int = 64, seed: int = 0, **where) -> Stream:
     told = CaptionConfig(**{k: where.pop(k) for k in ("caption_dropout", "shuffle_tags", "caption_prefix") if k in where})
     options = {k: where.pop(k) for k in ("flip", "workers", "bucket_step", "buckets") if k in where}
-    return Stream(open_source(str(data)), DataConfig(str(data), bs, **options), told, resolution, seed, **where)
+    return Stream(open_source(str(data)), DataConfig(bs=bs, **options), told, resolution, seed, **where)
 
 
 def captions(stream: Stream, batches: int) -> list[str]:
@@ -261,6 +261,32 @@ def test_several_captions_of_an_image(photos, tmp_path):
         told = json.dumps({"captions": ["é", "z"], "width": 3})
         tar.write({"__key__": "0", "jpg": (photos / "photo0.jpg").read_bytes(), "json": told})
     assert set(captions(stream(tmp_path / "a.tar", bs=1), 30)) == {"é", "z"}
+
+
+def test_a_mixture_by_weight(photos, shards, tmp_path):
+    folder = tmp_path / "two"
+    folder.mkdir()
+    for i in range(2):
+        shutil.copy(photos / f"photo{i}.jpg", folder)
+        (folder / f"photo{i}.txt").write_text(f"other {i}")
+    even = open_mixture((str(shards), str(folder)))
+    assert (even.samples, even.shares) == (9, ())
+    seen = captions(Stream(even, DataConfig(bs=1), CaptionConfig(), 64, 0), 90)
+    assert set(Counter(seen).values()) == {10}
+    mixed = open_mixture((f"{shards}:1", f"{folder}:3"))
+    drawn = Counter(captions(Stream(mixed, DataConfig(bs=2), CaptionConfig(), 64, 0), 360))
+    assert abs(drawn["other 0"] + drawn["other 1"] - 540) < 9  # of 720, whatever the sizes
+    assert max(drawn.values()) - drawn["other 0"] < 3
+    assert all(abs(drawn[f"picture number {i}"] - 180 / 7) < 3 for i in range(7))
+    assert open_mixture((str(shards),)).fingerprint == open_source(str(shards)).fingerprint
+    latent_shard(tmp_path / "latents.tar")
+    for data, match in (
+        ((f"{shards}:1", str(folder)), "give all of them a weight"),
+        ((f"{shards}:0", f"{folder}:1"), "a weight must be above 0"),
+        ((str(shards), str(tmp_path / "latents.tar")), "both images and latents"),
+    ):
+        with pytest.raises(UserError, match=match):
+            open_mixture(data)
 
 
 def test_what_leads_out_of_a_shard_is_refused(photos, tmp_path):

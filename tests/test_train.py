@@ -29,9 +29,14 @@ from train_lora import TrainConfig, lr_factor, plan_memory
 def train(script, tiny_model, shards, tmp_path, monkeypatch):
     """train("--steps", 4) runs the training script on the tiny model; files go to a fresh folder."""
     monkeypatch.setattr("pictures.NARUTO_PROMPTS", ["one picture a save is enough"])  # three take most of a test's time
-    base = ["--model", tiny_model, "--data", shards, "--rank", 2, "--bs", 2, "--workers", 0, "--device", "cpu"]
+    base = ["--model", tiny_model, "--rank", 2, "--bs", 2, "--workers", 0, "--device", "cpu"]
     base += ["--out", tmp_path / "out", "--log-dir", tmp_path / "runs"]
-    return lambda *options, **how: script("train_lora.py", *base, *options, **how)
+
+    def call(*options, **how):
+        data = [] if "--data" in options else ["--data", shards]
+        return script("train_lora.py", *base, *data, *options, **how)
+
+    return call
 
 
 def weights(folder, step: int) -> dict[str, torch.Tensor]:
