@@ -31,7 +31,7 @@ from tqdm import tqdm
 import formats
 import memory
 import sdxl  # after memory, which readies xFormers: diffusers imports it
-from budget import Plan, dry_run, make_plan, stand_in_kernel
+from budget import SEVERAL_SHAPES, Plan, dry_run, make_plan, stand_in_kernel
 from captions import CaptionConfig
 from checkpoint import STATE, check_writable, find_state, load_state, save_state, write_atomically
 from data import Batch, DataConfig, Stream, describe_buckets, first_decodable, make_loader, normalise
@@ -189,7 +189,10 @@ def main(config: TrainConfig) -> None:
     pipe = sdxl.read_sdxl(config.model, dtype)
     resolution = config.dataset.resolution or sdxl.native_resolution(pipe)
     first_decodable(source, range(source.samples))
+    stream = Stream(source, config.dataset, config.captions, resolution, config.seed, ranks.rank, ranks.world)
     budget = ranks.least(memory.limit_memory(config.memory.vram_gb, device))
+    if len(set(stream.bucket)) > 1:
+        budget -= SEVERAL_SHAPES
     plan, attention_shapes = plan_memory(config, pipe, resolution, source.latents, precision, device, budget)
 
     # Model on the device: the frozen base, with adapters on the layers that --targets names.
@@ -257,8 +260,6 @@ def main(config: TrainConfig) -> None:
     save = partial(save_checkpoint, config, source, adapter, layer_shapes(denoiser), optimizer, scaler)
 
     # What the run is about to do.
-    order = (config.seed, ranks.rank, ranks.world)
-    stream = Stream(source, config.dataset, config.captions, resolution, *order, start=run.batches)
     images_per_step = config.dataset.bs * config.grad_accum * ranks.world
     writer = NoWriter()
     if ranks.first:
@@ -282,6 +283,7 @@ def main(config: TrainConfig) -> None:
 
     # The loop. Randomness is a function of (seed, rank, step), the learning rate of the step.
     channels = pipe.unet.config.in_channels
+    stream.start = run.batches
     batches = make_loader(stream, pin_memory=device.type == "cuda")
     vae_bytes = sum(p.nbytes for p in pipe.vae.parameters()) + sdxl.DECODING * resolution**2 * pipe.vae.dtype.itemsize
     tight = plan.weights + vae_bytes > plan.budget

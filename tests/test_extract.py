@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 import torch
-from checkpoints import checkpoint_of
 from conftest import ROOT
+from one_file import checkpoint_of
 from safetensors.torch import load_file, save_file
 from test_interop import merged_like_diffusers
 from test_scripts import parts_of

@@ -15,6 +15,7 @@ from test_lora import shake
 
 sys.path.append(str(ROOT / "scripts"))
 import inspect_lora
+from verdicts import COMPONENTS, RULES, LoraFile, verdict
 
 import formats
 from lora import EVERYTHING, LoRAConfig, add_delta, add_lora, layer_shapes
@@ -25,8 +26,8 @@ PEFT, OLD = ("diffusers", "peft"), ("diffusers", "diffusers scripts")
 
 
 def verdicts(file, shapes) -> dict[str, str]:
-    seen = inspect_lora.LoraFile(**vars(formats.survey(file, shapes)), shapes=shapes)
-    return {program: inspect_lora.verdict(seen, program) for program in inspect_lora.RULES}
+    seen = LoraFile(**vars(formats.survey(file, shapes)), shapes=shapes)
+    return {program: verdict(seen, program) for program in RULES}
 
 
 def count(verdict: str, modules: int) -> int:
@@ -372,10 +373,10 @@ def test_the_report(script, denoiser, tiny_model, tmp_path, monkeypatch):
         "base model   sdxl_base_v1-0",
         "trained by   this suite: model demo, rank 4, alpha 2.0, targets all, resolution 64",
         "step         5",
-        *(f"{program:10} loads" for program in inspect_lora.RULES),
+        *(f"{program:10} loads" for program in RULES),
     ):
         assert f"\n{line}\n" in out, line
-    for part, label in inspect_lora.COMPONENTS.items():
+    for part, label in COMPONENTS.items():
         mine, all_of_it = (sum(path.startswith(f"{part}.") for path in paths) for paths in (adapter.deltas, layers))
         assert re.search(rf"^{label} +{mine} of {all_of_it} +4 +2 +0\.5$", out, re.M)
     assert re.search(r"^dead .* 0 of", out, re.M)

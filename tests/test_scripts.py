@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow
 import pytest
 import torch
-from checkpoints import checkpoint_of
 from conftest import ROOT, photograph
+from one_file import checkpoint_of
 from PIL import Image
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from checkpoints import checkpoint_of
+from one_file import checkpoint_of
 from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 
