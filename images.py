@@ -25,7 +25,8 @@ def open_image(encoded: bytes) -> Image.Image:
 
 def upright_size(image: Image.Image) -> Size:
     """(height, width) once it is turned upright by its EXIF tag."""
-    turned = image.getexif().get(ORIENTATION, 1) >= 5
+    known = image.format != "PNG" or "exif" in image.info  # for a PNG Pillow would decode it all to look behind the pixels
+    turned = known and image.getexif().get(ORIENTATION, 1) >= 5
     return (image.width, image.height) if turned else (image.height, image.width)
 
 

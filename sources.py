@@ -78,10 +78,10 @@ def split_captions(text: bytes) -> list[str]:
     """The lines of a .txt file, or the list `captions` of a .json file: each is a caption of its image."""
     told = text.decode("utf-8", "replace").strip()
     if told.startswith("{"):
-        with suppress(ValueError):
-            told = json.loads(told).get("captions") or ""
-    lines = told.splitlines() if isinstance(told, str) else [line for line in told if isinstance(line, str)]
-    return [line.strip() for line in lines if line.strip()]
+        with suppress(ValueError, RecursionError):
+            told = json.loads(told).get("captions")
+    lines = told.splitlines() if isinstance(told, str) else told if isinstance(told, list) else []
+    return [line.strip() for line in lines if isinstance(line, str) and line.strip()]
 
 
 def size_of(encoded: bytes) -> Size:
@@ -119,9 +119,7 @@ def open_mixture(data: tuple[str, ...]) -> Source:
     first, *others = sources
     if not others:
         return first
-    captions = [
-        lines for source in sources for lines in source.captions or [[]] * source.samples
-    ]  # an empty list: they lie in the shard
+    captions = [lines for source in sources for lines in source.captions or [[]] * source.samples]  # none: in the shard
     where = [source.where.copy() for source in sources]
     for n, places in enumerate(where):
         places["file"] += sum(len(source.files) for source in sources[:n])
@@ -256,7 +254,7 @@ def scan_folder(folder: Path) -> Source:
     there = sorted(p for p in folder.rglob("*") if p.suffix.lower().lstrip(".") in FILES and p.is_file())
     for path in tqdm(there, desc="looking through the folder", unit="img", delay=2, leave=False):
         text = path.with_suffix(".txt")
-        lines = split_captions(told.get(path) or (text.read_bytes() if text.is_file() else b""))
+        lines = split_captions(told.get(path, b"")) or split_captions(text.read_bytes() if text.is_file() else b"")
         size = path.stat().st_size
         digest.update(json.dumps([str(path.relative_to(folder)), size, lines]).encode())
         if lines:

@@ -17,7 +17,7 @@ from buckets import bucket_sizes
 from captions import CaptionConfig
 from data import DataConfig, Stream, decode, describe_buckets, first_decodable, make_loader, normalise
 from errors import UserError
-from sources import Raw, open_mixture, open_source, pack_latents
+from sources import Raw, open_mixture, open_source, pack_latents, split_captions
 
 
 def stream(data, bs: int = 2, resolution: int = 64, seed: int = 0, **where) -> Stream:
@@ -261,6 +261,15 @@ def test_several_captions_of_an_image(photos, tmp_path):
         told = json.dumps({"captions": ["é", "z"], "width": 3})
         tar.write({"__key__": "0", "jpg": (photos / "photo0.jpg").read_bytes(), "json": told})
     assert set(captions(stream(tmp_path / "a.tar", bs=1), 30)) == {"é", "z"}
+
+
+@pytest.mark.parametrize(
+    "told", ['{"captions": 3}', '{"captions": {"a": 1}}', '{"captions": [1, null, " "]}', "{}", "[" * 10**5, ""]
+)
+def test_what_is_no_caption_is_none(told):
+    assert split_captions(told.encode()) == ([told] if told.startswith("[") else [])
+    assert split_captions(b"{red|blue} coat") == ["{red|blue} coat"]  # no JSON: a caption that begins so
+    assert split_captions(b'{"captions": ' + b"[" * 10**5)[0].startswith('{"captions')
 
 
 def test_a_mixture_by_weight(photos, shards, tmp_path):

@@ -38,6 +38,15 @@ def test_upright_by_its_exif_tag(turn):
     assert far(to_rgb(open_image(given)), PHOTO) < 3
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_the_size_is_read_without_the_pixels(kind, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    given = encoded(PHOTO, kind), encoded(PHOTO, kind, exif=exif)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
+    assert [upright_size(open_image(one[: 2**16])) for one in given] == [(60, 90), (90, 60)]
+
+
 def test_transparency_lies_on_white():
     clear = PHOTO.copy()
     clear.putalpha(Image.new("L", PHOTO.size, 0))
