@@ -3,8 +3,10 @@
 The only file that knows diffusers' and transformers' model classes.
 """
 
+import copy
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -211,6 +213,23 @@ def encode_pixels(vae: nn.Module, pixels: Tensor) -> Tensor:
     """pixels [B, 3, H, W] in [-1, 1] -> posterior [B, 8, H/8, W/8] float32: mean and deviation of the latents."""
     posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
     return torch.cat([posterior.mean, posterior.std], dim=1).float()
+
+
+def vae_probe(vae: nn.Module) -> list[float]:
+    """Eight numbers that tell one VAE from another, whatever their dtype: mean latents and deviations of a fixed picture.
+
+    Computed in float32 by a copy, where the VAE lies.
+    """
+    ramp = torch.linspace(-1, 1, 64, device=vae.device)
+    pixels = torch.stack([ramp[:, None] * ramp, ramp[:, None].expand(64, 64), -ramp.expand(64, 64)])[None]
+    return [round(value, 5) for value in encode_pixels(copy.deepcopy(vae).float(), pixels).mean(dim=(0, 2, 3)).tolist()]
+
+
+def is_of_vae(probe: Sequence[float], vae: nn.Module) -> bool:
+    """Whether a `vae_probe` is that of this VAE, but for what a half-precision file of it has lost."""
+    ours = vae_probe(vae)
+    scale = max(map(abs, ours))
+    return len(probe) == len(ours) and all(abs(a - b) < 0.02 * scale for a, b in zip(probe, ours, strict=True))
 
 
 def sample_latents(vae: nn.Module, posterior: Tensor, noise: Tensor) -> Tensor:

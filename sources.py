@@ -52,6 +52,7 @@ class Source:
     fingerprint: str
     latents: bool = False  # ready-made, so that the VAE is not needed
     mirrored: bool = False  # latents, each with those of the mirrored image
+    vae: tuple[float, ...] = ()  # of latents, if they tell it: the `vae_probe` of what made them
     part: np.ndarray | None = None  # [N] number of the data set in a mixture
     shares: tuple[float, ...] = ()  # of each in the draws of an epoch, in all 1
 
@@ -82,6 +83,14 @@ def split_captions(text: bytes) -> list[str]:
             told = json.loads(told).get("captions")
     lines = told.splitlines() if isinstance(told, str) else told if isinstance(told, list) else []
     return [line.strip() for line in lines if isinstance(line, str) and line.strip()]
+
+
+def probe_of(told: bytes) -> tuple[float, ...]:
+    """The `vae` that cache.py writes into the .json of latents; () if there is none."""
+    try:
+        return tuple(float(value) for value in json.loads(told)["vae"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ()
 
 
 def size_of(encoded: bytes) -> Size:
@@ -116,6 +125,8 @@ def open_mixture(data: tuple[str, ...]) -> Source:
     sources = [open_source(one) for one, _ in pairs]
     if len({source.latents for source in sources}) > 1:
         raise UserError(f"--data {' '.join(data)}: these hold both images and latents: train on one kind")
+    if len({source.vae for source in sources}) > 1:
+        raise UserError(f"--data {' '.join(data)}: these latents were made by several VAEs")
     first, *others = sources
     if not others:
         return first
@@ -199,7 +210,8 @@ def members_of(shard: Path) -> list[tuple[str, str, int, int]]:
 
 def scan_shards(shards: list[Path]) -> Source:
     """Reads headers only, of the tar's members and of the images: counts samples and finds a damaged shard before training."""
-    places, names, uncaptioned, digest, kinds, mirrored = [], [], [], hashlib.sha256(), set(), set()
+    places, names, uncaptioned, digest = [], [], [], hashlib.sha256()
+    kinds, mirrored, vaes = set(), set(), set()
     for number, shard in enumerate(tqdm(shards, desc="looking through the shards", unit="shard", delay=2, leave=False)):
         members = members_of(shard)
         if len({(key, extension) for key, extension, *_ in members}) < len(members):
@@ -225,6 +237,7 @@ def scan_shards(shards: list[Path]) -> Source:
                 if kind == LATENTS:
                     *pixels, twice = size_of_latents(head)
                     mirrored.add(twice)
+                    vaes.add(probe_of(read(*parts["json"])) if "json" in parts else ())
                 else:
                     pixels = size_of(head)
                     pixels = size_of(read(at, size)) if pixels == (0, 0) else pixels
@@ -233,7 +246,9 @@ def scan_shards(shards: list[Path]) -> Source:
                 names.append(f"{shard.name}:{key}")
     if len(kinds) > 1:
         raise UserError("--data: these shards hold both images and latents: train on one kind")
-    how = {"latents": kinds == {True}, "mirrored": mirrored == {True}}
+    if len(vaes) > 1:
+        raise UserError("--data: these latents were made by several VAEs: make them anew with scripts/cache.py")
+    how = {"latents": kinds == {True}, "mirrored": mirrored == {True}, "vae": next(iter(vaes), ())}
     return Source(list(shards), np.array(places, PLACE), names, [], uncaptioned, digest.hexdigest(), **how)
 
 

@@ -189,6 +189,8 @@ def main(config: TrainConfig) -> None:
     pipe = sdxl.read_sdxl(config.model, dtype)
     resolution = config.dataset.resolution or sdxl.native_resolution(pipe)
     first_decodable(source, range(source.samples))
+    if source.vae and not sdxl.is_of_vae(source.vae, pipe.vae):
+        raise UserError(f"--data: these latents were made by another VAE than that of --model {config.model}")
     stream = Stream(source, config.dataset, config.captions, resolution, config.seed, ranks.rank, ranks.world)
     budget = ranks.least(memory.limit_memory(config.memory.vram_gb, device))
     if len(set(stream.bucket)) > 1:

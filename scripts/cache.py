@@ -24,7 +24,7 @@ import memory
 from checkpoint import check_writable
 from data import DataConfig, assign_buckets, decode, describe_buckets, normalise
 from errors import UserError, one_line_errors
-from sdxl import encode_pixels, load_sdxl, native_resolution
+from sdxl import encode_pixels, load_sdxl, native_resolution, vae_probe
 from sources import Source, open_source, pack_latents, write_shards
 
 
@@ -60,6 +60,7 @@ class CacheConfig:
 
 def encoded(source: Source, vae: nn.Module, buckets: list, flip: bool, refused: list[str]) -> Iterator[dict]:
     """Samples of the shards; what cannot be decoded goes to `refused`, with the reason. `buckets` [N]: size for each."""
+    probe = vae_probe(vae)
 
     def encode(raw, bucket, mirror) -> tuple:
         pixels, original, crop = decode(raw, bucket, mirror)
@@ -74,8 +75,11 @@ def encoded(source: Source, vae: nn.Module, buckets: list, flip: bool, refused: 
             refused.append(f"{raw.name} ({error})")
             continue
         mirrored = encode(raw, bucket, True)[::2] if flip else None
+        if not all(half.half().isfinite().all() for half in (posterior, *(mirrored or ())[:1])):
+            refused.append(f"{raw.name} (its latents are not finite in float16)")
+            continue
         packed = pack_latents(posterior, original, crop, mirrored)
-        yield {"safetensors": packed, "json": json.dumps({"captions": raw.captions}, ensure_ascii=False)}
+        yield {"safetensors": packed, "json": json.dumps({"captions": raw.captions, "vae": probe}, ensure_ascii=False)}
 
 
 def main(config: CacheConfig) -> None:

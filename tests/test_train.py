@@ -11,7 +11,7 @@ import pytest
 import torch
 import webdataset as wds
 from conftest import ROOT, run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from two_ranks import gradient_and_step
 
@@ -215,6 +215,28 @@ def test_ready_made_latents_train_without_the_vae(train, latents, tmp_path, monk
     _, err = train("--data", latents, "--flip", "--out", tmp_path / "b", status=2)
     assert err.startswith("train_lora.py: --flip: these latents are not there of the mirrored images")
     assert not (tmp_path / "b").exists()
+
+
+def test_latents_of_another_vae_are_refused(train, script, tiny_model, shards, tmp_path):
+    how = ["--device", "cpu", "--model"]
+    script("scripts/cache.py", shards, "--out", tmp_path / "ours", *how, tiny_model)
+    for precision in ("fp32", "fp16", "bf16"):  # what the files lose in it does not count
+        train("--data", tmp_path / "ours", "--steps", 1, "--precision", precision, "--out", tmp_path / precision)
+    other = shutil.copytree(tiny_model, tmp_path / "model")
+    file = next((other / "vae").glob("*.safetensors"))
+    tensors = load_file(file)
+    save_file({key: 1.1 * t if key.startswith("quant_conv") else t for key, t in tensors.items()}, file)
+    script("scripts/cache.py", shards, "--out", tmp_path / "theirs", *how, other)
+    _, err = train("--data", tmp_path / "theirs", "--steps", 1, "--out", tmp_path / "b", status=2)
+    assert err == f"train_lora.py: --data: these latents were made by another VAE than that of --model {tiny_model}\n"
+    assert not (tmp_path / "b").exists()
+    _, err = train("--data", tmp_path / "theirs", "--data", tmp_path / "ours", "--out", tmp_path / "b", status=2)
+    assert err.endswith("these latents were made by several VAEs\n")
+    tensors["quant_conv.weight"] *= float("inf")
+    save_file(tensors, file)
+    out, _ = script("scripts/cache.py", shards, "--out", tmp_path / "none", *how, other)
+    assert "encoded 0 images into 0 shards" in out
+    assert out.count("(its latents are not finite in float16)") == 7
 
 
 def test_buckets_of_several_shapes_train_and_go_on_bit_for_bit(train, tmp_path):
