@@ -285,7 +285,7 @@ def main(config: TrainConfig) -> None:
 
     # The loop. Randomness is a function of (seed, rank, step), the learning rate of the step.
     channels = pipe.unet.config.in_channels
-    stream.start = run.batches
+    stream.start = run.samples // config.dataset.bs
     batches = make_loader(stream, pin_memory=device.type == "cuda")
     vae_bytes = sum(p.nbytes for p in pipe.vae.parameters()) + sdxl.DECODING * resolution**2 * pipe.vae.dtype.itemsize
     tight = plan.weights + vae_bytes > plan.budget
@@ -315,7 +315,7 @@ def main(config: TrainConfig) -> None:
         scaler.step(optimizer)
         scaler.update()
         adapter.refresh()
-        run.step, run.batches = run.step + 1, run.batches + config.grad_accum * ranks.world
+        run.step, run.samples = run.step + 1, run.samples + images_per_step
         progress.update()
 
         if run.step == start + 2 and ranks.first:
@@ -402,7 +402,7 @@ class Run:
 
     log_dir: str
     step: int = 0
-    batches: int = 0  # of the data stream, over all ranks
+    samples: int = 0  # of the data stream, over all ranks
     saved: tuple[str, ...] = ()  # LoRA files that this run has written and not yet removed
 
 
@@ -457,8 +457,6 @@ def restore(
     """Puts a saved state back. Raises UserError if it is not ours, or of a run that this one cannot go on from."""
     if not {"lora", "layers", "optimizer", "scaler", "run", "config"} <= state.keys():
         raise UserError(f"--resume {config.resume}: this is no state of train_lora.py")
-    if state["run"].keys() != asdict(Run("")).keys():
-        raise UserError(f"--resume {config.resume}: this state is of another version of the suite: --resume none starts anew")
     was, now = state["config"], flat_config(config)
     fixed = ("model", "rank", "alpha", "targets", "train_text_encoder", "optimizer")
     differ = [f"--{flag.replace('_', '-')} {was[flag]}" for flag in fixed if was[flag] != now[flag]]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import tyro
 from torch import nn
@@ -62,23 +63,21 @@ def encoded(source: Source, vae: nn.Module, buckets: list, flip: bool, refused: 
     """Samples of the shards; what cannot be decoded goes to `refused`, with the reason. `buckets` [N]: size for each."""
     probe = vae_probe(vae)
 
-    def encode(raw, bucket, mirror) -> tuple:
-        pixels, original, crop = decode(raw, bucket, mirror)
-        images = torch.tensor(pixels)[None].to(vae.device)
-        return encode_pixels(vae, normalise(images))[0].cpu(), original, crop
+    def encode(pixels: np.ndarray) -> torch.Tensor:
+        return encode_pixels(vae, normalise(torch.tensor(pixels)[None].to(vae.device)))[0].cpu()
 
     for n, bucket in enumerate(tqdm(buckets, unit="img")):
         raw = source.raw(n)
         try:
-            posterior, original, crop = encode(raw, bucket, False)
+            pictures = [decode(raw, bucket, mirror) for mirror in ((False, True) if flip else (False,))]
         except Exception as error:  # whatever a broken file makes Pillow raise
             refused.append(f"{raw.name} ({error})")
             continue
-        mirrored = encode(raw, bucket, True)[::2] if flip else None
-        if not all(half.half().isfinite().all() for half in (posterior, *(mirrored or ())[:1])):
+        (posterior, crop), *mirrored = [(encode(pixels), crop) for pixels, _, crop in pictures]
+        if not all(half.half().isfinite().all() for half in (posterior, *(half for half, _ in mirrored))):
             refused.append(f"{raw.name} (its latents are not finite in float16)")
             continue
-        packed = pack_latents(posterior, original, crop, mirrored)
+        packed = pack_latents(posterior, pictures[0][1], crop, *mirrored)
         yield {"safetensors": packed, "json": json.dumps({"captions": raw.captions, "vae": probe}, ensure_ascii=False)}
 
 
