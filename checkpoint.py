@@ -1,15 +1,26 @@
-"""Files that are there whole or not at all, and the state of a run: `state.pt` beside the LoRA files."""
+"""Files that are there whole or not at all, and the states of a run: folders beside its LoRA files.
 
+checkpoints/state-7/state.pt         everything that --resume needs
+checkpoints/state-7/manifest.json    {file: SHA-256} of it, and of the LoRA files of that step
+"""
+
+import errno
+import hashlib
 import io
+import json
 import os
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from errors import UserError
 
-STATE = "state/state.pt"
+STATE, MANIFEST = "state.pt", "manifest.json"
+T = TypeVar("T")
 
 
 def write_atomically(path: Path, data: bytes, check: Callable[[Path], None] = lambda written: None) -> None:
@@ -28,9 +39,16 @@ def write_atomically(path: Path, data: bytes, check: Callable[[Path], None] = la
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """What was created, renamed or removed in it is on the disk."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def check_writable(flag: str, folder: Path) -> None:
@@ -42,32 +60,101 @@ def check_writable(flag: str, folder: Path) -> None:
         raise UserError(f"{flag} {folder} cannot be written: {error.strerror}") from None
 
 
-def save_state(folder: Path, state: dict) -> None:
-    """`state` holds tensors, numbers, strings and containers of them."""
+class Persistence:
+    """Writes that may fail: what the disk refuses (full, read-only, gone) is told once, and the run goes on."""
+
+    failed = False  # the last attempt
+
+    def __call__(self, what: str, write: Callable[[], T]) -> T | None:
+        """What `write` returns, or None if it raised OSError."""
+        try:
+            result = write()
+        except OSError as error:
+            if not self.failed:
+                told = f"{what} could not be written ({error}): training goes on, and it is tried again the next time"
+                print(told, file=sys.stderr)
+            self.failed = True
+            return None
+        self.failed = False
+        return result
+
+
+# States.
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def find_states(folder: Path, prefix: str = "") -> list[Path]:
+    """The folders {prefix}state-{number} there, the newest first."""
+    known = {p: p.name.removeprefix(f"{prefix}state-") for p in folder.glob(f"{prefix}state-*")}
+    return sorted((p for p, number in known.items() if number.isdecimal()), key=lambda p: int(known[p]), reverse=True)
+
+
+def save_state(folder: Path, state: dict, beside: dict[str, bytes]) -> Path:
+    """`state` holds tensors, numbers, strings and containers of them; `beside` are the files in `folder` that go with it.
+
+    Written aside, fsynced and renamed. Only when the new state and the files beside it have been read back, the older ones are
+    removed: killed at any moment, it leaves a whole one. Raises OSError; the older state is then still there.
+    """
+    older = find_states(folder)
+    name = f"state-{1 + int(older[0].name.rpartition('-')[2]) if older else 1}"
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    write_atomically(folder / STATE, buffer.getvalue())
+    manifest = {STATE: digest(buffer.getvalue())} | {name: digest(content) for name, content in beside.items()}
+    aside, new = folder / f".{name}", folder / name
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        write_atomically(aside / STATE, buffer.getvalue())
+        write_atomically(aside / MANIFEST, json.dumps(manifest, indent=2).encode())
+        aside.rename(new)
+        sync_folder(folder)
+        if wrong := differing(new):
+            raise OSError(errno.EIO, f"{wrong[0]} does not read back as it was written")
+    except OSError:
+        for failed in (aside, new):
+            shutil.rmtree(failed, ignore_errors=True)
+        raise
+    for old in (*older, *find_states(folder, ".")):
+        shutil.rmtree(old, ignore_errors=True)
+    return new
 
 
-def find_state(resume: str, folder: Path) -> Path | None:
-    """--resume none | auto (the state in `folder`, if there is one) | a state file or the folder of a run.
-
-    Raises UserError if a named path holds no state.
-    """
-    if resume == "none":
-        return None
-    path = folder / STATE if resume == "auto" else Path(resume)
-    path = path / STATE if path.is_dir() else path
-    if path.is_file():
-        return path
-    if resume == "auto":
-        return None
-    raise UserError(f"--resume {resume}: no state there ({path} does not exist)")
+def differing(state: Path) -> list[str]:
+    """The files of a state, and those beside it, that are not what its manifest says. Raises OSError if one is not there."""
+    manifest = json.loads((state / MANIFEST).read_bytes())
+    paths = {name: state / name if name == STATE else state.parent / name for name in manifest}
+    return [name for name, path in paths.items() if digest(path.read_bytes()) != manifest[name]]
 
 
 def load_state(path: Path) -> dict:
-    """Tensors on the CPU. Raises UserError if the file is no state of ours."""
+    """Tensors on the CPU. Raises UserError if the folder is no whole state of ours."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        data, manifest = (path / STATE).read_bytes(), json.loads((path / MANIFEST).read_bytes())
+        if digest(data) != manifest[STATE]:
+            raise ValueError(f"{STATE} is not what {MANIFEST} says")
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes the unpickler raise anything
-        raise UserError(f"--resume {path} is not a readable state: {type(error).__name__}: {error}") from None
+        raise UserError(f"--resume: {path} is not a readable state: {type(error).__name__}: {error}") from None
+
+
+def find_state(resume: str, folder: Path) -> tuple[Path, dict] | None:
+    """--resume none | auto (the newest whole state in `folder`, if there is one) | a state, or the folder of a run: its newest.
+
+    Raises UserError if a named path holds no whole state, or if `folder` holds states but no whole one.
+    """
+    if resume == "none":
+        return None
+    root = folder if resume == "auto" else Path(resume)
+    found = [root] if (root / MANIFEST).exists() else find_states(root)
+    for path in found:
+        try:
+            return path, load_state(path)
+        except UserError as damaged:
+            if resume != "auto":
+                raise
+            print(f"passed over: {damaged}", file=sys.stderr)
+    if resume == "auto" and not found and not (folder / "state").exists():
+        return None
+    raise UserError(f"--resume {resume}: no state that can be used in {root}: --resume none starts anew")

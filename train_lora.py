@@ -6,7 +6,8 @@
     torchrun --nproc-per-node 2 train_lora.py --model sdxl --data shards/
     torchrun --nnodes 2 --node-rank 0 --nproc-per-node 8 --master-addr HOST --master-port 29500 train_lora.py …
 
-Writes checkpoints/pytorch_lora_weights_{step}.safetensors and, for --resume, checkpoints/state/. `tensorboard --logdir runs`.
+Writes checkpoints/pytorch_lora_weights_{step}.safetensors and, for --resume, checkpoints/state-{n}; TensorBoard logs in runs/.
+Ends with status 0 when all steps are done and saved, 74 if the last save failed, 2 for a mistake in the command.
 """
 
 import time
@@ -15,8 +16,10 @@ STARTED = time.perf_counter()  # before the imports: they are part of the wait f
 
 import json
 import math
+import os
 import random
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -33,7 +36,7 @@ import memory
 import sdxl  # after memory, which readies xFormers: diffusers imports it
 from budget import SEVERAL_SHAPES, Plan, dry_run, make_plan, stand_in_kernel
 from captions import CaptionConfig
-from checkpoint import STATE, check_writable, find_state, load_state, save_state, write_atomically
+from checkpoint import Persistence, check_writable, find_state, save_state, write_atomically
 from data import Batch, DataConfig, Stream, describe_buckets, first_decodable, make_loader, normalise
 from diffusion import Diffusion, DiffusionConfig
 from distributed import Ranks, join_ranks, leave_ranks
@@ -123,8 +126,24 @@ class StopRequest:
         self.asked = True
 
 
-class NoWriter:
-    """Stands in for a SummaryWriter on every rank but the first."""
+class Log:
+    """TensorBoard's writer. What the disk refuses is told once and does not end the run; a new file is then begun."""
+
+    def __init__(self, folder: str, purge_step: int):
+        self.folder, self.attempt = folder, Persistence()
+        self.writer: SummaryWriter | None = SummaryWriter(folder, purge_step=purge_step)
+
+    def call(self, name: str, *args, **kwargs) -> None:
+        writer, self.writer = self.writer or SummaryWriter(self.folder), None
+        getattr(writer, name)(*args, **kwargs)
+        self.writer = writer  # not one that has failed: it would go on failing
+
+    def __getattr__(self, name: str):
+        return lambda *args, **kwargs: self.attempt(f"TensorBoard's {self.folder}", partial(self.call, name, *args, **kwargs))
+
+
+class NoLog:
+    """Stands in for it on every rank but the first."""
 
     def __getattr__(self, name: str):
         return lambda *args, **kwargs: None
@@ -172,7 +191,8 @@ class Meter:
         return None
 
 
-def main(config: TrainConfig) -> None:
+def main(config: TrainConfig) -> int:
+    """Trains, and returns the exit status."""
     # Processes, device, precision.
     device = memory.resolve_device(config.device)
     asked = config.memory.base_precision if config.memory.base_precision in memory.DTYPES else config.memory.precision
@@ -247,28 +267,25 @@ def main(config: TrainConfig) -> None:
 
     # Where the run stands: at its beginning, or where a saved state left it.
     run = Run(log_dir=str(config.log_dir / time.strftime("%Y%m%d-%H%M%S")))
-    state_file = find_state(config.resume, config.out) if ranks.first else None
-    state = ranks.from_first(load_state(state_file) if state_file else None)
-    if state:
-        run = restore(state, config, adapter, optimizer, scaler)
+    found = ranks.from_first(find_state(config.resume, config.out) if ranks.first else None)
+    if found:
+        run = restore(*found, config, adapter, optimizer, scaler)
         if run.step >= config.steps:
             if ranks.first:
-                print(f"{state_file} is at step {run.step} already: raise --steps, or start anew with --resume none")
+                print(f"{found[0]} is at step {run.step} already: raise --steps, or start anew with --resume none")
             leave_ranks()
-            return
-        if ranks.first and state_file.resolve() != (config.out / STATE).resolve():
-            run.saved = ()  # another folder's files are not ours to remove
+            return os.EX_OK
     start = run.step
     save = partial(save_checkpoint, config, source, adapter, layer_shapes(denoiser), optimizer, scaler)
 
     # What the run is about to do.
     images_per_step = config.dataset.bs * config.grad_accum * ranks.world
-    writer = NoWriter()
+    log, disk = NoLog(), Persistence()
     if ranks.first:
         check_writable("--out", config.out)
         check_writable("--log-dir", Path(run.log_dir).parent)
-        writer = SummaryWriter(run.log_dir, purge_step=run.step + 1)
-        writer.add_text("config", f"```json\n{json.dumps(flat_config(config), indent=2)}\n```", run.step)
+        log = Log(run.log_dir, purge_step=run.step + 1)
+        log.add_text("config", f"```json\n{json.dumps(flat_config(config), indent=2)}\n```", run.step)
         size = len(lora_file(config, source, adapter, config.steps, next(iter(FILES[config.format])))) / 1e6
         count, layers = adapter.flat.numel(), len(adapter.modules)
         share = 100 * count / total
@@ -330,14 +347,14 @@ def main(config: TrainConfig) -> None:
             scalars |= {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
             scalars |= dict(zip(("peak_memory_GiB", "peak_reserved_GiB"), memory.peak_memory(device), strict=True))
             for name, value in scalars.items():
-                writer.add_scalar(name, value, run.step)
+                log.add_scalar(name, value, run.step)
         if saving and ranks.first:  # the weights first, then pictures
-            _, error = save(run)
-            writer.add_scalar("largest_error_of_the_file", error, run.step)
+            if (error := disk("the checkpoint", partial(save, run))) is not None:
+                log.add_scalar("largest_error_of_the_file", error, run.step)
             step.release()
             pipe.vae.to(device)
             with torch.compiler.set_stance("force_eager"):  # compiling for the shapes of pictures would take minutes
-                writer.add_image("compare", gallery.draw(f"LoRA, step {run.step}"), run.step, dataformats="HWC")
+                log.add_image("compare", gallery.draw(f"LoRA, step {run.step}"), run.step, dataformats="HWC")
             pipe.vae.to(vae_home)
             meter.restart()
 
@@ -345,18 +362,23 @@ def main(config: TrainConfig) -> None:
     progress.close()
     skipped = sorted(ranks.union(skipped))
     if ranks.first:
-        if run.step == config.steps:
+        if run.step < config.steps and run.step > start:
+            disk("the checkpoint", partial(save, run))
+        if disk.failed:
+            print(f"step {run.step} could not be saved", file=sys.stderr)
+        elif run.step == config.steps:
             print(f"wrote {config.out / run.saved[-1]}")
         elif run.step > start:
-            print(f"wrote {save(run)[0]}: the same command goes on from there")
+            print(f"wrote {config.out / run.saved[-1]}: the same command goes on from there")
         else:
             print("stopped before the first step: nothing was written")
-        writer.close()
+        log.close()
         if advice := meter.advice():
             print(advice)
         if skipped:
             print(f"skipped {len(skipped)} images, broken or without a caption: {', '.join(skipped)}")
     leave_ranks()
+    return os.EX_IOERR if disk.failed else os.EX_OK
 
 
 # Memory.
@@ -430,30 +452,32 @@ def lora_file(config: TrainConfig, source: Source, adapter: Adapter, step: int, 
 def save_checkpoint(
     config: TrainConfig, source: Source, adapter: Adapter, shapes: dict[str, torch.Size], optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler, run: Run,
-) -> tuple[Path, float]:  # fmt: skip
+) -> float:  # fmt: skip
     """Writes the LoRA files, checks them, and writes the state of the run; then removes what this run wrote beyond the
-    --keep newest. Returns a file and the largest difference of its weights from the live ones.
+    --keep newest. Returns the largest difference of a file's weights from the live ones. Raises OSError.
     """
-    names, errors, dtype = [], [], memory.DTYPES[config.save_dtype]
+    files, errors, dtype = {}, [], memory.DTYPES[config.save_dtype]
     how = {"shapes": shapes, "live": adapter.deltas, "dtype": dtype, "otherwise": "the last one was kept"}
+    check = lambda written: errors.append(formats.check_written(written, **how))  # noqa: E731
     for layout, suffix in FILES[config.format].items():
-        names.append(f"pytorch_lora_weights_{run.step}{suffix}.safetensors")
-        check = lambda written: errors.append(formats.check_written(written, **how))  # noqa: E731
-        write_atomically(config.out / names[-1], lora_file(config, source, adapter, run.step, layout), check)
-    files = [*(name for name in run.saved if name not in names), *names]
-    keep = config.keep * len(names)
-    run.saved = tuple(files[-keep:])
+        name = f"pytorch_lora_weights_{run.step}{suffix}.safetensors"
+        files[name] = lora_file(config, source, adapter, run.step, layout)
+        write_atomically(config.out / name, files[name], check)
+    run.saved = (*(name for name in run.saved if name not in files), *files)
     state = {"lora": adapter.flat, "layers": list(adapter.modules), "optimizer": optimizer.state_dict()}
     state |= {"scaler": scaler.state_dict(), "run": asdict(run), "config": flat_config(config)}
-    save_state(config.out, state)
-    for name in files[:-keep]:
-        (config.out / name).unlink(missing_ok=True)
-    return config.out / names[0], max(errors)
+    save_state(config.out, state, files)  # with the names of those that go now: killed here, the next save removes them
+    keep = config.keep * len(files)
+    for old in (*(config.out / name for name in run.saved[:-keep]), *config.out.glob(".pytorch_lora_weights_*")):
+        old.unlink(missing_ok=True)  # and what a killed write has left
+    run.saved = run.saved[-keep:]
+    return max(errors)
 
 
 def restore(
-    state: dict, config: TrainConfig, adapter: Adapter, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-) -> Run:
+    path: Path, state: dict, config: TrainConfig, adapter: Adapter, optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> Run:  # fmt: skip
     """Puts a saved state back. Raises UserError if it is not ours, or of a run that this one cannot go on from."""
     if not {"lora", "layers", "optimizer", "scaler", "run", "config"} <= state.keys():
         raise UserError(f"--resume {config.resume}: this is no state of train_lora.py")
@@ -467,13 +491,16 @@ def restore(
     optimizer.load_state_dict(state["optimizer"])
     if state["scaler"]:  # empty if the run so far was not in fp16
         scaler.load_state_dict(state["scaler"])
-    return Run(**state["run"])
+    run = Run(**state["run"])
+    if path.parent.resolve() != config.out.resolve():
+        run.saved = ()  # another folder's files are not ours to remove
+    return run
 
 
 if __name__ == "__main__":
     with one_line_errors("train_lora.py"):
         try:
-            main(tyro.cli(TrainConfig, config=(tyro.conf.OmitArgPrefixes,)))
+            sys.exit(main(tyro.cli(TrainConfig, config=(tyro.conf.OmitArgPrefixes,))))
         except torch.OutOfMemoryError as error:
             told = str(error).split(". ")[0]
             raise UserError(f"{told}: give less as --vram-gb, or --checkpointing all, --base-precision nf4") from None

@@ -1,9 +1,10 @@
 import os
+import shutil
 
 import pytest
 import torch
 
-from checkpoint import STATE, check_writable, find_state, load_state, save_state, write_atomically
+from checkpoint import MANIFEST, STATE, Persistence, check_writable, find_state, load_state, save_state, write_atomically
 from errors import UserError
 
 
@@ -19,8 +20,7 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_a_state_comes_back_as_it_was(tmp_path):
     state = {"step": 3, "lora": torch.randn(5), "optimizer": {"state": {0: {"m": torch.arange(3, dtype=torch.uint8)}}}}
-    save_state(tmp_path, state)
-    back = load_state(tmp_path / STATE)
+    back = load_state(save_state(tmp_path, state, {}))
     assert back["step"] == 3
     assert torch.equal(back["lora"], state["lora"])
     assert torch.equal(back["optimizer"]["state"][0]["m"], state["optimizer"]["state"][0]["m"])
@@ -28,19 +28,86 @@ def test_a_state_comes_back_as_it_was(tmp_path):
 
 def test_find_state(tmp_path):
     assert find_state("auto", tmp_path) is None
-    with pytest.raises(UserError, match="no state there"):
+    with pytest.raises(UserError, match="no state that can be used"):
         find_state(str(tmp_path), tmp_path)
-    save_state(tmp_path, {"step": 1})
+    for step in range(11):  # state-10 is newer than state-9
+        path = save_state(tmp_path, {"step": step}, {})
+    assert os.listdir(tmp_path) == [path.name]
     assert find_state("none", tmp_path) is None
-    for resume in ("auto", str(tmp_path), str(tmp_path / STATE)):
-        assert find_state(resume, tmp_path) == tmp_path / STATE
+    for resume in ("auto", str(tmp_path), str(path)):
+        assert find_state(resume, tmp_path) == (path, {"step": 10})
 
 
-@pytest.mark.parametrize("content", [b"", b"rubbish", b"PK\x03\x04 half a zip"])
-def test_a_damaged_state_is_refused(tmp_path, content):
-    (tmp_path / "state.pt").write_bytes(content)
-    with pytest.raises(UserError, match="not a readable state"):
-        load_state(tmp_path / "state.pt")
+def test_a_state_of_before_this_format_is_not_passed_over(tmp_path):
+    (tmp_path / "state").mkdir()
+    with pytest.raises(UserError, match="--resume none starts anew"):
+        find_state("auto", tmp_path)
+
+
+def test_auto_takes_the_newest_whole_state(tmp_path, capfd):
+    first = save_state(tmp_path, {"step": 1}, {})
+    for number, spoil in ((2, lambda p: (p / STATE).write_bytes(b"")), (3, lambda p: (p / MANIFEST).unlink())):
+        spoil(shutil.copytree(first, tmp_path / f"state-{number}"))
+    torn = shutil.copytree(first, tmp_path / "state-4") / STATE
+    torn.write_bytes(torn.read_bytes()[:-1] + b"x")
+    shutil.copytree(first, tmp_path / ".state-5")  # as it is before its rename
+    assert find_state("auto", tmp_path) == (first, {"step": 1})
+    told = capfd.readouterr().err.splitlines()
+    assert all(f"state-{n} is not a readable state" in line for n, line in zip((4, 3, 2), told, strict=True))
+    with pytest.raises(UserError, match=r"state-4 is not a readable state: .*state.pt is not what manifest.json says"):
+        find_state(str(tmp_path), tmp_path)
+    assert save_state(tmp_path, {"step": 2}, {}).name == "state-5"
+    assert os.listdir(tmp_path) == ["state-5"]
+    (tmp_path / "state-5" / STATE).unlink()
+    with pytest.raises(UserError, match="--resume none starts anew"):
+        find_state("auto", tmp_path)
+
+
+def test_the_last_state_is_kept_until_the_new_one_was_read_back(tmp_path):
+    first = save_state(tmp_path, {"step": 1}, {})
+    (tmp_path / "lora").write_bytes(b"another")
+    with pytest.raises(OSError, match="lora does not read back"):
+        save_state(tmp_path, {"step": 2}, {"lora": b"lora"})
+    assert find_state("auto", tmp_path) == (first, {"step": 1})
+    (tmp_path / "lora").write_bytes(b"lora")
+    save_state(tmp_path, {"step": 2}, {"lora": b"lora"})
+    assert find_state("auto", tmp_path)[1] == {"step": 2}
+
+
+def test_a_save_killed_at_any_write_leaves_a_whole_state(tmp_path, monkeypatch):
+    """Every call that changes the disk is in turn the last one."""
+
+    class Killed(BaseException):  # no handler of errors sees it, as it sees no SIGKILL
+        pass
+
+    changing = [(os, "fsync"), (os, "rename"), (os, "replace"), (os, "mkdir"), (os, "unlink"), (os, "rmdir")]
+    steps, countdown = {0}, 0
+
+    def mortal(call):
+        def wrapped(*given, **how):
+            nonlocal countdown
+            countdown -= 1
+            if countdown == 0:
+                raise Killed
+            return call(*given, **how)
+
+        return wrapped
+
+    save_state(tmp_path, {"step": 0}, {})
+    for module, name in changing:
+        monkeypatch.setattr(module, name, mortal(getattr(module, name)))
+    for step in range(1, 100):
+        countdown = step
+        try:
+            save_state(tmp_path, {"step": step}, {})
+        except Killed:
+            steps.add(find_state("auto", tmp_path)[1]["step"])
+            continue
+        break
+    assert 10 < step < 99
+    assert find_state("auto", tmp_path)[1] == {"step": step}
+    assert steps > {0}  # killed while it removed the old one, the new one counts
+    assert len(os.listdir(tmp_path)) == 1
 
 
 def test_a_state_never_runs_code(tmp_path):
@@ -48,10 +115,19 @@ def test_a_state_never_runs_code(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "attacked"),)
 
-    torch.save({"step": Attack()}, tmp_path / "state.pt")
     with pytest.raises(UserError, match="not a readable state"):
-        load_state(tmp_path / "state.pt")
+        load_state(save_state(tmp_path, {"step": Attack()}, {}))
     assert not (tmp_path / "attacked").exists()
+
+
+def test_what_the_disk_refuses_is_told_once(tmp_path, capfd):
+    disk = Persistence()
+    for _ in range(2):
+        assert disk("the file", (tmp_path / "no/file").touch) is None
+    assert disk.failed
+    assert disk("the file", lambda: 3) == 3
+    assert not disk.failed
+    assert capfd.readouterr().err.count("the file could not be written") == 1
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import re
@@ -18,12 +19,13 @@ from two_ranks import gradient_and_step
 import data
 import formats
 import pictures
+from checkpoint import find_state, save_state, write_atomically
 from data import DataConfig
 from lora import LoRAConfig, layer_shapes
 from memory import MemoryConfig
 from sdxl import Denoiser, read_sdxl
 from sources import open_source, pack_latents
-from train_lora import Meter, TrainConfig, lr_factor, plan_memory
+from train_lora import Log, Meter, TrainConfig, lr_factor, plan_memory
 
 
 @pytest.fixture
@@ -159,8 +161,8 @@ def test_going_on_elsewhere_leaves_the_first_run_alone(train, tmp_path):
     train("--steps", 4, "--save-every", 1, "--keep", 1, "--resume", tmp_path / "out", "--out", tmp_path / "b")
     assert sorted(p.name for p in (tmp_path / "b").glob("*.safetensors")) == ["pytorch_lora_weights_4.safetensors"]
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 2
-    torch.save({"a": 1}, tmp_path / "foreign.pt")
-    _, err = train("--resume", tmp_path / "foreign.pt", status=2)
+    save_state(tmp_path / "foreign", {"a": 1}, {})
+    _, err = train("--resume", tmp_path / "foreign", status=2)
     assert "no state of train_lora.py" in err
 
 
@@ -168,6 +170,41 @@ def test_weights_that_are_not_finite_are_never_written(train, tmp_path):
     _, err = train("--steps", 3, "--lr", 1e30, status=2)
     assert "is not finite in float16, so no file was written" in err
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_what_the_disk_refuses_is_tried_again_at_the_next_save(train, tmp_path, monkeypatch):
+    def write(path, *rest):
+        if "_4." in path.name or "_6." in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        if "_8." in path.name:
+            shutil.rmtree(tmp_path / "out")
+        write_atomically(path, *rest)
+
+    monkeypatch.setattr("checkpoint.write_atomically", write)
+    _, err = train("--steps", 6, "--save-every", 2, status=74)
+    assert err.count("No space left on device") == 1
+    assert err.endswith("step 6 could not be saved\n")
+    out, err = train("--steps", 8, "--save-every", 2)
+    assert "2/8" in err
+    assert err.count("No space left on device") == 1
+    assert "weights_8.safetensors" in out
+    assert sorted(os.listdir(tmp_path / "out")) == ["pytorch_lora_weights_8.safetensors", "state-1"]
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("threading.excepthook", lambda *told: None)
+    log = Log(str(tmp_path), 0)
+    with monkeypatch.context() as broken:
+        for method in ("write", "__init__"):
+            name = f"tensorboard.summary.writer.record_writer.RecordWriter.{method}"
+            broken.setattr(name, lambda *given: (tmp_path / "no/file").touch())
+        for step in range(3):
+            log.add_scalar("before", step, step)
+            log.flush()
+    log.add_scalar("after", 1.0, 3)
+    log.close()
+    assert capfd.readouterr().err.count("could not be written") == 1
+    assert any("after" in EventAccumulator(str(file)).Reload().Tags()["scalars"] for file in tmp_path.iterdir())
 
 
 def test_learning_rates(train, tmp_path):
@@ -289,7 +326,7 @@ def test_a_batch_in_pieces_is_the_same_run(train, latents, tiny_model, tmp_path)
 def test_fp16_with_a_grad_scaler(train, tmp_path):
     """The recipe's precision, on the CPU: the scaler's first steps may overflow, LoRA weights stay float32 and finite."""
     train("--steps", 3, "--precision", "fp16")
-    state = torch.load(tmp_path / "out/state/state.pt", weights_only=True)
+    state = find_state("auto", tmp_path / "out")[1]
     assert state["lora"].dtype == torch.float32
     assert state["lora"].isfinite().all()
     assert state["scaler"]["scale"] > 0
@@ -358,7 +395,7 @@ def test_torchrun_with_two_ranks(tiny_model, shards, tmp_path):
     assert "batch      1 × 1 accumulated × 2 processes = 2" in done.stdout
     assert done.stdout.count("wrote") == 1  # rank 0 alone writes
     assert weights(tmp_path / "out", 3)
-    assert torch.load(tmp_path / "out/state/state.pt", weights_only=True)["run"]["samples"] == 6
+    assert find_state("auto", tmp_path / "out")[1]["run"]["samples"] == 6
     how[how.index("--steps") + 1] = 5
     torchrun(2, "train_lora.py", *how, "--out", tmp_path / "out", "--log-dir", tmp_path / "runs")
     torchrun(2, "train_lora.py", *how, "--out", tmp_path / "whole", "--log-dir", tmp_path / "runs")
