@@ -95,8 +95,8 @@ def find_states(folder: Path, prefix: str = "") -> list[Path]:
 def save_state(folder: Path, state: dict, beside: dict[str, bytes]) -> Path:
     """`state` holds tensors, numbers, strings and containers of them; `beside` are the files in `folder` that go with it.
 
-    Written aside, fsynced and renamed. Only when the new state and the files beside it have been read back, the older ones are
-    removed: killed at any moment, it leaves a whole one. Raises OSError; the older state is then still there.
+    Written aside, fsynced, read back with the files beside it, and renamed; only then the older ones are removed: killed at
+    any moment, it leaves a whole one. Raises OSError, or UserError if it does not read back; the older state is then there.
     """
     older = find_states(folder)
     name = f"state-{1 + int(older[0].name.rpartition('-')[2]) if older else 1}"
@@ -108,24 +108,16 @@ def save_state(folder: Path, state: dict, beside: dict[str, bytes]) -> Path:
         shutil.rmtree(aside, ignore_errors=True)
         write_atomically(aside / STATE, buffer.getvalue())
         write_atomically(aside / MANIFEST, json.dumps(manifest, indent=2).encode())
+        load_state(aside)
+        if wrong := [name for name in beside if digest((folder / name).read_bytes()) != manifest[name]]:
+            raise OSError(errno.EIO, f"{wrong[0]} does not read back as it was written")
         aside.rename(new)
         sync_folder(folder)
-        if wrong := differing(new):
-            raise OSError(errno.EIO, f"{wrong[0]} does not read back as it was written")
-    except OSError:
-        for failed in (aside, new):
-            shutil.rmtree(failed, ignore_errors=True)
-        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     for old in (*older, *find_states(folder, ".")):
         shutil.rmtree(old, ignore_errors=True)
     return new
-
-
-def differing(state: Path) -> list[str]:
-    """The files of a state, and those beside it, that are not what its manifest says. Raises OSError if one is not there."""
-    manifest = json.loads((state / MANIFEST).read_bytes())
-    paths = {name: state / name if name == STATE else state.parent / name for name in manifest}
-    return [name for name, path in paths.items() if digest(path.read_bytes()) != manifest[name]]
 
 
 def load_state(path: Path) -> dict:
@@ -136,7 +128,8 @@ def load_state(path: Path) -> dict:
             raise ValueError(f"{STATE} is not what {MANIFEST} says")
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes the unpickler raise anything
-        raise UserError(f"--resume: {path} is not a readable state: {type(error).__name__}: {error}") from None
+        told = (str(error).splitlines() or [""])[0]
+        raise UserError(f"--resume: {path} is not a readable state: {type(error).__name__}: {told}") from None
 
 
 def find_state(resume: str, folder: Path) -> tuple[Path, dict] | None:

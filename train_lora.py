@@ -14,6 +14,7 @@ import time
 
 STARTED = time.perf_counter()  # before the imports: they are part of the wait for the first step
 
+import hashlib
 import json
 import math
 import os
@@ -89,7 +90,9 @@ class TrainConfig:
     log_dir: Path = Path("runs")
     """Folder for TensorBoard logs."""
     resume: str = "auto"
-    """'auto' (go on from --out if a state is there), 'none', or a state."""
+    """'auto' (go on from the newest whole state in --out), 'none', or a state or the folder of a run."""
+    resume_override: bool = False
+    """Go on although options differ from those of the state, with the new ones."""
     seed: int = 0
     """Everything random is a function of it and of the step."""
     device: str = "auto"
@@ -269,14 +272,14 @@ def main(config: TrainConfig) -> int:
     run = Run(log_dir=str(config.log_dir / time.strftime("%Y%m%d-%H%M%S")))
     found = ranks.from_first(find_state(config.resume, config.out) if ranks.first else None)
     if found:
-        run = restore(*found, config, adapter, optimizer, scaler)
+        run, changes = restore(*found, config, source, ranks.world, adapter, optimizer, scaler)
         if run.step >= config.steps:
             if ranks.first:
                 print(f"{found[0]} is at step {run.step} already: raise --steps, or start anew with --resume none")
             leave_ranks()
             return os.EX_OK
     start = run.step
-    save = partial(save_checkpoint, config, source, adapter, layer_shapes(denoiser), optimizer, scaler)
+    save = partial(save_checkpoint, config, source, ranks.world, adapter, layer_shapes(denoiser), optimizer, scaler)
 
     # What the run is about to do.
     images_per_step = config.dataset.bs * config.grad_accum * ranks.world
@@ -289,6 +292,8 @@ def main(config: TrainConfig) -> int:
         size = len(lora_file(config, source, adapter, config.steps, next(iter(FILES[config.format])))) / 1e6
         count, layers = adapter.flat.numel(), len(adapter.modules)
         share = 100 * count / total
+        if found:
+            print(f"resume     step {run.step} of {found[0]}{changes}")
         print(f"model      {config.model}: U-Net and text encoders {total:,} parameters, frozen; {resolution} px")
         print(f"LoRA       rank {config.lora.rank} on {layers} layers, {count:,} parameters trained: {share:.2f} %")
         print(f"data       {source.samples} images with a caption, {len(source.uncaptioned)} without")
@@ -450,8 +455,8 @@ def lora_file(config: TrainConfig, source: Source, adapter: Adapter, step: int, 
 
 
 def save_checkpoint(
-    config: TrainConfig, source: Source, adapter: Adapter, shapes: dict[str, torch.Size], optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler, run: Run,
+    config: TrainConfig, source: Source, world: int, adapter: Adapter, shapes: dict[str, torch.Size],
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, run: Run,
 ) -> float:  # fmt: skip
     """Writes the LoRA files, checks them, and writes the state of the run; then removes what this run wrote beyond the
     --keep newest. Returns the largest difference of a file's weights from the live ones. Raises OSError.
@@ -465,7 +470,7 @@ def save_checkpoint(
         write_atomically(config.out / name, files[name], check)
     run.saved = (*(name for name in run.saved if name not in files), *files)
     state = {"lora": adapter.flat, "layers": list(adapter.modules), "optimizer": optimizer.state_dict()}
-    state |= {"scaler": scaler.state_dict(), "run": asdict(run), "config": flat_config(config)}
+    state |= {"scaler": scaler.state_dict(), "run": asdict(run), "made": circumstances(config, source, world)}
     save_state(config.out, state, files)  # with the names of those that go now: killed here, the next save removes them
     keep = config.keep * len(files)
     for old in (*(config.out / name for name in run.saved[:-keep]), *config.out.glob(".pytorch_lora_weights_*")):
@@ -474,18 +479,45 @@ def save_checkpoint(
     return max(errors)
 
 
+# Between a run and its resumption these may not change, because the state would not fit; these may, because nothing that is
+# learnt depends on them, or only from then on. All others need --resume-override.
+NEVER = {"model", "rank", "alpha", "targets", "train_text_encoder", "optimizer"}
+FREELY = {"steps", "save_every", "keep", "format", "save_dtype", "out", "log_dir", "resume", "resume_override", "device",
+          "workers", "vram_gb", "checkpointing", "attention", "cuda_graph", "compile"}  # fmt: skip
+
+
+def circumstances(config: TrainConfig, source: Source, world: int) -> dict:
+    """What a state was made with: every flag, with the content of the data in place of its path; and beyond the flags."""
+    suite = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
+    beyond = {"processes": world, "torch": str(torch.__version__), "suite": suite.hexdigest()[:8]}
+    return {"flags": flat_config(config) | {"data": f"files {source.fingerprint[:8]}"}, "beyond": beyond}
+
+
+def changed(was: dict, now: dict, flag: str = "") -> dict[str, str]:
+    """{name: 'name was -> now'} of what differs; a name that an older state does not know has not changed."""
+    differ = {name: value for name, value in now.items() if name in was and was[name] != value}
+    return {name: f"{flag}{name.replace('_', '-')} {was[name]} -> {value}" for name, value in differ.items()}
+
+
 def restore(
-    path: Path, state: dict, config: TrainConfig, adapter: Adapter, optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-) -> Run:  # fmt: skip
-    """Puts a saved state back. Raises UserError if it is not ours, or of a run that this one cannot go on from."""
-    if not {"lora", "layers", "optimizer", "scaler", "run", "config"} <= state.keys():
-        raise UserError(f"--resume {config.resume}: this is no state of train_lora.py")
-    was, now = state["config"], flat_config(config)
-    fixed = ("model", "rank", "alpha", "targets", "train_text_encoder", "optimizer")
-    differ = [f"--{flag.replace('_', '-')} {was[flag]}" for flag in fixed if was[flag] != now[flag]]
-    if differ or state["layers"] != list(adapter.modules):
-        raise UserError(f"the saved state was made with {', '.join(differ)}: use that, or --resume none, or another --out")
+    path: Path, state: dict, config: TrainConfig, source: Source, world: int, adapter: Adapter,
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+) -> tuple[Run, str]:  # fmt: skip
+    """Puts a saved state back. Returns it with a line on what has changed since it was made.
+
+    Raises UserError if it is not ours, or of a run that this one cannot go on from.
+    """
+    if not {"lora", "layers", "optimizer", "scaler", "run", "made"} <= state.keys():
+        raise UserError(f"--resume {path}: this is no state of train_lora.py")
+    made = circumstances(config, source, world)
+    flags = changed(state["made"]["flags"], made["flags"], "--")
+    beyond = changed(state["made"]["beyond"], made["beyond"])
+    never = [told for name, told in flags.items() if name in NEVER]
+    if never or state["layers"] != list(adapter.modules):
+        raise UserError(f"{path} does not fit: {', '.join(never)}: change it back, or --resume none, or another --out")
+    if not config.resume_override and (differ := [told for name, told in flags.items() if name not in FREELY]):
+        told = ", ".join(differ)
+        raise UserError(f"{path} is of another run: {told}: change it back, or --resume-override, or --resume none")
     adapter.flat.copy_(state["lora"])
     adapter.refresh()
     optimizer.load_state_dict(state["optimizer"])
@@ -494,7 +526,8 @@ def restore(
     run = Run(**state["run"])
     if path.parent.resolve() != config.out.resolve():
         run.saved = ()  # another folder's files are not ours to remove
-    return run
+    told = "".join(f"; {change}" for change in [*flags.values(), *beyond.values()])
+    return run, told + ("; no longer bit for bit" if "processes" in beyond else "")
 
 
 if __name__ == "__main__":

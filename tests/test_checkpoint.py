@@ -1,10 +1,21 @@
+import json
 import os
 import shutil
 
 import pytest
 import torch
 
-from checkpoint import MANIFEST, STATE, Persistence, check_writable, find_state, load_state, save_state, write_atomically
+from checkpoint import (
+    MANIFEST,
+    STATE,
+    Persistence,
+    check_writable,
+    digest,
+    find_state,
+    load_state,
+    save_state,
+    write_atomically,
+)
 from errors import UserError
 
 
@@ -115,8 +126,14 @@ def test_a_state_never_runs_code(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "attacked"),)
 
+    first = save_state(tmp_path, {"step": 1}, {})
     with pytest.raises(UserError, match="not a readable state"):
-        load_state(save_state(tmp_path, {"step": Attack()}, {}))
+        save_state(tmp_path, {"step": Attack()}, {})
+    assert os.listdir(tmp_path) == [first.name]
+    torch.save({"step": Attack()}, first / STATE)
+    (first / MANIFEST).write_text(json.dumps({STATE: digest((first / STATE).read_bytes())}))
+    with pytest.raises(UserError, match="not a readable state: UnpicklingError"):
+        find_state(str(tmp_path), tmp_path)
     assert not (tmp_path / "attacked").exists()
 
 

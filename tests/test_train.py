@@ -14,6 +14,7 @@ import webdataset as wds
 from conftest import ROOT, run
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._pytree import tree_leaves
 from two_ranks import gradient_and_step
 
 import data
@@ -108,18 +109,25 @@ def test_training_on_shards_lowers_the_held_out_loss(train, script, tmp_path):
     assert re.search(r"colours  base 0\.\d+   LoRA 0\.\d+", out)
 
 
-@pytest.mark.parametrize(("optimizer", "precision"), [("adamw8bit", "fp32"), ("adamw", "bf16")])
-def test_a_resumed_run_ends_as_one_that_never_stopped(train, tmp_path, optimizer, precision):
-    """Bit for bit: weights, optimiser state, data position, flips, dropout, noise."""
+@pytest.mark.parametrize(("optimizer", "precision"), [("adamw8bit", "fp16"), ("adamw", "bf16")])
+def test_a_run_resumed_twice_ends_as_one_that_never_stopped(train, tmp_path, optimizer, precision):
+    """Bit for bit: weights, optimiser state, loss scale, data position, flips, dropout, noise."""
     how = ["--grad-accum", 2, "--flip", "--caption-dropout", 0.3, "--warmup", 2, "--optimizer", optimizer, "--workers", 2]
-    how += ["--precision", precision]
+    how += ["--precision", precision, "--lr", 1e-2]
     train("--steps", 6, *how)
-    train("--steps", 3, *how, "--out", tmp_path / "halves")
-    out, err = train("--steps", 6, *how, "--out", tmp_path / "halves")
-    assert "3/6" in err  # it went on from there
-    assert equal(weights(tmp_path / "halves", 6), weights(tmp_path / "out", 6))
-    assert not equal(weights(tmp_path / "halves", 3), weights(tmp_path / "out", 6))
-    out, _ = train("--steps", 6, *how, "--out", tmp_path / "halves")
+    train("--steps", 2, *how, "--out", tmp_path / "parts")
+    train("--steps", 4, *how, "--out", tmp_path / "parts", "--workers", 1)
+    out, err = train("--steps", 6, *how, "--out", tmp_path / "parts")
+    assert "4/6" in err  # it went on from there
+    assert equal(weights(tmp_path / "parts", 6), weights(tmp_path / "out", 6))
+    assert not equal(weights(tmp_path / "parts", 4), weights(tmp_path / "out", 6))
+    whole, parts = (find_state("auto", tmp_path / name)[1] for name in ("out", "parts"))
+    assert torch.equal(whole["lora"], parts["lora"])
+    assert whole["scaler"] == parts["scaler"]
+    assert whole["run"]["samples"] == parts["run"]["samples"] == 24
+    for one, other in zip(*(tree_leaves(state["optimizer"]) for state in (whole, parts)), strict=True):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    out, _ = train("--steps", 6, *how, "--out", tmp_path / "parts")
     assert "is at step 6 already" in out
 
 
@@ -146,14 +154,25 @@ def test_a_file_that_reads_back_wrong_is_not_kept(train, tmp_path, monkeypatch):
     assert (tmp_path / "out/pytorch_lora_weights_1.safetensors").read_bytes() == before
 
 
-def test_a_state_of_another_adapter_is_refused(train, tmp_path):
+def test_what_has_changed_since_the_state_is_shown_and_refused_unless_it_may(train, shards, photos, tmp_path):
     train("--steps", 1)
-    _, err = train("--steps", 2, "--rank", 4, status=2)
-    assert "the saved state was made with --rank 2, --alpha 2.0: use that, or --resume none" in err
+    (state,) = (tmp_path / "out").glob("state-*")
+    _, err = train("--steps", 2, "--rank", 4, "--lr", 1e-3, "--resume-override", status=2)
+    assert f"{state} does not fit: --rank 2 -> 4, --alpha 2.0 -> 4.0: change it back, or --resume none" in err
     _, err = train("--steps", 2, "--optimizer", "adamw", "--alpha", 1, status=2)
-    assert "made with --alpha 2.0, --optimizer adamw8bit" in err
+    assert "--alpha 2.0 -> 1.0, --optimizer adamw8bit -> adamw" in err
+    _, err = train("--steps", 2, "--lr", 2e-4, "--precision", "fp16", "--data", photos, status=2)
+    files = r"--data files \w{8} -> files \w{8}"
+    changes = rf"{files}, --precision fp32 -> fp16, --base-precision fp32 -> fp16, --lr 0.0001 -> 0.0002, "
+    changes += "--text-encoder-lr 0.0001 -> 0.0002"
+    assert re.search(rf"is of another run: {changes}: change it back, or --resume-override, or --resume none", err)
+    same = shutil.copytree(shards, tmp_path / "elsewhere")
+    out, _ = train("--steps", 2, "--keep", 1, "--data", same)
+    assert f"resume     step 1 of {state}; --steps 1 -> 2; --keep 3 -> 1\n" in out
+    out, _ = train("--steps", 4, "--keep", 1, "--lr", 1e-2, "--precision", "fp16", "--resume-override", "--save-dtype", "fp32")
+    assert "step 2 of" in out  # the scaler of fp16 starts anew
+    assert last(tmp_path / "runs", "lr/unet") == pytest.approx(1e-2)
     train("--steps", 2, "--rank", 4, "--resume", "none")
-    train("--steps", 3, "--rank", 4, "--precision", "fp16")  # precision may change: the scaler starts anew
 
 
 def test_going_on_elsewhere_leaves_the_first_run_alone(train, tmp_path):
@@ -389,7 +408,7 @@ def test_two_ranks_have_the_gradient_of_one_with_the_double_batch(tiny_model, tm
     assert both["any"].tolist() == [True, False]
 
 
-def test_torchrun_with_two_ranks(tiny_model, shards, tmp_path):
+def test_torchrun_with_two_ranks(train, tiny_model, shards, tmp_path):
     how = ["--model", tiny_model, "--data", shards, "--rank", 2, "--bs", 1, "--workers", 1, "--steps", 3]
     done = torchrun(2, "train_lora.py", *how, "--out", tmp_path / "out", "--log-dir", tmp_path / "runs")
     assert "batch      1 × 1 accumulated × 2 processes = 2" in done.stdout
@@ -400,6 +419,10 @@ def test_torchrun_with_two_ranks(tiny_model, shards, tmp_path):
     torchrun(2, "train_lora.py", *how, "--out", tmp_path / "out", "--log-dir", tmp_path / "runs")
     torchrun(2, "train_lora.py", *how, "--out", tmp_path / "whole", "--log-dir", tmp_path / "runs")
     assert equal(weights(tmp_path / "out", 5), weights(tmp_path / "whole", 5))
+    out, _ = train("--steps", 6, "--bs", 1)
+    assert "step 5 of" in out
+    assert "; processes 2 -> 1; no longer bit for bit\n" in out
+    assert find_state("auto", tmp_path / "out")[1]["run"]["samples"] == 11  # the same images in the same order
 
 
 # A user's mistakes: one line, status 2, nothing written.
