@@ -4,8 +4,10 @@ Each batch is read by itself, wherever it is in the stream: the order depends ne
 of ranks, and a run resumes without reading what was passed.
 """
 
+import os
 import random
 import signal
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -193,10 +195,22 @@ def first_decodable(source: Source, samples: Iterable[int]) -> Raw:
 
 def make_loader(stream: Stream, pin_memory: bool) -> Iterator[Batch]:
     """Batches decoded ahead of time by --workers processes."""
-    options = {"prefetch_factor": 4, "worker_init_fn": ignore_interrupt} if stream.config.workers else {}
+    options = {"prefetch_factor": 4, "worker_init_fn": ignore_signals} if stream.config.workers else {}
     return iter(DataLoader(stream, batch_size=None, num_workers=stream.config.workers, pin_memory=pin_memory, **options))
 
 
-def ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; the loop, not the workers, decides when to end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def ignore_signals(worker: int) -> None:
+    """They reach every process of the terminal, or of the job; the loop, not the workers, decides when to end.
+
+    Only a SIGTERM that comes from the loop's own process ends a worker.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=wait_for_the_end, daemon=True).start()
+
+
+def wait_for_the_end() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -45,23 +45,29 @@ def to_image(pixels: Tensor) -> Image.Image:
 class Gallery:
     """The evaluation prompts during training, base beside LoRA, from the live modules: no second model in memory.
 
-    Inside `disabled()` the pipeline is the base; its pictures are rendered once.
+    Inside `disabled()` the pipeline is the base; its pictures are rendered once. Each of the ranks draws its share.
+    `stop.asked` is looked at before every prompt.
     """
 
     def __init__(
         self, pipe, decode: Callable[[Tensor], Tensor], disabled: Callable[[], AbstractContextManager],
-        prompts: list[str], size: int,
+        prompts: list[str], size: int, ranks, stop,
     ):  # fmt: skip
-        self.disabled, self.prompts, self.base = disabled, prompts, []
-        self.render = partial(render, pipe, decode, prompts, seed=0, steps=20, guidance=5.0, size=size)
+        self.disabled, self.prompts, self.ranks, self.stop, self.base = disabled, prompts, ranks, stop, {}
+        self.render = partial(render, pipe, decode, steps=20, guidance=5.0, size=size)
 
-    def draw(self, name: str) -> np.ndarray:
-        """One sheet, a row for each prompt: [H, W, 3] uint8."""
-        if not self.base:
-            with self.disabled():
-                self.base = self.render()
-        rows = zip(self.prompts, self.base, self.render(), strict=True)
-        return np.asarray(stack([side_by_side({"base": base, name: tuned}, prompt) for prompt, base, tuned in rows]))
+    def draw(self, name: str) -> np.ndarray | None:
+        """One sheet, a row for each prompt: [H, W, 3] uint8; None if it was stopped."""
+        mine = {}
+        for i in range(self.ranks.rank, len(self.prompts), self.ranks.world):
+            if self.stop.asked:
+                break
+            if i not in self.base:
+                with self.disabled():
+                    self.base[i] = self.render([self.prompts[i]], seed=i)[0]
+            mine[i] = side_by_side({"base": self.base[i], name: self.render([self.prompts[i]], seed=i)[0]}, self.prompts[i])
+        rows = {i: sheet for part in self.ranks.gather(mine) for i, sheet in part.items()}
+        return np.asarray(stack([rows[i] for i in sorted(rows)])) if len(rows) == len(self.prompts) else None
 
 
 def side_by_side(columns: dict[str, Image.Image], prompt: str) -> Image.Image:

@@ -7,7 +7,8 @@
     torchrun --nnodes 2 --node-rank 0 --nproc-per-node 8 --master-addr HOST --master-port 29500 train_lora.py …
 
 Writes checkpoints/pytorch_lora_weights_{step}.safetensors and, for --resume, checkpoints/state-{n}; TensorBoard logs in runs/.
-Ends with status 0 when all steps are done and saved, 74 if the last save failed, 2 for a mistake in the command.
+Ends with status 0 when all steps are done and saved, 75 if a signal asked it to stop (saved: the same command goes on), 74 if
+the last save failed, 2 for a mistake in the command.
 """
 
 import time
@@ -93,13 +94,18 @@ class TrainConfig:
     """'auto' (go on from the newest whole state in --out), 'none', or a state or the folder of a run."""
     resume_override: bool = False
     """Go on although options differ from those of the state, with the new ones."""
+    rank_timeout: float = 300
+    """Seconds to wait for a process that does not come to where all meet, which is every step; then all end."""
+    check_ranks_every: int = 100
+    """Steps after which the processes compare their LoRA weights, bit by bit."""
     seed: int = 0
     """Everything random is a function of it and of the step."""
     device: str = "auto"
     """'auto' (CUDA if there is one), 'cuda', 'cpu'."""
 
     def __post_init__(self) -> None:
-        for flag, least in (("steps", 1), ("grad_accum", 1), ("save_every", 1), ("keep", 1), ("warmup", 0)):
+        counts = ("steps", "grad_accum", "save_every", "keep", "rank_timeout", "check_ranks_every")
+        for flag, least in (*((flag, 1) for flag in counts), ("warmup", 0)):
             if getattr(self, flag) < least:
                 raise UserError(f"--{flag.replace('_', '-')} must be at least {least}, not {getattr(self, flag)}")
 
@@ -118,15 +124,16 @@ def seed_of(*parts: int) -> int:
 
 
 class StopRequest:
-    """Ctrl-C or SIGTERM asks the loop to save and end after the step it is in."""
+    """Ctrl-C, SIGTERM or SIGUSR1 asks the loop to save and end after the step it is in; a Ctrl-C after that ends at once."""
 
     def __init__(self):
         self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self.ask)
 
     def ask(self, number: int, frame: object) -> None:
         self.asked = True
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Log:
@@ -201,7 +208,7 @@ def main(config: TrainConfig) -> int:
     asked = config.memory.base_precision if config.memory.base_precision in memory.DTYPES else config.memory.precision
     precision = memory.resolve_precision(asked, device)
     dtype = memory.DTYPES[precision]
-    ranks = join_ranks(device)
+    ranks = join_ranks(device, config.rank_timeout)
 
     # Data, looked at before the model is loaded: a mistake shows at once.
     source = open_mixture(config.dataset.data)
@@ -307,15 +314,17 @@ def main(config: TrainConfig) -> int:
 
     # The loop. Randomness is a function of (seed, rank, step), the learning rate of the step.
     channels = pipe.unet.config.in_channels
+    stop = StopRequest()
     stream.start = run.samples // config.dataset.bs
     batches = make_loader(stream, pin_memory=device.type == "cuda")
     vae_bytes = sum(p.nbytes for p in pipe.vae.parameters()) + sdxl.DECODING * resolution**2 * pipe.vae.dtype.itemsize
     tight = plan.weights + vae_bytes > plan.budget
     decode = partial(decode_latents, pipe.vae, tiled=tight)
-    gallery = Gallery(pipe, decode, adapter.disabled, evaluation_prompts(config.model), resolution)
-    stop, meter, logged, skipped = StopRequest(), Meter(device), run.step, set(source.uncaptioned)
+    gallery = Gallery(pipe, decode, adapter.disabled, evaluation_prompts(config.model), resolution, ranks, stop)
+    weights = {name: delta[:2] for name, delta in adapter.deltas.items()}
+    meter, logged, skipped, stopping = Meter(device), run.step, set(source.uncaptioned), False
     progress = tqdm(total=config.steps, initial=run.step, unit="step", disable=not ranks.first)
-    while run.step < config.steps and not ranks.any(stop.asked):
+    while run.step < config.steps and not stopping:
         for group in optimizer.param_groups:
             group["lr"] = rates[group["name"]] * lr_factor(run.step, config)
         for micro in range(config.grad_accum):
@@ -331,6 +340,7 @@ def main(config: TrainConfig) -> int:
             inputs = (images, spread, noise, timesteps, tokens, ids)
             for part in zip(*(tensor.split(plan.micro) for tensor in inputs), strict=True):
                 meter.add(step(*part))
+        stopping = ranks.any(stop.asked)
         ranks.average(adapter.grad)
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(adapter.groups.values(), MAX_GRAD_NORM)
@@ -340,9 +350,11 @@ def main(config: TrainConfig) -> int:
         run.step, run.samples = run.step + 1, run.samples + images_per_step
         progress.update()
 
+        if run.step % config.check_ranks_every == 0 and (name := ranks.first_difference(weights)):
+            sys.exit(f"step {run.step}: the ranks no longer hold the same LoRA, {name} is the first that differs: not saved")
         if run.step == start + 2 and ranks.first:
             tqdm.write(measured(device))
-        saving = run.step % config.save_every == 0 or run.step == config.steps
+        saving = stopping or run.step % config.save_every == 0 or run.step == config.steps
         if saving or run.step % LOG_EVERY == 0:
             scalars = meter.read(ranks, run.step - logged, images_per_step)
             logged = run.step
@@ -353,37 +365,34 @@ def main(config: TrainConfig) -> int:
             scalars |= dict(zip(("peak_memory_GiB", "peak_reserved_GiB"), memory.peak_memory(device), strict=True))
             for name, value in scalars.items():
                 log.add_scalar(name, value, run.step)
-        if saving and ranks.first:  # the weights first, then pictures
-            if (error := disk("the checkpoint", partial(save, run))) is not None:
-                log.add_scalar("largest_error_of_the_file", error, run.step)
+        if saving and ranks.first and (error := disk("the checkpoint", partial(save, run))) is not None:
+            log.add_scalar("largest_error_of_the_file", error, run.step)
+        if saving and not stopping:  # the weights first, then pictures
             step.release()
             pipe.vae.to(device)
             with torch.compiler.set_stance("force_eager"):  # compiling for the shapes of pictures would take minutes
-                log.add_image("compare", gallery.draw(f"LoRA, step {run.step}"), run.step, dataformats="HWC")
+                sheet = gallery.draw(f"LoRA, step {run.step}")
+            if sheet is not None:
+                log.add_image("compare", sheet, run.step, dataformats="HWC")
             pipe.vae.to(vae_home)
             meter.restart()
 
-    # The end, or Ctrl-C.
+    # The end, or a signal.
     progress.close()
     skipped = sorted(ranks.union(skipped))
     if ranks.first:
-        if run.step < config.steps and run.step > start:
-            disk("the checkpoint", partial(save, run))
         if disk.failed:
             print(f"step {run.step} could not be saved", file=sys.stderr)
-        elif run.step == config.steps:
-            print(f"wrote {config.out / run.saved[-1]}")
-        elif run.step > start:
-            print(f"wrote {config.out / run.saved[-1]}: the same command goes on from there")
         else:
-            print("stopped before the first step: nothing was written")
+            goes_on = ": stopped by a signal, the same command goes on from there" if run.step < config.steps else ""
+            print(f"wrote {config.out / run.saved[-1]}{goes_on}")
         log.close()
         if advice := meter.advice():
             print(advice)
         if skipped:
             print(f"skipped {len(skipped)} images, broken or without a caption: {', '.join(skipped)}")
     leave_ranks()
-    return os.EX_IOERR if disk.failed else os.EX_OK
+    return os.EX_IOERR if disk.failed else os.EX_OK if run.step == config.steps else os.EX_TEMPFAIL
 
 
 # Memory.
@@ -483,7 +492,8 @@ def save_checkpoint(
 # learnt depends on them, or only from then on. All others need --resume-override.
 NEVER = {"model", "rank", "alpha", "targets", "train_text_encoder", "optimizer"}
 FREELY = {"steps", "save_every", "keep", "format", "save_dtype", "out", "log_dir", "resume", "resume_override", "device",
-          "workers", "vram_gb", "checkpointing", "attention", "cuda_graph", "compile"}  # fmt: skip
+          "workers", "vram_gb", "checkpointing", "attention", "cuda_graph", "compile", "rank_timeout",
+          "check_ranks_every"}  # fmt: skip
 
 
 def circumstances(config: TrainConfig, source: Source, world: int) -> dict:

@@ -1,9 +1,11 @@
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image, ImageFont
 from test_lora import shake
 
+from distributed import Ranks
 from lora import LoRAConfig, add_lora
 from pictures import Gallery, evaluation_prompts, render, shorten, side_by_side, stack
 from sdxl import decode_latents
@@ -33,7 +35,11 @@ def test_render_equals_the_pipeline(pipe):
 
 def test_gallery_shows_base_and_adapter(pipe, denoiser):
     adapter = add_lora(denoiser, LoRAConfig(), denoiser.unread)
-    gallery = Gallery(pipe, partial(decode_latents, pipe.vae), adapter.disabled, ["a"], 64)
+    stop = SimpleNamespace(asked=False)
+    gallery = Gallery(pipe, partial(decode_latents, pipe.vae), adapter.disabled, ["a"], 64, Ranks(0, 1), stop)
+    stop.asked = True
+    assert gallery.draw("LoRA") is None
+    stop.asked = False
     same = gallery.draw("LoRA")
     shake(adapter)
     changed = gallery.draw("LoRA")

@@ -4,9 +4,11 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,13 +22,13 @@ from two_ranks import gradient_and_step
 import data
 import formats
 import pictures
-from checkpoint import find_state, save_state, write_atomically
+from checkpoint import find_state, find_states, save_state, write_atomically
 from data import DataConfig
 from lora import LoRAConfig, layer_shapes
 from memory import MemoryConfig
 from sdxl import Denoiser, read_sdxl
 from sources import open_source, pack_latents
-from train_lora import Log, Meter, TrainConfig, lr_factor, plan_memory
+from train_lora import Log, Meter, StopRequest, TrainConfig, lr_factor, plan_memory
 
 
 @pytest.fixture
@@ -359,21 +361,65 @@ def test_broken_images_are_reported_at_the_end(train, photos, tmp_path):
     assert re.search(r"skipped 2 images, .*photo0\.jpg, .*photo1\.jpg$", out.strip())
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(tiny_model, shards, tmp_path):
-    command = [sys.executable, "train_lora.py", "--model", tiny_model, "--data", shards, "--steps", "5000", "--bs", "1"]
-    command += ["--rank", "2", "--out", tmp_path / "out", "--log-dir", tmp_path / "runs"]
-    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    while "loss=" not in process.stderr.readline(2000):
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
-    assert "Traceback" not in err
-    step = int(re.search(r"weights_(\d+)\.safetensors: the same command goes on", out)[1])
-    assert 10 <= step < 5000
-    assert weights(tmp_path / "out", step)
-    done = run(*map(str, command[1:]), "--steps", str(step + 2))
-    assert f"weights_{step + 2}.safetensors" in done.stdout
+def start(*command: object) -> subprocess.Popen:
+    """A program in a session of its own, as under torchrun: a signal to its group reaches the workers of the loader too."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(list(map(str, command)), cwd=ROOT, start_new_session=True, **pipes)
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(train, tiny_model, shards, tmp_path):
+    """SIGTERM to all processes, then SIGUSR1 to the main one: in the end bit for bit as if nothing had happened."""
+    options = ["--bs", 1, "--workers", 2, "--caption-dropout", 0.3]
+    command = [sys.executable, "train_lora.py", "--model", tiny_model, "--data", shards, "--rank", 2, *options]
+    command += ["--steps", 5000, "--out", tmp_path / "out", "--log-dir", tmp_path / "runs"]
+    step = 0
+    for number, signalled in ((signal.SIGTERM, os.killpg), (signal.SIGUSR1, os.kill)):
+        process = start(*command)
+        while "loss=" not in process.stderr.readline(2000):
+            assert process.poll() is None
+        signalled(process.pid, number)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 75, err
+        assert "Traceback" not in err
+        assert f"step {step} of" in out or step == 0
+        before, step = step, int(re.search(r"weights_(\d+)\.safetensors: stopped by a signal, the same", out)[1])
+        assert before + 1 <= step < 5000
+    train("--steps", step, *options, "--out", tmp_path / "whole", "--workers", 0)
+    assert equal(weights(tmp_path / "out", step), weights(tmp_path / "whole", step))
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        stop = StopRequest()
+        assert not stop.asked
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.asked
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+        os.kill(os.getpid(), signal.SIGTERM)  # as a job is told twice
+        assert signal.getsignal(signal.SIGTERM) == stop.ask
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("status", "requeued"), [(75, True), (0, False), (1, False)])
+def test_a_job_of_slurm_is_queued_again_if_it_was_stopped(tmp_path, status, requeued):
+    """With stand-ins for Slurm's commands and for python."""
+    stand_ins = {
+        "srun": 'shift; SLURM_PROCID=1 SLURM_LOCALID=1 SLURM_NTASKS=2 "$@"',
+        "scontrol": f'echo "$@" >> {tmp_path}/scontrol; echo host1; echo host2',
+        "python": f'echo "$@ $RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT"; exit {status}',
+    }
+    for name, body in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "host[1-2]", "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    script = [ROOT / "scripts/train.slurm", "--steps", "9"]
+    done = subprocess.run(["bash", *script], env=job, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert done.stdout.startswith("train_lora.py --steps 9 1 1 2 host1 20007\n")
+    assert ("requeue 7" in (tmp_path / "scontrol").read_text()) == requeued
 
 
 @pytest.mark.gpu
@@ -406,17 +452,48 @@ def test_two_ranks_have_the_gradient_of_one_with_the_double_batch(tiny_model, tm
     assert not both["ranks differ"].any()
     assert both["union"].tolist() == [0, 1, 7]
     assert both["any"].tolist() == [True, False]
+    assert both["first difference"] == ["other", None]
 
 
-def test_torchrun_with_two_ranks(train, tiny_model, shards, tmp_path):
-    how = ["--model", tiny_model, "--data", shards, "--rank", 2, "--bs", 1, "--workers", 1, "--steps", 3]
-    done = torchrun(2, "train_lora.py", *how, "--out", tmp_path / "out", "--log-dir", tmp_path / "runs")
-    assert "batch      1 × 1 accumulated × 2 processes = 2" in done.stdout
-    assert done.stdout.count("wrote") == 1  # rank 0 alone writes
-    assert weights(tmp_path / "out", 3)
-    assert find_state("auto", tmp_path / "out")[1]["run"]["samples"] == 6
-    how[how.index("--steps") + 1] = 5
-    torchrun(2, "train_lora.py", *how, "--out", tmp_path / "out", "--log-dir", tmp_path / "runs")
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGSTOP)", "os._exit(9)"], ids=["hangs", "dies"])
+def test_a_rank_that_is_missing_is_named_by_all_others(end):
+    code = "import os, signal, torch; from distributed import join_ranks; ranks = join_ranks(torch.device('cpu'), 4);"
+    code += f"ranks.any(False); ranks.rank == 2 and {end}; ranks.any(False); ranks.any(False)"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        there = os.environ | {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    how = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True}
+    ranks = [subprocess.Popen([sys.executable, "-c", code], env=there | {"RANK": str(rank)}, **how) for rank in range(3)]
+    try:
+        for rank, process in enumerate(ranks[:2]):
+            _, err = process.communicate(timeout=60)
+            assert process.returncode == 1
+            assert f"rank 2 of 3 does not answer, so rank {rank} ends too" in err
+            assert "Traceback" not in err
+    finally:
+        ranks[2].kill()
+
+
+def rank_of(agent: int, rank: int) -> int:
+    """The process id of a rank that torchrun has started."""
+    children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+    return next(int(pid) for pid in children if f"\0RANK={rank}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes())
+
+
+def test_two_ranks_of_which_one_is_killed(train, tiny_model, shards, tmp_path):
+    how = ["--model", tiny_model, "--data", shards, "--rank", 2, "--bs", 1, "--workers", 1, "--steps", 5]
+    files = ["--out", tmp_path / "out", "--log-dir", tmp_path / "runs", "--save-every", 3]
+    agent = start("torchrun", "--standalone", "--nproc-per-node", 2, "--max-restarts", 3, "train_lora.py", *how, *files)
+    while not find_states(tmp_path / "out"):
+        time.sleep(0.02)
+        assert agent.poll() is None
+    os.kill(rank_of(agent.pid, 1), signal.SIGKILL)
+    out, err = agent.communicate(timeout=120)
+    assert agent.returncode == 0, err
+    assert "batch      1 × 1 accumulated × 2 processes = 2" in out
+    assert f"resume     step 3 of {tmp_path}/out/state-1\n" in out
+    assert out.count("wrote") == 1  # rank 0 alone writes
+    assert find_state("auto", tmp_path / "out")[1]["run"]["samples"] == 10
     torchrun(2, "train_lora.py", *how, "--out", tmp_path / "whole", "--log-dir", tmp_path / "runs")
     assert equal(weights(tmp_path / "out", 5), weights(tmp_path / "whole", 5))
     out, _ = train("--steps", 6, "--bs", 1)

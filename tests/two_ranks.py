@@ -37,6 +37,11 @@ if __name__ == "__main__":
     result["ranks differ"] = torch.tensor([not torch.equal(other, held[0]) for other in held])
     result["union"] = torch.tensor(sorted(int(name) for name in ranks.union({str(ranks.rank), "7"})))
     result["any"] = torch.tensor([ranks.any(ranks.rank == 1), ranks.any(False)])
+    parts = {
+        "same": (torch.ones(3),),
+        "other": (torch.ones(3), torch.tensor([0.0, -0.0])[ranks.rank]),
+    }  # equal, but not in bits
+    result["first difference"] = [ranks.first_difference(parts), ranks.first_difference({"same": parts["same"]})]
     if ranks.first:
         torch.save(result, out)
     leave_ranks()
