@@ -61,7 +61,8 @@ class Batch:
     original_size: torch.Tensor  # [B, 2] (h, w) of the source image
     crop: torch.Tensor  # [B, 2] (top, left) in the resized image
     size: torch.Tensor  # [B, 2] (h, w) of the bucket
-    skipped: list[str]  # images of this batch that could not be decoded
+    names: list[str]
+    skipped: list[str]  # images of this batch that could not be decoded, or are left out
 
     def pin_memory(self) -> "Batch":
         self.images = self.images.pin_memory()
@@ -125,8 +126,8 @@ class Stream(IterableDataset):
     """Endless batches for one rank, from global batch number `start` on.
 
     Batch k of the stream is a function of (seed, k); consecutive batches go to the ranks in turn, and within a rank to the
-    workers in turn. A sample that cannot be decoded is replaced by another of its batch or, if nothing in it can, by the first
-    of its bucket, or of the data set, that can.
+    workers in turn. A sample that cannot be decoded, or is left out, is replaced by another of its batch or, if nothing in it
+    can, by the first of its bucket, or of the data set, that can.
     """
 
     def __init__(
@@ -136,6 +137,7 @@ class Stream(IterableDataset):
         self.source, self.config, self.captions, self.seed = source, config, captions, seed
         self.sizes, self.bucket = assign_buckets(source, config, resolution)
         self.rank, self.world, self.start = rank, world, start
+        self.left_out: set[str] = set()  # names of samples that spoil training
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
@@ -158,11 +160,13 @@ class Stream(IterableDataset):
 
         def keep(raw: Raw, flip: bool, caption: str) -> None:
             nonlocal images
+            if raw.name in self.left_out:
+                raise ValueError(raw.name)
             pixels, *sizes = self.decode(raw, bucket, flip)
             if images is None:
                 images = np.empty((len(samples), *pixels.shape), pixels.dtype)
             images[len(told)] = pixels  # at once: memory that is given back while it is warm makes the next image faster
-            told.append((*sizes, caption))
+            told.append((*sizes, caption, raw.name))
 
         for draw, n in zip(draws, samples, strict=True):
             rng, raw = random.Random(f"{self.seed} draw {draw}"), self.source.raw(n)
@@ -176,9 +180,9 @@ class Stream(IterableDataset):
             keep(raw, False, raw.captions[0])
         again = [i % len(told) for i in range(len(samples))]
         images = torch.from_numpy(images if len(told) == len(samples) else images[again])
-        original, crop, captions = zip(*(told[i] for i in again), strict=True)
+        original, crop, captions, names = zip(*(told[i] for i in again), strict=True)
         size = torch.tensor([self.sizes[bucket]] * len(samples))
-        return Batch(images, list(captions), torch.tensor(original), torch.tensor(crop), size, skipped)
+        return Batch(images, list(captions), torch.tensor(original), torch.tensor(crop), size, list(names), skipped)
 
 
 def first_decodable(source: Source, samples: Iterable[int]) -> Raw:

@@ -15,6 +15,7 @@ import time
 
 STARTED = time.perf_counter()  # before the imports: they are part of the wait for the first step
 
+import copy
 import hashlib
 import json
 import math
@@ -22,8 +23,8 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -52,6 +53,7 @@ from quantise import BASES as PACKED
 from quantise import check_quantisable, packed_bytes, quantisable, quantise_base
 from sdxl import Denoiser, decode_latents, encode_pixels, sample_latents, time_ids, tokenize
 from sources import Source, open_mixture
+from watch import HITS, largest_values, not_finite
 
 LOG_EVERY = 10  # steps; the host waits for the device only then
 MAX_GRAD_NORM = 1.0
@@ -94,6 +96,8 @@ class TrainConfig:
     """'auto' (go on from the newest whole state in --out), 'none', or a state or the folder of a run."""
     resume_override: bool = False
     """Go on although options differ from those of the state, with the new ones."""
+    max_bad_steps: int = 20
+    """Steps in a row whose loss is not a finite number; then the run ends."""
     rank_timeout: float = 300
     """Seconds to wait for a process that does not come to where all meet, which is every step; then all end."""
     check_ranks_every: int = 100
@@ -104,7 +108,7 @@ class TrainConfig:
     """'auto' (CUDA if there is one), 'cuda', 'cpu'."""
 
     def __post_init__(self) -> None:
-        counts = ("steps", "grad_accum", "save_every", "keep", "rank_timeout", "check_ranks_every")
+        counts = ("steps", "grad_accum", "save_every", "keep", "max_bad_steps", "rank_timeout", "check_ranks_every")
         for flag, least in (*((flag, 1) for flag in counts), ("warmup", 0)):
             if getattr(self, flag) < least:
                 raise UserError(f"--{flag.replace('_', '-')} must be at least {least}, not {getattr(self, flag)}")
@@ -160,18 +164,18 @@ class NoLog:
 
 
 class Meter:
-    """Mean loss, images per second and share of the time spent waiting for data since the last reading.
-
-    Adding costs no synchronisation, reading costs one.
+    """Loss and gradient norm of each step, images per second and share of the time spent waiting for data since the last
+    reading, which comes after LOG_EVERY steps at the latest. Adding costs no synchronisation, reading costs one.
     """
 
     def __init__(self, device: torch.device):
-        self.loss = torch.zeros((), device=device)
+        self.losses, self.norms = torch.zeros(2, LOG_EVERY, device=device)
         self.shares: list[float] = []  # of every reading
         self.restart()
 
     def restart(self) -> None:
-        self.loss.zero_()
+        self.steps = 0
+        self.losses.zero_()
         self.since, self.waited = time.perf_counter(), 0.0
 
     def next(self, batches: Iterator[Batch]) -> Batch:
@@ -182,16 +186,31 @@ class Meter:
         return batch
 
     def add(self, loss: torch.Tensor) -> None:
-        self.loss += loss.detach()
+        """A share of the loss of the step that is being made."""
+        self.losses[self.steps] += loss
 
-    def read(self, ranks: Ranks, steps: int, images_per_step: int) -> dict[str, float]:
-        """Over the last `steps`: loss and images/s of all ranks, and what this one waited."""
-        ranks.average(self.loss)
-        loss, seconds = self.loss.item() / steps, time.perf_counter() - self.since
+    def end_step(self, grad_norm: torch.Tensor) -> None:
+        self.norms[self.steps] = grad_norm
+        self.steps += 1
+
+    def read(self, ranks: Ranks, images_per_step: int, scale: float) -> tuple[dict[str, float], list[bool]]:
+        """Mean loss over the finite ones and images/s of all ranks, what this one waited; and which steps were spoilt."""
+        ranks.average(self.losses)  # one that is not finite on one rank is so on all
+        losses, norms = self.losses[: self.steps].tolist(), self.norms[: self.steps].tolist()
+        finite, seconds = list(filter(math.isfinite, losses)), time.perf_counter() - self.since
         self.shares.append(self.waited / seconds)
-        told = {"loss": loss, "images_per_second": steps * images_per_step / seconds, "waiting_for_data": self.shares[-1]}
+        spoilt = not_finite(losses, norms, scale)
+        told = {
+            "loss": sum(finite) / len(finite) if finite else math.nan,
+            "grad_norm": norms[-1],
+            "images_per_second": self.steps * images_per_step / seconds,
+            "waiting_for_data": self.shares[-1],
+            "loss_scale": scale,
+            "overflows": sum(not math.isfinite(norm) for norm in norms) - sum(spoilt),
+            "not_finite": sum(spoilt),
+        }
         self.restart()
-        return told
+        return told, spoilt
 
     def advice(self) -> str | None:
         """What to do where data is the bottleneck. The first reading does not count: the workers had just been started."""
@@ -258,7 +277,7 @@ def main(config: TrainConfig) -> int:
     groups = [{"name": name, "params": [p]} for name, p in adapter.groups.items()]
     optimizer = memory.make_optimizer(config.memory.optimizer, groups)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    generator = torch.Generator(device)
+    generator, channels = torch.Generator(device), pipe.unet.config.in_channels
 
     # The step from a batch to its gradients, every kernel of it recorded once.
     encode = (lambda posterior: posterior) if source.latents else (lambda images: encode_pixels(pipe.vae, normalise(images)))
@@ -271,12 +290,25 @@ def main(config: TrainConfig) -> int:
         loss = diffusion(denoise, latents, noise, timesteps).mean() / micro_batches
         scaler.scale(loss).backward()
         adapter.gather()
-        return loss.detach()
+        loss = loss.detach()
+        adapter.grad[0] += 0 * loss  # a loss that is not finite makes the gradient so, on every rank: the step is not taken
+        return loss
+
+    def prepare(batch: Batch, number: int, micro: int) -> tuple[torch.Tensor, ...]:
+        """A batch, and what is random about it in step `number`, on the device."""
+        generator.manual_seed(seed_of(config.seed, ranks.rank, number, micro))
+        latents_shape = (config.dataset.bs, channels, *(batch.size[0] // pipe.vae_scale_factor).tolist())
+        images = memory.send(batch.images, device)
+        tokens = memory.send(tokenize(denoiser.tokenizers, batch.captions), device)
+        ids = memory.send(time_ids(batch.original_size, batch.crop, batch.size), device)
+        spread = torch.randn(latents_shape, generator=generator, device=device)
+        noise, timesteps = diffusion.draw(latents_shape, generator)
+        return images, spread, noise, timesteps, tokens, ids
 
     step = GraphedStep(differentiate, [adapter.grad], config.memory.cuda_graph, device)
 
     # Where the run stands: at its beginning, or where a saved state left it.
-    run = Run(log_dir=str(config.log_dir / time.strftime("%Y%m%d-%H%M%S")))
+    run = Run(log_dir=ranks.from_first(str(config.log_dir / time.strftime("%Y%m%d-%H%M%S"))))
     found = ranks.from_first(find_state(config.resume, config.out) if ranks.first else None)
     if found:
         run, changes = restore(*found, config, source, ranks.world, adapter, optimizer, scaler)
@@ -313,8 +345,8 @@ def main(config: TrainConfig) -> int:
         print(f"file       {config.out}/pytorch_lora_weights_{config.steps}.safetensors, {size:.2f} MB", flush=True)
 
     # The loop. Randomness is a function of (seed, rank, step), the learning rate of the step.
-    channels = pipe.unet.config.in_channels
     stop = StopRequest()
+    stream.left_out = run.left_out
     stream.start = run.samples // config.dataset.bs
     batches = make_loader(stream, pin_memory=device.type == "cuda")
     vae_bytes = sum(p.nbytes for p in pipe.vae.parameters()) + sdxl.DECODING * resolution**2 * pipe.vae.dtype.itemsize
@@ -322,7 +354,8 @@ def main(config: TrainConfig) -> int:
     decode = partial(decode_latents, pipe.vae, tiled=tight)
     gallery = Gallery(pipe, decode, adapter.disabled, evaluation_prompts(config.model), resolution, ranks, stop)
     weights = {name: delta[:2] for name, delta in adapter.deltas.items()}
-    meter, logged, skipped, stopping = Meter(device), run.step, set(source.uncaptioned), False
+    meter, skipped, stopping = Meter(device), set(source.uncaptioned), False
+    examine = partial(examine_steps, config, ranks, stream, denoiser, adapter, prepare, differentiate)
     progress = tqdm(total=config.steps, initial=run.step, unit="step", disable=not ranks.first)
     while run.step < config.steps and not stopping:
         for group in optimizer.param_groups:
@@ -330,23 +363,18 @@ def main(config: TrainConfig) -> int:
         for micro in range(config.grad_accum):
             batch = meter.next(batches)
             skipped.update(batch.skipped)
-            generator.manual_seed(seed_of(config.seed, ranks.rank, run.step, micro))
-            latents_shape = (config.dataset.bs, channels, *(batch.size[0] // pipe.vae_scale_factor).tolist())
-            images = memory.send(batch.images, device)
-            tokens = memory.send(tokenize(denoiser.tokenizers, batch.captions), device)
-            ids = memory.send(time_ids(batch.original_size, batch.crop, batch.size), device)
-            spread = torch.randn(latents_shape, generator=generator, device=device)
-            noise, timesteps = diffusion.draw(latents_shape, generator)
-            inputs = (images, spread, noise, timesteps, tokens, ids)
+            inputs = prepare(batch, run.step, micro)
             for part in zip(*(tensor.split(plan.micro) for tensor in inputs), strict=True):
                 meter.add(step(*part))
         stopping = ranks.any(stop.asked)
         ranks.average(adapter.grad)
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(adapter.groups.values(), MAX_GRAD_NORM)
+        optimizer.found_inf = (~grad_norm.isfinite()).float()  # as a GradScaler tells: the step is skipped on the device
         scaler.step(optimizer)
         scaler.update()
         adapter.refresh()
+        meter.end_step(grad_norm)
         run.step, run.samples = run.step + 1, run.samples + images_per_step
         progress.update()
 
@@ -356,11 +384,17 @@ def main(config: TrainConfig) -> int:
             tqdm.write(measured(device))
         saving = stopping or run.step % config.save_every == 0 or run.step == config.steps
         if saving or run.step % LOG_EVERY == 0:
-            scalars = meter.read(ranks, run.step - logged, images_per_step)
-            logged = run.step
+            scalars, spoilt = meter.read(ranks, images_per_step, scaler.get_scale())
+            if any(spoilt):
+                step.release()
+            examine(run, spoilt)
+            if run.bad_steps >= config.max_bad_steps:
+                sys.exit(f"stopped: {run.bad_steps} steps in a row had no finite loss, see {run.log_dir}/nonfinite-*")
+            if run.leave_out():
+                stream.left_out, stream.start = run.left_out, run.samples // config.dataset.bs
+                batches = make_loader(stream, pin_memory=device.type == "cuda")
             shown = {"lr": f"{optimizer.param_groups[0]['lr']:.2e}", "img_s": f"{scalars['images_per_second']:.2f}"}
             progress.set_postfix(loss=f"{scalars['loss']:.4f}", **shown)
-            scalars |= {"grad_norm": grad_norm.item(), "loss_scale": scaler.get_scale()}
             scalars |= {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
             scalars |= dict(zip(("peak_memory_GiB", "peak_reserved_GiB"), memory.peak_memory(device), strict=True))
             for name, value in scalars.items():
@@ -390,7 +424,7 @@ def main(config: TrainConfig) -> int:
         if advice := meter.advice():
             print(advice)
         if skipped:
-            print(f"skipped {len(skipped)} images, broken or without a caption: {', '.join(skipped)}")
+            print(f"skipped {len(skipped)} images, broken, left out or without a caption: {', '.join(skipped)}")
     leave_ranks()
     return os.EX_IOERR if disk.failed else os.EX_OK if run.step == config.steps else os.EX_TEMPFAIL
 
@@ -429,6 +463,40 @@ def measured(device: torch.device) -> str:
     return f"memory     measured peak {peak:.1f} GiB, {reserved:.1f} reserved; two steps done {seconds:.0f} s after the start"
 
 
+# Steps whose loss was not a finite number. They have changed nothing.
+
+
+def examine_steps(
+    config: TrainConfig, ranks: Ranks, stream: Stream, denoiser: Denoiser, adapter: Adapter, prepare: Callable,
+    differentiate: Callable, run: "Run", spoilt: list[bool],
+) -> None:  # fmt: skip
+    """Makes each of the last steps that were `spoilt` once more, sample by sample, and writes what it finds to
+    nonfinite-{step}/ beside the log. Counts the hits of samples that are not finite again, and the bad steps in a row.
+    """
+    for number, bad in enumerate(spoilt, run.step - len(spoilt)):
+        run.bad_steps = run.bad_steps + 1 if bad else 0
+        if not bad:
+            continue
+        again, found = copy.copy(stream), []
+        again.start = run.samples // config.dataset.bs - (run.step - number) * config.grad_accum * ranks.world
+        for micro, batch in zip(range(config.grad_accum), again, strict=False):
+            inputs = prepare(batch, number, micro)
+            for n, (name, caption) in enumerate(zip(batch.names, batch.captions, strict=True)):
+                with largest_values(denoiser) as modules:
+                    loss = differentiate(*(tensor[n : n + 1] for tensor in inputs)).item()
+                told = {"sample": name, "caption": caption, "timestep": inputs[3][n].item(), "modules": modules}
+                found.append({"finite": math.isfinite(loss + adapter.grad.sum().item()), **told})
+                adapter.refresh()
+        guilty = ranks.union({sample["sample"] for sample in found if not sample["finite"]})
+        for name in guilty:
+            run.hits[name] = run.hits.get(name, 0) + 1
+        file = Path(run.log_dir) / f"nonfinite-{number}" / f"rank{ranks.rank}.json"
+        Persistence()(str(file), partial(write_atomically, file, json.dumps(found, indent=1).encode()))
+        if ranks.first:
+            told = f"by {', '.join(sorted(guilty))}" if guilty else "which could not be repeated"
+            print(f"step {number} had no finite loss or gradient and was skipped, {told}: see {file.parent}", file=sys.stderr)
+
+
 # Files: the LoRA, and the state that --resume goes on from.
 
 
@@ -440,6 +508,16 @@ class Run:
     step: int = 0
     samples: int = 0  # of the data stream, over all ranks
     saved: tuple[str, ...] = ()  # LoRA files that this run has written and not yet removed
+    bad_steps: int = 0  # in a row
+    hits: dict[str, int] = field(default_factory=dict)  # {sample: how many steps it has spoilt}
+    left_out: set[str] = field(default_factory=set)
+
+    def leave_out(self) -> bool:
+        """Leaves out the samples that have spoilt too many steps. Only at steps that no save shifts. Are there more now?"""
+        before = len(self.left_out)
+        if self.step % LOG_EVERY == 0:
+            self.left_out |= {name for name, count in self.hits.items() if count >= HITS}
+        return len(self.left_out) > before
 
 
 def flat_config(config: TrainConfig) -> dict:
@@ -493,7 +571,7 @@ def save_checkpoint(
 NEVER = {"model", "rank", "alpha", "targets", "train_text_encoder", "optimizer"}
 FREELY = {"steps", "save_every", "keep", "format", "save_dtype", "out", "log_dir", "resume", "resume_override", "device",
           "workers", "vram_gb", "checkpointing", "attention", "cuda_graph", "compile", "rank_timeout",
-          "check_ranks_every"}  # fmt: skip
+          "check_ranks_every", "max_bad_steps"}  # fmt: skip
 
 
 def circumstances(config: TrainConfig, source: Source, world: int) -> dict:

@@ -228,6 +228,49 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatch
     assert any("after" in EventAccumulator(str(file)).Reload().Tags()["scalars"] for file in tmp_path.iterdir())
 
 
+def nan_latents(file: Path, broken: set[int]) -> Path:
+    """A shard of three ready-made latents, some of them no numbers."""
+    with wds.TarWriter(str(file)) as tar:
+        for i in range(3):
+            posterior = torch.randn(8, 8, 8, generator=torch.Generator().manual_seed(i)).abs()
+            posterior *= torch.nan if i in broken else 1
+            tar.write({"__key__": f"{i}", "safetensors": pack_latents(posterior, (64, 64), (0, 0)), "txt": f"picture {i}"})
+    return file
+
+
+@pytest.mark.parametrize(("optimizer", "precision"), [("adamw8bit", "fp16"), ("adamw", "fp32")])
+def test_a_sample_that_spoils_steps_is_named_and_left_out(train, tmp_path, optimizer, precision):
+    how = ["--data", nan_latents(tmp_path / "nan.tar", {1}), "--bs", 1, "--optimizer", optimizer, "--precision", precision]
+    how += ["--lr", 1e-2, "--save-every", 100]
+    out, err = train(*how, "--steps", 24)
+    told = [int(step) for step in re.findall(r"step (\d+) had no finite loss .* skipped, by nan\.tar:1: see", err)]
+    assert 3 <= len(told) <= 4  # one in three until step 10
+    assert all(step < 10 for step in told)
+    assert "skipped 1 images, broken, left out or without a caption: nan.tar:1" in out
+    (log,) = (tmp_path / "runs").iterdir()
+    (sample,) = json.loads((log / f"nonfinite-{told[0]}/rank0.json").read_text())
+    assert (sample["sample"], sample["caption"], sample["finite"]) == ("nan.tar:1", "picture 1", False)
+    assert 0 <= sample["timestep"] < 1000
+    first = sample["modules"]["unet.conv_in"]
+    assert first[0] != first[0]  # the network was given it
+    assert next(values[0] for name, values in sample["modules"].items() if "text_encoder" in name) > 0  # its text was finite
+    run = find_state("auto", tmp_path / "out")[1]["run"]
+    assert (run["hits"], run["left_out"], run["bad_steps"]) == ({"nan.tar:1": len(told)}, {"nan.tar:1"}, 0)
+    train(*how, "--steps", 7, "--out", tmp_path / "parts")
+    train(*how, "--steps", 24, "--out", tmp_path / "parts")
+    assert equal(weights(tmp_path / "out", 24), weights(tmp_path / "parts", 24))
+
+
+def test_steps_without_a_finite_loss_change_nothing_and_end_the_run(train, tmp_path):
+    how = ["--data", nan_latents(tmp_path / "nan.tar", {0, 1, 2}), "--precision", "bf16"]
+    train(*how, "--steps", 2)
+    assert not any(t.any() for key, t in weights(tmp_path / "out", 2).items() if "lora_up" in key)
+    (log,) = (tmp_path / "runs").iterdir()
+    told = f"stopped: 10 steps in a row had no finite loss, see {log}/nonfinite-*"
+    train(*how, "--steps", 99, "--max-bad-steps", 9, status=told)
+    assert sorted(os.listdir(tmp_path / "out")) == ["pytorch_lora_weights_2.safetensors", "state-1"]
+
+
 def test_learning_rates(train, tmp_path):
     factor = {name: [lr_factor(s, TrainConfig(lr_schedule=name, warmup=4, steps=24)) for s in range(24)] for name in
               ("constant", "cosine", "linear")}  # fmt: skip
