@@ -10,6 +10,7 @@ Writes a model of 7 GB to --work once. Nothing is downloaded.
 """
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -173,7 +174,7 @@ def measure(name: str, config: BenchConfig, matmul: float) -> Row:
         process.send_signal(signal.SIGINT)
     out, rest = process.communicate(timeout=120)
     row.told = [line for line in (out + told + rest).replace("\r", "\n").splitlines() if re.match(r"memory|device|batch", line)]
-    if process.returncode:
+    if process.returncode not in (os.EX_OK, os.EX_TEMPFAIL):  # done, or stopped by the signal
         row.failed = ((told + rest).strip().splitlines() or ["no output"])[-1][-300:]
         return row
     (events,) = (run / "log").iterdir()

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -191,6 +193,41 @@ def test_weights_that_are_not_finite_are_never_written(train, tmp_path):
     _, err = train("--steps", 3, "--lr", 1e30, status=2)
     assert "is not finite in float16, so no file was written" in err
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_run_killed_at_random_moments_ends_as_one_that_never_stopped(train, tmp_path):
+    """Ten times, half of them while it writes; scripts/soak.py is the long form."""
+    how = ["--steps", 12, "--save-every", 1, "--keep", 2]
+    train(*how)
+    aside = lambda: {*killed.glob(".pytorch*"), *killed.glob(".state*")}  # noqa: E731
+    rng, killed = random.Random(0), tmp_path / "killed"
+    step, killed_at = 0, []
+    for i in range(10):
+        child = os.fork()  # this process has imported everything already
+        if not child:
+            train(*how, "--out", killed)
+            os._exit(0)
+        if i % 2:
+            before = aside()
+            while aside() <= before and os.waitpid(child, os.WNOHANG) == (0, 0):
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.02))
+        else:
+            time.sleep(rng.uniform(1.5, 3))
+        with suppress(ProcessLookupError, ChildProcessError):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        found = find_state("auto", killed)
+        assert (found[1]["run"]["step"] if found else 0) >= step
+        step = found[1]["run"]["step"] if found else 0
+        killed_at.append(step)
+    assert len(set(killed_at)) > 2, killed_at
+    if step < 12:
+        train(*how, "--out", killed)
+    names = sorted(path.name for path in killed.glob("*pytorch*"))
+    assert names == [f"pytorch_lora_weights_{step}.safetensors" for step in (11, 12)]
+    assert len(list(killed.glob("*state-*"))) == 1
+    assert equal(weights(killed, 12), weights(tmp_path / "out", 12))
 
 
 def test_what_the_disk_refuses_is_tried_again_at_the_next_save(train, tmp_path, monkeypatch):
@@ -563,7 +600,7 @@ def test_two_ranks_of_which_one_is_killed(train, tiny_model, shards, tmp_path):
         (["--out", "README.md/x"], "--out README.md/x cannot be written"),
         (["--log-dir", "README.md/x"], "--log-dir README.md/x cannot be written"),
         (["--device", "cuda:77"], "--device cuda:77 cannot be used here"),
-        (["--resume", "/nowhere"], "--resume /nowhere: no state there"),
+        (["--resume", "/nowhere"], "--resume /nowhere: no state that can be used"),
         (["--vram-gb", 0.001], "--vram-gb, or what is free, leaves 0.0 GiB for tensors: the smallest plan ("),
         (["--cuda-graph", "on"], "--cuda-graph on needs a CUDA device, not cpu"),
     ],
