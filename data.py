@@ -150,7 +150,8 @@ class Stream(IterableDataset):
     def spare(self, bucket: int) -> Raw:
         """Stands in for a batch of which nothing can be decoded."""
         mine = np.flatnonzero(self.bucket == bucket)
-        return first_decodable(self.source, mine if self.source.latents else [*mine, *range(self.source.samples)])
+        others = mine if self.source.latents else [*mine, *range(self.source.samples)]
+        return first_decodable(self.source, (n for n in others if self.source.names[n] not in self.left_out))
 
     def decode(self, raw: Raw, bucket: int, flip: bool) -> tuple[np.ndarray, Size, Size]:
         return unpack_latents(raw, flip) if self.source.latents else decode(raw, self.sizes[bucket], flip)
