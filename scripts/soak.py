@@ -113,7 +113,8 @@ def main(config: SoakConfig) -> None:
         wait_for_a_moment(run, out, rng)
         name = rng.choice([*BLOWS, "disk full"])
         if run.process.poll() is None and name == "disk full":
-            resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+            fits_a_log = (100_000, resource.RLIM_INFINITY)  # bytes: but neither a LoRA file nor a state
+            resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, fits_a_log)
             fine = run.end() in (os.EX_OK, os.EX_IOERR)
         elif run.process.poll() is None:
             number, everywhere, status = BLOWS[name]
