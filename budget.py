@@ -30,7 +30,7 @@ BYTES_PER_SECOND = 1.5e12
 # 3, 1024 × 1024): nothing checkpointed 21.15 GiB, 82 of 131 blocks 14.46, all of them 9.38 with `--targets all`.
 GRADIENTS = 0.8  # gradients and workspaces while a checkpointed block runs backward, in units of what the block keeps
 MARGIN = int(0.3 * GiB)  # workspaces of cuBLAS and cuDNN, prediction, loss, gaps
-SEVERAL_SHAPES = GiB // 4  # more of it where buckets differ: the graphs of all shapes share one pool. A guess, not measured
+ANOTHER_SHAPE = GiB // 16  # for the graph of every further bucket: 0.05 GiB outside of the allocator, 0.01 in the pool of all
 
 flash_attention = torch.ops.aten._scaled_dot_product_flash_attention
 

@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import tyro
 from torch.utils.tensorboard import SummaryWriter
@@ -31,7 +32,7 @@ from tqdm import tqdm
 import formats
 import memory
 import sdxl  # after memory, which readies xFormers: diffusers imports it
-from budget import SEVERAL_SHAPES, Plan, dry_run, make_plan, stand_in_kernel
+from budget import ANOTHER_SHAPE, Plan, dry_run, make_plan, stand_in_kernel
 from captions import CaptionConfig
 from checkpoint import STATE, check_writable, find_state, load_state, save_state, write_atomically
 from data import Batch, DataConfig, Stream, describe_buckets, first_decodable, make_loader, normalise
@@ -193,8 +194,7 @@ def main(config: TrainConfig) -> None:
         raise UserError(f"--data: these latents were made by another VAE than that of --model {config.model}")
     stream = Stream(source, config.dataset, config.captions, resolution, config.seed, ranks.rank, ranks.world)
     budget = ranks.least(memory.limit_memory(config.memory.vram_gb, device))
-    if len(set(stream.bucket)) > 1:
-        budget -= SEVERAL_SHAPES
+    budget -= ANOTHER_SHAPE * (len(set(stream.bucket)) - 1)
     plan, attention_shapes = plan_memory(config, pipe, resolution, source.latents, precision, device, budget)
 
     # Model on the device: the frozen base, with adapters on the layers that --targets names.
@@ -291,6 +291,15 @@ def main(config: TrainConfig) -> None:
     tight = plan.weights + vae_bytes > plan.budget
     decode = partial(decode_latents, pipe.vae, tiled=tight)
     gallery = Gallery(pipe, decode, adapter.disabled, evaluation_prompts(config.model), resolution)
+
+    def draw() -> np.ndarray:
+        """Base and LoRA side by side."""
+        pipe.vae.to(device)
+        with torch.compiler.set_stance("force_eager"):  # compiling for the shapes of pictures would take minutes
+            sheet = gallery.draw(f"LoRA, step {run.step}")
+        pipe.vae.to(vae_home)
+        return sheet
+
     stop, meter, logged, skipped = StopRequest(), Meter(device), run.step, set(source.uncaptioned)
     progress = tqdm(total=config.steps, initial=run.step, unit="step", disable=not ranks.first)
     while run.step < config.steps and not ranks.any(stop.asked):
@@ -334,11 +343,7 @@ def main(config: TrainConfig) -> None:
         if saving and ranks.first:  # the weights first, then pictures
             _, error = save(run)
             writer.add_scalar("largest_error_of_the_file", error, run.step)
-            step.release()
-            pipe.vae.to(device)
-            with torch.compiler.set_stance("force_eager"):  # compiling for the shapes of pictures would take minutes
-                writer.add_image("compare", gallery.draw(f"LoRA, step {run.step}"), run.step, dataformats="HWC")
-            pipe.vae.to(vae_home)
+            writer.add_image("compare", step.beside(draw), run.step, dataformats="HWC")
             meter.restart()
 
     # The end, or Ctrl-C.

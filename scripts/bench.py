@@ -31,6 +31,7 @@ import webdataset as wds
 
 import fast
 import memory
+from buckets import bucket_sizes
 from captions import CaptionConfig
 from data import DataConfig, Stream
 from diffusion import Diffusion, DiffusionConfig
@@ -43,12 +44,14 @@ from sources import open_source, pack_latents
 FORWARD = 6.76e12  # floating-point operations of the U-Net's forward pass, one image of 1024 x 1024 (counted by dry_run)
 
 LATENTS = ("--data", "{work}/latents")
+MIXED = ("--data", "{work}/mixed")
 IMAGES = ("--data", "{work}/photos")
 RECIPE = ("--rank", "8", "--bs", "3", "--precision", "fp16", "--optimizer", "adamw8bit")
 KOHYA = (*RECIPE, "--targets", "all")
 ROWS = {
     "recipe": ("the recipe, latents ready, cap 16 GiB", (*RECIPE, *LATENTS, "--vram-gb", "16")),
     "images": ("images encoded in the loop, cap 16 GiB", (*RECIPE, *IMAGES, "--vram-gb", "16")),
+    "mixed": ("latents of nine sizes, cap 16 GiB", (*RECIPE, *MIXED, "--vram-gb", "16")),
     "kohya": ("kohya's targets, cap 16 GiB", (*KOHYA, *LATENTS, "--vram-gb", "16")),
     "kohya-least": ("kohya's targets, least memory", (*KOHYA, *LATENTS, "--checkpointing", "all")),
     "int8": ("cap 8 GiB, int8 base", (*RECIPE, *LATENTS, "--vram-gb", "8", "--base-precision", "int8")),
@@ -100,21 +103,24 @@ def make_model(folder: Path, device: torch.device) -> None:
 
 
 def make_shards(folder: Path, count: int = 64) -> None:
-    """photos/: JPEGs of about 1024 pixels a side; latents/: posteriors of the same number, ready-made."""
+    """photos/: JPEGs of about 1024 pixels a side; latents/: as many posteriors, ready-made; mixed/: of nine sizes."""
     import io
 
     import numpy as np
     from PIL import Image
 
     rng = np.random.default_rng(0)
-    for name in ("photos", "latents"):
+    mixed = bucket_sizes(1024, 64)[::5]
+    for name in ("photos", "latents", "mixed"):
         (folder / name).mkdir(parents=True)
         with wds.TarWriter(str(folder / name / "bench-000000.tar")) as tar:
             for i in range(count):
                 sample = {"__key__": f"{i:06d}", "txt": f"a picture with the number {i}"}
-                if name == "latents":
-                    posterior = torch.cat([torch.randn(4, 128, 128), torch.full((4, 128, 128), 0.05)])
-                    sample["safetensors"] = pack_latents(posterior, (1024, 1024), (0, 0))
+                if name != "photos":
+                    height, width = mixed[i % len(mixed)] if name == "mixed" else (1024, 1024)
+                    mean = torch.randn(4, height // 8, width // 8)
+                    posterior = torch.cat([mean, torch.full_like(mean, 0.05)])
+                    sample["safetensors"] = pack_latents(posterior, (height, width), (0, 0))
                 else:
                     coarse = Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))
                     size = (1024, 1152) if i % 2 else (1216, 1024)
@@ -174,7 +180,8 @@ def measure(name: str, config: BenchConfig, matmul: float) -> Row:
     out, rest = process.communicate(timeout=120)
     row.told = [line for line in (out + told + rest).replace("\r", "\n").splitlines() if re.match(r"memory|device|batch", line)]
     if process.returncode:
-        row.failed = ((told + rest).strip().splitlines() or ["no output"])[-1][-300:]
+        lines = [line for line in (told + rest).splitlines() if "/100000" not in line]  # but for the progress bar
+        row.failed = (lines or ["no output"])[-1][-300:]
         return row
     (events,) = (run / "log").iterdir()
     log = EventAccumulator(str(events)).Reload()
