@@ -20,7 +20,8 @@ from buckets import Order, bucket_sizes, choose_bucket, enlarged, resized, share
 from captions import CaptionConfig, choose_caption
 from errors import UserError
 from images import Size, fit, open_image, to_rgb
-from sources import Raw, Source, unpack_latents
+from shards import unpack_latents
+from sources import Raw, Source
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ class Stream(IterableDataset):
         return first_decodable(self.source, mine if self.source.latents else [*mine, *range(self.source.samples)])
 
     def decode(self, raw: Raw, bucket: int, flip: bool) -> tuple[np.ndarray, Size, Size]:
-        return unpack_latents(raw, flip) if self.source.latents else decode(raw, self.sizes[bucket], flip)
+        return unpack_latents(raw.image, flip) if self.source.latents else decode(raw, self.sizes[bucket], flip)
 
     def batch(self, draws: list[int], samples: list[int]) -> Batch:
         told, skipped, bucket, images = [], [], self.bucket[samples[0]], None
@@ -184,7 +185,7 @@ def first_decodable(source: Source, samples: Iterable[int]) -> Raw:
     for n in samples:
         try:
             raw = source.raw(n)
-            unpack_latents(raw, flip=False) if source.latents else to_rgb(open_image(raw.image))
+            unpack_latents(raw.image, flip=False) if source.latents else to_rgb(open_image(raw.image))
             return raw
         except Exception:
             continue

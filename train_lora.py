@@ -275,6 +275,8 @@ def main(config: TrainConfig) -> None:
         print(f"model      {config.model}: U-Net and text encoders {total:,} parameters, frozen; {resolution} px")
         print(f"LoRA       rank {config.lora.rank} on {layers} layers, {count:,} parameters trained: {share:.2f} %")
         print(f"data       {source.samples} images with a caption, {len(source.uncaptioned)} without")
+        if source.cut:
+            print(f"cut short  {', '.join(source.cut)}: the samples before the cut are used")
         print(f"buckets    {describe_buckets(source, stream.sizes, stream.bucket)}")
         print(f"batch      {config.dataset.bs} × {config.grad_accum} accumulated × {ranks.world} processes = {images_per_step}")
         launching = "every kernel launched" if step.eager else "CUDA graph"

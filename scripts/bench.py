@@ -39,7 +39,8 @@ from errors import UserError, one_line_errors
 from graph import GraphedStep
 from lora import LoRAConfig, add_lora, merge_lora
 from sdxl import BASE, Denoiser, base_architecture, blueprint, decode_latents, encode_pixels, load_sdxl, time_ids, tokenize
-from sources import open_source, pack_latents
+from shards import pack_latents
+from sources import open_source
 
 FORWARD = 6.76e12  # floating-point operations of the U-Net's forward pass, one image of 1024 x 1024 (counted by dry_run)
 

@@ -26,7 +26,8 @@ from checkpoint import check_writable
 from data import DataConfig, assign_buckets, decode, describe_buckets, normalise
 from errors import UserError, one_line_errors
 from sdxl import encode_pixels, load_sdxl, native_resolution, vae_probe
-from sources import Source, open_source, pack_latents, write_shards
+from shards import pack_latents, write_shards
+from sources import Source, open_source
 
 
 @dataclass(frozen=True)

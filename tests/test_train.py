@@ -22,7 +22,8 @@ from data import DataConfig
 from lora import LoRAConfig, layer_shapes
 from memory import MemoryConfig
 from sdxl import Denoiser, read_sdxl
-from sources import open_source, pack_latents
+from shards import pack_latents
+from sources import open_source
 from train_lora import Meter, TrainConfig, lr_factor, plan_memory
 
 
@@ -409,6 +410,5 @@ def test_a_truncated_shard(train, shards, tmp_path):
     folder = shutil.copytree(shards, tmp_path / "shards")
     tar = folder / "photos-000001.tar"
     tar.write_bytes(tar.read_bytes()[:2000])
-    _, err = train("--data", folder, status=2)
-    assert f"{tar} is truncated" in err
-    assert not (tmp_path / "out").exists()
+    out, _ = train("--data", folder, "--steps", 1)
+    assert "cut short  photos-000001.tar: the samples before the cut are used" in out
