@@ -164,18 +164,20 @@ class Ledger(TorchDispatchMode):
         return Costs(batch, {name: block(name) for name in block_names}, block(None), self.attention)
 
 
-def dry_run(denoiser: nn.Module, block_names: list[str], batch: int, latent_side: int | tuple[int, int]) -> Costs:
+def dry_run(
+    denoiser: nn.Module, block_names: list[str], batch: int, latent_side: int | tuple[int, int], tokens: int = 77
+) -> Costs:
     """Costs of one forward pass of `denoiser` (sdxl.Denoiser), whose weights are on the meta device.
 
     To be called when the adapters are added, no block is checkpointed yet and the attention of the U-Net is
     `stand_in_kernel`. `block_names` are the paths of the modules that can be checkpointed, none inside another;
-    `latent_side` is pixels / 8, or (h, w).
+    `latent_side` is pixels / 8, or (h, w); `tokens` is how many each text encoder gets, 77 for a chunk.
     """
     h, w = (latent_side, latent_side) if isinstance(latent_side, int) else latent_side
     ledger = Ledger(denoiser)
     with torch.device("meta"), ExitStack() as stack:
         images = [torch.empty(batch, 4, h, w), torch.empty(batch, dtype=torch.int64)]  # noisy latents, timesteps
-        texts = [torch.empty(batch, 2, 77, dtype=torch.int64), torch.empty(batch, 6)]  # tokens, time ids
+        texts = [torch.empty(batch, 2, tokens, dtype=torch.int64), torch.empty(batch, 6)]  # tokens, time ids
         for name in block_names:
             block = denoiser.get_submodule(name)
             enter = lambda _, args, kwargs, name=name: ledger.enter(name, (args, kwargs))  # noqa: E731

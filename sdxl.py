@@ -191,13 +191,45 @@ def native_resolution(pipe: StableDiffusionXLPipeline) -> int:
     return pipe.unet.config.sample_size * pipe.vae_scale_factor
 
 
-def tokenize(tokenizers: list[CLIPTokenizer], captions: list[str]) -> Tensor:
-    """captions -> tokens [B, 2, 77] int64, one row for each text encoder; longer captions are cut."""
+BACKTRACK = 20  # tokens: A1111's default "comma_padding_backtrack"
+
+
+def split_tokens(tokenizer: CLIPTokenizer, captions: list[str], max_tokens: int | None) -> list[tuple[list, list[int]]]:
+    """For each caption (its chunks of up to 75 tokens, what is cut off beyond `max_tokens`), without BOS, EOS and padding.
+
+    None: as many chunks as it takes. Where another follows, a chunk ends after the last comma of its last 20 tokens, so that
+    no tag is torn: A1111's modules/sd_hijack_clip.py, tokenize_line.
+    """
+    room, comma, split = tokenizer.model_max_length - 2, tokenizer.convert_tokens_to_ids(",</w>"), []
+    for rest in tokenizer(captions, add_special_tokens=False).input_ids:
+        chunks = []
+        while len(rest) > room and (max_tokens is None or (len(chunks) + 1) * room < max_tokens):
+            ends = [i + 1 for i in range(room - BACKTRACK, room + 1) if rest[i] == comma]
+            end = min(room, max(ends, default=room))
+            chunks, rest = [*chunks, rest[:end]], rest[end:]
+        split.append(([*chunks, rest[:room]], rest[room:]))
+    return split
+
+
+def tokenize(tokenizers: list[CLIPTokenizer], captions: list[str], max_tokens: int | None = 75) -> Tensor:
+    """captions -> tokens [B, 2, 77·n] int64, one row for each text encoder, in as many chunks n as the longest caption needs.
+
+    Each chunk has its own BOS and EOS, and the padding of its tokenizer; `max_tokens` as in `split_tokens`.
+    """
+    split = [[chunks for chunks, _ in split_tokens(t, captions, max_tokens)] for t in tokenizers]
+    n = max(len(chunks) for captioned in split for chunks in captioned)
     rows = [
-        t(captions, padding="max_length", max_length=t.model_max_length, truncation=True, return_tensors="pt").input_ids
-        for t in tokenizers
+        [close_chunks(t, chunks + [[]] * (n - len(chunks))) for chunks in captioned]  # of nothing: an empty caption's
+        for t, captioned in zip(tokenizers, split, strict=True)
     ]
-    return torch.stack(rows, dim=1)
+    return torch.stack([torch.tensor(row) for row in rows], dim=1)
+
+
+def close_chunks(tokenizer: CLIPTokenizer, chunks: list[list[int]]) -> list[int]:
+    """Chunks of up to 75 tokens -> 77 tokens for each, one after the other."""
+    bos, eos, pad = [tokenizer.bos_token_id], [tokenizer.eos_token_id], [tokenizer.pad_token_id]
+    room = tokenizer.model_max_length - 2
+    return [token for chunk in chunks for token in bos + chunk + eos + pad * (room - len(chunk))]
 
 
 def time_ids(original_size: Tensor, crop: Tensor, size: Tensor) -> Tensor:
@@ -271,23 +303,38 @@ class Denoiser(nn.Module):
         return [f"text_encoder.{text_model}encoder.layers.{last}." for text_model in ("", "text_model.")]
 
     def encode_text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens [B, 2, 77] -> context [B, 77, d1 + d2], pooled [B, d2].
+        """tokens [B, 2, 77·n] -> context [B, 77·n, d1 + d2], pooled [B, d2].
 
+        Every chunk of 77 goes through the encoders by itself; pooled is that of the first, as A1111, ComfyUI and kohya have it.
         An empty caption gives zeros if the model was trained so (`force_zeros_for_empty_prompt`), as in diffusers' guidance.
         """
         trained = any(p.requires_grad for m in (self.text_encoder, self.text_encoder_2) for p in m.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            first = self.text_encoder(tokens[:, 0], output_hidden_states=True)
-            second = self.text_encoder_2(tokens[:, 1], output_hidden_states=True)
+            chunks = tokens.unflatten(2, (-1, self.empty.shape[2]))  # [B, 2, n, 77]
+            first = self.text_encoder(chunks[:, 0].flatten(0, 1), output_hidden_states=True)
+            second = self.text_encoder_2(chunks[:, 1].flatten(0, 1), output_hidden_states=True)
             context = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
-            pooled = second.text_embeds
+            context = context.view(len(tokens), tokens.shape[2], -1)
+            pooled = second.text_embeds[:: chunks.shape[2]]
             if self.zero_empty:
-                told = (tokens != self.empty).any(dim=(1, 2)).to(pooled.dtype)
+                told = (chunks != self.empty[:, :, None]).any(dim=(1, 2, 3)).to(pooled.dtype)
                 context, pooled = context * told[:, None, None], pooled * told[:, None]
         return context, pooled
 
+    @torch.no_grad()
+    def describe(self, prompt: str, negative: str | None) -> dict[str, str | Tensor | None]:
+        """What diffusers' pipeline is to be told of a prompt and its negative: the texts; or, if one of them has more than 75
+        tokens, their context and pooled, both in as many chunks as the longer one needs.
+        """
+        tokens = tokenize(self.tokenizers, [prompt, negative or ""], None).to(self.empty.device)
+        if tokens.shape == (2, *self.empty.shape[1:]):
+            return {"prompt": prompt, "negative_prompt": negative}
+        (context, pooled), (against, pooled_against) = (self.encode_text(one) for one in tokens.split(1))
+        asked = {"prompt_embeds": context, "pooled_prompt_embeds": pooled}
+        return asked | {"negative_prompt_embeds": against, "negative_pooled_prompt_embeds": pooled_against}
+
     def forward(self, noisy_latents: Tensor, timesteps: Tensor, tokens: Tensor, time_ids: Tensor) -> Tensor:
-        """[B, 4, h, w], [B], [B, 2, 77], [B, 6] -> prediction [B, 4, h, w] in the dtype of the U-Net."""
+        """[B, 4, h, w], [B], [B, 2, 77·n], [B, 6] -> prediction [B, 4, h, w] in the dtype of the U-Net."""
         context, pooled = self.encode_text(tokens)
         conditions = {"text_embeds": pooled, "time_ids": time_ids}
         noisy_latents = noisy_latents.to(self.unet.dtype)

@@ -17,6 +17,7 @@ import json
 import math
 import random
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -46,7 +47,7 @@ from memory import MemoryConfig
 from pictures import Gallery, evaluation_prompts
 from quantise import BASES as PACKED
 from quantise import check_quantisable, packed_bytes, quantisable, quantise_base
-from sdxl import Denoiser, decode_latents, encode_pixels, sample_latents, time_ids, tokenize
+from sdxl import Denoiser, decode_latents, encode_pixels, sample_latents, split_tokens, time_ids, tokenize
 from sources import Source, open_mixture
 
 LOG_EVERY = 10  # steps; the host waits for the device only then
@@ -194,7 +195,8 @@ def main(config: TrainConfig) -> None:
         raise UserError(f"--data: these latents were made by another VAE than that of --model {config.model}")
     stream = Stream(source, config.dataset, config.captions, resolution, config.seed, ranks.rank, ranks.world)
     budget = ranks.least(memory.limit_memory(config.memory.vram_gb, device))
-    budget -= ANOTHER_SHAPE * (len(set(stream.bucket)) - 1)
+    lengths = config.captions.max_tokens // 75
+    budget -= ANOTHER_SHAPE * (len(set(stream.bucket)) * lengths - 1)
     plan, attention_shapes = plan_memory(config, pipe, resolution, source.latents, precision, device, budget)
 
     # Model on the device: the frozen base, with adapters on the layers that --targets names.
@@ -292,7 +294,7 @@ def main(config: TrainConfig) -> None:
     vae_bytes = sum(p.nbytes for p in pipe.vae.parameters()) + sdxl.DECODING * resolution**2 * pipe.vae.dtype.itemsize
     tight = plan.weights + vae_bytes > plan.budget
     decode = partial(decode_latents, pipe.vae, tiled=tight)
-    gallery = Gallery(pipe, decode, adapter.disabled, evaluation_prompts(config.model), resolution)
+    gallery = Gallery(pipe, denoiser.describe, decode, adapter.disabled, evaluation_prompts(config.model), resolution)
 
     def draw() -> np.ndarray:
         """Base and LoRA side by side."""
@@ -303,6 +305,7 @@ def main(config: TrainConfig) -> None:
         return sheet
 
     stop, meter, logged, skipped = StopRequest(), Meter(device), run.step, set(source.uncaptioned)
+    cut, max_tokens = Counter(), config.captions.max_tokens
     progress = tqdm(total=config.steps, initial=run.step, unit="step", disable=not ranks.first)
     while run.step < config.steps and not ranks.any(stop.asked):
         for group in optimizer.param_groups:
@@ -310,10 +313,11 @@ def main(config: TrainConfig) -> None:
         for micro in range(config.grad_accum):
             batch = meter.next(batches)
             skipped.update(batch.skipped)
+            cut.update(len(rest) for _, rest in split_tokens(denoiser.tokenizers[0], batch.captions, max_tokens))
             generator.manual_seed(seed_of(config.seed, ranks.rank, run.step, micro))
             latents_shape = (config.dataset.bs, channels, *(batch.size[0] // pipe.vae_scale_factor).tolist())
             images = memory.send(batch.images, device)
-            tokens = memory.send(tokenize(denoiser.tokenizers, batch.captions), device)
+            tokens = memory.send(tokenize(denoiser.tokenizers, batch.captions, max_tokens), device)
             ids = memory.send(time_ids(batch.original_size, batch.crop, batch.size), device)
             spread = torch.randn(latents_shape, generator=generator, device=device)
             noise, timesteps = diffusion.draw(latents_shape, generator)
@@ -361,6 +365,9 @@ def main(config: TrainConfig) -> None:
         writer.close()
         if advice := meter.advice():
             print(advice)
+        if most := max(cut, default=0):
+            share = f"{1 - cut[0] / cut.total():.1%} of the captions"
+            print(f"{share} have more than --max-tokens {max_tokens} and were cut, by up to {most} tokens")
         if skipped:
             print(f"skipped {len(skipped)} images, broken or without a caption: {', '.join(skipped)}")
     leave_ranks()
@@ -383,7 +390,8 @@ def plan_memory(
     adapter = add_lora(shapes, config.lora, shapes.unread, dtype=dtype)
     trained = adapter.flat.numel() * memory.bytes_per_trained(config.memory.optimizer, dtype)
     install(shapes.unet, stand_in_kernel)
-    costs = dry_run(shapes, memory.block_names(shapes), config.dataset.bs, resolution // pipe.vae_scale_factor)
+    size = (resolution // pipe.vae_scale_factor, shapes.empty.shape[2] * config.captions.max_tokens // 75)
+    costs = dry_run(shapes, memory.block_names(shapes), config.dataset.bs, *size)
     fixed = {base: unpacked - saved.get(base, 0) + trained for base in bases}
     vae_image = 0 if latents else sdxl.ENCODING * resolution**2 * vae.itemsize
     how = {"checkpointing": config.memory.checkpointing, "vae_image": vae_image}

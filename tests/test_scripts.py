@@ -136,6 +136,9 @@ def test_the_contact_sheet_shows_what_training_sees(script, photos, tmp_path):
     assert "6 captions of 6 images" in out
     assert "1 are cut after 75 tokens and lose 47 on average, 47 at most" in out  # 2 of the prefix and 120
     assert "1 images have no caption and are left out: " in out
+    longer, _ = script("scripts/show_data.py", *how, "--max-tokens", 150, "--images", 8, "--out", tmp_path / "sheet.png")
+    assert "6 captions of 6 images" in longer
+    assert "cut after" not in longer
     sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
     stream = Stream(open_source(str(folder)), DataConfig(bs=2, bucket_step=16), CaptionConfig(), 64, 0)
     first = next(iter(stream)).images[0].numpy()

@@ -18,6 +18,7 @@ from two_ranks import gradient_and_step
 import data
 import formats
 import pictures
+from captions import CaptionConfig
 from data import DataConfig
 from lora import LoRAConfig, layer_shapes
 from memory import MemoryConfig
@@ -250,6 +251,26 @@ def test_buckets_of_several_shapes_train_and_go_on_bit_for_bit(train, tmp_path):
     train(*how, "--steps", 3, "--out", tmp_path / "b")
     train(*how, "--steps", 6, "--out", tmp_path / "b")
     assert equal(weights(tmp_path / "out", 6), weights(tmp_path / "b", 6))
+
+
+def test_long_captions_are_cut_and_counted_or_told_in_chunks(train, photos, tiny_model, tmp_path):
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    (folder / "photo0.txt").write_text("a " * 100)
+    (folder / "photo1.txt").write_text("a " * 80)
+    how = ["--data", folder, "--bs", 1, "--steps", 7, "--no-buckets"]
+    out, _ = train(*how)
+    assert "28.6% of the captions have more than --max-tokens 75 and were cut, by up to 25 tokens" in out
+    out, _ = train(*how, "--max-tokens", 150, "--out", tmp_path / "b")
+    assert "of the captions" not in out
+    assert not equal(weights(tmp_path / "out", 7), weights(tmp_path / "b", 7))
+    train("--steps", 1, "--out", tmp_path / "c")
+    train("--steps", 1, "--out", tmp_path / "d", "--max-tokens", 225)
+    assert equal(weights(tmp_path / "c", 1), weights(tmp_path / "d", 1))  # every caption fits into one chunk
+    config = TrainConfig(captions=CaptionConfig(max_tokens=225))
+    pipe = read_sdxl(str(tiny_model), torch.float32)
+    plan, shapes = plan_memory(config, pipe, 64, True, "fp32", torch.device("cpu"), 2**34)
+    assert {k[1] for q, k in shapes if k[1] != q[1]} == {3 * 77}  # the memory for the longest
+    assert plan.predicted > plan_memory(TrainConfig(), pipe, 64, True, "fp32", torch.device("cpu"), 2**34)[0].predicted
 
 
 def test_waiting_for_data_is_told_with_what_to_do(train, tmp_path, monkeypatch):
