@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from buckets import Order, bucket_sizes, choose_bucket, enlarged, resized, share_cropped
 from captions import CaptionConfig, choose_caption
 from errors import UserError
-from images import Size, fit, open_image, to_rgb
+from images import Size, alpha_of, fit, open_image, to_rgb
 from shards import unpack_latents
 from sources import Raw, Source
 
@@ -39,6 +39,8 @@ class DataConfig:
     """Sides of the buckets are multiples of so many pixels."""
     flip: bool = False
     """Mirror every second image at random."""
+    masked_loss: bool = False
+    """Alpha is a loss mask: what is transparent keeps its own colours, instead of white, and is not learned."""
     workers: int = 2
     """Processes per rank that read and decode."""
 
@@ -61,6 +63,7 @@ class Batch:
     crop: torch.Tensor  # [B, 2] (top, left) in the resized image
     size: torch.Tensor  # [B, 2] (h, w) of the bucket
     skipped: list[str]  # images of this batch that could not be decoded
+    mask: tuple[torch.Tensor, ...] = ()  # with --masked-loss one, [B, 1, h/8, w/8] in 0…1: what of the loss counts
 
     def pin_memory(self) -> "Batch":
         self.images = self.images.pin_memory()
@@ -70,15 +73,22 @@ class Batch:
 # Samples -> batches.
 
 
-def decode(raw: Raw, bucket: Size, flip: bool) -> tuple[np.ndarray, Size, Size]:
+def decode(raw: Raw, bucket: Size, flip: bool, masked: bool = False) -> tuple[np.ndarray, Size, Size, *tuple[np.ndarray, ...]]:
     """Encoded image -> pixels [h, w, 3] uint8 of the bucket, original (h, w), crop (top, left) of the resized image.
 
-    Raises ValueError, or what Pillow raises, if it is broken.
+    `masked`: and its loss mask [h/8, w/8] uint8, the mean alpha of the 8 × 8 pixels of each latent; transparency is not put
+    on white then. Raises ValueError, or what Pillow raises, if it is broken.
     """
-    image = to_rgb(open_image(raw.image))
+    given = open_image(raw.image)
+    image = to_rgb(given, on_white=not masked)
     original = (image.height, image.width)
-    pixels, crop = fit(image, resized(original, bucket), bucket, flip)
-    return pixels, original, crop
+    how = (resized(original, bucket), bucket, flip)
+    pixels, crop = fit(image, *how)
+    if not masked:
+        return pixels, original, crop
+    alpha, _ = fit(alpha_of(given), *how)  # by itself: as a fourth channel it would take the colours under it away
+    mask = alpha.reshape(bucket[0] // 8, 8, bucket[1] // 8, 8).mean(axis=(1, 3))
+    return pixels, original, crop, mask.round().astype(np.uint8)
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
@@ -149,19 +159,20 @@ class Stream(IterableDataset):
         mine = np.flatnonzero(self.bucket == bucket)
         return first_decodable(self.source, mine if self.source.latents else [*mine, *range(self.source.samples)])
 
-    def decode(self, raw: Raw, bucket: int, flip: bool) -> tuple[np.ndarray, Size, Size]:
-        return unpack_latents(raw.image, flip) if self.source.latents else decode(raw, self.sizes[bucket], flip)
+    def decode(self, raw: Raw, bucket: int, flip: bool) -> tuple[np.ndarray, Size, Size, *tuple[np.ndarray, ...]]:
+        masked = self.config.masked_loss
+        return unpack_latents(raw.image, flip, masked) if self.source.latents else decode(raw, self.sizes[bucket], flip, masked)
 
     def batch(self, draws: list[int], samples: list[int]) -> Batch:
         told, skipped, bucket, images = [], [], self.bucket[samples[0]], None
 
         def keep(raw: Raw, flip: bool, caption: str) -> None:
             nonlocal images
-            pixels, *sizes = self.decode(raw, bucket, flip)
+            pixels, original, crop, *mask = self.decode(raw, bucket, flip)
             if images is None:
                 images = np.empty((len(samples), *pixels.shape), pixels.dtype)
             images[len(told)] = pixels  # at once: memory that is given back while it is warm makes the next image faster
-            told.append((*sizes, caption))
+            told.append((original, crop, caption, *mask))
 
         for draw, n in zip(draws, samples, strict=True):
             rng, raw = random.Random(f"{self.seed} draw {draw}"), self.source.raw(n)
@@ -175,9 +186,10 @@ class Stream(IterableDataset):
             keep(raw, False, raw.captions[0])
         again = [i % len(told) for i in range(len(samples))]
         images = torch.from_numpy(images if len(told) == len(samples) else images[again])
-        original, crop, captions = zip(*(told[i] for i in again), strict=True)
+        original, crop, captions, *mask = zip(*(told[i] for i in again), strict=True)
+        mask = tuple(torch.from_numpy(np.stack(one))[:, None] / 255 for one in mask)
         size = torch.tensor([self.sizes[bucket]] * len(samples))
-        return Batch(images, list(captions), torch.tensor(original), torch.tensor(crop), size, skipped)
+        return Batch(images, list(captions), torch.tensor(original), torch.tensor(crop), size, skipped, mask)
 
 
 def first_decodable(source: Source, samples: Iterable[int]) -> Raw:

@@ -40,6 +40,7 @@ class Shard:
     cut: bool = False  # the file ends before its end: these are the samples before
     latents: bool = False  # instead of images
     mirrored: bool = False  # latents, all of them also of the mirrored image
+    masked: bool = False  # latents, all of them with a loss mask
     vae: list[float] = field(default_factory=list)  # that made the latents: its `sdxl.vae_probe`
     sha256: str = ""  # from here on what only who wrote it knows: of the tar file
     hashes: list[str] = field(default_factory=list)  # of each sample: SHA-256 of the image, or of what its latents depend on
@@ -77,7 +78,7 @@ def members_of(path: Path) -> tuple[list[tuple[str, str, int, int]], bool]:
 def survey(path: Path) -> Shard:
     """Reads headers only, of the tar's members and of the images. Raises UserError as `members_of`."""
     members, cut = members_of(path)
-    shard, kinds, mirrored, vaes = Shard(path.name, path.stat().st_size, cut=cut), set(), set(), set()
+    shard, kinds, also, vaes = Shard(path.name, path.stat().st_size, cut=cut), set(), [], set()
     with path.open("rb") as file:
 
         def read(at: int, size: int) -> bytes:
@@ -96,8 +97,8 @@ def survey(path: Path) -> Shard:
             at, size = parts[kind]
             head = read(at, min(size, HEAD))
             if kind == LATENTS:
-                *pixels, twice = size_of_latents(head)
-                mirrored.add(twice)
+                pixels, names = size_of_latents(head)
+                also += [names] if names else []  # what cannot be read is skipped in training
                 vaes.add(probe_of(read(*parts["json"])) if "json" in parts else ())
             else:
                 pixels = size_of(head)
@@ -108,7 +109,8 @@ def survey(path: Path) -> Shard:
         raise UserError(f"--data: {path} holds both images and latents: train on one kind")
     if len(vaes) > 1:
         raise UserError(f"--data: the latents of {path} were made by several VAEs: make them anew with scripts/cache.py")
-    shard.latents, shard.mirrored, shard.vae = kinds == {True}, mirrored == {True}, list(next(iter(vaes), ()))
+    shard.latents, shard.vae = kinds == {True}, list(next(iter(vaes), ()))
+    shard.mirrored, shard.masked = (bool(also) and all(name in names for names in also) for name in ("mirrored", "mask"))
     return shard
 
 
@@ -138,14 +140,14 @@ def size_of(encoded: bytes) -> Size:
         return 0, 0
 
 
-def size_of_latents(encoded: bytes) -> tuple[int, int, bool]:
-    """(height, width) in pixels, and whether those of the mirrored image are there, by the header of a safetensors file."""
+def size_of_latents(encoded: bytes) -> tuple[Size, set[str]]:
+    """(height, width) in pixels and the names of the tensors, by the header of a safetensors file; (0, 0) if it is none."""
     try:
         header = json.loads(encoded[8 : 8 + int.from_bytes(encoded[:8], "little")])
         _, height, width = header["posterior"]["shape"]
-        return 8 * height, 8 * width, "mirrored" in header
-    except (ValueError, KeyError, TypeError):
-        return 0, 0, False
+        return (8 * height, 8 * width), set(header)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return (0, 0), set()
 
 
 # Their index.
@@ -257,23 +259,22 @@ def finish(folder: Path, shards: list[Shard], replaced: Iterable[str]) -> None:
 
 # Ready-made latents.
 
+PARTS = {False: ("posterior", "crop", "mask"), True: ("mirrored", "mirrored_crop", "mirrored_mask")}  # as it is, mirrored
 
-def pack_latents(
-    posterior: torch.Tensor, original_size: Size, crop: Size, mirrored: tuple[torch.Tensor, Size] | None = None
-) -> bytes:
+
+def pack_latents(posterior: torch.Tensor, original_size: Size, crop: Size, mirrored: tuple = (), mask: tuple = ()) -> bytes:
     """posterior [8, h, w], mean and deviation of the latents -> the bytes of key.safetensors in a shard, float16.
 
-    `mirrored`: the posterior of the mirrored image, and its crop.
+    `mask`: one loss mask [h, w] uint8, or none. `mirrored`: the posterior of the mirrored image, its crop, its mask if any.
     """
-    tensors = {"original_size": torch.tensor(original_size), "crop": torch.tensor(crop), "posterior": posterior}
-    if mirrored:
-        tensors |= {"mirrored": mirrored[0], "mirrored_crop": torch.tensor(mirrored[1])}
+    tensors = {"original_size": torch.tensor(original_size)}
+    for flip, values in ((False, (posterior, crop, *mask)), (True, mirrored)):
+        tensors |= {name: torch.as_tensor(value) for name, value in zip(PARTS[flip], values, strict=False)}
     return save({name: (t.half() if t.is_floating_point() else t).contiguous() for name, t in tensors.items()})
 
 
-def unpack_latents(encoded: bytes, flip: bool) -> tuple[np.ndarray, Size, Size]:
-    """-> posterior [8, h/8, w/8] float16, original (h, w), crop (top, left)."""
+def unpack_latents(encoded: bytes, flip: bool, masked: bool = False) -> tuple[np.ndarray, Size, Size, *tuple[np.ndarray, ...]]:
+    """-> posterior [8, h/8, w/8] float16, original (h, w), crop (top, left); `masked`: loss mask [h/8, w/8] uint8."""
     tensors = load(encoded)
-    names = ("mirrored", "mirrored_crop") if flip else ("posterior", "crop")
-    posterior, crop = (tensors[name] for name in names)
-    return posterior.numpy(), tuple(tensors["original_size"].tolist()), tuple(crop.tolist())
+    posterior, crop, *mask = (tensors[name] for name in PARTS[flip][: 3 if masked else 2])
+    return posterior.numpy(), tuple(tensors["original_size"].tolist()), tuple(crop.tolist()), *(m.numpy() for m in mask)

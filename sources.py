@@ -61,6 +61,7 @@ class Source:
     cut: tuple[str, ...] = ()  # shards that end before their end
     latents: bool = False  # ready-made, so that the VAE is not needed
     mirrored: bool = False  # latents, each with those of the mirrored image
+    masked: bool = False  # latents, each with its loss mask
     vae: tuple[float, ...] = ()  # of latents, if they tell it: the `vae_probe` of what made them
     part: np.ndarray | None = None  # [N] number of the data set in a mixture
     shares: tuple[float, ...] = ()  # of each in the draws of an epoch, in all 1
@@ -111,6 +112,7 @@ def open_mixture(data: tuple[str, ...]) -> Source:
         cut=tuple(name for source in sources for name in source.cut),
         fingerprint=hashlib.sha256(" ".join(source.fingerprint for source in sources).encode()).hexdigest(),
         mirrored=all(source.mirrored for source in sources),
+        masked=all(source.masked for source in sources),
         part=np.repeat(range(len(sources)), [source.samples for source in sources]),
         shares=tuple(weight / sum(weights) for weight in weights),
     )
@@ -190,6 +192,7 @@ def of_shards(shards: list[tuple[File, Shard]]) -> Source:
         cut=tuple(shard.name for _, shard in shards if shard.cut),
         latents=all(shard.latents for shard in full) and bool(full),
         mirrored=all(shard.mirrored for shard in full) and bool(full),
+        masked=all(shard.masked for shard in full) and bool(full),
         vae=tuple(full[0].vae) if full else (),
     )
 

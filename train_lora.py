@@ -37,7 +37,7 @@ from budget import ANOTHER_SHAPE, Plan, dry_run, make_plan, stand_in_kernel
 from captions import CaptionConfig
 from checkpoint import STATE, check_writable, find_state, load_state, save_state, write_atomically
 from data import Batch, DataConfig, Stream, describe_buckets, first_decodable, make_loader, normalise
-from diffusion import Diffusion, DiffusionConfig
+from diffusion import Diffusion, DiffusionConfig, area_weights
 from distributed import Ranks, join_ranks, leave_ranks
 from errors import UserError, one_line_errors
 from fast import KERNELS, Shapes, choose_attention, install
@@ -186,6 +186,8 @@ def main(config: TrainConfig) -> None:
     source = open_mixture(config.dataset.data)
     if source.latents and config.dataset.flip and not source.mirrored:
         raise UserError("--flip: these latents are not there of the mirrored images: make them anew with cache.py --flip")
+    if source.latents and config.dataset.masked_loss and not source.masked:
+        raise UserError("--masked-loss: these latents were made without masks: make them anew with cache.py --masked-loss")
 
     # Model on the host, and what the device will have to hold.
     pipe = sdxl.read_sdxl(config.model, dtype)
@@ -236,11 +238,11 @@ def main(config: TrainConfig) -> None:
     encode = (lambda posterior: posterior) if source.latents else (lambda images: encode_pixels(pipe.vae, normalise(images)))
     micro_batches = config.dataset.bs // plan.micro * config.grad_accum
 
-    def differentiate(images, spread, noise, timesteps, tokens, ids) -> torch.Tensor:
+    def differentiate(images, spread, noise, timesteps, tokens, ids, *area) -> torch.Tensor:
         """Adds the gradients of one micro-batch to `adapter.grad`; returns its share of the loss."""
         latents = sample_latents(pipe.vae, encode(images), spread)
         denoise = partial(denoiser, tokens=tokens, time_ids=ids)
-        loss = diffusion(denoise, latents, noise, timesteps).mean() / micro_batches
+        loss = diffusion(denoise, latents, noise, timesteps, *area).mean() / micro_batches
         scaler.scale(loss).backward()
         adapter.gather()
         return loss.detach()
@@ -321,7 +323,8 @@ def main(config: TrainConfig) -> None:
             ids = memory.send(time_ids(batch.original_size, batch.crop, batch.size), device)
             spread = torch.randn(latents_shape, generator=generator, device=device)
             noise, timesteps = diffusion.draw(latents_shape, generator)
-            inputs = (images, spread, noise, timesteps, tokens, ids)
+            area = [memory.send(area_weights(mask), device) for mask in batch.mask]
+            inputs = (images, spread, noise, timesteps, tokens, ids, *area)
             for part in zip(*(tensor.split(plan.micro) for tensor in inputs), strict=True):
                 meter.add(step(*part))
         ranks.average(adapter.grad)

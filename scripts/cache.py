@@ -48,6 +48,8 @@ class CacheConfig:
     """As train_lora.py's --bucket-step."""
     flip: bool = False
     """Encode every image mirrored too, so that training may use --flip: twice the work and the size."""
+    masked_loss: bool = False
+    """As train_lora.py's --masked-loss, which needs it here too: the masks are kept beside the latents."""
     per_shard: int = 500
     """Samples in a shard."""
     device: str = "auto"
@@ -60,7 +62,7 @@ class CacheConfig:
             raise UserError(f"--per-shard must be at least 1, not {self.per_shard}")
 
 
-def encoded(source: Source, vae: nn.Module, buckets: list, flip: bool, refused: list[str]) -> Iterator[dict]:
+def encoded(source: Source, vae: nn.Module, buckets: list, flip: bool, masked: bool, refused: list[str]) -> Iterator[dict]:
     """Samples of the shards; what cannot be decoded goes to `refused`, with the reason. `buckets` [N]: size for each."""
     probe = vae_probe(vae)
 
@@ -70,15 +72,15 @@ def encoded(source: Source, vae: nn.Module, buckets: list, flip: bool, refused: 
     for n, bucket in enumerate(tqdm(buckets, unit="img")):
         raw = source.raw(n)
         try:
-            pictures = [decode(raw, bucket, mirror) for mirror in ((False, True) if flip else (False,))]
+            pictures = [decode(raw, bucket, mirror, masked) for mirror in ((False, True) if flip else (False,))]
         except Exception as error:  # whatever a broken file makes Pillow raise
             refused.append(f"{raw.name} ({error})")
             continue
-        (posterior, crop), *mirrored = [(encode(pixels), crop) for pixels, _, crop in pictures]
-        if not all(half.half().isfinite().all() for half in (posterior, *(half for half, _ in mirrored))):
+        (posterior, crop, *mask), *mirrored = [(encode(pixels), crop, *mask) for pixels, _, crop, *mask in pictures]
+        if not all(half.half().isfinite().all() for half in (posterior, *(half for half, *_ in mirrored))):
             refused.append(f"{raw.name} (its latents are not finite in float16)")
             continue
-        packed = pack_latents(posterior, pictures[0][1], crop, *mirrored)
+        packed = pack_latents(posterior, pictures[0][1], crop, *mirrored, mask=mask)
         yield {"safetensors": packed, "json": json.dumps({"captions": raw.captions, "vae": probe}, ensure_ascii=False)}
 
 
@@ -96,7 +98,7 @@ def main(config: CacheConfig) -> None:
     print(f"{source.samples} images at {resolution} px: {describe_buckets(source, sizes, bucket)}")
 
     refused: list[str] = []
-    samples = encoded(source, vae, [sizes[b] for b in bucket], config.flip, refused)
+    samples = encoded(source, vae, [sizes[b] for b in bucket], config.flip, config.masked_loss, refused)
     shards = write_shards(config.out, config.name, samples, config.per_shard)
     print(f"encoded {source.samples - len(refused)} images into {shards} shards in {config.out}/")
     for line in refused:

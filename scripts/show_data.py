@@ -44,6 +44,12 @@ class ShowConfig:
             raise UserError(f"--images must be at least 1, not {self.images}")
 
 
+def dim(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Pixels [h, w, 3] uint8 with what a loss mask [1, h/8, w/8] in 0…1 hides faded into grey."""
+    kept = 0.2 + 0.8 * mask[0].repeat(8, axis=0).repeat(8, axis=1)[..., None]
+    return (pixels * kept + 160 * (1 - kept)).astype(np.uint8)
+
+
 def cell(pixels: np.ndarray, caption: str, facts: str) -> Image.Image:
     """One picture with what the model is told of it."""
     font, line = ImageFont.load_default(size=FONT), FONT + 3
@@ -63,7 +69,10 @@ def contact_sheet(stream: Stream, images: int) -> Image.Image:
     cells = []
     for batch in stream:
         facts = zip(batch.size.tolist(), batch.original_size.tolist(), batch.crop.tolist(), strict=True)
-        for pixels, caption, (size, original, crop) in zip(batch.images.numpy(), batch.captions, facts, strict=True):
+        shown = batch.images.numpy()
+        for mask in batch.mask:
+            shown = [dim(pixels, one) for pixels, one in zip(shown, mask.numpy(), strict=True)]
+        for pixels, caption, (size, original, crop) in zip(shown, batch.captions, facts, strict=True):
             told = "{1} x {0} of {3} x {2}, cut left {5}, top {4}".format(*size, *original, *crop)
             cells.append(cell(pixels, caption, told))
         if len(cells) >= images:

@@ -13,7 +13,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # models this sma
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -117,6 +117,20 @@ def photos(tmp_path_factory) -> Path:
     for i in range(7):
         photograph(i, 80 + 30 * i, 200 - 20 * i).save(folder / f"photo{i}.jpg", quality=95)
         (folder / f"photo{i}.txt").write_text(f"picture number {i}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cutouts(tmp_path_factory) -> Path:
+    """Four captioned PNGs of several shapes; of each all but a circle is transparent."""
+    folder = tmp_path_factory.mktemp("cutouts")
+    for i, size in enumerate([(130, 130), (150, 140), (200, 100), (100, 180)]):
+        image = photograph(i, *size)
+        circle = Image.new("L", size)
+        ImageDraw.Draw(circle).ellipse((10 * i, 10, size[0] - 20, size[1] - 10), fill=255)
+        image.putalpha(circle)
+        image.save(folder / f"cutout{i}.png")
+        (folder / f"cutout{i}.txt").write_text(f"cutout number {i}")
     return folder
 
 

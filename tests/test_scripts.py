@@ -116,6 +116,21 @@ def test_cached_latents_are_what_the_vae_gives_for_the_same_images(script, tiny_
     assert err == f"cache.py: {tmp_path} holds latents already\n"
 
 
+def test_cached_masks_are_those_of_the_images(script, tiny_model, cutouts, tmp_path):
+    how = ["--model", tiny_model, "--device", "cpu", "--bucket-step", 16, "--flip"]
+    script("scripts/cache.py", cutouts, *how, "--masked-loss", "--out", tmp_path / "latents")
+    images, latents = open_source(str(cutouts)), open_source(str(tmp_path / "latents"))
+    sizes, bucket = assign_buckets(images, DataConfig(bucket_step=16), 64)
+    pipe = load_sdxl(str(tiny_model), torch.float32, torch.device("cpu"))
+    for n in range(4):
+        for flip in (False, True):
+            pixels, *_, wanted = decode(images.raw(n), sizes[bucket[n]], flip, masked=True)
+            posterior, *_, mask = unpack_latents(latents.raw(n), flip, masked=True)
+            assert np.array_equal(mask, wanted)
+            ours = encode_pixels(pipe.vae, normalise(torch.tensor(pixels)[None]))[0]
+            torch.testing.assert_close(torch.from_numpy(posterior).float(), ours, atol=1e-3, rtol=1e-3)
+
+
 def test_bench_data_measures_every_job(script, monkeypatch):
     out, _ = script("scripts/bench_data.py", "--rounds", 1, "--photos", 3, "--latents", 30)
     rates = re.findall(r"^ +([\d.]+) a second   (.+)$", out, re.M)
@@ -147,6 +162,20 @@ def test_the_contact_sheet_shows_what_training_sees(script, photos, tmp_path):
     assert at == [(268 - width) // 2]
     _, err = script("scripts/show_data.py", "--images", 0, status=2)
     assert err == "show_data.py: --images must be at least 1, not 0\n"
+
+
+def test_the_contact_sheet_fades_what_a_mask_hides(script, cutouts, tmp_path):
+    how = ["--data", cutouts, "--resolution", 128, "--no-buckets", "--bs", 1, "--images", 1]
+    script("scripts/show_data.py", *how, "--out", tmp_path / "sheet.png", "--masked-loss")
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"), int)
+    config = DataConfig(bs=1, buckets=False, masked_loss=True)
+    batch = next(iter(Stream(open_source(str(cutouts)), config, CaptionConfig(), 128, 0)))
+    shown = sheet[70 : 70 + 128, 70 : 70 + 128]
+    pixels, seen = batch.images[0].numpy().astype(int), (batch.mask[0][0, 0] == 1).numpy().repeat(8, 0).repeat(8, 1)
+    assert 0.2 < seen.mean() < 0.8
+    assert np.array_equal(shown[seen], pixels[seen])
+    hidden = (batch.mask[0][0, 0] == 0).numpy().repeat(8, 0).repeat(8, 1)
+    assert np.abs(shown[hidden] - 160).mean() < 0.3 * np.abs(pixels[hidden] - 160).mean()
 
 
 def test_converting_keeps_the_weights(script, denoiser, tiny_model, tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import torch
 import webdataset as wds
 from conftest import ROOT, run
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from two_ranks import gradient_and_step
@@ -220,6 +221,40 @@ def test_ready_made_latents_train_without_the_vae(train, latents, tmp_path, monk
     _, err = train("--data", latents, "--flip", "--out", tmp_path / "b", status=2)
     assert err.startswith("train_lora.py: --flip: these latents are not there of the mirrored images")
     assert not (tmp_path / "b").exists()
+
+
+def test_the_masked_loss_from_images_and_from_latents(train, script, tiny_model, cutouts, latents, tmp_path):
+    how, ran = ["--steps", 2, "--bs", 2, "--bucket-step", 16, "--flip", "--lr", 1e-2], {}
+
+    def run(name: str, data, *options):
+        train("--data", data, *how, "--out", tmp_path / name, "--log-dir", tmp_path / name / "runs", *options)
+        ran[name] = weights(tmp_path / name, 2)
+
+    run("images", cutouts, "--masked-loss")
+    cached = ["--model", tiny_model, "--device", "cpu", "--bucket-step", 16, "--flip", "--out", tmp_path / "cached"]
+    script("scripts/cache.py", cutouts, *cached, "--masked-loss")
+    run("cached", tmp_path / "cached", "--masked-loss")
+    assert last(tmp_path / "cached/runs", "loss") == pytest.approx(last(tmp_path / "images/runs", "loss"), rel=1e-3)
+    run("ignored", tmp_path / "cached")
+    assert not equal(ran["cached"], ran["ignored"])
+    _, err = train("--data", latents, "--masked-loss", "--out", tmp_path / "b", status=2)
+    assert err == (
+        "train_lora.py: --masked-loss: these latents were made without masks: make them anew with cache.py --masked-loss\n"
+    )
+    assert not (tmp_path / "b").exists()
+
+
+def test_all_masked_and_nothing_masked(train, photos, tmp_path):
+    """Opaque images train bit for bit as without masks; of transparent ones nothing is learned, and nothing breaks."""
+    train("--data", photos, "--steps", 2)
+    train("--data", photos, "--steps", 2, "--masked-loss", "--out", tmp_path / "b")
+    assert equal(weights(tmp_path / "out", 2), weights(tmp_path / "b", 2))
+    Image.new("RGBA", (64, 64), (200, 100, 50, 0)).save(tmp_path / "clear.png")
+    (tmp_path / "clear.txt").write_text("nothing to be seen")
+    train("--data", tmp_path, "--steps", 2, "--masked-loss", "--lr", 1e-2, "--out", tmp_path / "c")
+    ups = [t for key, t in weights(tmp_path / "c", 2).items() if "lora_up" in key]
+    assert ups
+    assert not any(t.any() for t in ups)
 
 
 def test_latents_of_another_vae_are_refused(train, script, tiny_model, shards, tmp_path):
