@@ -310,7 +310,7 @@ class Denoiser(nn.Module):
         """
         trained = any(p.requires_grad for m in (self.text_encoder, self.text_encoder_2) for p in m.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            chunks = tokens.unflatten(2, (-1, self.empty.shape[2]))  # [B, 2, n, 77]
+            chunks = tokens.unflatten(2, (-1, self.text_encoder.config.max_position_embeddings))  # [B, 2, n, 77]
             first = self.text_encoder(chunks[:, 0].flatten(0, 1), output_hidden_states=True)
             second = self.text_encoder_2(chunks[:, 1].flatten(0, 1), output_hidden_states=True)
             context = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
