@@ -125,7 +125,7 @@ def test_cached_masks_are_those_of_the_images(script, tiny_model, cutouts, tmp_p
     for n in range(4):
         for flip in (False, True):
             pixels, *_, wanted = decode(images.raw(n), sizes[bucket[n]], flip, masked=True)
-            posterior, *_, mask = unpack_latents(latents.raw(n), flip, masked=True)
+            posterior, *_, mask = unpack_latents(latents.raw(n).image, flip, masked=True)
             assert np.array_equal(mask, wanted)
             ours = encode_pixels(pipe.vae, normalise(torch.tensor(pixels)[None]))[0]
             torch.testing.assert_close(torch.from_numpy(posterior).float(), ours, atol=1e-3, rtol=1e-3)
