@@ -164,20 +164,18 @@ class Ledger(TorchDispatchMode):
         return Costs(batch, {name: block(name) for name in block_names}, block(None), self.attention)
 
 
-def dry_run(
-    denoiser: nn.Module, block_names: list[str], batch: int, latent_side: int | tuple[int, int], tokens: int = 77
-) -> Costs:
+def dry_run(denoiser: nn.Module, block_names: list[str], text: tuple[Tensor, ...], latent_side: int | tuple[int, int]) -> Costs:
     """Costs of one forward pass of `denoiser` (sdxl.Denoiser), whose weights are on the meta device.
 
     To be called when the adapters are added, no block is checkpointed yet and the attention of the U-Net is
     `stand_in_kernel`. `block_names` are the paths of the modules that can be checkpointed, none inside another;
-    `latent_side` is pixels / 8, or (h, w); `tokens` is how many each text encoder gets, 77 for a chunk.
+    `text` is what it is told, on the meta device too, of a batch; `latent_side` is pixels / 8, or (h, w).
     """
+    batch = len(text[0])
     h, w = (latent_side, latent_side) if isinstance(latent_side, int) else latent_side
     ledger = Ledger(denoiser)
     with torch.device("meta"), ExitStack() as stack:
-        images = [torch.empty(batch, 4, h, w), torch.empty(batch, dtype=torch.int64)]  # noisy latents, timesteps
-        texts = [torch.empty(batch, 2, tokens, dtype=torch.int64), torch.empty(batch, 6)]  # tokens, time ids
+        latents, timesteps, ids = torch.empty(batch, 4, h, w), torch.empty(batch, dtype=torch.int64), torch.empty(batch, 6)
         for name in block_names:
             block = denoiser.get_submodule(name)
             enter = lambda _, args, kwargs, name=name: ledger.enter(name, (args, kwargs))  # noqa: E731
@@ -185,7 +183,7 @@ def dry_run(
             stack.enter_context(block.register_forward_hook(lambda *_: ledger.leave()))
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(ledger.save, lambda tensor: tensor))
         stack.enter_context(ledger)
-        denoiser(*images, *texts)
+        denoiser(latents, timesteps, text, ids)
     return ledger.costs(batch, block_names)
 
 

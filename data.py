@@ -20,7 +20,7 @@ from buckets import Order, bucket_sizes, choose_bucket, enlarged, resized, share
 from captions import CaptionConfig, choose_caption
 from errors import UserError
 from images import Size, alpha_of, fit, open_image, to_rgb
-from shards import unpack_latents
+from shards import unpack_latents, unpack_text
 from sources import Raw, Source
 
 
@@ -64,6 +64,7 @@ class Batch:
     size: torch.Tensor  # [B, 2] (h, w) of the bucket
     skipped: list[str]  # images of this batch that could not be decoded
     mask: tuple[torch.Tensor, ...] = ()  # with --masked-loss one, [B, 1, h/8, w/8] in 0…1: what of the loss counts
+    text: tuple[torch.Tensor, ...] = ()  # if the captions are encoded: context [B, 77, d1 + d2], pooled [B, d2] float16
 
     def pin_memory(self) -> "Batch":
         self.images = self.images.pin_memory()
@@ -140,9 +141,9 @@ class Stream(IterableDataset):
 
     def __init__(
         self, source: Source, config: DataConfig, captions: CaptionConfig, resolution: int, seed: int,
-        rank: int = 0, world: int = 1, start: int = 0,
+        rank: int = 0, world: int = 1, start: int = 0, text: bool = False,
     ):  # fmt: skip
-        self.source, self.config, self.captions, self.seed = source, config, captions, seed
+        self.source, self.config, self.captions, self.seed, self.text = source, config, captions, seed, text
         self.sizes, self.bucket = assign_buckets(source, config, resolution)
         self.rank, self.world, self.start = rank, world, start
 
@@ -163,6 +164,10 @@ class Stream(IterableDataset):
         masked = self.config.masked_loss
         return unpack_latents(raw.image, flip, masked) if self.source.latents else decode(raw, self.sizes[bucket], flip, masked)
 
+    def encoded(self, raw: Raw, caption: str) -> list[torch.Tensor]:
+        """What the text encoders made of this caption of a sample, if that is asked for; of no caption it does not matter."""
+        return [states[raw.captions.index(caption) if caption else 0] for states in unpack_text(raw.image)] if self.text else []
+
     def batch(self, draws: list[int], samples: list[int]) -> Batch:
         told, skipped, bucket, images = [], [], self.bucket[samples[0]], None
 
@@ -172,7 +177,7 @@ class Stream(IterableDataset):
             if images is None:
                 images = np.empty((len(samples), *pixels.shape), pixels.dtype)
             images[len(told)] = pixels  # at once: memory that is given back while it is warm makes the next image faster
-            told.append((original, crop, caption, *mask))
+            told.append((original, crop, caption, self.encoded(raw, caption), *mask))
 
         for draw, n in zip(draws, samples, strict=True):
             rng, raw = random.Random(f"{self.seed} draw {draw}"), self.source.raw(n)
@@ -186,10 +191,11 @@ class Stream(IterableDataset):
             keep(raw, False, raw.captions[0])
         again = [i % len(told) for i in range(len(samples))]
         images = torch.from_numpy(images if len(told) == len(samples) else images[again])
-        original, crop, captions, *mask = zip(*(told[i] for i in again), strict=True)
+        original, crop, captions, text, *mask = zip(*(told[i] for i in again), strict=True)
+        text = tuple(torch.stack(states) for states in zip(*text, strict=True))
         mask = tuple(torch.from_numpy(np.stack(one))[:, None] / 255 for one in mask)
         size = torch.tensor([self.sizes[bucket]] * len(samples))
-        return Batch(images, list(captions), torch.tensor(original), torch.tensor(crop), size, skipped, mask)
+        return Batch(images, list(captions), torch.tensor(original), torch.tensor(crop), size, skipped, mask, text)
 
 
 def first_decodable(source: Source, samples: Iterable[int]) -> Raw:

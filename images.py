@@ -3,7 +3,7 @@
 import io
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 Size = tuple[int, int]  # (height, width)
 
@@ -17,7 +17,10 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns first, and once
 
 def open_image(encoded: bytes) -> Image.Image:
     """Header only. Raises ValueError, or what Pillow raises, if it is broken or larger than MOST_PIXELS."""
-    image = Image.open(io.BytesIO(encoded))
+    try:
+        image = Image.open(io.BytesIO(encoded))
+    except UnidentifiedImageError:  # Pillow's text has an address in it, another every time
+        raise ValueError("no image of a known kind") from None
     if image.width * image.height > MOST_PIXELS:
         raise ValueError(f"{image.width} × {image.height} pixels are more than the limit of {MOST_PIXELS:,}")
     return image

@@ -42,6 +42,7 @@ class Shard:
     mirrored: bool = False  # latents, all of them also of the mirrored image
     masked: bool = False  # latents, all of them with a loss mask
     vae: list[float] = field(default_factory=list)  # that made the latents: its `sdxl.vae_probe`
+    text: list[float] = field(default_factory=list)  # encoders whose hidden states are with them: their `text_probe`
     sha256: str = ""  # from here on what only who wrote it knows: of the tar file
     hashes: list[str] = field(default_factory=list)  # of each sample: SHA-256 of the image, or of what its latents depend on
     made_of: str = ""  # SHA-256 of what went into it
@@ -78,7 +79,7 @@ def members_of(path: Path) -> tuple[list[tuple[str, str, int, int]], bool]:
 def survey(path: Path) -> Shard:
     """Reads headers only, of the tar's members and of the images. Raises UserError as `members_of`."""
     members, cut = members_of(path)
-    shard, kinds, also, vaes = Shard(path.name, path.stat().st_size, cut=cut), set(), [], set()
+    shard, kinds, also, vaes, texts = Shard(path.name, path.stat().st_size, cut=cut), set(), [], set(), set()
     with path.open("rb") as file:
 
         def read(at: int, size: int) -> bytes:
@@ -99,7 +100,9 @@ def survey(path: Path) -> Shard:
             if kind == LATENTS:
                 pixels, names = size_of_latents(head)
                 also += [names] if names else []  # what cannot be read is skipped in training
-                vaes.add(probe_of(read(*parts["json"])) if "json" in parts else ())
+                told = read(*parts["json"]) if "json" in parts else b""
+                vaes.add(probe_of(told, "vae"))
+                texts.add(probe_of(told, "text"))
             else:
                 pixels = size_of(head)
                 pixels = size_of(read(at, size)) if pixels == (0, 0) else pixels
@@ -107,9 +110,9 @@ def survey(path: Path) -> Shard:
             shard.samples.append((key, at, size, *text, *pixels))
     if len(kinds) > 1:
         raise UserError(f"--data: {path} holds both images and latents: train on one kind")
-    if len(vaes) > 1:
-        raise UserError(f"--data: the latents of {path} were made by several VAEs: make them anew with scripts/cache.py")
-    shard.latents, shard.vae = kinds == {True}, list(next(iter(vaes), ()))
+    if max(len(vaes), len(texts)) > 1:
+        raise UserError(f"--data: the latents of {path} were made by several models: make them anew with scripts/cache.py")
+    shard.latents, (shard.vae, shard.text) = kinds == {True}, (list(next(iter(probes), ())) for probes in (vaes, texts))
     shard.mirrored, shard.masked = (bool(also) and all(name in names for names in also) for name in ("mirrored", "mask"))
     return shard
 
@@ -124,10 +127,10 @@ def split_captions(text: bytes) -> list[str]:
     return [line.strip() for line in lines if isinstance(line, str) and line.strip()]
 
 
-def probe_of(told: bytes) -> tuple[float, ...]:
-    """The `vae` that cache.py writes into the .json of latents; () if there is none."""
+def probe_of(told: bytes, name: str) -> tuple[float, ...]:
+    """The `vae` or `text` that cache.py writes into the .json of latents; () if there is none."""
     try:
-        return tuple(float(value) for value in json.loads(told)["vae"])
+        return tuple(float(value) for value in json.loads(told)[name])
     except (ValueError, KeyError, TypeError, RecursionError):
         return ()
 
@@ -165,7 +168,7 @@ def read_lines(text: bytes, where: str) -> dict[str, Shard]:
             told = json.loads(line)
             shard = Shard(**{name: value for name, value in told.items() if name in known})
             shard.samples = [(str(key), *map(int, numbers)) for key, *numbers in shard.samples]
-            shard.vae = [float(value) for value in shard.vae]
+            shard.vae, shard.text = ([float(value) for value in probe] for probe in (shard.vae, shard.text))
             numbers = [shard.bytes, *(n for _, *rest in shard.samples for n in rest)]
             if PurePosixPath(shard.name).name != shard.name or min(numbers) < 0 or {len(s) for s in shard.samples} - {7}:
                 raise ValueError(f"{shard.name!r} with impossible numbers")
@@ -260,6 +263,7 @@ def finish(folder: Path, shards: list[Shard], replaced: Iterable[str]) -> None:
 # Ready-made latents.
 
 PARTS = {False: ("posterior", "crop", "mask"), True: ("mirrored", "mirrored_crop", "mirrored_mask")}  # as it is, mirrored
+TEXT = ("context", "pooled")
 
 
 def pack_latents(posterior: torch.Tensor, original_size: Size, crop: Size, mirrored: tuple = (), mask: tuple = ()) -> bytes:
@@ -278,3 +282,15 @@ def unpack_latents(encoded: bytes, flip: bool, masked: bool = False) -> tuple[np
     tensors = load(encoded)
     posterior, crop, *mask = (tensors[name] for name in PARTS[flip][: 3 if masked else 2])
     return posterior.numpy(), tuple(tensors["original_size"].tolist()), tuple(crop.tolist()), *(m.numpy() for m in mask)
+
+
+def with_text(encoded: bytes, text: tuple[torch.Tensor, torch.Tensor] | None) -> bytes:
+    """The same latents with context [K, 77, d1 + d2] and pooled [K, d2] of K captions beside them, in float16; or without."""
+    tensors = {name: tensor for name, tensor in load(encoded).items() if name not in TEXT}
+    return save(tensors | dict(zip(TEXT, (t.half().contiguous() for t in text or ()), strict=False)))
+
+
+def unpack_text(encoded: bytes) -> tuple[torch.Tensor, ...]:
+    """-> context [K, 77, d1 + d2], pooled [K, d2], float16."""
+    tensors = load(encoded)
+    return tuple(tensors[name] for name in TEXT)

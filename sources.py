@@ -63,6 +63,7 @@ class Source:
     mirrored: bool = False  # latents, each with those of the mirrored image
     masked: bool = False  # latents, each with its loss mask
     vae: tuple[float, ...] = ()  # of latents, if they tell it: the `vae_probe` of what made them
+    text: tuple[float, ...] = ()  # of latents with hidden states of the text encoders: the `text_probe` of these
     part: np.ndarray | None = None  # [N] number of the data set in a mixture
     shares: tuple[float, ...] = ()  # of each in the draws of an epoch, in all 1
 
@@ -93,8 +94,8 @@ def open_mixture(data: tuple[str, ...]) -> Source:
     sources = [open_source(one) for one, _ in pairs]
     if len({source.latents for source in sources}) > 1:
         raise UserError(f"--data {' '.join(data)}: these hold both images and latents: train on one kind")
-    if len({source.vae for source in sources}) > 1:
-        raise UserError(f"--data {' '.join(data)}: these latents were made by several VAEs")
+    if len({(source.vae, source.text) for source in sources}) > 1:
+        raise UserError(f"--data {' '.join(data)}: these latents were made by several models")
     first, *others = sources
     if not others:
         return first
@@ -176,8 +177,8 @@ def of_shards(shards: list[tuple[File, Shard]]) -> Source:
     full = [shard for _, shard in shards if shard.samples]
     if len({shard.latents for shard in full}) > 1:
         raise UserError("--data: these shards hold both images and latents: train on one kind")
-    if len({tuple(shard.vae) for shard in full}) > 1:
-        raise UserError("--data: these latents were made by several VAEs: make them anew with scripts/cache.py")
+    if len({(tuple(shard.vae), tuple(shard.text)) for shard in full}) > 1:
+        raise UserError("--data: these latents were made by several models: make them anew with scripts/cache.py")
     digest = hashlib.sha256()
     for shard in full:
         digest.update(json.dumps([(key, size, text_size) for key, _, size, _, text_size, *_ in shard.samples]).encode())
@@ -194,6 +195,7 @@ def of_shards(shards: list[tuple[File, Shard]]) -> Source:
         mirrored=all(shard.mirrored for shard in full) and bool(full),
         masked=all(shard.masked for shard in full) and bool(full),
         vae=tuple(full[0].vae) if full else (),
+        text=tuple(full[0].text) if full else (),
     )
 
 

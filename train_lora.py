@@ -17,7 +17,6 @@ import json
 import math
 import random
 import signal
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -47,7 +46,7 @@ from memory import MemoryConfig
 from pictures import Gallery, evaluation_prompts
 from quantise import BASES as PACKED
 from quantise import check_quantisable, packed_bytes, quantisable, quantise_base
-from sdxl import Denoiser, decode_latents, encode_pixels, sample_latents, split_tokens, time_ids, tokenize
+from sdxl import Denoiser, ReadyText, Tokens, decode_latents, encode_pixels, sample_latents, time_ids
 from sources import Source, open_mixture
 
 LOG_EVERY = 10  # steps; the host waits for the device only then
@@ -193,23 +192,36 @@ def main(config: TrainConfig) -> None:
     pipe = sdxl.read_sdxl(config.model, dtype)
     resolution = config.dataset.resolution or sdxl.native_resolution(pipe)
     first_decodable(source, range(source.samples))
-    if source.vae and not sdxl.is_of_vae(source.vae, pipe.vae):
+    if source.vae and not sdxl.same_probe(source.vae, sdxl.vae_probe(pipe.vae)):
         raise UserError(f"--data: these latents were made by another VAE than that of --model {config.model}")
-    stream = Stream(source, config.dataset, config.captions, resolution, config.seed, ranks.rank, ranks.world)
+    text_ready = bool(source.text) and not config.lora.train_text_encoder
+    if text_ready and (config.captions.shuffle_tags or config.captions.caption_prefix or config.captions.max_tokens > 75):
+        raise UserError("--shuffle-tags, --caption-prefix and --max-tokens: this text was encoded already, by cache.py --text")
+    how = {"rank": ranks.rank, "world": ranks.world, "text": text_ready}
+    stream = Stream(source, config.dataset, config.captions, resolution, config.seed, **how)
     budget = ranks.least(memory.limit_memory(config.memory.vram_gb, device))
     lengths = config.captions.max_tokens // 75
     budget -= ANOTHER_SHAPE * (len(set(stream.bucket)) * lengths - 1)
-    plan, attention_shapes = plan_memory(config, pipe, resolution, source.latents, precision, device, budget)
+    ready = {"latents": source.latents, "text": text_ready}
+    plan, attention_shapes = plan_memory(config, pipe, resolution, ready, precision, device, budget)
 
     # Model on the device: the frozen base, with adapters on the layers that --targets names.
-    denoiser = Denoiser(pipe)
-    total = sum(p.numel() for p in denoiser.parameters())
+    whole = denoiser = Denoiser(pipe)
+    total = sum(p.numel() for p in whole.parameters())
+    tell = Tokens(whole.tokenizers, config.captions.max_tokens)
+    resting = [pipe.vae] if source.latents else []  # on the host but for pictures
+    if text_ready:
+        denoiser, encoders = Denoiser(pipe, with_text=False), [pipe.text_encoder, pipe.text_encoder_2]
+        with memory.visiting(device, encoders):
+            if not sdxl.same_probe(source.text, whole.text_probe()):
+                raise UserError(f"--data: its text was encoded by other encoders than those of --model {config.model}")
+            tell = ReadyText(whole.empty_text())
+        resting += encoders
     if plan.base in PACKED:
         check_quantisable(plan.base, device)
         quantise_base(denoiser, plan.base, device)
     denoiser.to(device)
-    vae_home = torch.device("cpu") if source.latents else device  # not needed but for pictures
-    pipe.vae.to(vae_home, sdxl.vae_dtype(device)).use_slicing = not plan.whole_vae
+    pipe.vae.to("cpu" if source.latents else device, sdxl.vae_dtype(device)).use_slicing = not plan.whole_vae
     adapter = add_lora(denoiser, config.lora, denoiser.unread, config.seed, dtype)
     attention = choose_attention(config.memory.attention, attention_shapes, device, dtype)
     install(pipe.unet, KERNELS[attention])
@@ -238,11 +250,11 @@ def main(config: TrainConfig) -> None:
     encode = (lambda posterior: posterior) if source.latents else (lambda images: encode_pixels(pipe.vae, normalise(images)))
     micro_batches = config.dataset.bs // plan.micro * config.grad_accum
 
-    def differentiate(images, spread, noise, timesteps, tokens, ids, *area) -> torch.Tensor:
+    def differentiate(images, spread, noise, timesteps, ids, *others) -> torch.Tensor:
         """Adds the gradients of one micro-batch to `adapter.grad`; returns its share of the loss."""
         latents = sample_latents(pipe.vae, encode(images), spread)
-        denoise = partial(denoiser, tokens=tokens, time_ids=ids)
-        loss = diffusion(denoise, latents, noise, timesteps, *area).mean() / micro_batches
+        text, area = others[: tell.tensors], others[tell.tensors :]
+        loss = diffusion(partial(denoiser, text=text, time_ids=ids), latents, noise, timesteps, *area).mean() / micro_batches
         scaler.scale(loss).backward()
         adapter.gather()
         return loss.detach()
@@ -296,18 +308,14 @@ def main(config: TrainConfig) -> None:
     vae_bytes = sum(p.nbytes for p in pipe.vae.parameters()) + sdxl.DECODING * resolution**2 * pipe.vae.dtype.itemsize
     tight = plan.weights + vae_bytes > plan.budget
     decode = partial(decode_latents, pipe.vae, tiled=tight)
-    gallery = Gallery(pipe, denoiser.describe, decode, adapter.disabled, evaluation_prompts(config.model), resolution)
+    gallery = Gallery(pipe, whole.describe, decode, adapter.disabled, evaluation_prompts(config.model), resolution)
 
     def draw() -> np.ndarray:
         """Base and LoRA side by side."""
-        pipe.vae.to(device)
-        with torch.compiler.set_stance("force_eager"):  # compiling for the shapes of pictures would take minutes
-            sheet = gallery.draw(f"LoRA, step {run.step}")
-        pipe.vae.to(vae_home)
-        return sheet
+        with memory.visiting(device, resting), torch.compiler.set_stance("force_eager"):  # compiling would take minutes
+            return gallery.draw(f"LoRA, step {run.step}")
 
     stop, meter, logged, skipped = StopRequest(), Meter(device), run.step, set(source.uncaptioned)
-    cut, max_tokens = Counter(), config.captions.max_tokens
     progress = tqdm(total=config.steps, initial=run.step, unit="step", disable=not ranks.first)
     while run.step < config.steps and not ranks.any(stop.asked):
         for group in optimizer.param_groups:
@@ -315,16 +323,15 @@ def main(config: TrainConfig) -> None:
         for micro in range(config.grad_accum):
             batch = meter.next(batches)
             skipped.update(batch.skipped)
-            cut.update(len(rest) for _, rest in split_tokens(denoiser.tokenizers[0], batch.captions, max_tokens))
             generator.manual_seed(seed_of(config.seed, ranks.rank, run.step, micro))
             latents_shape = (config.dataset.bs, channels, *(batch.size[0] // pipe.vae_scale_factor).tolist())
             images = memory.send(batch.images, device)
-            tokens = memory.send(tokenize(denoiser.tokenizers, batch.captions, max_tokens), device)
+            text = [memory.send(one, device) for one in tell(batch.captions, batch.text)]
             ids = memory.send(time_ids(batch.original_size, batch.crop, batch.size), device)
             spread = torch.randn(latents_shape, generator=generator, device=device)
             noise, timesteps = diffusion.draw(latents_shape, generator)
             area = [memory.send(area_weights(mask), device) for mask in batch.mask]
-            inputs = (images, spread, noise, timesteps, tokens, ids, *area)
+            inputs = (images, spread, noise, timesteps, ids, *text, *area)
             for part in zip(*(tensor.split(plan.micro) for tensor in inputs), strict=True):
                 meter.add(step(*part))
         ranks.average(adapter.grad)
@@ -366,11 +373,8 @@ def main(config: TrainConfig) -> None:
         else:
             print("stopped before the first step: nothing was written")
         writer.close()
-        if advice := meter.advice():
+        for advice in filter(None, (meter.advice(), tell.advice())):
             print(advice)
-        if most := max(cut, default=0):
-            share = f"{1 - cut[0] / cut.total():.1%} of the captions"
-            print(f"{share} have more than --max-tokens {max_tokens} and were cut, by up to {most} tokens")
         if skipped:
             print(f"skipped {len(skipped)} images, broken or without a caption: {', '.join(skipped)}")
     leave_ranks()
@@ -380,23 +384,26 @@ def main(config: TrainConfig) -> None:
 
 
 def plan_memory(
-    config: TrainConfig, pipe, resolution: int, latents: bool, precision: str, device: torch.device, budget: int
+    config: TrainConfig, pipe, resolution: int, ready: dict[str, bool], precision: str, device: torch.device, budget: int
 ) -> tuple[Plan, Shapes]:
-    """How a step fits into `budget` bytes, by a dry run on shapes without weights; and the shapes of its attention."""
+    """How a step fits into `budget` bytes, by a dry run on shapes without weights; and the shapes of its attention.
+
+    `ready`: whether latents and text come from the shards.
+    """
     asked, dtype, vae = config.memory.base_precision, memory.DTYPES[precision], sdxl.vae_dtype(device)
     bases = [asked] if asked in PACKED else [precision, *PACKED] if asked == "auto" and device.type == "cuda" else [precision]
-    shapes = sdxl.blueprint(pipe)
+    shapes = sdxl.blueprint(pipe, with_text=not ready["text"])
     linears = quantisable(shapes)
     unpacked = sum(p.nbytes for p in shapes.parameters())
-    unpacked += 0 if latents else sum(p.numel() for p in pipe.vae.parameters()) * vae.itemsize
+    unpacked += 0 if ready["latents"] else sum(p.numel() for p in pipe.vae.parameters()) * vae.itemsize
     saved = {base: sum(m.weight.nbytes - packed_bytes(m, base) for m in linears.values()) for base in PACKED}
     adapter = add_lora(shapes, config.lora, shapes.unread, dtype=dtype)
     trained = adapter.flat.numel() * memory.bytes_per_trained(config.memory.optimizer, dtype)
     install(shapes.unet, stand_in_kernel)
-    size = (resolution // pipe.vae_scale_factor, shapes.empty.shape[2] * config.captions.max_tokens // 75)
-    costs = dry_run(shapes, memory.block_names(shapes), config.dataset.bs, *size)
+    text = sdxl.text_shapes(shapes, config.dataset.bs, config.captions.max_tokens // 75)
+    costs = dry_run(shapes, memory.block_names(shapes), text, resolution // pipe.vae_scale_factor)
     fixed = {base: unpacked - saved.get(base, 0) + trained for base in bases}
-    vae_image = 0 if latents else sdxl.ENCODING * resolution**2 * vae.itemsize
+    vae_image = 0 if ready["latents"] else sdxl.ENCODING * resolution**2 * vae.itemsize
     how = {"checkpointing": config.memory.checkpointing, "vae_image": vae_image}
     plan = make_plan(costs, fixed, config.dataset.bs, budget, **how)
     return plan, Shapes({((plan.micro, *q[1:]), (plan.micro, *k[1:])): n for (q, k), n in costs.attention.items()})

@@ -281,7 +281,7 @@ def measure_parts(pipe, device: torch.device) -> dict[str, float]:
     tokens = tokenize(denoiser.tokenizers, ["a picture"] * bs).to(device)
     ids = time_ids(torch.full((bs, 2), 1024), torch.zeros(bs, 2), torch.full((bs, 2), 1024)).to(device)
     pixels = torch.rand(bs, 3, 1024, 1024, device=device) * 2 - 1
-    denoise = partial(denoiser, tokens=tokens, time_ids=ids)
+    denoise = partial(denoiser, text=(tokens,), time_ids=ids)
 
     def graphed(work, grad: bool) -> float:
         def step(_) -> torch.Tensor:

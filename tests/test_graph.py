@@ -60,7 +60,7 @@ def training(tiny_model):
     scaler = torch.amp.GradScaler("cuda", init_scale=256.0)
 
     def step(latents, timesteps, tokens, ids, target):
-        loss = (denoiser(latents, timesteps, tokens, ids).float() - target).square().mean()
+        loss = (denoiser(latents, timesteps, (tokens,), ids).float() - target).square().mean()
         scaler.scale(loss).backward()
         adapter.gather()
         return loss.detach()

@@ -20,10 +20,9 @@ from torch import nn
 import formats
 from buckets import bucket_sizes
 from captions import CaptionConfig
-from data import DataConfig, Stream, assign_buckets, decode, normalise
+from data import DataConfig, Stream
 from lora import LoRAConfig, add_lora, layer_shapes, merge_lora
-from sdxl import encode_pixels, load_sdxl
-from shards import unpack_latents
+from sdxl import load_sdxl
 from sources import open_source
 
 
@@ -92,43 +91,6 @@ def test_bench_needs_a_gpu(script):
     assert err == "bench.py: nothing to measure here: a GPU with CUDA is needed\n"
     _, err = script("scripts/bench.py", "--rows", "recipe", "nonsense", status=2)
     assert err.startswith("bench.py: --rows nonsense: choose from recipe")
-
-
-def test_cached_latents_are_what_the_vae_gives_for_the_same_images(script, tiny_model, shards, tmp_path):
-    how = ["--model", tiny_model, "--per-shard", 4, "--device", "cpu", "--bucket-step", 16, "--flip"]
-    out, _ = script("scripts/cache.py", shards, *how, "--out", tmp_path)
-    assert re.search(r"^7 images at 64 px: [2-5] of 5 buckets, ", out)
-    assert "encoded 7 images into 2 shards" in out
-    pipe = load_sdxl(str(tiny_model), torch.float32, torch.device("cpu"))
-    images, latents = open_source(str(shards)), open_source(str(tmp_path))
-    assert (images.samples, latents.samples, latents.latents, latents.mirrored) == (7, 7, True, True)
-    sizes, bucket = assign_buckets(images, DataConfig(bucket_step=16), 64)
-    for n in range(7):
-        wanted, ready = images.raw(n), latents.raw(n)
-        assert ready.captions == wanted.captions
-        for flip in (False, True):
-            pixels, *about = decode(wanted, sizes[bucket[n]], flip)
-            posterior, *told = unpack_latents(ready.image, flip)
-            ours = encode_pixels(pipe.vae, normalise(torch.tensor(pixels)[None]))[0]
-            torch.testing.assert_close(torch.from_numpy(posterior).float(), ours, atol=1e-3, rtol=1e-3)
-            assert told == about
-    _, err = script("scripts/cache.py", tmp_path, "--model", tiny_model, "--out", tmp_path / "b", status=2)
-    assert err == f"cache.py: {tmp_path} holds latents already\n"
-
-
-def test_cached_masks_are_those_of_the_images(script, tiny_model, cutouts, tmp_path):
-    how = ["--model", tiny_model, "--device", "cpu", "--bucket-step", 16, "--flip"]
-    script("scripts/cache.py", cutouts, *how, "--masked-loss", "--out", tmp_path / "latents")
-    images, latents = open_source(str(cutouts)), open_source(str(tmp_path / "latents"))
-    sizes, bucket = assign_buckets(images, DataConfig(bucket_step=16), 64)
-    pipe = load_sdxl(str(tiny_model), torch.float32, torch.device("cpu"))
-    for n in range(4):
-        for flip in (False, True):
-            pixels, *_, wanted = decode(images.raw(n), sizes[bucket[n]], flip, masked=True)
-            posterior, *_, mask = unpack_latents(latents.raw(n).image, flip, masked=True)
-            assert np.array_equal(mask, wanted)
-            ours = encode_pixels(pipe.vae, normalise(torch.tensor(pixels)[None]))[0]
-            torch.testing.assert_close(torch.from_numpy(posterior).float(), ours, atol=1e-3, rtol=1e-3)
 
 
 def test_bench_data_measures_every_job(script, monkeypatch):

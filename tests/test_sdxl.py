@@ -152,7 +152,7 @@ def test_unet_call_equals_the_pipeline(pipe, denoiser):
     size = torch.tensor([[native_resolution(pipe)] * 2])
     ids = time_ids(size, torch.tensor([[0, 0]]), size)
     with torch.no_grad():
-        ours = denoiser(latents, t, tokenize(denoiser.tokenizers, ["a cat"]), ids)
+        ours = denoiser(latents, t, (tokenize(denoiser.tokenizers, ["a cat"]),), ids)
     torch.testing.assert_close(ours, seen["out"][0])
 
 

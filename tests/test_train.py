@@ -18,7 +18,6 @@ from two_ranks import gradient_and_step
 
 import data
 import formats
-import pictures
 from captions import CaptionConfig
 from data import DataConfig
 from lora import LoRAConfig, layer_shapes
@@ -28,21 +27,7 @@ from shards import pack_latents
 from sources import open_source
 from train_lora import Meter, TrainConfig, lr_factor, plan_memory
 
-
-@pytest.fixture
-def train(script, tiny_model, shards, tmp_path, monkeypatch):
-    """train("--steps", 4) runs the training script on the tiny model; files go to a fresh folder."""
-    draw = pictures.render  # three pictures of 20 steps would take most of a test's time
-    monkeypatch.setattr("pictures.NARUTO_PROMPTS", ["one picture a save is enough"])
-    monkeypatch.setattr("pictures.render", lambda *given, **how: draw(*given, **{**how, "steps": 2}))
-    base = ["--model", tiny_model, "--rank", 2, "--bs", 2, "--workers", 0, "--device", "cpu"]
-    base += ["--out", tmp_path / "out", "--log-dir", tmp_path / "runs"]
-
-    def call(*options, **how):
-        data = [] if "--data" in options else ["--data", shards]
-        return script("train_lora.py", *base, *data, *options, **how)
-
-    return call
+READY = {"latents": True, "text": False}
 
 
 def weights(folder, step: int) -> dict[str, torch.Tensor]:
@@ -271,7 +256,7 @@ def test_latents_of_another_vae_are_refused(train, script, tiny_model, shards, t
     assert err == f"train_lora.py: --data: these latents were made by another VAE than that of --model {tiny_model}\n"
     assert not (tmp_path / "b").exists()
     _, err = train("--data", tmp_path / "theirs", "--data", tmp_path / "ours", "--out", tmp_path / "b", status=2)
-    assert err.endswith("these latents were made by several VAEs\n")
+    assert err.endswith("these latents were made by several models\n")
     tensors["quant_conv.weight"] *= float("inf")
     save_file(tensors, file)
     out, _ = script("scripts/cache.py", shards, "--out", tmp_path / "none", *how, other)
@@ -303,9 +288,9 @@ def test_long_captions_are_cut_and_counted_or_told_in_chunks(train, photos, tiny
     assert equal(weights(tmp_path / "c", 1), weights(tmp_path / "d", 1))  # every caption fits into one chunk
     config = TrainConfig(captions=CaptionConfig(max_tokens=225))
     pipe = read_sdxl(str(tiny_model), torch.float32)
-    plan, shapes = plan_memory(config, pipe, 64, True, "fp32", torch.device("cpu"), 2**34)
+    plan, shapes = plan_memory(config, pipe, 64, READY, "fp32", torch.device("cpu"), 2**34)
     assert {k[1] for q, k in shapes if k[1] != q[1]} == {3 * 77}  # the memory for the longest
-    assert plan.predicted > plan_memory(TrainConfig(), pipe, 64, True, "fp32", torch.device("cpu"), 2**34)[0].predicted
+    assert plan.predicted > plan_memory(TrainConfig(), pipe, 64, READY, "fp32", torch.device("cpu"), 2**34)[0].predicted
 
 
 def test_waiting_for_data_is_told_with_what_to_do(train, tmp_path, monkeypatch):
@@ -325,7 +310,7 @@ def test_a_batch_in_pieces_is_the_same_run(train, latents, tiny_model, tmp_path)
     memory = MemoryConfig(checkpointing="none", optimizer="adamw")
     config = TrainConfig(lora=LoRAConfig(rank=2), dataset=DataConfig(bs=2), memory=memory)
     pipe = read_sdxl(str(tiny_model), torch.float32)
-    whole, _ = plan_memory(config, pipe, 64, True, "fp32", torch.device("cpu"), 2**34)
+    whole, _ = plan_memory(config, pipe, 64, READY, "fp32", torch.device("cpu"), 2**34)
     how = ["--data", latents, "--steps", 2, "--checkpointing", "none", "--optimizer", "adamw"]
     short = f"{(whole.predicted - 1) / 2**30:.12f}"
     out, _ = train(*how, "--log-dir", tmp_path / "whole")
