@@ -46,6 +46,7 @@ FORWARD = 6.76e12  # floating-point operations of the U-Net's forward pass, one 
 
 LATENTS = ("--data", "{work}/latents")
 MIXED = ("--data", "{work}/mixed")
+READY = ("--data", "{work}/ready", "--no-buckets", "--no-train-text-encoder")
 IMAGES = ("--data", "{work}/photos")
 RECIPE = ("--rank", "8", "--bs", "3", "--precision", "fp16", "--optimizer", "adamw8bit")
 KOHYA = (*RECIPE, "--targets", "all")
@@ -53,6 +54,8 @@ ROWS = {
     "recipe": ("the recipe, latents ready, cap 16 GiB", (*RECIPE, *LATENTS, "--vram-gb", "16")),
     "images": ("images encoded in the loop, cap 16 GiB", (*RECIPE, *IMAGES, "--vram-gb", "16")),
     "mixed": ("latents of nine sizes, cap 16 GiB", (*RECIPE, *MIXED, "--vram-gb", "16")),
+    "unet": ("U-Net alone, latents ready, cap 16 GiB", (*RECIPE, *LATENTS, "--no-train-text-encoder", "--vram-gb", "16")),
+    "unet-ready": ("U-Net alone, latents and text ready, cap 16 GiB", (*RECIPE, *READY, "--vram-gb", "16")),
     "kohya": ("kohya's targets, cap 16 GiB", (*KOHYA, *LATENTS, "--vram-gb", "16")),
     "kohya-least": ("kohya's targets, least memory", (*KOHYA, *LATENTS, "--checkpointing", "all")),
     "int8": ("cap 8 GiB, int8 base", (*RECIPE, *LATENTS, "--vram-gb", "8", "--base-precision", "int8")),
@@ -131,6 +134,15 @@ def make_shards(folder: Path, count: int = 64) -> None:
                     Image.fromarray(photo.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=92)
                     sample["jpg"] = buffer.getvalue()
                 tar.write(sample)
+
+
+def cache(work: Path) -> str:
+    """ready/: latents and text of the photos, made by scripts/cache.py; returns how fast."""
+    command = [sys.executable, "scripts/cache.py", str(work / "photos"), "--out", str(work / "ready")]
+    command += ["--model", str(work / "model"), "--text", "1", "--no-buckets", "--workers", "4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    rate = re.findall(r"([\d.]+\s?(?:img/s|s/img))", done.stderr)
+    return f"scripts/cache.py: {rate[-1]} in float32, latents and one variant of the text"
 
 
 # The rows: train_lora.py itself, stopped after some steps.
@@ -348,6 +360,8 @@ def main(config: BenchConfig) -> None:
         make_model(config.work / "model", device)
         make_shards(config.work)
         torch.cuda.empty_cache()
+    if not (config.work / "ready").is_dir() and "unet-ready" in config.rows:
+        print(cache(config.work), flush=True)
     rate = matmul_rate(device)
     card = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
     print(f"{card}; a matrix product of 8192³ in float16 runs at {rate / 1e12:.0f} TFLOP/s")

@@ -267,10 +267,8 @@ def finish_all(config: CacheConfig, names: set[str], old: set[str], ranks: Ranks
     ours = re.compile(re.escape(config.name) + r"-\d{6}-[0-9a-f]{8}\.tar")
     finish(config.out, shards, {name for name in there if ours.fullmatch(name)})
     hashes = [h for shard in shards for h in shard.hashes]
-    kept = sum(h in old for h in hashes)
-    print(
-        f"{len(hashes)} images in {sum(bool(shard.samples) for shard in shards)} shards in {config.out}/: {len(hashes) - kept} encoded, {kept} from before"
-    )
+    kept, written = sum(h in old for h in hashes), sum(bool(shard.samples) for shard in shards)
+    print(f"{len(hashes)} images in {written} shards in {config.out}/: {len(hashes) - kept} encoded, {kept} from before")
     for line in (line for shard in shards for line in shard.refused):
         print(f"  refused {line}")
 
