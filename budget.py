@@ -30,7 +30,7 @@ BYTES_PER_SECOND = 1.5e12
 # 3, 1024 × 1024): nothing checkpointed 21.15 GiB, 82 of 131 blocks 14.46, all of them 9.38 with `--targets all`.
 GRADIENTS = 0.8  # gradients and workspaces while a checkpointed block runs backward, in units of what the block keeps
 MARGIN = int(0.3 * GiB)  # workspaces of cuBLAS and cuDNN, prediction, loss, gaps
-SEVERAL_SHAPES = GiB // 4  # more of it where buckets differ: the graphs of all shapes share one pool. A guess, not measured
+ANOTHER_SHAPE = GiB // 16  # for the graph of every further bucket: 0.05 GiB outside of the allocator, 0.01 in the pool of all
 
 flash_attention = torch.ops.aten._scaled_dot_product_flash_attention
 
@@ -164,18 +164,18 @@ class Ledger(TorchDispatchMode):
         return Costs(batch, {name: block(name) for name in block_names}, block(None), self.attention)
 
 
-def dry_run(denoiser: nn.Module, block_names: list[str], batch: int, latent_side: int | tuple[int, int]) -> Costs:
+def dry_run(denoiser: nn.Module, block_names: list[str], text: tuple[Tensor, ...], latent_side: int | tuple[int, int]) -> Costs:
     """Costs of one forward pass of `denoiser` (sdxl.Denoiser), whose weights are on the meta device.
 
     To be called when the adapters are added, no block is checkpointed yet and the attention of the U-Net is
     `stand_in_kernel`. `block_names` are the paths of the modules that can be checkpointed, none inside another;
-    `latent_side` is pixels / 8, or (h, w).
+    `text` is what it is told, on the meta device too, of a batch; `latent_side` is pixels / 8, or (h, w).
     """
+    batch = len(text[0])
     h, w = (latent_side, latent_side) if isinstance(latent_side, int) else latent_side
     ledger = Ledger(denoiser)
     with torch.device("meta"), ExitStack() as stack:
-        images = [torch.empty(batch, 4, h, w), torch.empty(batch, dtype=torch.int64)]  # noisy latents, timesteps
-        texts = [torch.empty(batch, 2, 77, dtype=torch.int64), torch.empty(batch, 6)]  # tokens, time ids
+        latents, timesteps, ids = torch.empty(batch, 4, h, w), torch.empty(batch, dtype=torch.int64), torch.empty(batch, 6)
         for name in block_names:
             block = denoiser.get_submodule(name)
             enter = lambda _, args, kwargs, name=name: ledger.enter(name, (args, kwargs))  # noqa: E731
@@ -183,7 +183,7 @@ def dry_run(denoiser: nn.Module, block_names: list[str], batch: int, latent_side
             stack.enter_context(block.register_forward_hook(lambda *_: ledger.leave()))
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(ledger.save, lambda tensor: tensor))
         stack.enter_context(ledger)
-        denoiser(*images, *texts)
+        denoiser(latents, timesteps, text, ids)
     return ledger.costs(batch, block_names)
 
 

@@ -16,6 +16,8 @@ class CaptionConfig:
     """So many of the first parts stay in front."""
     caption_prefix: str = ""
     """Put before every caption, for example a trigger word."""
+    max_tokens: int = 75
+    """What is longer is cut. 150, 225, …: told in pieces of 75 that are encoded one by one, as A1111 does."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.caption_dropout <= 1:
@@ -24,6 +26,8 @@ class CaptionConfig:
             raise UserError(f"--keep-tags must be at least 0, not {self.keep_tags}")
         if self.keep_tags and not self.shuffle_tags:
             raise UserError("--keep-tags does nothing without --shuffle-tags")
+        if self.max_tokens < 75 or self.max_tokens % 75:
+            raise UserError(f"--max-tokens must be a multiple of 75 from 75 up, not {self.max_tokens}")
 
 
 def choose_caption(captions: list[str], config: CaptionConfig, rng: random.Random) -> str:

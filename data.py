@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from buckets import Order, bucket_sizes, choose_bucket, enlarged, resized, share_cropped
 from captions import CaptionConfig, choose_caption
 from errors import UserError
-from images import Size, fit, open_image, to_rgb
-from sources import Raw, Source, unpack_latents
+from images import Size, alpha_of, fit, open_image, to_rgb
+from shards import unpack_latents, unpack_text
+from sources import Raw, Source
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class DataConfig:
     """Sides of the buckets are multiples of so many pixels."""
     flip: bool = False
     """Mirror every second image at random."""
+    masked_loss: bool = False
+    """Alpha is a loss mask: what is transparent keeps its own colours, instead of white, and is not learned."""
     workers: int = 2
     """Processes per rank that read and decode."""
 
@@ -63,6 +66,8 @@ class Batch:
     size: torch.Tensor  # [B, 2] (h, w) of the bucket
     names: list[str]
     skipped: list[str]  # images of this batch that could not be decoded, or are left out
+    mask: tuple[torch.Tensor, ...] = ()  # with --masked-loss one, [B, 1, h/8, w/8] in 0…1: what of the loss counts
+    text: tuple[torch.Tensor, ...] = ()  # if the captions are encoded: context [B, 77, d1 + d2], pooled [B, d2] float16
 
     def pin_memory(self) -> "Batch":
         self.images = self.images.pin_memory()
@@ -72,15 +77,22 @@ class Batch:
 # Samples -> batches.
 
 
-def decode(raw: Raw, bucket: Size, flip: bool) -> tuple[np.ndarray, Size, Size]:
+def decode(raw: Raw, bucket: Size, flip: bool, masked: bool = False) -> tuple[np.ndarray, Size, Size, *tuple[np.ndarray, ...]]:
     """Encoded image -> pixels [h, w, 3] uint8 of the bucket, original (h, w), crop (top, left) of the resized image.
 
-    Raises ValueError, or what Pillow raises, if it is broken.
+    `masked`: and its loss mask [h/8, w/8] uint8, the mean alpha of the 8 × 8 pixels of each latent; transparency is not put
+    on white then. Raises ValueError, or what Pillow raises, if it is broken.
     """
-    image = to_rgb(open_image(raw.image))
+    given = open_image(raw.image)
+    image = to_rgb(given, on_white=not masked)
     original = (image.height, image.width)
-    pixels, crop = fit(image, resized(original, bucket), bucket, flip)
-    return pixels, original, crop
+    how = (resized(original, bucket), bucket, flip)
+    pixels, crop = fit(image, *how)
+    if not masked:
+        return pixels, original, crop
+    alpha, _ = fit(alpha_of(given), *how)  # by itself: as a fourth channel it would take the colours under it away
+    mask = alpha.reshape(bucket[0] // 8, 8, bucket[1] // 8, 8).mean(axis=(1, 3))
+    return pixels, original, crop, mask.round().astype(np.uint8)
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
@@ -132,9 +144,9 @@ class Stream(IterableDataset):
 
     def __init__(
         self, source: Source, config: DataConfig, captions: CaptionConfig, resolution: int, seed: int,
-        rank: int = 0, world: int = 1, start: int = 0,
+        rank: int = 0, world: int = 1, start: int = 0, text: bool = False,
     ):  # fmt: skip
-        self.source, self.config, self.captions, self.seed = source, config, captions, seed
+        self.source, self.config, self.captions, self.seed, self.text = source, config, captions, seed, text
         self.sizes, self.bucket = assign_buckets(source, config, resolution)
         self.rank, self.world, self.start = rank, world, start
         self.left_out: set[str] = set()  # names of samples that spoil training
@@ -153,8 +165,13 @@ class Stream(IterableDataset):
         others = mine if self.source.latents else [*mine, *range(self.source.samples)]
         return first_decodable(self.source, (n for n in others if self.source.names[n] not in self.left_out))
 
-    def decode(self, raw: Raw, bucket: int, flip: bool) -> tuple[np.ndarray, Size, Size]:
-        return unpack_latents(raw, flip) if self.source.latents else decode(raw, self.sizes[bucket], flip)
+    def decode(self, raw: Raw, bucket: int, flip: bool) -> tuple[np.ndarray, Size, Size, *tuple[np.ndarray, ...]]:
+        masked = self.config.masked_loss
+        return unpack_latents(raw.image, flip, masked) if self.source.latents else decode(raw, self.sizes[bucket], flip, masked)
+
+    def encoded(self, raw: Raw, caption: str) -> list[torch.Tensor]:
+        """What the text encoders made of this caption of a sample, if that is asked for; of no caption it does not matter."""
+        return [states[raw.captions.index(caption) if caption else 0] for states in unpack_text(raw.image)] if self.text else []
 
     def batch(self, draws: list[int], samples: list[int]) -> Batch:
         told, skipped, bucket, images = [], [], self.bucket[samples[0]], None
@@ -163,11 +180,11 @@ class Stream(IterableDataset):
             nonlocal images
             if raw.name in self.left_out:
                 raise ValueError(raw.name)
-            pixels, *sizes = self.decode(raw, bucket, flip)
+            pixels, original, crop, *mask = self.decode(raw, bucket, flip)
             if images is None:
                 images = np.empty((len(samples), *pixels.shape), pixels.dtype)
             images[len(told)] = pixels  # at once: memory that is given back while it is warm makes the next image faster
-            told.append((*sizes, caption, raw.name))
+            told.append((original, crop, caption, raw.name, self.encoded(raw, caption), *mask))
 
         for draw, n in zip(draws, samples, strict=True):
             rng, raw = random.Random(f"{self.seed} draw {draw}"), self.source.raw(n)
@@ -181,9 +198,11 @@ class Stream(IterableDataset):
             keep(raw, False, raw.captions[0])
         again = [i % len(told) for i in range(len(samples))]
         images = torch.from_numpy(images if len(told) == len(samples) else images[again])
-        original, crop, captions, names = zip(*(told[i] for i in again), strict=True)
-        size = torch.tensor([self.sizes[bucket]] * len(samples))
-        return Batch(images, list(captions), torch.tensor(original), torch.tensor(crop), size, list(names), skipped)
+        original, crop, captions, names, text, *mask = zip(*(told[i] for i in again), strict=True)
+        text = tuple(torch.stack(states) for states in zip(*text, strict=True))
+        mask = tuple(torch.from_numpy(np.stack(one))[:, None] / 255 for one in mask)
+        original, crop, size = torch.tensor(original), torch.tensor(crop), torch.tensor([self.sizes[bucket]] * len(samples))
+        return Batch(images, list(captions), original, crop, size, list(names), skipped, mask, text)
 
 
 def first_decodable(source: Source, samples: Iterable[int]) -> Raw:
@@ -191,7 +210,7 @@ def first_decodable(source: Source, samples: Iterable[int]) -> Raw:
     for n in samples:
         try:
             raw = source.raw(n)
-            unpack_latents(raw, flip=False) if source.latents else to_rgb(open_image(raw.image))
+            unpack_latents(raw.image, flip=False) if source.latents else to_rgb(open_image(raw.image))
             return raw
         except Exception:
             continue

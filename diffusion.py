@@ -19,6 +19,14 @@ class DiffusionConfig:
             raise UserError(f"--snr-gamma must be above 0, not {self.snr_gamma}")
 
 
+def area_weights(mask: Tensor) -> Tensor:
+    """Loss mask [B, 1, h, w] in 0…1 -> the weights of the squared error, of mean 1 for each sample, or all 0 if its mask is:
+    the loss is then that of the area which counts, however small that is.
+    """
+    area = mask.mean(dim=(1, 2, 3), keepdim=True)
+    return mask / torch.where(area > 0, area, 1)
+
+
 class Diffusion:
     """Loss of a denoiser: a callable, so that it works with the real one, a patched one and a fake.
 
@@ -54,9 +62,13 @@ class Diffusion:
         return alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
 
     def __call__(
-        self, denoise: Callable[[Tensor, Tensor], Tensor], latents: Tensor, noise: Tensor, timesteps: Tensor
-    ) -> Tensor:
-        """denoise(x_t, t) -> prediction. Returns the loss of each sample, [B] float32."""
+        self, denoise: Callable[[Tensor, Tensor], Tensor], latents: Tensor, noise: Tensor, timesteps: Tensor,
+        area: Tensor | float = 1.0,
+    ) -> Tensor:  # fmt: skip
+        """denoise(x_t, t) -> prediction. Returns the loss of each sample, [B] float32.
+
+        With `area`, the `area_weights` of a loss mask, it is Σ mask · error² / (Σ mask · channels).
+        """
         prediction = denoise(self.add_noise(latents, noise, timesteps), timesteps).float()
-        error = (prediction - self.target(latents, noise, timesteps)).square().mean(dim=(1, 2, 3))
-        return error * self.weights[timesteps]
+        error = (prediction - self.target(latents, noise, timesteps)).square() * area
+        return error.mean(dim=(1, 2, 3)) * self.weights[timesteps]

@@ -7,11 +7,15 @@ them is three to five times as fast. PyTorch's own text: https://pytorch.org/doc
 import gc
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from errors import UserError
+
+T = TypeVar("T")
 
 
 class GraphedStep:
@@ -38,7 +42,7 @@ class GraphedStep:
         shapes = tuple((t.shape, t.dtype) for t in inputs)
         if shapes not in self.graphs:
             try:
-                self.graphs[shapes] = self.record(inputs)
+                self.graphs[shapes] = self.one_more(inputs)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
@@ -57,18 +61,32 @@ class GraphedStep:
         graph.replay()
         return output
 
-    def record(self, inputs: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
-        """(graph, its inputs, its output). torch.cuda.graph frees what the warm-up took before the pool takes it again."""
-        static = [t.clone() for t in inputs]
+    def one_more(self, inputs: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
+        """A recording beside those of other shapes; instead of them if that fails: something has to be compiled, or memory is
+        too little. A shape that is not the first needs no warm-up, which would take the memory of a step outside of the pool.
+        """
+        if self.graphs:
+            with suppress(RuntimeError):
+                return self.record(inputs, warm_up=False)
+            self.release()
+        return self.record(inputs, warm_up=True)
+
+    def warm_up(self, inputs: list[Tensor]) -> None:
+        """A step that does not count: libraries choose their kernels, and compilers compile, on the first call."""
         kept = [t.clone() for t in self.accumulators]
         self.stream = self.stream or torch.cuda.Stream()  # one for good: cuBLAS keeps a workspace for every stream it has seen
         self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):  # libraries choose their kernels, and compilers compile, on the first call
-            self.step(*static)
+        with torch.cuda.stream(self.stream):
+            self.step(*inputs)
         torch.cuda.current_stream().wait_stream(self.stream)
         for ours, before in zip(self.accumulators, kept, strict=True):
             ours.copy_(before)
-        del kept
+
+    def record(self, inputs: tuple[Tensor, ...], warm_up: bool) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
+        """(graph, its inputs, its output). torch.cuda.graph frees what the warm-up took before the pool takes it again."""
+        static = [t.clone() for t in inputs]
+        if warm_up:
+            self.warm_up(static)
         graph = torch.cuda.CUDAGraph()
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         generator = torch.cuda.default_generators[static[0].device.index]
@@ -82,8 +100,18 @@ class GraphedStep:
             raise
         return graph, static, output
 
+    def beside(self, work: Callable[[], T]) -> T:
+        """What `work` returns, done between steps: if memory runs out, once more with that of the graphs."""
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            if not self.graphs:
+                raise
+        self.release()  # out of the except block, which would keep what `work` has allocated
+        return work()
+
     def release(self) -> None:
-        """Gives the memory of the graphs back, for work between steps; the next call records again."""
+        """Gives the memory of the graphs back; the next call records again."""
         self.graphs.clear()
         self.pool = None
         gc.collect()

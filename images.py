@@ -3,7 +3,7 @@
 import io
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 Size = tuple[int, int]  # (height, width)
 
@@ -17,7 +17,10 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns first, and once
 
 def open_image(encoded: bytes) -> Image.Image:
     """Header only. Raises ValueError, or what Pillow raises, if it is broken or larger than MOST_PIXELS."""
-    image = Image.open(io.BytesIO(encoded))
+    try:
+        image = Image.open(io.BytesIO(encoded))
+    except UnidentifiedImageError:  # Pillow's text has an address in it, another every time
+        raise ValueError("no image of a known kind") from None
     if image.width * image.height > MOST_PIXELS:
         raise ValueError(f"{image.width} × {image.height} pixels are more than the limit of {MOST_PIXELS:,}")
     return image
@@ -30,20 +33,34 @@ def upright_size(image: Image.Image) -> Size:
     return (image.width, image.height) if turned else (image.height, image.width)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Its first frame, upright, in sRGB, transparency on white; 16 bits to 8."""
+def upright(image: Image.Image) -> Image.Image:
+    """Its first frame, decoded and turned by its EXIF tag."""
     image.load()
+    if image.getexif().get(ORIENTATION, 1) == 1:  # each step that changes nothing would copy the image
+        return image
+    return ImageOps.exif_transpose(image)
+
+
+def to_rgb(image: Image.Image, on_white: bool = True) -> Image.Image:
+    """Its first frame, upright, in sRGB; 16 bits to 8. Transparency on white, or left away: the colours that lie under it."""
+    image = upright(image)
     profile = image.info.get("icc_profile")
-    if image.getexif().get(ORIENTATION, 1) != 1:  # each step below that changes nothing would copy the image
-        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or image.mode == "I":
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        if on_white:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
     if profile:
         image = to_srgb(image, profile)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def alpha_of(image: Image.Image) -> Image.Image:
+    """Upright, of one channel: 0 transparent, 255 opaque, as all of an image is that has no transparency."""
+    image = upright(image)
+    return image.convert("RGBA").getchannel("A") if image.has_transparency_data else Image.new("L", image.size, 255)
 
 
 def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
@@ -60,7 +77,7 @@ def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
 def fit(image: Image.Image, covering: Size, bucket: Size, flip: bool) -> tuple[np.ndarray, Size]:
     """RGB -> pixels [h, w, 3] uint8 of the bucket, crop (top, left): resized to `covering`, cropped about the centre.
 
-    Mirrored, it is the crop of the mirrored image.
+    Of one channel it is [h, w]. Mirrored, it is the crop of the mirrored image.
     """
     if image.size != covering[::-1]:
         image = image.resize(covering[::-1], Image.Resampling.LANCZOS)

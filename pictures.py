@@ -22,17 +22,18 @@ def evaluation_prompts(model: str) -> list[str]:
 
 
 def render(
-    pipe, decode: Callable[[Tensor], Tensor], prompts: list[str], *, seed: int, steps: int, guidance: float, size: int,
-    negative: str | None = None, label: str = "",
+    pipe, describe: Callable[[str, str | None], dict], decode: Callable[[Tensor], Tensor], prompts: list[str], *,
+    seed: int, steps: int, guidance: float, size: int, negative: str | None = None, label: str = "",
 ) -> list[Image.Image]:  # fmt: skip
     """One picture for each prompt, `size` pixels a side. Picture i starts from the noise of seed + i, drawn on the CPU: it
-    depends neither on the other prompts nor on the device. `decode`: latents -> pixels in [-1, 1].
+    depends neither on the other prompts nor on the device. `describe`: prompt, negative -> what the pipeline is told of them;
+    `decode`: latents -> pixels in [-1, 1].
     """
     images = []
     for i, prompt in enumerate(tqdm(prompts, desc=label, unit="img", leave=False, disable=not label)):
         generator = torch.Generator("cpu").manual_seed(seed + i)
         options = {"num_inference_steps": steps, "guidance_scale": guidance, "height": size, "width": size}
-        latents = pipe(prompt, negative_prompt=negative, generator=generator, output_type="latent", **options).images
+        latents = pipe(**describe(prompt, negative), generator=generator, output_type="latent", **options).images
         images.append(to_image(decode(latents)[0]))
     return images
 
@@ -50,11 +51,11 @@ class Gallery:
     """
 
     def __init__(
-        self, pipe, decode: Callable[[Tensor], Tensor], disabled: Callable[[], AbstractContextManager],
-        prompts: list[str], size: int, ranks, stop,
+        self, pipe, describe: Callable[[str, str | None], dict], decode: Callable[[Tensor], Tensor],
+        disabled: Callable[[], AbstractContextManager], prompts: list[str], size: int, ranks, stop,
     ):  # fmt: skip
         self.disabled, self.prompts, self.ranks, self.stop, self.base = disabled, prompts, ranks, stop, {}
-        self.render = partial(render, pipe, decode, steps=20, guidance=5.0, size=size)
+        self.render = partial(render, pipe, describe, decode, steps=20, guidance=5.0, size=size)
 
     def draw(self, name: str) -> np.ndarray | None:
         """One sheet, a row for each prompt: [H, W, 3] uint8; None if it was stopped."""

@@ -29,6 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import tyro
 from torch.utils.tensorboard import SummaryWriter
@@ -37,11 +38,11 @@ from tqdm import tqdm
 import formats
 import memory
 import sdxl  # after memory, which readies xFormers: diffusers imports it
-from budget import SEVERAL_SHAPES, Plan, dry_run, make_plan, stand_in_kernel
+from budget import ANOTHER_SHAPE, Plan, dry_run, make_plan, stand_in_kernel
 from captions import CaptionConfig
 from checkpoint import Persistence, check_writable, find_state, save_state, write_atomically
 from data import Batch, DataConfig, Stream, describe_buckets, first_decodable, make_loader, normalise
-from diffusion import Diffusion, DiffusionConfig
+from diffusion import Diffusion, DiffusionConfig, area_weights
 from distributed import Ranks, join_ranks, leave_ranks
 from errors import UserError, one_line_errors
 from fast import KERNELS, Shapes, choose_attention, install
@@ -51,7 +52,7 @@ from memory import MemoryConfig
 from pictures import Gallery, evaluation_prompts
 from quantise import BASES as PACKED
 from quantise import check_quantisable, packed_bytes, quantisable, quantise_base
-from sdxl import Denoiser, decode_latents, encode_pixels, sample_latents, time_ids, tokenize
+from sdxl import Denoiser, ReadyText, Tokens, decode_latents, encode_pixels, sample_latents, time_ids
 from sources import Source, open_mixture
 from watch import HITS, largest_values, not_finite
 
@@ -233,28 +234,43 @@ def main(config: TrainConfig) -> int:
     source = open_mixture(config.dataset.data)
     if source.latents and config.dataset.flip and not source.mirrored:
         raise UserError("--flip: these latents are not there of the mirrored images: make them anew with cache.py --flip")
+    if source.latents and config.dataset.masked_loss and not source.masked:
+        raise UserError("--masked-loss: these latents were made without masks: make them anew with cache.py --masked-loss")
 
     # Model on the host, and what the device will have to hold.
     pipe = sdxl.read_sdxl(config.model, dtype)
     resolution = config.dataset.resolution or sdxl.native_resolution(pipe)
     first_decodable(source, range(source.samples))
-    if source.vae and not sdxl.is_of_vae(source.vae, pipe.vae):
+    if source.vae and not sdxl.same_probe(source.vae, sdxl.vae_probe(pipe.vae)):
         raise UserError(f"--data: these latents were made by another VAE than that of --model {config.model}")
-    stream = Stream(source, config.dataset, config.captions, resolution, config.seed, ranks.rank, ranks.world)
+    text_ready = bool(source.text) and not config.lora.train_text_encoder
+    if text_ready and (config.captions.shuffle_tags or config.captions.caption_prefix or config.captions.max_tokens > 75):
+        raise UserError("--shuffle-tags, --caption-prefix and --max-tokens: this text was encoded already, by cache.py --text")
+    how = {"rank": ranks.rank, "world": ranks.world, "text": text_ready}
+    stream = Stream(source, config.dataset, config.captions, resolution, config.seed, **how)
     budget = ranks.least(memory.limit_memory(config.memory.vram_gb, device))
-    if len(set(stream.bucket)) > 1:
-        budget -= SEVERAL_SHAPES
-    plan, attention_shapes = plan_memory(config, pipe, resolution, source.latents, precision, device, budget)
+    lengths = config.captions.max_tokens // 75
+    budget -= ANOTHER_SHAPE * (len(set(stream.bucket)) * lengths - 1)
+    ready = {"latents": source.latents, "text": text_ready}
+    plan, attention_shapes = plan_memory(config, pipe, resolution, ready, precision, device, budget)
 
     # Model on the device: the frozen base, with adapters on the layers that --targets names.
-    denoiser = Denoiser(pipe)
-    total = sum(p.numel() for p in denoiser.parameters())
+    whole = denoiser = Denoiser(pipe)
+    total = sum(p.numel() for p in whole.parameters())
+    tell = Tokens(whole.tokenizers, config.captions.max_tokens)
+    resting = [pipe.vae] if source.latents else []  # on the host but for pictures
+    if text_ready:
+        denoiser, encoders = Denoiser(pipe, with_text=False), [pipe.text_encoder, pipe.text_encoder_2]
+        with memory.visiting(device, encoders):
+            if not sdxl.same_probe(source.text, whole.text_probe()):
+                raise UserError(f"--data: its text was encoded by other encoders than those of --model {config.model}")
+            tell = ReadyText(whole.empty_text())
+        resting += encoders
     if plan.base in PACKED:
         check_quantisable(plan.base, device)
         quantise_base(denoiser, plan.base, device)
     denoiser.to(device)
-    vae_home = torch.device("cpu") if source.latents else device  # not needed but for pictures
-    pipe.vae.to(vae_home, sdxl.vae_dtype(device)).use_slicing = not plan.whole_vae
+    pipe.vae.to("cpu" if source.latents else device, sdxl.vae_dtype(device)).use_slicing = not plan.whole_vae
     adapter = add_lora(denoiser, config.lora, denoiser.unread, config.seed, dtype)
     attention = choose_attention(config.memory.attention, attention_shapes, device, dtype)
     install(pipe.unet, KERNELS[attention])
@@ -283,11 +299,11 @@ def main(config: TrainConfig) -> int:
     encode = (lambda posterior: posterior) if source.latents else (lambda images: encode_pixels(pipe.vae, normalise(images)))
     micro_batches = config.dataset.bs // plan.micro * config.grad_accum
 
-    def differentiate(images, spread, noise, timesteps, tokens, ids) -> torch.Tensor:
+    def differentiate(images, spread, noise, timesteps, ids, *others) -> torch.Tensor:
         """Adds the gradients of one micro-batch to `adapter.grad`; returns its share of the loss."""
         latents = sample_latents(pipe.vae, encode(images), spread)
-        denoise = partial(denoiser, tokens=tokens, time_ids=ids)
-        loss = diffusion(denoise, latents, noise, timesteps).mean() / micro_batches
+        text, area = others[: tell.tensors], others[tell.tensors :]
+        loss = diffusion(partial(denoiser, text=text, time_ids=ids), latents, noise, timesteps, *area).mean() / micro_batches
         scaler.scale(loss).backward()
         adapter.gather()
         loss = loss.detach()
@@ -299,11 +315,12 @@ def main(config: TrainConfig) -> int:
         generator.manual_seed(seed_of(config.seed, ranks.rank, number, micro))
         latents_shape = (config.dataset.bs, channels, *(batch.size[0] // pipe.vae_scale_factor).tolist())
         images = memory.send(batch.images, device)
-        tokens = memory.send(tokenize(denoiser.tokenizers, batch.captions), device)
+        text = [memory.send(one, device) for one in tell(batch.captions, batch.text)]
         ids = memory.send(time_ids(batch.original_size, batch.crop, batch.size), device)
         spread = torch.randn(latents_shape, generator=generator, device=device)
         noise, timesteps = diffusion.draw(latents_shape, generator)
-        return images, spread, noise, timesteps, tokens, ids
+        area = [memory.send(area_weights(mask), device) for mask in batch.mask]
+        return images, spread, noise, timesteps, ids, *text, *area
 
     step = GraphedStep(differentiate, [adapter.grad], config.memory.cuda_graph, device)
 
@@ -336,6 +353,8 @@ def main(config: TrainConfig) -> int:
         print(f"model      {config.model}: U-Net and text encoders {total:,} parameters, frozen; {resolution} px")
         print(f"LoRA       rank {config.lora.rank} on {layers} layers, {count:,} parameters trained: {share:.2f} %")
         print(f"data       {source.samples} images with a caption, {len(source.uncaptioned)} without")
+        if source.cut:
+            print(f"cut short  {', '.join(source.cut)}: the samples before the cut are used")
         print(f"buckets    {describe_buckets(source, stream.sizes, stream.bucket)}")
         print(f"batch      {config.dataset.bs} × {config.grad_accum} accumulated × {ranks.world} processes = {images_per_step}")
         launching = "every kernel launched" if step.eager else "CUDA graph"
@@ -352,7 +371,13 @@ def main(config: TrainConfig) -> int:
     vae_bytes = sum(p.nbytes for p in pipe.vae.parameters()) + sdxl.DECODING * resolution**2 * pipe.vae.dtype.itemsize
     tight = plan.weights + vae_bytes > plan.budget
     decode = partial(decode_latents, pipe.vae, tiled=tight)
-    gallery = Gallery(pipe, decode, adapter.disabled, evaluation_prompts(config.model), resolution, ranks, stop)
+    gallery = Gallery(pipe, whole.describe, decode, adapter.disabled, evaluation_prompts(config.model), resolution, ranks, stop)
+
+    def draw() -> np.ndarray | None:
+        """Base and LoRA side by side; None if it was stopped."""
+        with memory.visiting(device, resting), torch.compiler.set_stance("force_eager"):  # compiling would take minutes
+            return gallery.draw(f"LoRA, step {run.step}")
+
     weights = {name: delta[:2] for name, delta in adapter.deltas.items()}
     meter, skipped, stopping = Meter(device), set(source.uncaptioned), False
     examine = partial(examine_steps, config, ranks, stream, denoiser, adapter, prepare, differentiate)
@@ -402,13 +427,8 @@ def main(config: TrainConfig) -> int:
         if saving and ranks.first and (error := disk("the checkpoint", partial(save, run))) is not None:
             log.add_scalar("largest_error_of_the_file", error, run.step)
         if saving and not stopping:  # the weights first, then pictures
-            step.release()
-            pipe.vae.to(device)
-            with torch.compiler.set_stance("force_eager"):  # compiling for the shapes of pictures would take minutes
-                sheet = gallery.draw(f"LoRA, step {run.step}")
-            if sheet is not None:
+            if (sheet := step.beside(draw)) is not None:
                 log.add_image("compare", sheet, run.step, dataformats="HWC")
-            pipe.vae.to(vae_home)
             meter.restart()
 
     # The end, or a signal.
@@ -421,7 +441,7 @@ def main(config: TrainConfig) -> int:
             goes_on = ": stopped by a signal, the same command goes on from there" if run.step < config.steps else ""
             print(f"wrote {config.out / run.saved[-1]}{goes_on}")
         log.close()
-        if advice := meter.advice():
+        for advice in filter(None, (meter.advice(), tell.advice())):
             print(advice)
         if skipped:
             print(f"skipped {len(skipped)} images, broken, left out or without a caption: {', '.join(skipped)}")
@@ -433,22 +453,26 @@ def main(config: TrainConfig) -> int:
 
 
 def plan_memory(
-    config: TrainConfig, pipe, resolution: int, latents: bool, precision: str, device: torch.device, budget: int
+    config: TrainConfig, pipe, resolution: int, ready: dict[str, bool], precision: str, device: torch.device, budget: int
 ) -> tuple[Plan, Shapes]:
-    """How a step fits into `budget` bytes, by a dry run on shapes without weights; and the shapes of its attention."""
+    """How a step fits into `budget` bytes, by a dry run on shapes without weights; and the shapes of its attention.
+
+    `ready`: whether latents and text come from the shards.
+    """
     asked, dtype, vae = config.memory.base_precision, memory.DTYPES[precision], sdxl.vae_dtype(device)
     bases = [asked] if asked in PACKED else [precision, *PACKED] if asked == "auto" and device.type == "cuda" else [precision]
-    shapes = sdxl.blueprint(pipe)
+    shapes = sdxl.blueprint(pipe, with_text=not ready["text"])
     linears = quantisable(shapes)
     unpacked = sum(p.nbytes for p in shapes.parameters())
-    unpacked += 0 if latents else sum(p.numel() for p in pipe.vae.parameters()) * vae.itemsize
+    unpacked += 0 if ready["latents"] else sum(p.numel() for p in pipe.vae.parameters()) * vae.itemsize
     saved = {base: sum(m.weight.nbytes - packed_bytes(m, base) for m in linears.values()) for base in PACKED}
     adapter = add_lora(shapes, config.lora, shapes.unread, dtype=dtype)
     trained = adapter.flat.numel() * memory.bytes_per_trained(config.memory.optimizer, dtype)
     install(shapes.unet, stand_in_kernel)
-    costs = dry_run(shapes, memory.block_names(shapes), config.dataset.bs, resolution // pipe.vae_scale_factor)
+    text = sdxl.text_shapes(shapes, config.dataset.bs, config.captions.max_tokens // 75)
+    costs = dry_run(shapes, memory.block_names(shapes), text, resolution // pipe.vae_scale_factor)
     fixed = {base: unpacked - saved.get(base, 0) + trained for base in bases}
-    vae_image = 0 if latents else sdxl.ENCODING * resolution**2 * vae.itemsize
+    vae_image = 0 if ready["latents"] else sdxl.ENCODING * resolution**2 * vae.itemsize
     how = {"checkpointing": config.memory.checkpointing, "vae_image": vae_image}
     plan = make_plan(costs, fixed, config.dataset.bs, budget, **how)
     return plan, Shapes({((plan.micro, *q[1:]), (plan.micro, *k[1:])): n for (q, k), n in costs.attention.items()})

@@ -32,6 +32,7 @@ import webdataset as wds
 
 import fast
 import memory
+from buckets import bucket_sizes
 from captions import CaptionConfig
 from data import DataConfig, Stream
 from diffusion import Diffusion, DiffusionConfig
@@ -39,17 +40,23 @@ from errors import UserError, one_line_errors
 from graph import GraphedStep
 from lora import LoRAConfig, add_lora, merge_lora
 from sdxl import BASE, Denoiser, base_architecture, blueprint, decode_latents, encode_pixels, load_sdxl, time_ids, tokenize
-from sources import open_source, pack_latents
+from shards import pack_latents
+from sources import open_source
 
 FORWARD = 6.76e12  # floating-point operations of the U-Net's forward pass, one image of 1024 x 1024 (counted by dry_run)
 
 LATENTS = ("--data", "{work}/latents")
+MIXED = ("--data", "{work}/mixed")
+READY = ("--data", "{work}/ready", "--no-buckets", "--no-train-text-encoder")
 IMAGES = ("--data", "{work}/photos")
 RECIPE = ("--rank", "8", "--bs", "3", "--precision", "fp16", "--optimizer", "adamw8bit")
 KOHYA = (*RECIPE, "--targets", "all")
 ROWS = {
     "recipe": ("the recipe, latents ready, cap 16 GiB", (*RECIPE, *LATENTS, "--vram-gb", "16")),
     "images": ("images encoded in the loop, cap 16 GiB", (*RECIPE, *IMAGES, "--vram-gb", "16")),
+    "mixed": ("latents of nine sizes, cap 16 GiB", (*RECIPE, *MIXED, "--vram-gb", "16")),
+    "unet": ("U-Net alone, latents ready, cap 16 GiB", (*RECIPE, *LATENTS, "--no-train-text-encoder", "--vram-gb", "16")),
+    "unet-ready": ("U-Net alone, latents and text ready, cap 16 GiB", (*RECIPE, *READY, "--vram-gb", "16")),
     "kohya": ("kohya's targets, cap 16 GiB", (*KOHYA, *LATENTS, "--vram-gb", "16")),
     "kohya-least": ("kohya's targets, least memory", (*KOHYA, *LATENTS, "--checkpointing", "all")),
     "int8": ("cap 8 GiB, int8 base", (*RECIPE, *LATENTS, "--vram-gb", "8", "--base-precision", "int8")),
@@ -101,21 +108,24 @@ def make_model(folder: Path, device: torch.device) -> None:
 
 
 def make_shards(folder: Path, count: int = 64) -> None:
-    """photos/: JPEGs of about 1024 pixels a side; latents/: posteriors of the same number, ready-made."""
+    """photos/: JPEGs of about 1024 pixels a side; latents/: as many posteriors, ready-made; mixed/: of nine sizes."""
     import io
 
     import numpy as np
     from PIL import Image
 
     rng = np.random.default_rng(0)
-    for name in ("photos", "latents"):
+    mixed = bucket_sizes(1024, 64)[::5]
+    for name in ("photos", "latents", "mixed"):
         (folder / name).mkdir(parents=True)
         with wds.TarWriter(str(folder / name / "bench-000000.tar")) as tar:
             for i in range(count):
                 sample = {"__key__": f"{i:06d}", "txt": f"a picture with the number {i}"}
-                if name == "latents":
-                    posterior = torch.cat([torch.randn(4, 128, 128), torch.full((4, 128, 128), 0.05)])
-                    sample["safetensors"] = pack_latents(posterior, (1024, 1024), (0, 0))
+                if name != "photos":
+                    height, width = mixed[i % len(mixed)] if name == "mixed" else (1024, 1024)
+                    mean = torch.randn(4, height // 8, width // 8)
+                    posterior = torch.cat([mean, torch.full_like(mean, 0.05)])
+                    sample["safetensors"] = pack_latents(posterior, (height, width), (0, 0))
                 else:
                     coarse = Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))
                     size = (1024, 1152) if i % 2 else (1216, 1024)
@@ -125,6 +135,15 @@ def make_shards(folder: Path, count: int = 64) -> None:
                     Image.fromarray(photo.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=92)
                     sample["jpg"] = buffer.getvalue()
                 tar.write(sample)
+
+
+def cache(work: Path) -> str:
+    """ready/: latents and text of the photos, made by scripts/cache.py; returns how fast."""
+    command = [sys.executable, "scripts/cache.py", str(work / "photos"), "--out", str(work / "ready")]
+    command += ["--model", str(work / "model"), "--text", "1", "--no-buckets", "--workers", "4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    rate = re.findall(r"([\d.]+\s?(?:img/s|s/img))", done.stderr)
+    return f"scripts/cache.py: {rate[-1]} in float32, latents and one variant of the text"
 
 
 # The rows: train_lora.py itself, stopped after some steps.
@@ -175,7 +194,8 @@ def measure(name: str, config: BenchConfig, matmul: float) -> Row:
     out, rest = process.communicate(timeout=120)
     row.told = [line for line in (out + told + rest).replace("\r", "\n").splitlines() if re.match(r"memory|device|batch", line)]
     if process.returncode not in (os.EX_OK, os.EX_TEMPFAIL):  # done, or stopped by the signal
-        row.failed = ((told + rest).strip().splitlines() or ["no output"])[-1][-300:]
+        lines = [line for line in (told + rest).splitlines() if "/100000" not in line]  # but for the progress bar
+        row.failed = (lines or ["no output"])[-1][-300:]
         return row
     (events,) = (run / "log").iterdir()
     log = EventAccumulator(str(events)).Reload()
@@ -274,7 +294,7 @@ def measure_parts(pipe, device: torch.device) -> dict[str, float]:
     tokens = tokenize(denoiser.tokenizers, ["a picture"] * bs).to(device)
     ids = time_ids(torch.full((bs, 2), 1024), torch.zeros(bs, 2), torch.full((bs, 2), 1024)).to(device)
     pixels = torch.rand(bs, 3, 1024, 1024, device=device) * 2 - 1
-    denoise = partial(denoiser, tokens=tokens, time_ids=ids)
+    denoise = partial(denoiser, text=(tokens,), time_ids=ids)
 
     def graphed(work, grad: bool) -> float:
         def step(_) -> torch.Tensor:
@@ -341,6 +361,8 @@ def main(config: BenchConfig) -> None:
         make_model(config.work / "model", device)
         make_shards(config.work)
         torch.cuda.empty_cache()
+    if not (config.work / "ready").is_dir() and "unet-ready" in config.rows:
+        print(cache(config.work), flush=True)
     rate = matmul_rate(device)
     card = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
     print(f"{card}; a matrix product of 8192³ in float16 runs at {rate / 1e12:.0f} TFLOP/s")

@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from captions import CaptionConfig
 from data import DataConfig, Stream
 from errors import one_line_errors
-from sources import open_source, pack_latents, write_shards
+from shards import pack_latents, write_shards
+from sources import open_source
 
 
 @dataclass(frozen=True)

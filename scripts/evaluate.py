@@ -65,9 +65,9 @@ def denoising_loss(denoiser: Denoiser, diffusion: Diffusion, vae: nn.Module, sam
         latents = sample_latents(vae, posterior, spread).expand(timesteps, -1, -1, -1)
         noise = torch.randn(latents.shape, generator=generator, device=device)
         t = ((torch.arange(timesteps, device=device) + 0.5) * len(diffusion.alphas_cumprod) / timesteps).long()
-        tokens = tokenize(denoiser.tokenizers, [caption] * timesteps).to(device)
+        tokens = tokenize(denoiser.tokenizers, [caption] * timesteps, None).to(device)
         ids = time_ids(*(torch.tensor([size] * timesteps) for size in (original, crop, pixels.shape[:2]))).to(device)
-        losses.append(diffusion(partial(denoiser, tokens=tokens, time_ids=ids), latents, noise, t).mean().item())
+        losses.append(diffusion(partial(denoiser, text=(tokens,), time_ids=ids), latents, noise, t).mean().item())
     return sum(losses) / len(losses)
 
 
@@ -104,7 +104,8 @@ def main(config: EvaluateConfig) -> None:
     if not samples:
         raise UserError(f"--data {config.data}: no image can be decoded")
     captions = [caption for *_, caption in samples[: config.pictures]]
-    draw = partial(render, pipe, partial(decode_latents, pipe.vae), captions, seed=0, steps=20, guidance=5.0, size=size)
+    how = {"seed": 0, "steps": 20, "guidance": 5.0, "size": size}
+    draw = partial(render, pipe, denoiser.describe, partial(decode_latents, pipe.vae), captions, **how)
     results = {}
     for name in ("base", "LoRA"):
         if name == "LoRA":

@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from checkpoint import check_writable
 from errors import UserError, one_line_errors
 from images import to_rgb
-from sources import scan_folder, write_shards
+from shards import write_shards
+from sources import scan_folder
 
 SUFFIX = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
@@ -58,7 +59,8 @@ def open_rows(source: str) -> tuple[int, Iterator[tuple[str, bytes, list[str]]]]
     if tables:
         return parquet_rows(tables)
     folder = scan_folder(path)
-    rows = [*zip(folder.files, folder.captions, strict=True), *((Path(name), []) for name in folder.uncaptioned)]
+    files = [file.path for file in folder.files]
+    rows = [*zip(files, folder.captions, strict=True), *((Path(name), []) for name in folder.uncaptioned)]
     return len(rows), ((str(file.relative_to(path)), file.read_bytes(), captions) for file, captions in rows)
 
 

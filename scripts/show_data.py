@@ -22,7 +22,7 @@ from checkpoint import check_writable
 from data import DataConfig, Stream
 from errors import UserError, one_line_errors
 from pictures import stack
-from sdxl import BASE
+from sdxl import BASE, split_tokens
 from sources import Source, open_mixture
 
 SIDE, COLUMNS, LINES, FONT = 256, 6, 5, 12  # pixels of a cell, cells in a row, lines of a caption, pixels of a line
@@ -44,6 +44,12 @@ class ShowConfig:
             raise UserError(f"--images must be at least 1, not {self.images}")
 
 
+def dim(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Pixels [h, w, 3] uint8 with what a loss mask [1, h/8, w/8] in 0…1 hides faded into grey."""
+    kept = 0.2 + 0.8 * mask[0].repeat(8, axis=0).repeat(8, axis=1)[..., None]
+    return (pixels * kept + 160 * (1 - kept)).astype(np.uint8)
+
+
 def cell(pixels: np.ndarray, caption: str, facts: str) -> Image.Image:
     """One picture with what the model is told of it."""
     font, line = ImageFont.load_default(size=FONT), FONT + 3
@@ -63,7 +69,10 @@ def contact_sheet(stream: Stream, images: int) -> Image.Image:
     cells = []
     for batch in stream:
         facts = zip(batch.size.tolist(), batch.original_size.tolist(), batch.crop.tolist(), strict=True)
-        for pixels, caption, (size, original, crop) in zip(batch.images.numpy(), batch.captions, facts, strict=True):
+        shown = batch.images.numpy()
+        for mask in batch.mask:
+            shown = [dim(pixels, one) for pixels, one in zip(shown, mask.numpy(), strict=True)]
+        for pixels, caption, (size, original, crop) in zip(shown, batch.captions, facts, strict=True):
             told = "{1} x {0} of {3} x {2}, cut left {5}, top {4}".format(*size, *original, *crop)
             cells.append(cell(pixels, caption, told))
         if len(cells) >= images:
@@ -93,17 +102,17 @@ def bucket_table(source: Source, stream: Stream) -> list[str]:
     return lines
 
 
-def caption_lines(source: Source, prefix: str) -> list[str]:
-    """Lines: how many captions there are, and how many are longer than CLIP reads."""
+def caption_lines(source: Source, config: CaptionConfig) -> list[str]:
+    """Lines: how many captions there are, and how many are longer than --max-tokens."""
     tokenizer = CLIPTokenizer.from_pretrained(BASE / "tokenizer")
-    captions = [prefix + caption for n in range(source.samples) for caption in source.raw(n).captions]
-    lengths = np.array([len(ids) - 2 for ids in tokenizer(captions).input_ids])
-    room = tokenizer.model_max_length - 2
-    lines = [f"{len(captions)} captions of {source.samples} images, {lengths.mean():.0f} tokens on average"]
-    if (lost := lengths[lengths > room] - room).size:
-        longest = captions[int(lengths.argmax())]
-        lines.append(f"{len(lost)} are cut after {room} tokens and lose {lost.mean():.0f} on average, {lost.max()} at most:")
-        lines.append(f"   …{tokenizer.decode(tokenizer(longest).input_ids[room + 1 : -1])[:150]}")
+    captions = [config.caption_prefix + caption for n in range(source.samples) for caption in source.raw(n).captions]
+    split = split_tokens(tokenizer, captions, config.max_tokens)
+    lengths = [sum(map(len, chunks)) + len(rest) for chunks, rest in split]
+    lines = [f"{len(captions)} captions of {source.samples} images, {np.mean(lengths):.0f} tokens on average"]
+    if lost := sorted((rest for _, rest in split if rest), key=len):
+        mean, room = np.mean(list(map(len, lost))), f"{config.max_tokens} tokens"
+        lines.append(f"{len(lost)} are cut after {room} and lose {mean:.0f} on average, {len(lost[-1])} at most:")
+        lines.append(f"   …{tokenizer.decode(lost[-1])[:150]}")
     return lines
 
 
@@ -113,7 +122,7 @@ def main(config: ShowConfig) -> None:
         raise UserError("--data holds latents: give the images that they are made of")
     check_writable("the folder of --out", config.out.parent)
     stream = Stream(source, config.dataset, config.captions, config.dataset.resolution or 1024, config.seed)
-    print("\n".join(bucket_table(source, stream) + caption_lines(source, config.captions.caption_prefix)))
+    print("\n".join(bucket_table(source, stream) + caption_lines(source, config.captions)))
     if source.uncaptioned:
         print(f"{len(source.uncaptioned)} images have no caption and are left out: {', '.join(source.uncaptioned[:10])}")
     contact_sheet(stream, config.images).save(config.out)

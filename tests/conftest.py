@@ -13,7 +13,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # models this sma
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -121,6 +121,20 @@ def photos(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def cutouts(tmp_path_factory) -> Path:
+    """Four captioned PNGs of several shapes; of each all but a circle is transparent."""
+    folder = tmp_path_factory.mktemp("cutouts")
+    for i, size in enumerate([(130, 130), (150, 140), (200, 100), (100, 180)]):
+        image = photograph(i, *size)
+        circle = Image.new("L", size)
+        ImageDraw.Draw(circle).ellipse((10 * i, 10, size[0] - 20, size[1] - 10), fill=255)
+        image.putalpha(circle)
+        image.save(folder / f"cutout{i}.png")
+        (folder / f"cutout{i}.txt").write_text(f"cutout number {i}")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def shards(photos, tmp_path_factory) -> Path:
     """The same pictures as three tar shards, made by scripts/make_shards.py."""
     folder = tmp_path_factory.mktemp("shards")
@@ -157,6 +171,24 @@ def script(monkeypatch, capfd):
         out, err = capfd.readouterr()
         assert ended == status, f"{name} {arguments} ended with {ended}\n{out}\n{err}"
         return out, err
+
+    return call
+
+
+@pytest.fixture
+def train(script, tiny_model, shards, tmp_path, monkeypatch):
+    """train("--steps", 4) runs the training script on the tiny model; files go to a fresh folder."""
+    import pictures
+
+    draw = pictures.render  # three pictures of 20 steps would take most of a test's time
+    monkeypatch.setattr("pictures.NARUTO_PROMPTS", ["one picture a save is enough"])
+    monkeypatch.setattr("pictures.render", lambda *given, **how: draw(*given, **{**how, "steps": 2}))
+    base = ["--model", tiny_model, "--rank", 2, "--bs", 2, "--workers", 0, "--device", "cpu"]
+    base += ["--out", tmp_path / "out", "--log-dir", tmp_path / "runs"]
+
+    def call(*options, **how):
+        data = [] if "--data" in options else ["--data", shards]
+        return script("train_lora.py", *base, *data, *options, **how)
 
     return call
 

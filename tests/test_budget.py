@@ -28,7 +28,8 @@ def meta_costs(model, batch: int, side=8, **lora) -> Costs:
     model = copy.deepcopy(model).to("meta")
     add_lora(model, LoRAConfig(**lora), model.unread)
     install(model.unet, budget.stand_in_kernel)
-    return dry_run(model, memory.block_names(model), batch, side)
+    tokens = torch.empty(batch, 2, 77, dtype=torch.int64, device="meta")
+    return dry_run(model, memory.block_names(model), (tokens,), side)
 
 
 @pytest.fixture(scope="module")

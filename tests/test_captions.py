@@ -43,7 +43,13 @@ def test_options_change_nothing_else():
 
 @pytest.mark.parametrize(
     ("options", "flag"),
-    [({"caption_dropout": 2.0}, "--caption-dropout"), ({"keep_tags": -1}, "--keep-tags"), ({"keep_tags": 2}, "--shuffle-tags")],
+    [
+        ({"caption_dropout": 2.0}, "--caption-dropout"),
+        ({"keep_tags": -1}, "--keep-tags"),
+        ({"keep_tags": 2}, "--shuffle-tags"),
+        ({"max_tokens": 0}, "--max-tokens"),
+        ({"max_tokens": 77}, "--max-tokens must be a multiple of 75 from 75 up, not 77"),
+    ],
 )
 def test_bad_options_name_their_flag(options, flag):
     with pytest.raises(UserError, match=flag):

@@ -3,7 +3,7 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
-from diffusion import Diffusion, DiffusionConfig
+from diffusion import Diffusion, DiffusionConfig, area_weights
 from errors import UserError
 
 SCHEDULE = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
@@ -35,6 +35,47 @@ def test_min_snr_weights_equal_diffusers(prediction_type):
     wanted = snr.clamp(max=5) / (snr + (prediction_type == "v_prediction"))
     torch.testing.assert_close(make(prediction_type, snr_gamma=5.0).weights, wanted)
     assert torch.equal(make(prediction_type).weights, torch.ones(1000))
+
+
+# The loss mask.
+
+
+def masked_loss(mask: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
+    """Loss of predictions that are wrong by `error` [B, 4, h, w]."""
+    t = torch.full((len(error),), 500)
+    return make()(lambda x, t: error, torch.zeros_like(error), torch.zeros_like(error), t, area_weights(mask))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (104, 152)])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_a_mask_of_ones_changes_no_bit(prediction_type, size):
+    x0, noise, t = torch.randn(3, 4, *size), torch.randn(3, 4, *size), torch.tensor([1, 500, 900])
+    guess = torch.randn(3, 4, *size)
+    diffusion = make(prediction_type, snr_gamma=5.0)
+    plain = diffusion(lambda x, t: guess, x0, noise, t)
+    assert torch.equal(diffusion(lambda x, t: guess, x0, noise, t, area_weights(torch.ones(3, 1, *size))), plain)
+
+
+def test_the_masked_loss_is_that_of_the_area_which_counts():
+    error, mask = torch.randn(3, 4, 6, 5, requires_grad=True), torch.rand(3, 1, 6, 5)
+    mask[0, :, :4], mask[1, :, 1:] = 0, 0
+    loss = masked_loss(mask, error)
+    wanted = (mask * error.square()).sum(dim=(1, 2, 3)) / (4 * mask.sum(dim=(1, 2, 3)))
+    torch.testing.assert_close(loss, wanted)
+    torch.testing.assert_close(masked_loss(mask / 3, error), loss)  # however faint it is
+    assert torch.equal(masked_loss(mask, torch.where(mask > 0, error, 1e6)), loss)
+    loss.sum().backward()
+    assert torch.equal(error.grad != 0, (mask > 0).expand(-1, 4, -1, -1))
+
+
+def test_an_empty_mask_has_no_weight():
+    error, mask = torch.randn(2, 4, 6, 5, requires_grad=True), torch.zeros(2, 1, 6, 5)
+    mask[1, 0, 2, 3] = 1 / 255
+    loss = masked_loss(mask, error)
+    torch.testing.assert_close(loss, torch.stack([torch.tensor(0.0), error[1, :, 2, 3].square().mean()]))
+    loss.mean().backward()
+    assert not error.grad[0].any()
+    assert error.grad[1].isfinite().all()
 
 
 def test_draw_is_a_function_of_the_generator():

@@ -26,6 +26,24 @@ def test_a_graph_asked_for_on_the_cpu_is_refused():
         GraphedStep(lambda x: x, [], "on", CPU)
 
 
+def test_work_between_steps_gets_the_memory_of_the_graphs_only_if_it_needs_it():
+    step, tries = GraphedStep(lambda x: x, [], "auto", CPU), []
+
+    def work(room: int) -> str:
+        tries.append(len(step.graphs))
+        if len(step.graphs) > room:
+            raise torch.OutOfMemoryError
+        return "pictures"
+
+    step.graphs = {"a shape": ()}
+    assert step.beside(lambda: work(1)) == "pictures"
+    assert step.beside(lambda: work(0)) == "pictures"
+    assert tries == [1, 1, 0]
+    with pytest.raises(torch.OutOfMemoryError):
+        step.beside(lambda: work(-1))
+    assert tries == [1, 1, 0, 0]
+
+
 # On a GPU.
 
 
@@ -42,7 +60,7 @@ def training(tiny_model):
     scaler = torch.amp.GradScaler("cuda", init_scale=256.0)
 
     def step(latents, timesteps, tokens, ids, target):
-        loss = (denoiser(latents, timesteps, tokens, ids).float() - target).square().mean()
+        loss = (denoiser(latents, timesteps, (tokens,), ids).float() - target).square().mean()
         scaler.scale(loss).backward()
         adapter.gather()
         return loss.detach()

@@ -5,7 +5,7 @@ import pytest
 from conftest import photograph
 from PIL import Image, ImageCms
 
-from images import fit, open_image, to_rgb, upright_size
+from images import alpha_of, fit, open_image, to_rgb, upright_size
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -57,6 +57,26 @@ def test_transparency_lies_on_white():
     palette = PHOTO.convert("P")
     palette.info["transparency"] = int(np.asarray(palette)[0, 0])
     assert opened(palette).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_alpha_is_read_apart_from_the_colours_under_it():
+    ramp = Image.linear_gradient("L").resize(PHOTO.size)
+    clear = PHOTO.copy()
+    clear.putalpha(ramp)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = clear.transpose(Image.Transpose.ROTATE_90)
+    grey = clear.convert("LA")
+    for given in (encoded(clear), encoded(stored, exif=exif), encoded(clear, "WEBP", lossless=True, exact=True), encoded(grey)):
+        image = open_image(given)
+        assert far(to_rgb(image, on_white=False), PHOTO.convert("L") if given == encoded(grey) else PHOTO) == 0
+        assert far(alpha_of(image), ramp) == 0
+    palette = PHOTO.convert("P")
+    palette.info["transparency"] = first = int(np.asarray(palette)[0, 0])
+    given = open_image(encoded(palette))
+    assert np.array_equal(np.asarray(alpha_of(given)), np.where(np.asarray(palette) == first, 0, 255))
+    assert far(to_rgb(given, on_white=False), palette) == 0
+    assert (np.asarray(alpha_of(open_image(encoded(PHOTO, "JPEG")))) == 255).all()
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("L", "PNG"), ("P", "PNG"), ("1", "PNG"), ("CMYK", "JPEG"), ("LA", "PNG")])

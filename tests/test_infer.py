@@ -31,9 +31,10 @@ def lora(tiny_model, denoiser, tmp_path):
 
 def pictures(model, prompts=PROMPTS, prepare=lambda denoiser: None) -> list[np.ndarray]:
     pipe = load_sdxl(str(model), torch.float32, torch.device("cpu"))
-    prepare(Denoiser(pipe))
-    decode = partial(decode_latents, pipe.vae)
-    return [np.asarray(p, int) for p in render(pipe, decode, prompts, seed=0, steps=2, guidance=5.0, size=64)]
+    denoiser = Denoiser(pipe)
+    prepare(denoiser)
+    draw = partial(render, pipe, denoiser.describe, partial(decode_latents, pipe.vae))
+    return [np.asarray(p, int) for p in draw(prompts, seed=0, steps=2, guidance=5.0, size=64)]
 
 
 def test_compare_shows_base_and_merged(script, lora, tiny_model, tmp_path):
@@ -109,6 +110,22 @@ def test_prompts_from_a_file_and_negative_prompt(script, lora, tmp_path):
     script("infer.py", *how, "--out", tmp_path / "negative", "--negative", "blurry")
     assert len(list((tmp_path / "plain").iterdir())) == 2
     assert (tmp_path / "plain/1.png").read_bytes() != (tmp_path / "negative/1.png").read_bytes()
+
+
+def test_a_prompt_of_any_length_is_told_whole(script, lora, tiny_model, tmp_path):
+    """Two chunks by hand, the negative prompt's second one empty, through diffusers' own pipeline."""
+    halves = "a " * 75, "b " * 20
+    how = ["--lora", lora, "--scale", 0, "--steps", 2, "--device", "cpu", "--prompts", "".join(halves), "--negative", "c"]
+    script("infer.py", *how, "--out", tmp_path / "images")
+    ours = np.asarray(Image.open(tmp_path / "images/1.png"), int)
+    pipe = load_sdxl(str(tiny_model), torch.float32, torch.device("cpu"))
+    encode = partial(pipe.encode_prompt, device="cpu", do_classifier_free_guidance=False)
+    (one, _, pooled, _), (two, *_), (against, _, pooled_against, _), (nothing, *_) = map(encode, (*halves, "c", ""))
+    told = {"prompt_embeds": torch.cat([one, two], dim=1), "pooled_prompt_embeds": pooled}
+    told |= {"negative_prompt_embeds": torch.cat([against, nothing], dim=1), "negative_pooled_prompt_embeds": pooled_against}
+    drawn = {"num_inference_steps": 2, "guidance_scale": 5.0, "generator": torch.Generator().manual_seed(0)}
+    assert np.abs(ours - np.asarray(pipe(**told, **drawn).images[0], int)).max() <= 1
+    assert np.abs(ours - pictures(tiny_model, [halves[0]])[0]).max() > 1
 
 
 def merged(tiny_model, *parts) -> list[np.ndarray]:

@@ -340,7 +340,7 @@ def our_outputs(plain, file, strength: float) -> list[Tensor]:
         model = Denoiser(pipe)
         merge_lora(model, formats.read(file, layer_shapes(model)), strength)
         tokens = tokenize(model.tokenizers, PROMPTS)
-        return [*model.encode_text(tokens), model(**inputs() | {"tokens": tokens})]
+        return [*model.encode_text(tokens), model(**inputs() | {"text": (tokens,)})]
 
 
 @pytest.mark.parametrize("layout", ["kohya", "diffusers"])

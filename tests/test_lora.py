@@ -17,7 +17,7 @@ def inputs(batch: int = 2, seed: int = 0) -> dict:
     return {
         "noisy_latents": torch.randn(batch, 4, 8, 8, generator=g),
         "timesteps": torch.randint(0, 1000, (batch,), generator=g),
-        "tokens": torch.randint(1, 180, (batch, 2, 77), generator=g),
+        "text": (torch.randint(1, 180, (batch, 2, 77), generator=g),),
         "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]]).repeat(batch, 1),
     }
 

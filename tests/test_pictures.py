@@ -13,21 +13,21 @@ from sdxl import decode_latents
 HOW = {"seed": 3, "steps": 2, "guidance": 5.0, "size": 64}
 
 
-def test_a_picture_depends_on_its_own_seed_only(pipe):
-    draw = partial(render, pipe, partial(decode_latents, pipe.vae), **HOW)
+def test_a_picture_depends_on_its_own_seed_only(pipe, denoiser):
+    draw = partial(render, pipe, denoiser.describe, partial(decode_latents, pipe.vae), **HOW)
     three = draw(["a", "b", "c"])
     two = draw(["x", "b"])
     assert three[1] == two[1]
     assert three[0] != two[0]
-    assert render(pipe, partial(decode_latents, pipe.vae), ["b"], **{**HOW, "seed": 4})[0] == three[1]
+    assert draw(["b"], seed=4)[0] == three[1]
     assert three[0].size == (64, 64)
 
 
-def test_render_equals_the_pipeline(pipe):
+def test_render_equals_the_pipeline(pipe, denoiser):
     """Our own decoding gives the picture that diffusers' pipeline would give."""
     import torch
 
-    ours = render(pipe, partial(decode_latents, pipe.vae), ["a cat"], **HOW)[0]
+    ours = render(pipe, denoiser.describe, partial(decode_latents, pipe.vae), ["a cat"], **HOW)[0]
     options = {"num_inference_steps": 2, "guidance_scale": 5.0, "generator": torch.Generator().manual_seed(3)}
     theirs = pipe("a cat", **options).images[0]
     assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
@@ -36,7 +36,8 @@ def test_render_equals_the_pipeline(pipe):
 def test_gallery_shows_base_and_adapter(pipe, denoiser):
     adapter = add_lora(denoiser, LoRAConfig(), denoiser.unread)
     stop = SimpleNamespace(asked=False)
-    gallery = Gallery(pipe, partial(decode_latents, pipe.vae), adapter.disabled, ["a"], 64, Ranks(0, 1), stop)
+    decode = partial(decode_latents, pipe.vae)
+    gallery = Gallery(pipe, denoiser.describe, decode, adapter.disabled, ["a"], 64, Ranks(0, 1), stop)
     stop.asked = True
     assert gallery.draw("LoRA") is None
     stop.asked = False

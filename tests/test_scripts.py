@@ -20,10 +20,10 @@ from torch import nn
 import formats
 from buckets import bucket_sizes
 from captions import CaptionConfig
-from data import DataConfig, Stream, assign_buckets, decode, normalise
+from data import DataConfig, Stream
 from lora import LoRAConfig, add_lora, layer_shapes, merge_lora
-from sdxl import encode_pixels, load_sdxl
-from sources import open_source, unpack_latents
+from sdxl import load_sdxl
+from sources import open_source
 
 
 def members(tar) -> dict[str, bytes]:
@@ -32,7 +32,7 @@ def members(tar) -> dict[str, bytes]:
 
 
 def test_shards_hold_the_pictures_byte_for_byte(photos, shards):
-    assert sorted(p.name for p in shards.iterdir()) == [f"photos-00000{i}.tar" for i in range(3)]
+    assert sorted(p.name for p in shards.iterdir()) == ["index.jsonl", *(f"photos-00000{i}.tar" for i in range(3))]
     first = members(shards / "photos-000000.tar")
     assert sorted(first) == sorted(f"000000{i}.{kind}" for i in range(3) for kind in ("jpg", "json", "txt"))
     assert first["0000002.jpg"] == (photos / "photo2.jpg").read_bytes()
@@ -52,9 +52,7 @@ def test_unusable_pictures_are_refused_by_name(script, photos, tmp_path):
     assert "refused 2" in out
     assert "photo1.jpg (cannot be decoded" in out
     assert "photo2.jpg (no caption)" in out
-    assert not list((tmp_path / "out").glob("*.part"))
-    _, err = script("scripts/make_shards.py", folder, "--out", tmp_path / "out", status=2)
-    assert "already holds shard-000000.tar" in err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["index.jsonl", "shard-000000.tar"]
 
 
 def test_parquet_of_the_naruto_layout(script, tmp_path):
@@ -95,30 +93,6 @@ def test_bench_needs_a_gpu(script):
     assert err.startswith("bench.py: --rows nonsense: choose from recipe")
 
 
-def test_cached_latents_are_what_the_vae_gives_for_the_same_images(script, tiny_model, shards, tmp_path):
-    how = ["--model", tiny_model, "--per-shard", 4, "--device", "cpu", "--bucket-step", 16, "--flip"]
-    out, _ = script("scripts/cache.py", shards, *how, "--out", tmp_path)
-    assert re.search(r"^7 images at 64 px: [2-5] of 5 buckets, ", out)
-    assert "encoded 7 images into 2 shards" in out
-    pipe = load_sdxl(str(tiny_model), torch.float32, torch.device("cpu"))
-    images, latents = open_source(str(shards)), open_source(str(tmp_path))
-    assert (images.samples, latents.samples, latents.latents, latents.mirrored) == (7, 7, True, True)
-    sizes, bucket = assign_buckets(images, DataConfig(bucket_step=16), 64)
-    for n in range(7):
-        wanted, ready = images.raw(n), latents.raw(n)
-        assert ready.captions == wanted.captions
-        for flip in (False, True):
-            pixels, *about = decode(wanted, sizes[bucket[n]], flip)
-            posterior, *told = unpack_latents(ready, flip)
-            ours = encode_pixels(pipe.vae, normalise(torch.tensor(pixels)[None]))[0]
-            torch.testing.assert_close(torch.from_numpy(posterior).float(), ours, atol=1e-3, rtol=1e-3)
-            assert told == about
-    _, err = script("scripts/cache.py", shards, "--model", tiny_model, "--out", tmp_path, status=2)
-    assert err == f"cache.py: --out {tmp_path} already holds latents-000000.tar: remove it or choose another --name\n"
-    _, err = script("scripts/cache.py", tmp_path, "--model", tiny_model, "--out", tmp_path / "b", status=2)
-    assert err == f"cache.py: {tmp_path} holds latents already\n"
-
-
 def test_bench_data_measures_every_job(script, monkeypatch):
     out, _ = script("scripts/bench_data.py", "--rounds", 1, "--photos", 3, "--latents", 30)
     rates = re.findall(r"^ +([\d.]+) a second   (.+)$", out, re.M)
@@ -139,6 +113,9 @@ def test_the_contact_sheet_shows_what_training_sees(script, photos, tmp_path):
     assert "6 captions of 6 images" in out
     assert "1 are cut after 75 tokens and lose 47 on average, 47 at most" in out  # 2 of the prefix and 120
     assert "1 images have no caption and are left out: " in out
+    longer, _ = script("scripts/show_data.py", *how, "--max-tokens", 150, "--images", 8, "--out", tmp_path / "sheet.png")
+    assert "6 captions of 6 images" in longer
+    assert "cut after" not in longer
     sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
     stream = Stream(open_source(str(folder)), DataConfig(bs=2, bucket_step=16), CaptionConfig(), 64, 0)
     first = next(iter(stream)).images[0].numpy()
@@ -147,6 +124,20 @@ def test_the_contact_sheet_shows_what_training_sees(script, photos, tmp_path):
     assert at == [(268 - width) // 2]
     _, err = script("scripts/show_data.py", "--images", 0, status=2)
     assert err == "show_data.py: --images must be at least 1, not 0\n"
+
+
+def test_the_contact_sheet_fades_what_a_mask_hides(script, cutouts, tmp_path):
+    how = ["--data", cutouts, "--resolution", 128, "--no-buckets", "--bs", 1, "--images", 1]
+    script("scripts/show_data.py", *how, "--out", tmp_path / "sheet.png", "--masked-loss")
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"), int)
+    config = DataConfig(bs=1, buckets=False, masked_loss=True)
+    batch = next(iter(Stream(open_source(str(cutouts)), config, CaptionConfig(), 128, 0)))
+    shown = sheet[70 : 70 + 128, 70 : 70 + 128]
+    pixels, seen = batch.images[0].numpy().astype(int), (batch.mask[0][0, 0] == 1).numpy().repeat(8, 0).repeat(8, 1)
+    assert 0.2 < seen.mean() < 0.8
+    assert np.array_equal(shown[seen], pixels[seen])
+    hidden = (batch.mask[0][0, 0] == 0).numpy().repeat(8, 0).repeat(8, 1)
+    assert np.abs(shown[hidden] - 160).mean() < 0.3 * np.abs(pixels[hidden] - 160).mean()
 
 
 def test_converting_keeps_the_weights(script, denoiser, tiny_model, tmp_path):

@@ -11,7 +11,17 @@ from transformers import CLIPTokenizer
 import sdxl
 from errors import UserError
 from lora import LoRAConfig, add_lora
-from sdxl import check_folder, decode_latents, encode_pixels, load_sdxl, native_resolution, sample_latents, time_ids, tokenize
+from sdxl import (
+    check_folder,
+    decode_latents,
+    encode_pixels,
+    load_sdxl,
+    native_resolution,
+    sample_latents,
+    split_tokens,
+    time_ids,
+    tokenize,
+)
 
 CAPTIONS = ["a cat", "", "a long caption " * 30]
 
@@ -46,6 +56,82 @@ def test_tokens_have_one_row_for_each_text_encoder(denoiser):
     assert tokens[2, 0, -1] == first.eos_token_id  # cut, but closed
 
 
+@pytest.fixture(scope="module")
+def sdxl_tokenizers() -> list[CLIPTokenizer]:
+    """Those of SDXL base, bundled."""
+    return [CLIPTokenizer.from_pretrained(sdxl.BASE / name) for name in ("tokenizer", "tokenizer_2")]
+
+
+def by_transformers(tokenizers, captions) -> torch.Tensor:
+    how = {"padding": "max_length", "max_length": 77, "truncation": True, "return_tensors": "pt"}
+    return torch.stack([t(captions, **how).input_ids for t in tokenizers], dim=1)
+
+
+def test_tokens_in_one_chunk_are_those_of_transformers(denoiser, sdxl_tokenizers):
+    captions = [*CAPTIONS, "tag, " * 60, "x " * 75, "Ünïcode 🙂 <|endoftext|> ! a"]
+    for tokenizers in (denoiser.tokenizers, sdxl_tokenizers):
+        assert torch.equal(tokenize(tokenizers, captions), by_transformers(tokenizers, captions))
+        short = [c for c in captions if len(tokenizers[0](c).input_ids) <= 77]
+        assert len(short) > 2
+        for most in (225, None):
+            assert torch.equal(tokenize(tokenizers, short, most), by_transformers(tokenizers, short))
+
+
+def words(count: int, *commas: int) -> str:
+    """So many tokens, commas among them at these places."""
+    return " ".join("," if i in commas else "a" for i in range(count))
+
+
+@pytest.mark.parametrize(
+    ("caption", "most", "chunks", "cut"),
+    [
+        (words(75, 60), None, [75], 0),
+        (words(100), None, [75, 25], 0),
+        (words(100, 54), None, [75, 25], 0),  # too far back
+        (words(100, 55), None, [56, 44], 0),
+        (words(100, 3, 60, 70), None, [71, 29], 0),
+        (words(100, 74), None, [75, 25], 0),
+        (words(100, 60, 75), None, [75, 25], 0),  # a comma comes next: no tag is torn
+        (words(160, 60), None, [61, 75, 24], 0),
+        (words(160, 60), 150, [61, 75], 24),
+        (words(160, 60), 75, [75], 85),  # no chunk follows that the tag could go to
+        (words(225), 225, [75, 75, 75], 0),
+        ("", None, [0], 0),
+    ],
+)
+def test_where_a_long_caption_is_split(sdxl_tokenizers, caption, most, chunks, cut):
+    assert sdxl_tokenizers[0].get_vocab() == sdxl_tokenizers[1].get_vocab()
+    one, other = (split_tokens(t, [caption], most)[0] for t in sdxl_tokenizers)
+    assert one == other
+    assert ([len(chunk) for chunk in one[0]], len(one[1])) == (chunks, cut)
+    whole = sdxl_tokenizers[0](caption).input_ids[1:-1]
+    assert [token for chunk in (*one[0], one[1]) for token in chunk] == whole
+    tokens = tokenize(sdxl_tokenizers, [caption], most)
+    assert tokens.shape == (1, 2, 77 * len(chunks))
+
+
+def test_chunks_are_encoded_one_by_one(pipe, denoiser):
+    """By hand, with transformers' own encoders: BOS and EOS around each chunk, the padding of each tokenizer."""
+    captions = ["a cat", words(160, 60), "", words(90)]
+    context, pooled = denoiser.encode_text(tokenize(denoiser.tokenizers, captions, 225))
+    assert (context.shape, pooled.shape) == ((4, 3 * 77, 32 + 48), (4, 48))
+    parts = [["a cat", "", ""], [words(61, 60), words(75), words(24)], None, [words(75), words(15), ""]]
+    for i, texts in enumerate(parts):
+        if texts is None:  # as a whole an empty caption
+            assert not context[i].any()
+            assert not pooled[i].any()
+            continue
+        tokens = by_transformers([pipe.tokenizer, pipe.tokenizer_2], texts)
+        assert (tokens[:, :, 0] == pipe.tokenizer.bos_token_id).all()
+        with torch.no_grad():
+            first = pipe.text_encoder(tokens[:, 0], output_hidden_states=True)
+            second = pipe.text_encoder_2(tokens[:, 1], output_hidden_states=True)
+        wanted = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+        torch.testing.assert_close(context[i], wanted.flatten(0, 1), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(pooled[i], second.text_embeds[0], atol=1e-6, rtol=1e-5)
+    assert denoiser.encode_text(tokenize(denoiser.tokenizers, captions, 150))[0].shape[1] == 2 * 77
+
+
 def test_time_ids_equal_the_pipeline_and_are_exact(pipe):
     original, crop = torch.tensor([[1365, 777]]), torch.tensor([[0, 36]])
     dim = pipe.text_encoder_2.config.projection_dim
@@ -66,7 +152,7 @@ def test_unet_call_equals_the_pipeline(pipe, denoiser):
     size = torch.tensor([[native_resolution(pipe)] * 2])
     ids = time_ids(size, torch.tensor([[0, 0]]), size)
     with torch.no_grad():
-        ours = denoiser(latents, t, tokenize(denoiser.tokenizers, ["a cat"]), ids)
+        ours = denoiser(latents, t, (tokenize(denoiser.tokenizers, ["a cat"]),), ids)
     torch.testing.assert_close(ours, seen["out"][0])
 
 
@@ -152,13 +238,12 @@ def test_a_checkpoint_that_lacks_something_is_refused(small_base, tmp_path):
             load_sdxl(str(tmp_path / "model.safetensors"), torch.float32, torch.device("cpu"))
 
 
-def test_the_bundled_configurations_are_those_of_sdxl_base():
+def test_the_bundled_configurations_are_those_of_sdxl_base(sdxl_tokenizers):
     with torch.device("meta"):
         sizes = {name: sum(p.numel() for p in m.parameters()) for name, m in sdxl.base_architecture().items()}
     assert sizes == {"unet": 2_567_463_684, "text_encoder": 123_060_480, "text_encoder_2": 694_659_840, "vae": 83_653_863}
-    first, second = (CLIPTokenizer.from_pretrained(sdxl.BASE / name) for name in ("tokenizer", "tokenizer_2"))
     cat = [49406, 320, 1125, 539, 320, 2368, 49407]  # "a photo of a cat", as CLIP's own tokenizer has it
-    tokens = tokenize([first, second], ["a photo of a cat"])[0]
+    tokens = tokenize(sdxl_tokenizers, ["a photo of a cat"])[0]
     assert tokens[0].tolist() == cat + [49407] * 70
     assert tokens[1].tolist() == cat + [0] * 70
 

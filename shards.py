@@ -1,0 +1,296 @@
+"""Tar shards in WebDataset's layout: what lies where in one, their index, and writing them so that it can be interrupted.
+
+Neighbours of one key are a sample, key.jpg, key.txt, key.json; key.safetensors, latents made ready, stands for an image.
+`index.jsonl` beside the shards has a line for each: with it none has to be opened to know what there is.
+"""
+
+import hashlib
+import json
+import tarfile
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields
+from itertools import groupby, islice
+from operator import itemgetter
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+import webdataset as wds
+from safetensors.torch import load, save
+
+from errors import UserError
+from images import FILES, Size, open_image, upright_size
+
+INDEX = "index.jsonl"
+LATENTS = "safetensors"  # the extension of a ready-made sample
+HEAD = 2**16  # bytes in which the size of an image stands, unless other things come first
+
+
+@dataclass
+class Shard:
+    """What one look at a shard tells: a line of the index."""
+
+    name: str
+    bytes: int  # of the tar file
+    samples: list[tuple] = field(default_factory=list)
+    """(key, where its image or latents begin, their bytes, where its caption begins, its bytes, upright height, width); 0 × 0
+    pixels: an image that cannot be read."""
+    uncaptioned: list[str] = field(default_factory=list)  # keys
+    cut: bool = False  # the file ends before its end: these are the samples before
+    latents: bool = False  # instead of images
+    mirrored: bool = False  # latents, all of them also of the mirrored image
+    masked: bool = False  # latents, all of them with a loss mask
+    vae: list[float] = field(default_factory=list)  # that made the latents: its `sdxl.vae_probe`
+    text: list[float] = field(default_factory=list)  # encoders whose hidden states are with them: their `text_probe`
+    sha256: str = ""  # from here on what only who wrote it knows: of the tar file
+    hashes: list[str] = field(default_factory=list)  # of each sample: SHA-256 of the image, or of what its latents depend on
+    made_of: str = ""  # SHA-256 of what went into it
+    refused: list[str] = field(default_factory=list)  # what could not go into it, with the reason
+
+
+# Looking into one.
+
+
+def members_of(path: Path) -> tuple[list[tuple[str, str, int, int]], bool]:
+    """((key, extension, where the data begins, its size) of a tar's files, by their headers; whether it is cut short).
+
+    Raises UserError if it is no tar file, or holds links, a name twice or names that lead out of it.
+    """
+    files, length, member = [], path.stat().st_size, None
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                name = PurePosixPath(member.name)
+                if member.issym() or member.islnk() or name.is_absolute() or ".." in name.parts:
+                    raise UserError(f"--data: {path} holds {member.name!r}, a link or a name that leads out of it")
+                key, extension = wds.tariterators.base_plus_ext(member.name)
+                if member.isfile() and key is not None and member.offset_data + member.size <= length:
+                    files.append((key, extension.lower(), member.offset_data, member.size))
+    except (tarfile.TarError, OSError) as error:
+        if member is None:
+            raise UserError(f"--data: {path} is no tar file: {error}") from None
+    if len({(key, extension) for key, extension, *_ in files}) < len(files):
+        raise UserError(f"--data: {path} holds two files of the same name")
+    end = member.offset_data + member.size if member else 0
+    return files, length < (end + 511) // 512 * 512 + 512  # at least the first block of the end-of-archive mark
+
+
+def survey(path: Path) -> Shard:
+    """Reads headers only, of the tar's members and of the images. Raises UserError as `members_of`."""
+    members, cut = members_of(path)
+    shard, kinds, also, vaes, texts = Shard(path.name, path.stat().st_size, cut=cut), set(), [], set(), set()
+    with path.open("rb") as file:
+
+        def read(at: int, size: int) -> bytes:
+            file.seek(at)
+            return file.read(size)
+
+        for key, group in groupby(members, key=itemgetter(0)):  # neighbours of one key are a sample
+            parts = {extension: (at, size) for _, extension, at, size in group}
+            kind = next((extension for extension in (*FILES, LATENTS) if extension in parts), None)
+            if kind is None:
+                continue
+            text = next((parts[e] for e in ("txt", "json") if e in parts and split_captions(read(*parts[e]))), None)
+            if text is None:
+                shard.uncaptioned.append(key)
+                continue
+            at, size = parts[kind]
+            head = read(at, min(size, HEAD))
+            if kind == LATENTS:
+                pixels, names = size_of_latents(head)
+                also += [names] if names else []  # what cannot be read is skipped in training
+                told = read(*parts["json"]) if "json" in parts else b""
+                vaes.add(probe_of(told, "vae"))
+                texts.add(probe_of(told, "text"))
+            else:
+                pixels = size_of(head)
+                pixels = size_of(read(at, size)) if pixels == (0, 0) else pixels
+            kinds.add(kind == LATENTS)
+            shard.samples.append((key, at, size, *text, *pixels))
+    if len(kinds) > 1:
+        raise UserError(f"--data: {path} holds both images and latents: train on one kind")
+    if max(len(vaes), len(texts)) > 1:
+        raise UserError(f"--data: the latents of {path} were made by several models: make them anew with scripts/cache.py")
+    shard.latents, (shard.vae, shard.text) = kinds == {True}, (list(next(iter(probes), ())) for probes in (vaes, texts))
+    shard.mirrored, shard.masked = (bool(also) and all(name in names for names in also) for name in ("mirrored", "mask"))
+    return shard
+
+
+def split_captions(text: bytes) -> list[str]:
+    """The lines of a .txt file, or the list `captions` of a .json file: each is a caption of its image."""
+    told = text.decode("utf-8", "replace").strip()
+    if told.startswith("{"):
+        with suppress(ValueError, RecursionError):
+            told = json.loads(told).get("captions")
+    lines = told.splitlines() if isinstance(told, str) else told if isinstance(told, list) else []
+    return [line.strip() for line in lines if isinstance(line, str) and line.strip()]
+
+
+def probe_of(told: bytes, name: str) -> tuple[float, ...]:
+    """The `vae` or `text` that cache.py writes into the .json of latents; () if there is none."""
+    try:
+        return tuple(float(value) for value in json.loads(told)[name])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ()
+
+
+def size_of(encoded: bytes) -> Size:
+    """Upright (height, width) by the first bytes of an image; (0, 0) if they are none."""
+    try:
+        return upright_size(open_image(encoded))
+    except Exception:  # whatever a broken file makes Pillow raise
+        return 0, 0
+
+
+def size_of_latents(encoded: bytes) -> tuple[Size, set[str]]:
+    """(height, width) in pixels and the names of the tensors, by the header of a safetensors file; (0, 0) if it is none."""
+    try:
+        header = json.loads(encoded[8 : 8 + int.from_bytes(encoded[:8], "little")])
+        _, height, width = header["posterior"]["shape"]
+        return (8 * height, 8 * width), set(header)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return (0, 0), set()
+
+
+# Their index.
+
+
+def to_line(shard: Shard) -> str:
+    return json.dumps(asdict(shard), ensure_ascii=False, separators=(",", ":"))
+
+
+def read_lines(text: bytes, where: str) -> dict[str, Shard]:
+    """The lines of an index -> {name: shard}. Raises UserError, naming `where`, if they are none of ours."""
+    shards, known = {}, {f.name for f in fields(Shard)}
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            told = json.loads(line)
+            shard = Shard(**{name: value for name, value in told.items() if name in known})
+            shard.samples = [(str(key), *map(int, numbers)) for key, *numbers in shard.samples]
+            shard.vae, shard.text = ([float(value) for value in probe] for probe in (shard.vae, shard.text))
+            numbers = [shard.bytes, *(n for _, *rest in shard.samples for n in rest)]
+            if PurePosixPath(shard.name).name != shard.name or min(numbers) < 0 or {len(s) for s in shard.samples} - {7}:
+                raise ValueError(f"{shard.name!r} with impossible numbers")
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{where} line {number} is no line of an index ({error}): make it anew") from None
+        shards[shard.name] = shard
+    return shards
+
+
+def read_index(folder: Path) -> dict[str, Shard]:
+    """{name: shard} by the folder's index; empty without one."""
+    path = folder / INDEX
+    return read_lines(path.read_bytes(), str(path)) if path.is_file() else {}
+
+
+# Writing them. Until all are there each has a line of its own beside it, name.tar.json: what is interrupted goes on from there.
+
+
+def sidecar(folder: Path, name: str) -> Path:
+    return folder / f"{name}.json"
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """What tells that the writing of shards was interrupted."""
+    return sorted(folder.glob("*.tar.json"))
+
+
+def already_there(folder: Path) -> dict[str, Shard]:
+    """{name: shard} of those that were written whole, by the index and by an interrupted run."""
+    lines = b"".join(path.read_bytes() + b"\n" for path in unfinished(folder))
+    known = read_index(folder) | read_lines(lines, str(folder))
+    size = {path.name: path.stat().st_size for path in folder.glob("*.tar")}
+    return {name: shard for name, shard in known.items() if shard.bytes == size.get(name, 0)}
+
+
+def write_shard(
+    folder: Path, name: str, samples: Iterable[tuple[str, dict, str]], refused: Sequence[str] = (), made_of: str = ""
+) -> Shard:
+    """Samples (key, {extension: content}, hash) -> folder/name, written aside and renamed when it is whole; no file for none.
+
+    `refused` is looked at when all samples have been taken.
+    """
+    path, hashes = folder / name, []
+    part = path.with_name(f".{name}.part")
+    with part.open("wb") as stream, wds.TarWriter(stream, mtime=0, user="", group="") as tar:
+        for key, sample, digest in samples:
+            tar.write({"__key__": key, **sample})
+            hashes.append(digest)
+    if hashes:
+        part.rename(path)
+        shard = survey(path)
+        with path.open("rb") as file:
+            shard.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    else:
+        part.unlink()
+        shard = Shard(name, 0)
+    shard.hashes, shard.refused, shard.made_of = hashes, list(refused), made_of
+    aside = part.with_suffix(".json")
+    aside.write_text(to_line(shard))
+    aside.rename(sidecar(folder, name))
+    return shard
+
+
+def write_shards(folder: Path, name: str, samples: Iterable[dict], per_shard: int) -> int:
+    """Samples {extension: content} -> folder/name-000000.tar, … and their index. Returns the number of shards."""
+    remaining, shards = iter(samples), []
+    while chunk := list(islice(remaining, per_shard)):
+        first = len(shards) * per_shard
+        keyed = ((f"{first + i:07d}", sample, "") for i, sample in enumerate(chunk))
+        shards.append(write_shard(folder, f"{name}-{len(shards):06d}.tar", keyed))
+    finish(folder, shards, ())
+    return len(shards)
+
+
+def finish(folder: Path, shards: list[Shard], replaced: Iterable[str]) -> None:
+    """Makes these the index, and removes those that they replace: from here on the folder can be read.
+
+    Shards of other names that the index knows stay in it.
+    """
+    new, replaced = {shard.name: shard for shard in shards}, set(replaced)
+    others = {name: shard for name, shard in read_index(folder).items() if name not in replaced | new.keys()}
+    lines = [to_line(shard) for _, shard in sorted((others | new).items())]
+    aside = folder / f".{INDEX}.part"
+    aside.write_text("\n".join(lines) + "\n")
+    aside.rename(folder / INDEX)
+    for name in replaced - {shard.name for shard in shards if shard.samples}:
+        (folder / name).unlink(missing_ok=True)
+    for path in unfinished(folder):
+        path.unlink()
+
+
+# Ready-made latents.
+
+PARTS = {False: ("posterior", "crop", "mask"), True: ("mirrored", "mirrored_crop", "mirrored_mask")}  # as it is, mirrored
+TEXT = ("context", "pooled")
+
+
+def pack_latents(posterior: torch.Tensor, original_size: Size, crop: Size, mirrored: tuple = (), mask: tuple = ()) -> bytes:
+    """posterior [8, h, w], mean and deviation of the latents -> the bytes of key.safetensors in a shard, float16.
+
+    `mask`: one loss mask [h, w] uint8, or none. `mirrored`: the posterior of the mirrored image, its crop, its mask if any.
+    """
+    tensors = {"original_size": torch.tensor(original_size)}
+    for flip, values in ((False, (posterior, crop, *mask)), (True, mirrored)):
+        tensors |= {name: torch.as_tensor(value) for name, value in zip(PARTS[flip], values, strict=False)}
+    return save({name: (t.half() if t.is_floating_point() else t).contiguous() for name, t in tensors.items()})
+
+
+def unpack_latents(encoded: bytes, flip: bool, masked: bool = False) -> tuple[np.ndarray, Size, Size, *tuple[np.ndarray, ...]]:
+    """-> posterior [8, h/8, w/8] float16, original (h, w), crop (top, left); `masked`: loss mask [h/8, w/8] uint8."""
+    tensors = load(encoded)
+    posterior, crop, *mask = (tensors[name] for name in PARTS[flip][: 3 if masked else 2])
+    return posterior.numpy(), tuple(tensors["original_size"].tolist()), tuple(crop.tolist()), *(m.numpy() for m in mask)
+
+
+def with_text(encoded: bytes, text: tuple[torch.Tensor, torch.Tensor] | None) -> bytes:
+    """The same latents with context [K, 77, d1 + d2] and pooled [K, d2] of K captions beside them, in float16; or without."""
+    tensors = {name: tensor for name, tensor in load(encoded).items() if name not in TEXT}
+    return save(tensors | dict(zip(TEXT, (t.half().contiguous() for t in text or ()), strict=False)))
+
+
+def unpack_text(encoded: bytes) -> tuple[torch.Tensor, ...]:
+    """-> context [K, 77, d1 + d2], pooled [K, d2], float16."""
+    tensors = load(encoded)
+    return tuple(tensors[name] for name in TEXT)

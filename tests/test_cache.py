@@ -1,0 +1,189 @@
+"""scripts/cache.py: what it keeps, what it makes anew, how it goes on."""
+
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+from test_train import last, torchrun
+
+from data import DataConfig, assign_buckets, decode, normalise
+from errors import UserError
+from sdxl import Denoiser, encode_pixels, load_sdxl, tokenize
+from shards import INDEX, read_index, unpack_latents, unpack_text
+from sources import open_source
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_cached_latents_are_what_the_vae_gives_for_the_same_images(script, tiny_model, shards, tmp_path):
+    how = ["--model", tiny_model, "--per-shard", 4, "--device", "cpu", "--bucket-step", 16, "--flip"]
+    out, _ = script("scripts/cache.py", shards, *how, "--out", tmp_path)
+    assert re.search(r"^7 images at 64 px: [2-5] of 5 buckets, ", out)
+    assert f"7 images in 2 shards in {tmp_path}/: 7 encoded, 0 from before" in out
+    pipe = load_sdxl(str(tiny_model), torch.float32, torch.device("cpu"))
+    images, latents = open_source(str(shards)), open_source(str(tmp_path))
+    assert (images.samples, latents.samples, latents.latents, latents.mirrored) == (7, 7, True, True)
+    sizes, bucket = assign_buckets(images, DataConfig(bucket_step=16), 64)
+    for n in range(7):
+        wanted, ready = images.raw(n), latents.raw(n)
+        assert ready.captions == wanted.captions
+        for flip in (False, True):
+            pixels, *about = decode(wanted, sizes[bucket[n]], flip)
+            posterior, *told = unpack_latents(ready.image, flip)
+            ours = encode_pixels(pipe.vae, normalise(torch.tensor(pixels)[None]))[0]
+            torch.testing.assert_close(torch.from_numpy(posterior).float(), ours, atol=1e-3, rtol=1e-3)
+            assert told == about
+    _, err = script("scripts/cache.py", tmp_path, "--model", tiny_model, "--out", tmp_path / "b", status=2)
+    assert err == f"cache.py: {tmp_path} holds latents already\n"
+
+
+def test_cached_masks_are_those_of_the_images(script, tiny_model, cutouts, tmp_path):
+    how = ["--model", tiny_model, "--device", "cpu", "--bucket-step", 16, "--flip"]
+    script("scripts/cache.py", cutouts, *how, "--masked-loss", "--out", tmp_path / "latents")
+    images, latents = open_source(str(cutouts)), open_source(str(tmp_path / "latents"))
+    sizes, bucket = assign_buckets(images, DataConfig(bucket_step=16), 64)
+    pipe = load_sdxl(str(tiny_model), torch.float32, torch.device("cpu"))
+    for n in range(4):
+        for flip in (False, True):
+            pixels, *_, wanted = decode(images.raw(n), sizes[bucket[n]], flip, masked=True)
+            posterior, *_, mask = unpack_latents(latents.raw(n).image, flip, masked=True)
+            assert np.array_equal(mask, wanted)
+            ours = encode_pixels(pipe.vae, normalise(torch.tensor(pixels)[None]))[0]
+            torch.testing.assert_close(torch.from_numpy(posterior).float(), ours, atol=1e-3, rtol=1e-3)
+
+
+def test_a_change_makes_anew_what_it_changes_and_no_more(script, tiny_model, photos, tmp_path):
+    images = shutil.copytree(photos, tmp_path / "images")
+    how = ["--model", tiny_model, "--per-shard", 3, "--device", "cpu", "--bucket-step", 16, "--workers", 0]
+
+    def cache(out: str = "latents", *options) -> str:
+        return script("scripts/cache.py", images, "--out", tmp_path / out, *how, *options)[0].splitlines()[-1]
+
+    assert cache().endswith("7 encoded, 0 from before")
+    first = contents(tmp_path / "latents")
+    assert cache().endswith("0 encoded, 7 from before")
+    assert contents(tmp_path / "latents") == first
+    shutil.copy(images / "photo6.jpg", images / "another.jpg")  # the first by name: every sample moves on by one
+    (images / "another.txt").write_text("another picture")
+    (images / "photo3.txt").write_text("another caption")
+    shutil.copy(images / "photo5.jpg", images / "photo4.jpg")
+    (images / "photo2.jpg").write_bytes(b"broken")
+    out, _ = script("scripts/cache.py", images, "--out", tmp_path / "latents", *how)
+    # photo4 is photo5 now and another is photo6: of these, nothing has to be encoded
+    assert "7 images in 3 shards" in out
+    assert "0 encoded, 7 from before" in out
+    assert "refused" in out
+    assert "photo2.jpg (no image of a known kind)" in out
+    assert cache("fresh").startswith("  refused")
+    assert contents(tmp_path / "latents") == contents(tmp_path / "fresh")
+    source = open_source(str(tmp_path / "latents"))
+    assert [source.raw(n).captions for n in (0, 3)] == [["another picture"], ["another caption"]]
+    assert cache("latents", "--flip").startswith("  refused")
+    out, _ = script("scripts/cache.py", images, "--out", tmp_path / "fresh", *how, "--no-buckets")
+    assert int(re.search(r"(\d) encoded", out)[1]) >= 4  # those whose bucket was not the square
+
+
+def test_killed_at_any_moment_it_goes_on_and_ends_the_same(script, tiny_model, photos, tmp_path):
+    how = [photos, "--model", tiny_model, "--per-shard", 1, "--device", "cpu", "--bucket-step", 16, "--workers", 0]
+    script("scripts/cache.py", *how, "--out", tmp_path / "whole")
+    wanted, folder = contents(tmp_path / "whole"), tmp_path / "latents"
+    command = [sys.executable, "scripts/cache.py", *map(str, how), "--out", str(folder)]
+    for shards in (1, 4):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while len(list(folder.glob("*.tar"))) < shards and process.poll() is None:
+            time.sleep(0.002)
+        process.kill()
+        process.wait()
+        if not (folder / INDEX).exists():
+            with pytest.raises(UserError, match="interrupted: the same command goes on with it"):
+                open_source(str(folder))
+    out, _ = script("scripts/cache.py", *how, "--out", folder)
+    assert int(re.search(r"(\d) from before", out)[1]) >= 4
+    for path in folder.glob(".*.part"):
+        path.unlink()  # of what was being written when it was killed
+    assert contents(folder) == wanted
+
+
+def test_several_ranks_share_the_work(script, tiny_model, shards, tmp_path):
+    how = [shards, "--model", tiny_model, "--per-shard", 2, "--device", "cpu", "--bucket-step", 16, "--workers", 0]
+    script("scripts/cache.py", *how, "--out", tmp_path / "one")
+    done = torchrun(2, "scripts/cache.py", *how, "--out", tmp_path / "two")
+    assert done.stdout.count("7 images in 4 shards") == 1
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+# Text.
+
+
+@pytest.fixture(scope="module")
+def with_text(photos, tiny_model, tmp_path_factory):
+    """Latents of the photos with the hidden states of two variants of their captions."""
+    images = shutil.copytree(photos, tmp_path_factory.mktemp("tagged") / "images")
+    for i, path in enumerate(sorted(images.glob("*.txt"))):
+        path.write_text(f"picture, number {i}, a, b, c\n")
+    return images
+
+
+def test_hidden_states_are_those_of_the_encoders(script, tiny_model, with_text, tmp_path):
+    how = ["--model", tiny_model, "--device", "cpu", "--bucket-step", 16, "--workers", 0, "--text", 3]
+    how += ["--shuffle-tags", "--keep-tags", 1, "--caption-prefix", "naruto "]
+    script("scripts/cache.py", with_text, *how, "--out", tmp_path)
+    source = open_source(str(tmp_path))
+    denoiser = Denoiser(load_sdxl(str(tiny_model), torch.float32, torch.device("cpu")))
+    seen = set()
+    for n in range(source.samples):
+        raw = source.raw(n)
+        seen |= set(raw.captions)
+        wanted = denoiser.encode_text(tokenize(denoiser.tokenizers, raw.captions))
+        for kept, states in zip(unpack_text(raw.image), wanted, strict=True):
+            torch.testing.assert_close(kept.float(), states, atol=2e-3, rtol=1e-3)
+    assert all(caption.startswith("naruto picture, ") for caption in seen)
+    assert len(seen) > 14  # of 7 images
+    out, _ = script("scripts/cache.py", with_text, *how, "--out", tmp_path)
+    assert "0 encoded, 7 from before" in out
+    (index,) = read_index(tmp_path).values()
+    assert index.text == pytest.approx(denoiser.text_probe(), abs=1e-4)
+
+
+def test_training_on_ready_made_text_is_training_on_the_captions(train, script, tiny_model, with_text, tmp_path, monkeypatch):
+    how = ["--model", tiny_model, "--device", "cpu", "--bucket-step", 16, "--workers", 0]
+    script("scripts/cache.py", with_text, *how, "--out", tmp_path / "latents", "--text", 1)
+    asked = ["--data", tmp_path / "latents", "--bucket-step", 16, "--steps", 6, "--lr", 1e-2, "--caption-dropout", 0.3]
+    script("scripts/cache.py", with_text, *how, "--out", tmp_path / "plain")
+    frozen = [*asked, "--no-train-text-encoder"]
+    out, _ = train(*frozen, "--log-dir", tmp_path / "ready")
+    live = ["--data", tmp_path / "plain", *frozen[2:]]
+    told, _ = train(*live, "--out", tmp_path / "b", "--log-dir", tmp_path / "live")
+    for scalar in ("loss", "grad_norm"):
+        assert last(tmp_path / "ready", scalar) == pytest.approx(last(tmp_path / "live", scalar), rel=2e-3)
+    parameters = re.compile(r"U-Net and text encoders ([\d,]+) parameters")
+    assert parameters.search(out)[1] == parameters.search(told)[1]
+    _, err = train(*frozen, "--shuffle-tags", "--out", tmp_path / "c", status=2)
+    assert "this text was encoded already, by cache.py --text" in err
+    train(*asked, "--shuffle-tags", "--out", tmp_path / "d", "--log-dir", tmp_path / "trained")  # then it is not used
+    other = shutil.copytree(tiny_model, tmp_path / "other")
+    weights = load_file(other / "text_encoder_2/model.safetensors")
+    save_file({name: w * 1.3 for name, w in weights.items()}, other / "text_encoder_2/model.safetensors", {"format": "pt"})
+    _, err = train(*frozen, "--model", other, "--out", tmp_path / "e", status=2)
+    assert err.endswith(f"--data: its text was encoded by other encoders than those of --model {other}\n")
+
+
+def test_mistakes(script, tmp_path):
+    for options, message in (
+        (["--text", -1], "--text must be at least 0, not -1"),
+        (["--per-shard", 0], "--per-shard must be at least 1, not 0"),
+        (["--shuffle-tags"], "--shuffle-tags and --caption-prefix do nothing here without --text: training applies them"),
+        (["--text", 1, "--keep-tags", 1], "--keep-tags does nothing without --shuffle-tags"),
+    ):
+        _, err = script("scripts/cache.py", "photos", "--out", tmp_path / "x", *options, status=2)
+        assert err == f"cache.py: {message}\n"
+    assert not (tmp_path / "x").exists()
