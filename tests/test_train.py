@@ -184,24 +184,22 @@ def test_weights_that_are_not_finite_are_never_written(train, tmp_path):
 
 
 def test_a_run_killed_at_random_moments_ends_as_one_that_never_stopped(train, tmp_path):
-    """Ten times, half of them while it writes; scripts/soak.py is the long form."""
-    how = ["--steps", 12, "--save-every", 1, "--keep", 2]
+    """Five times, half of them while it writes; scripts/soak.py is the long form."""
+    how = ["--steps", 9, "--save-every", 1, "--keep", 2]
     train(*how)
     aside = lambda: {*killed.glob(".pytorch*"), *killed.glob(".state*")}  # noqa: E731
     rng, killed = random.Random(0), tmp_path / "killed"
     step, killed_at = 0, []
-    for i in range(10):
+    for i in range(5):
         child = os.fork()  # this process has imported everything already
         if not child:
             train(*how, "--out", killed)
             os._exit(0)
-        if i % 2:
-            before = aside()
-            while aside() <= before and os.waitpid(child, os.WNOHANG) == (0, 0):
-                time.sleep(0.001)
-            time.sleep(rng.uniform(0, 0.02))
-        else:
-            time.sleep(rng.uniform(1.5, 3))
+        before, seen, wanted = aside(), set(), rng.randint(1, 6)
+        while len(seen) < wanted and os.waitpid(child, os.WNOHANG) == (0, 0):
+            seen |= aside() - before  # two or three files for each step
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.3) if i % 2 else rng.uniform(0, 0.02))
         with suppress(ProcessLookupError, ChildProcessError):
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
@@ -209,13 +207,13 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_never_stopped(train, tm
         assert (found[1]["run"]["step"] if found else 0) >= step
         step = found[1]["run"]["step"] if found else 0
         killed_at.append(step)
-    assert len(set(killed_at)) > 2, killed_at
-    if step < 12:
+    assert len(set(killed_at)) > 1, killed_at
+    if step < 9:
         train(*how, "--out", killed)
     names = sorted(path.name for path in killed.glob("*pytorch*"))
-    assert names == [f"pytorch_lora_weights_{step}.safetensors" for step in (11, 12)]
+    assert names == [f"pytorch_lora_weights_{step}.safetensors" for step in (8, 9)]
     assert len(list(killed.glob("*state-*"))) == 1
-    assert equal(weights(killed, 12), weights(tmp_path / "out", 12))
+    assert equal(weights(killed, 9), weights(tmp_path / "out", 9))
 
 
 def test_what_the_disk_refuses_is_tried_again_at_the_next_save(train, tmp_path, monkeypatch):
