@@ -45,6 +45,8 @@ class Inputs(Protocol):
     def told(self, first: int, last: int) -> list:
         """What tells the inputs first…last-1 from any others, for json."""
 
+    def name(self, n: int) -> str: ...
+
     def rows(self, first: int, last: int) -> Iterator[Row]: ...
 
 
@@ -194,6 +196,10 @@ class ParquetRows:
     def told(self, first: int, last: int) -> list:
         parts = [(table, table.stat(), *rows) for table, *rows in self.parts(first, last)]
         return [(table.name, about.st_size, about.st_mtime_ns, *rows) for table, about, *rows in parts]
+
+    def name(self, n: int) -> str:
+        ((table, row, _),) = self.parts(n, n + 1)
+        return f"{table.name}:{row}"
 
     def rows(self, first: int, last: int) -> Iterator[Row]:
         for part in self.parts(first, last):

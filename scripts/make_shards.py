@@ -12,7 +12,6 @@ caption is refused and named at the end, and so are images that are there twice.
 """
 
 import hashlib
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from duplicates import LIMIT, near, same
 from errors import UserError, one_line_errors
 from images import dhash, open_image, to_rgb
 from packing import PER_SHARD, Inputs, ParquetRows, Row, Tick, cores, in_parallel, pack_all, parquet_tables
-from shards import Shard, members_of, read_index, survey, unfinished
+from shards import Shard, read_index, survey, unfinished
 from sources import File, Source, local_shards, of_shards, scan_folder
 
 MOST_GROUPS, MOST_NAMES = 20, 10  # that are printed: of duplicates, in a group
@@ -84,6 +83,9 @@ class SourceRows:
         times = [changed[file] for file in places["file"]]
         return list(zip(self.names[first:last], places["size"].tolist(), times, captions, strict=True))
 
+    def name(self, n: int) -> str:
+        return self.names[n]
+
     def rows(self, first: int, last: int) -> Iterator[Row]:
         for n in range(first, last):
             raw = self.source.raw(n)
@@ -121,9 +123,9 @@ def fetch(repository: str) -> Path:
 # What is there twice.
 
 
-def report_duplicates(folder: Path, shards: list[Shard]) -> None:
+def report_duplicates(inputs: Inputs, shards: list[Shard]) -> None:
     """Prints the groups of equal and of nearly equal images, which all stay."""
-    where = [(shard.name, key) for shard in shards for key, *_ in shard.samples]
+    where = [(shard.name, key) for shard in shards for key, *_ in shard.samples]  # the key is the number of the input
     exact = same(digest for shard in shards for digest in shard.hashes)
     again = {n for group in exact for n in group[1:]}
     once = [n for n in range(len(where)) if n not in again]
@@ -134,17 +136,10 @@ def report_duplicates(folder: Path, shards: list[Shard]) -> None:
             print(f"{what}: {sum(map(len, groups))} images in {len(groups)} groups, all kept")
         for group in groups[:MOST_GROUPS]:
             more = f" and {len(group) - MOST_NAMES} more" if len(group) > MOST_NAMES else ""
-            print(f"  {', '.join(source_of(folder, *where[n]) for n in group[:MOST_NAMES])}{more}")
+            names = [f"{inputs.name(int(key))} ({shard}:{key})" for shard, key in (where[n] for n in group[:MOST_NAMES])]
+            print(f"  {', '.join(names)}{more}")
         if len(groups) > MOST_GROUPS:
             print(f"  and {len(groups) - MOST_GROUPS} more groups")
-
-
-def source_of(folder: Path, shard: str, key: str) -> str:
-    """The name that a sample's image had, and where it is now."""
-    at, size = next((at, size) for name, kind, at, size in members_of(folder / shard)[0] if (name, kind) == (key, "json"))
-    with (folder / shard).open("rb") as file:
-        file.seek(at)
-        return f"{json.loads(file.read(size))['source']} ({shard}:{key})"
 
 
 # Reading them again.
@@ -219,7 +214,7 @@ def main(config: ShardConfig) -> None:
         print(f"  refused {line}")
     if not full:
         raise UserError(f"{config.source}: no usable image with a caption")
-    report_duplicates(config.out, full)
+    report_duplicates(inputs, full)
 
 
 if __name__ == "__main__":
