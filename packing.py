@@ -207,7 +207,7 @@ class ParquetRows:
 
 
 def read_rows(table: Path, first: int, last: int) -> Iterator[Row]:
-    """One at a time: a row group, which may be the whole file, is read in pieces of a megabyte."""
+    """One at a time. Memory holds a page, not the row group, which may be the whole file; pyarrow writes 1,024 rows a page."""
     with ParquetFile(table, pre_buffer=False, buffer_size=2**20) as file:
         end = 0
         for group in range(file.num_row_groups):
