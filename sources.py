@@ -133,7 +133,7 @@ def split_weight(data: str) -> tuple[str, float | None]:
 
 
 def open_source(data: str) -> Source:
-    """--data -> its source, after one look at every file's header.
+    """--data -> its source, after one look at every file's header. Parquet files are packed into shards first.
 
     Raises UserError if there is nothing there, a shard cannot be trusted or no image has a caption.
     """

@@ -19,7 +19,7 @@ from tqdm import tqdm
 import packing
 from errors import UserError
 from packing import ParquetRows, in_parallel, pack_all, read_rows
-from shards import already_there, finish, read_index, unfinished, write_shard
+from shards import already_there, finish, read_index, sidecar, to_line, unfinished, write_shard
 from sources import open_mixture, open_source
 
 PACK = "scripts/make_shards.py"
@@ -97,14 +97,29 @@ def test_what_changed_is_made_anew_and_what_is_strange_stays(script, many, whole
     assert contents(out) == contents(tmp_path / "anew")
     same = [name for name, data in contents(whole).items() if name.endswith(".tar") and contents(out).get(name) == data]
     assert len(same) == 12  # all but that of picture 20, and the last three
+    (folder / "53.png").unlink()
+    told, _ = script(PACK, folder, "--out", out, "--per-shard", 4)
+    assert "50 images were already in 13 shards" in told
+    assert len(open_source(str(out)).files) == len(list(out.glob("*.tar"))) == 13
     for source, per_shard in ((folder, 5), (whole, 4)):
         _, err = script(PACK, source, "--out", out, "--per-shard", per_shard, status=2)
         assert err.splitlines()[-1].endswith("remove them or choose another --name")
-        assert contents(out) == contents(tmp_path / "anew")
+        assert open_source(str(out)).samples == 50
     (tmp_path / "theirs").mkdir()
     shutil.copy(whole / "shard-000003.tar", tmp_path / "theirs")
     _, err = script(PACK, folder, "--out", tmp_path / "theirs", "--per-shard", 4, status=2)
     assert "holds shards of something else (shard-000003.tar)" in err
+
+
+def test_killed_before_the_index_was_written(script, many, whole, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "out")
+    for shard in read_index(whole).values():
+        sidecar(out, shard.name).write_text(to_line(shard))
+    (out / "index.jsonl").unlink()
+    _, err = script(PACK, many, "--out", out, "--name", "another", status=2)
+    assert "the writing of shard-000000.tar was interrupted: finish that first" in err
+    script(PACK, many, "--out", out, "--per-shard", 4)
+    assert contents(out) == contents(whole)
 
 
 def test_whatever_step_is_the_last_nothing_half_written_passes_for_whole(monkeypatch, tmp_path):
