@@ -73,8 +73,8 @@ def pack(name: str, encoded: bytes, captions: list[str]) -> tuple[dict, str, str
         encoded = buffer.getvalue()
     about = {"width": rgb.width, "height": rgb.height, "source": name}
     about |= {"sha256": hashlib.sha256(encoded).hexdigest(), "dhash": dhash(rgb)}
-    sample = {SUFFIX.get(image.format, "jpg"): encoded, "txt": "\n".join(lines), "json": json.dumps(about)}
-    return sample, about["sha256"], about["dhash"]
+    told = "\n".join(lines).encode(errors="replace")  # json can hold half a character
+    return {SUFFIX.get(image.format, "jpg"): encoded, "txt": told, "json": json.dumps(about)}, about["sha256"], about["dhash"]
 
 
 @dataclass(frozen=True)
@@ -121,14 +121,12 @@ def pack_all(inputs: Inputs, folder: Path, name: str, per_shard: int, workers: i
         with alone_in(folder):
             begun, index, there = [path.stem for path in unfinished(folder)], read_index(folder), already_there(folder)
             if others := [tar for tar in begun if not ours.fullmatch(tar)]:
-                raise UserError(
-                    f"{folder}: the writing of {others[0]} was interrupted: finish that first or take another folder"
-                )
+                raise UserError(f"{folder}: the writing of {others[0]} was interrupted: finish that first, or take another")
             done = {job for job in jobs if job.name in there and there[job.name].made_of == job.made_of}
             tars = {path.name for path in folder.glob("*.tar") if ours.fullmatch(path.name)}
             if tars - {*begun, *index} or (tars & there.keys() and not begun and not done):
                 raise UserError(f"{folder} holds shards of something else ({min(tars)}): remove them or choose another --name")
-            todo, replaced = [job for job in jobs if job not in done], {*filter(ours.fullmatch, index)}
+            todo, replaced = [job for job in jobs if job not in done], {*begun, *filter(ours.fullmatch, index)}
             before = sum(job.last - job.first for job in done)
             bar = tqdm(total=len(inputs), initial=before, desc=title, unit="img", disable=not todo)
             made = in_parallel(lambda job, tick: pack_job(inputs, folder, job, tick), todo, workers, bar)
@@ -219,11 +217,13 @@ def read_rows(table: Path, first: int, last: int) -> Iterator[Row]:
             batches = islice(batches, wanted.start - begin, None)
             for n in wanted:
                 row = {"image": None, "text": None}
-                with suppress(pyarrow.ArrowException, OSError, StopIteration):  # the rest of a damaged group is not read
+                with suppress(
+                    pyarrow.ArrowException, OSError, ValueError, StopIteration
+                ):  # of a damaged group the rest is lost
                     row = next(batches).to_pylist()[0]
                 image = row["image"] if isinstance(row["image"], dict) else {"bytes": row["image"]}
-                text = row["text"] or []
-                captions = [text] if isinstance(text, str) else text
+                texts = row["text"] if isinstance(row["text"], list) else [row["text"]]
+                captions = [text for text in texts if isinstance(text, str)]
                 yield image.get("path") or f"{table.name}:{n}", image.get("bytes") or b"", captions
 
 

@@ -71,7 +71,7 @@ class SourceRows:
 
     def __init__(self, source: Source, folder: Path):
         self.source = source
-        self.names = [name.removeprefix(f"{folder}/") for name in source.names]
+        self.names = [plain(name).removeprefix(f"{folder}/") for name in source.names]
 
     def __len__(self) -> int:
         return self.source.samples
@@ -92,6 +92,11 @@ class SourceRows:
             yield self.names[n], raw.image, raw.captions
 
 
+def plain(name: str) -> str:
+    """So that it can be printed: a file's name may be no UTF-8."""
+    return name.encode(errors="replace").decode()
+
+
 def open_inputs(source: str) -> tuple[Inputs, list[str]]:
     """(the images with a caption, what else is there that cannot be used, with the reason)."""
     path = Path(source)
@@ -104,7 +109,7 @@ def open_inputs(source: str) -> tuple[Inputs, list[str]]:
     if found.latents:
         raise UserError(f"{source} holds latents, not images")
     cut = [f"{name} (cut short: the images before the cut are used)" for name in found.cut]
-    return SourceRows(found, path), [f"{name} (no caption)" for name in found.uncaptioned] + cut
+    return SourceRows(found, path), [f"{plain(name)} (no caption)" for name in found.uncaptioned] + cut
 
 
 def fetch(repository: str) -> Path:

@@ -1,5 +1,6 @@
 import hashlib
 import io
+import json
 import os
 import shutil
 import signal
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 import packing
 from errors import UserError
-from packing import ParquetRows, in_parallel, pack_all, read_rows
+from packing import ParquetRows, in_parallel, pack, pack_all, read_rows
 from shards import already_there, finish, read_index, sidecar, to_line, unfinished, write_shard
 from sources import open_mixture, open_source
 
@@ -118,6 +119,9 @@ def test_killed_before_the_index_was_written(script, many, whole, tmp_path):
     (out / "index.jsonl").unlink()
     _, err = script(PACK, many, "--out", out, "--name", "another", status=2)
     assert "the writing of shard-000000.tar was interrupted: finish that first" in err
+    fewer = shutil.copytree(many, tmp_path / "fewer", ignore=shutil.ignore_patterns("5*.png"))
+    script(PACK, fewer, "--out", shutil.copytree(out, tmp_path / "less"), "--per-shard", 4)
+    assert len(list((tmp_path / "less").glob("*.tar*"))) == 13
     script(PACK, many, "--out", out, "--per-shard", 4)
     assert contents(out) == contents(whole)
 
@@ -178,6 +182,21 @@ def test_whatever_step_is_the_last_nothing_half_written_passes_for_whole(monkeyp
         if ended:
             return
     pytest.fail("it took more steps than were tried")
+
+
+def test_names_and_captions_that_are_no_text(script, photos, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in (b"a\xff.jpg", b"b\xff.jpg", b"c\xff.jpg"):
+        shutil.copy(photos / "photo1.jpg", os.fsencode(folder) + b"/" + name)
+    (folder / os.fsdecode(b"b\xff.jpg")).write_bytes(b"no picture")
+    rows = [{"file_name": os.fsdecode(name), "text": "half \ud83d of it"} for name in (b"a\xff.jpg", b"b\xff.jpg")]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out, _ = script(PACK, folder, "--out", tmp_path / "out")
+    assert "kept 1 images in 1 shards" in out
+    assert "b?.jpg (cannot be decoded" in out
+    assert "c?.jpg (no caption)" in out
+    assert open_source(str(tmp_path / "out")).raw(0).captions == ["half ? of it"]
 
 
 def test_shards_are_packed_anew(script, photos, tmp_path):
@@ -298,6 +317,25 @@ def test_rows_of_any_range_are_those_of_the_table(table):
     for first, last in ((0, 40), (3, 5), (5, 7), (17, 23), (39, 40), (7, 7)):
         rows = [(image, captions) for _, image, captions in inputs.rows(first, last)]
         assert rows == [(r["image"]["bytes"], [r["text"]] if r["text"] else []) for r in (wanted * 2)[first:last]]
+
+
+def test_columns_of_other_kinds(tmp_path):
+    image = encoded(photograph(0, 40, 40))
+    columns = {"image": [image, None, b""], "text": pyarrow.array([b"a", b"\xff", b"c"]).cast(pyarrow.binary())}
+    text = pyarrow.StringArray.from_buffers(3, *columns["text"].buffers()[1:])
+    parquet.write_table(pyarrow.table({"image": columns["image"], "text": text}), tmp_path / "a.parquet")
+    assert list(read_rows(tmp_path / "a.parquet", 0, 3)) == [
+        ("a.parquet:0", image, ["a"]),
+        ("a.parquet:1", b"", []),
+        ("a.parquet:2", b"", ["c"]),
+    ]
+    parquet.write_table(pyarrow.table({"image": [image] * 3, "text": [["a", None], None, []]}), tmp_path / "b.parquet")
+    assert [captions for *_, captions in read_rows(tmp_path / "b.parquet", 0, 3)] == [["a"], [], []]
+    parquet.write_table(pyarrow.table({"image": ["x.jpg"], "text": [3]}), tmp_path / "c.parquet")
+    ((name, given, captions),) = read_rows(tmp_path / "c.parquet", 0, 1)
+    assert captions == []
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        pack(name, given, ["a"])
 
 
 def test_a_damaged_row_group_costs_its_rows_alone(table):
