@@ -29,8 +29,9 @@ from sources import Raw, Source
 @dataclass(frozen=True)
 class DataConfig:
     data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """'demo', a folder of tar shards (of images or of latents), a brace pattern (shards/{000000..000012}.tar), or a folder
-    of captioned images; with :3 after it, its weight in a mixture. Again for another. None: demo."""
+    """'demo', a folder of tar shards (of images or of latents), a brace pattern (shards/{000000..000012}.tar), a folder of
+    captioned images, or parquet files (columns image and text: packed into ~/.cache once); with :3 after it, its weight in a
+    mixture. Again for another. None: demo."""
     bs: int = 3
     """Images per step, process and accumulation."""
     resolution: int | None = None

@@ -74,6 +74,16 @@ def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
         return image
 
 
+def dhash(image: Image.Image) -> str:
+    """RGB -> 64 bits in hexadecimal: of 8 × 9 fields of mean brightness, which are brighter than the one to their left.
+
+    Copies of another size, quality or brightness differ in few of them (difference hash, N. Krawetz 2013,
+    hackerfactor.com/blog/?/archives/529-Kind-of-Like-That.html).
+    """
+    grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX))
+    return np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes().hex()
+
+
 def fit(image: Image.Image, covering: Size, bucket: Size, flip: bool) -> tuple[np.ndarray, Size]:
     """RGB -> pixels [h, w, 3] uint8 of the bucket, crop (top, left): resized to `covering`, cropped about the centre.
 

@@ -9,7 +9,7 @@ import json
 import tarfile
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
@@ -47,6 +47,7 @@ class Shard:
     hashes: list[str] = field(default_factory=list)  # of each sample: SHA-256 of the image, or of what its latents depend on
     made_of: str = ""  # SHA-256 of what went into it
     refused: list[str] = field(default_factory=list)  # what could not go into it, with the reason
+    dhashes: list[str] = field(default_factory=list)  # of each sample: `images.dhash`, if who wrote it took it
 
 
 # Looking into one.
@@ -205,11 +206,16 @@ def already_there(folder: Path) -> dict[str, Shard]:
 
 
 def write_shard(
-    folder: Path, name: str, samples: Iterable[tuple[str, dict, str]], refused: Sequence[str] = (), made_of: str = ""
+    folder: Path,
+    name: str,
+    samples: Iterable[tuple[str, dict, str]],
+    refused: Sequence[str] = (),
+    made_of: str = "",
+    dhashes: Sequence[str] = (),
 ) -> Shard:
     """Samples (key, {extension: content}, hash) -> folder/name, written aside and renamed when it is whole; no file for none.
 
-    `refused` is looked at when all samples have been taken.
+    `refused` and `dhashes` are looked at when all samples have been taken.
     """
     path, hashes = folder / name, []
     part = path.with_name(f".{name}.part")
@@ -217,18 +223,20 @@ def write_shard(
         for key, sample, digest in samples:
             tar.write({"__key__": key, **sample})
             hashes.append(digest)
+    shard = Shard(name, 0)
+    if hashes:
+        shard = replace(survey(part), name=name)
+        with part.open("rb") as file:
+            shard.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    shard.hashes, shard.refused, shard.made_of, shard.dhashes = hashes, list(refused), made_of, list(dhashes)
+    aside = path.with_name(f".{name}.json.part")
+    aside.write_text(to_line(shard))
+    path.unlink(missing_ok=True)  # the old one must not pass for what the sidecar tells
+    aside.rename(sidecar(folder, name))  # before the shard: one without it may be somebody else's
     if hashes:
         part.rename(path)
-        shard = survey(path)
-        with path.open("rb") as file:
-            shard.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     else:
         part.unlink()
-        shard = Shard(name, 0)
-    shard.hashes, shard.refused, shard.made_of = hashes, list(refused), made_of
-    aside = part.with_suffix(".json")
-    aside.write_text(to_line(shard))
-    aside.rename(sidecar(folder, name))
     return shard
 
 
@@ -251,11 +259,11 @@ def finish(folder: Path, shards: list[Shard], replaced: Iterable[str]) -> None:
     new, replaced = {shard.name: shard for shard in shards}, set(replaced)
     others = {name: shard for name, shard in read_index(folder).items() if name not in replaced | new.keys()}
     lines = [to_line(shard) for _, shard in sorted((others | new).items())]
+    for name in replaced - {shard.name for shard in shards if shard.samples}:
+        (folder / name).unlink(missing_ok=True)  # while the index knows it: later nobody would know whose it is
     aside = folder / f".{INDEX}.part"
     aside.write_text("\n".join(lines) + "\n")
     aside.rename(folder / INDEX)
-    for name in replaced - {shard.name for shard in shards if shard.samples}:
-        (folder / name).unlink(missing_ok=True)
     for path in unfinished(folder):
         path.unlink()
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from tqdm import tqdm
 
 from errors import UserError
 from images import FILES
+from packing import packed, parquet_tables
 from shards import HEAD, Shard, read_index, size_of, split_captions, survey, unfinished
 
 DEMO = Path(__file__).parent / "assets/demo/train"
@@ -134,13 +136,18 @@ def split_weight(data: str) -> tuple[str, float | None]:
 
 
 def open_source(data: str) -> Source:
-    """--data -> its source, after one look at every file's header.
+    """--data -> its source, after one look at every file's header. Parquet files are packed into shards first.
 
     Raises UserError if there is nothing there, a shard cannot be trusted or no image has a caption.
     """
-    path = DEMO if data == "demo" else Path(data)
+    path, refused = DEMO if data == "demo" else Path(data), []
+    if re.fullmatch(r"[\w.-]+/[\w-]+", data) and not path.exists():
+        raise UserError(f"--data {data} does not exist; a data set of the hub: scripts/make_shards.py {data} --out shards/")
+    if tables := parquet_tables(path):
+        path, refused = packed(tables)
     shards = local_shards(path)
     source = of_shards([(File(path), survey) for path, survey in shards]) if shards else scan_folder(path)
+    source.uncaptioned.extend(refused)
     if not source.samples:
         raise UserError(f"--data {data}: no image with a caption there ({len(source.uncaptioned)} images without one)")
     return source

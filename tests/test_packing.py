@@ -1,0 +1,433 @@
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pyarrow
+import pytest
+from conftest import ROOT, photograph
+from PIL import Image
+from pyarrow import parquet
+from tqdm import tqdm
+
+import packing
+from errors import UserError
+from packing import ParquetRows, in_parallel, pack, pack_all, read_rows
+from shards import already_there, finish, read_index, sidecar, to_line, unfinished, write_shard
+from sources import open_mixture, open_source
+
+PACK = "scripts/make_shards.py"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> Path:
+    """60 pictures, of which three cannot be used."""
+    folder = tmp_path_factory.mktemp("many")
+    for i in range(60):
+        photograph(i, 200, 220 + i).save(folder / f"{i:02}.png")
+        (folder / f"{i:02}.txt").write_text(f"picture {i}")
+    (folder / "07.png").write_bytes(b"no picture")
+    (folder / "31.png").write_bytes((folder / "31.png").read_bytes()[:5000])
+    (folder / "50.txt").unlink()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(many, tmp_path_factory) -> Path:
+    """Their shards, made in one go."""
+    folder = tmp_path_factory.mktemp("whole")
+    subprocess.run([sys.executable, PACK, many, "--out", folder, "--per-shard", "4"], cwd=ROOT, check=True)
+    return folder
+
+
+def test_killed_at_any_time_it_goes_on_and_the_bytes_are_the_same(script, many, whole, tmp_path):
+    command = [sys.executable, PACK, str(many), "--out", str(tmp_path), "--per-shard", "4", "--workers", "2"]
+    for least in (1, 3, 6):  # so many shards have begun to be there when it is killed
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while len(unfinished(tmp_path)) < least and process.poll() is None:
+            time.sleep(0.002)
+        process.kill()
+        process.wait()
+        there = already_there(tmp_path)
+        assert least - 2 <= len(there) < 15
+        with pytest.raises(UserError, match="was interrupted"):
+            open_source(str(tmp_path))
+    kept = {name: (tmp_path / name).stat().st_ino for name in there}
+    out, _ = script(PACK, many, "--out", tmp_path, "--per-shard", 4, "--workers", 1)
+    assert {name: (tmp_path / name).stat().st_ino for name in there} == kept
+    assert contents(tmp_path) == contents(whole)
+    assert "kept 57 images in 15 shards" in out
+    for refused in ("07.png (cannot be decoded: no known kind of image)", "31.png (cannot be decoded: ", "50.png (no caption)"):
+        assert out.count(refused) == 1
+
+
+def test_a_finished_folder_is_left_as_it_is(script, many, whole):
+    before = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in whole.glob("[!.]*")}
+    out, err = script(PACK, many, "--out", whole, "--per-shard", 4)
+    assert out.startswith("nothing to do: 57 images were already in 15 shards")
+    assert "07.png" in out
+    assert "img" not in err
+    assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in whole.glob("[!.]*")} == before
+
+
+def test_what_changed_is_made_anew_and_what_is_strange_stays(script, many, whole, tmp_path):
+    folder, out = shutil.copytree(many, tmp_path / "many"), shutil.copytree(whole, tmp_path / "out")
+    (folder / "20.txt").write_text("another caption")
+    for i in range(54, 60):
+        (folder / f"{i:02}.png").unlink()
+    told, _ = script(PACK, folder, "--out", out, "--per-shard", 4)
+    assert "kept 51 images in 14 shards" in told
+    script(PACK, folder, "--out", tmp_path / "anew", "--per-shard", 4)
+    assert contents(out) == contents(tmp_path / "anew")
+    same = [name for name, data in contents(whole).items() if name.endswith(".tar") and contents(out).get(name) == data]
+    assert len(same) == 12  # all but that of picture 20, and the last three
+    (folder / "53.png").unlink()
+    told, _ = script(PACK, folder, "--out", out, "--per-shard", 4)
+    assert "50 images were already in 13 shards" in told
+    assert len(open_source(str(out)).files) == len(list(out.glob("*.tar"))) == 13
+    for source, per_shard in ((folder, 5), (whole, 4)):
+        _, err = script(PACK, source, "--out", out, "--per-shard", per_shard, status=2)
+        assert err.splitlines()[-1].endswith("remove them or choose another --name")
+        assert open_source(str(out)).samples == 50
+    (tmp_path / "theirs").mkdir()
+    shutil.copy(whole / "shard-000003.tar", tmp_path / "theirs")
+    _, err = script(PACK, folder, "--out", tmp_path / "theirs", "--per-shard", 4, status=2)
+    assert "holds shards of something else (shard-000003.tar)" in err
+
+
+def test_killed_before_the_index_was_written(script, many, whole, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "out")
+    for shard in read_index(whole).values():
+        sidecar(out, shard.name).write_text(to_line(shard))
+    (out / "index.jsonl").unlink()
+    _, err = script(PACK, many, "--out", out, "--name", "another", status=2)
+    assert "the writing of shard-000000.tar was interrupted: finish that first" in err
+    fewer = shutil.copytree(many, tmp_path / "fewer", ignore=shutil.ignore_patterns("5*.png"))
+    script(PACK, fewer, "--out", shutil.copytree(out, tmp_path / "less"), "--per-shard", 4)
+    assert len(list((tmp_path / "less").glob("*.tar*"))) == 13
+    script(PACK, many, "--out", out, "--per-shard", 4)
+    assert contents(out) == contents(whole)
+
+
+def test_whatever_step_is_the_last_nothing_half_written_passes_for_whole(monkeypatch, tmp_path):
+    """Every change of the folder in turn is the one that does not happen any more."""
+    steps = {"left": 0}
+
+    def dying(change):
+        def instead(*arguments, **options):
+            if not steps["left"]:
+                raise KeyboardInterrupt
+            steps["left"] -= 1
+            return change(*arguments, **options)
+
+        return instead
+
+    def write(folder: Path, texts: list[str]) -> None:
+        """What pack_all does, for a shard of each text; none for an empty one."""
+        jobs = {f"x-{i:06d}.tar": text for i, text in enumerate(texts)}
+        there = already_there(folder)
+        for name, text in jobs.items():
+            if name not in there or there[name].made_of != text:
+                samples = [("0", {"txt": "a", "jpg": text * 600}, text)] if text else []
+                there[name] = write_shard(folder, name, samples, made_of=text)
+        finish(folder, [there[name] for name in jobs], read_index(folder))
+
+    versions = (["a", "b", "c"], ["a", "d"], ["", "e", "f"])
+    wanted = []
+    for i, texts in enumerate(versions):
+        folder = tmp_path / f"wanted{i}"
+        folder.mkdir()
+        write(folder, texts)
+        wanted.append(contents(folder))
+    tars = {
+        texts[i]: w[f"x-{i:06d}.tar"] for texts, w in zip(versions, wanted, strict=True) for i in range(len(texts)) if texts[i]
+    }
+    for fatal in range(60):
+        folder = tmp_path / f"{fatal}"
+        folder.mkdir()
+        for old, new in zip([None, 0, 1], versions, strict=True):
+            with monkeypatch.context() as patch:
+                for change in ("unlink", "rename", "write_text", "open"):
+                    patch.setattr(Path, change, dying(getattr(Path, change)))
+                steps["left"] = fatal
+                try:
+                    write(folder, new)
+                    ended = True
+                except KeyboardInterrupt:
+                    ended = False
+            for name, shard in already_there(folder).items():
+                assert (folder / name).read_bytes() == tars[shard.made_of] if shard.samples else not (folder / name).exists()
+            known = {*read_index(folder), *(path.stem for path in unfinished(folder))}
+            assert {path.name for path in folder.glob("*.tar")} <= known
+            write(folder, new)
+            left = {name: data for name, data in contents(folder).items() if not name.endswith(".part")}
+            assert left == wanted[versions.index(new)], (fatal, old)
+        if ended:
+            return
+    pytest.fail("it took more steps than were tried")
+
+
+def test_names_and_captions_that_are_no_text(script, photos, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in (b"a\xff.jpg", b"b\xff.jpg", b"c\xff.jpg"):
+        shutil.copy(photos / "photo1.jpg", os.fsencode(folder) + b"/" + name)
+    (folder / os.fsdecode(b"b\xff.jpg")).write_bytes(b"no picture")
+    rows = [{"file_name": os.fsdecode(name), "text": "half \ud83d of it"} for name in (b"a\xff.jpg", b"b\xff.jpg")]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out, _ = script(PACK, folder, "--out", tmp_path / "out")
+    assert "kept 1 images in 1 shards" in out
+    assert "b?.jpg (cannot be decoded" in out
+    assert "c?.jpg (no caption)" in out
+    assert open_source(str(tmp_path / "out")).raw(0).captions == ["half ? of it"]
+
+
+def test_shards_are_packed_anew(script, photos, tmp_path):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    with tarfile.open(theirs / "a.tar", "w") as tar:
+        for path in sorted(photos.iterdir()):
+            tar.add(path, path.name)
+    out, _ = script(PACK, theirs, "--out", tmp_path / "ours", "--per-shard", 3)
+    assert "kept 7 images in 3 shards" in out
+    script(PACK, photos, "--out", tmp_path / "straight", "--per-shard", 3)
+    ours, straight = open_source(str(tmp_path / "ours")), open_source(str(tmp_path / "straight"))
+    for n in range(7):
+        assert ours.raw(n) == straight.raw(n)
+    assert read_index(tmp_path / "ours")["shard-000002.tar"].hashes == [hashlib.sha256(ours.raw(6).image).hexdigest()]
+    script(PACK, f"{tmp_path}/ours/shard-{{000000..000001}}.tar", "--out", tmp_path / "two")
+    assert open_source(str(tmp_path / "two")).samples == 6
+    _, err = script(PACK, theirs, "--out", theirs, status=2)
+    assert "must be another folder" in err
+
+
+# Reading again.
+
+
+@pytest.mark.parametrize(
+    ("damage", "number", "told"),
+    [
+        ("flip", 2, ["shard-000002.tar: its SHA-256 is another", "shard-000002.tar:0000009: its image is another"]),
+        ("missing", 3, ["shard-000003.tar: [Errno 2] No such file"]),
+        ("swap", 4, ["shard-000004.tar: its members are others", "shard-000004.tar:0000016: its image is another"]),
+        ("cut", 5, ["shard-000005.tar: its members are others", "shard-000005.tar:0000023: its image is another"]),
+        ("index", 6, ["shard-000006.tar:0000024: its image is decoded to another"]),
+        ("strange", 15, ["shard-000015.tar is not in the index"]),
+    ],
+)
+def test_verify_names_what_is_damaged(script, whole, tmp_path, damage, number, told):
+    folder = shutil.copytree(whole, tmp_path / "shards")
+    path = folder / f"shard-{number:06d}.tar"
+    if damage == "flip":
+        data = bytearray(path.read_bytes())
+        _, at, size, *_ = read_index(folder)[path.name].samples[1]
+        data[at + size // 2] ^= 1
+        path.write_bytes(data)
+    elif damage == "missing":
+        path.unlink()
+    elif damage == "swap":
+        with tarfile.open(whole / path.name) as old, tarfile.open(path, "w") as new:
+            for member in sorted(old, key=lambda member: (int(member.name[:7]) ^ 1, member.name)):
+                new.addfile(member, old.extractfile(member))
+    elif damage == "cut":
+        os.truncate(path, path.stat().st_size // 2)
+    elif damage == "index":
+        index = folder / "index.jsonl"
+        index.write_text(index.read_text().replace(read_index(folder)[path.name].dhashes[0], "0" * 16))
+    else:
+        shutil.copy(folder / "shard-000000.tar", path)
+    out, err = script(PACK, folder, "--verify", status=2)
+    assert all(f"  {line}" in out for line in told)
+    assert all(path.name in line for line in out.splitlines())
+    assert f"make_shards.py: {folder}: {len(out.splitlines())} faults: " in err
+
+
+def test_verify(script, whole, photos, tmp_path):
+    out, _ = script(PACK, whole, "--verify", "--workers", 2)
+    assert out == f"57 samples in 15 shards in {whole}/ are what the index tells, and can be decoded\n"
+    for arguments, match in (
+        ([photos, "--verify"], "has no index.jsonl"),
+        ([whole, "--verify", "--out", tmp_path], "leave --out away"),
+        ([photos], "--out is missing"),
+    ):
+        _, err = script(PACK, *arguments, status=2)
+        assert match in err
+
+
+# What is there twice.
+
+
+def test_duplicates_are_named_and_kept(script, photos, tmp_path):
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    image = Image.open(photos / "photo1.jpg")
+    image.save(folder / "small.webp", quality=60)
+    image.resize((55, 90)).save(folder / "smaller.jpg", quality=70)
+    for name in ("photo4.jpg", "photo4.txt"):
+        shutil.copy(photos / name, folder / f"copy{name[6:]}")
+    for name in ("small", "smaller"):
+        (folder / f"{name}.txt").write_text("again")
+    out = [script(PACK, folder, "--out", tmp_path / "out", "--per-shard", 4)[0] for _ in range(2)]
+    for told in out:
+        lines = told.splitlines()[-4:]
+        assert "10 images" in told.splitlines()[0]
+        assert lines[0] == "equal: 2 images in 1 groups, all kept"
+        assert lines[1] == "  copy.jpg (shard-000000.tar:0000000), photo4.jpg (shard-000001.tar:0000005)"
+        assert lines[2].startswith("nearly equal (at most 6 of 64 bits differ): 3 images in 1 groups")
+        assert [name.split(" ")[0] for name in lines[3].strip().split(", ")] == ["photo1.jpg", "small.webp", "smaller.jpg"]
+
+
+# Parquet.
+
+
+@pytest.fixture
+def table(tmp_path) -> Path:
+    """20 rows in row groups of 6, of which two cannot be used."""
+    rows = []
+    for i in range(20):
+        given = encoded(photograph(i, 40 + i, 50), ("PNG", "JPEG", "BMP")[i % 3])
+        rows.append({"image": {"bytes": given, "path": None}, "text": f"row {i}"})
+    rows[8]["image"]["bytes"] = b"rubbish"
+    rows[13]["text"] = None
+    (tmp_path / "set").mkdir()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "set/train.parquet", row_group_size=6)
+    return tmp_path / "set/train.parquet"
+
+
+def test_rows_of_any_range_are_those_of_the_table(table):
+    wanted = parquet.read_table(table).to_pylist()
+    inputs = ParquetRows([table, table])
+    assert len(inputs) == 40
+    for first, last in ((0, 40), (3, 5), (5, 7), (17, 23), (39, 40), (7, 7)):
+        rows = [(image, captions) for _, image, captions in inputs.rows(first, last)]
+        assert rows == [(r["image"]["bytes"], [r["text"]] if r["text"] else []) for r in (wanted * 2)[first:last]]
+
+
+def test_columns_of_other_kinds(tmp_path):
+    image = encoded(photograph(0, 40, 40))
+    columns = {"image": [image, None, b""], "text": pyarrow.array([b"a", b"\xff", b"c"]).cast(pyarrow.binary())}
+    text = pyarrow.StringArray.from_buffers(3, *columns["text"].buffers()[1:])
+    parquet.write_table(pyarrow.table({"image": columns["image"], "text": text}), tmp_path / "a.parquet")
+    assert list(read_rows(tmp_path / "a.parquet", 0, 3)) == [
+        ("a.parquet:0", image, ["a"]),
+        ("a.parquet:1", b"", []),
+        ("a.parquet:2", b"", ["c"]),
+    ]
+    parquet.write_table(pyarrow.table({"image": [image] * 3, "text": [["a", None], None, []]}), tmp_path / "b.parquet")
+    assert [captions for *_, captions in read_rows(tmp_path / "b.parquet", 0, 3)] == [["a"], [], []]
+    parquet.write_table(pyarrow.table({"image": ["x.jpg"], "text": [3]}), tmp_path / "c.parquet")
+    ((name, given, captions),) = read_rows(tmp_path / "c.parquet", 0, 1)
+    assert captions == []
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        pack(name, given, ["a"])
+
+
+def test_a_damaged_row_group_costs_its_rows_alone(table):
+    about = parquet.ParquetFile(table).metadata.row_group(1).column(0)
+    data = bytearray(table.read_bytes())
+    begin = about.dictionary_page_offset or about.data_page_offset
+    data[begin : begin + 40] = b"\xff" * 40
+    table.write_bytes(data)
+    rows = list(read_rows(table, 0, 20))
+    assert [bool(image) for _, image, _ in rows] == [True] * 6 + [False] * 6 + [True] * 8
+    assert rows[6][0] == "train.parquet:6"
+
+
+@pytest.mark.parametrize("given", ["file", "folder"])
+def test_parquet_as_data_is_what_make_shards_makes_of_it(script, table, tmp_path, monkeypatch, given):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    data = table if given == "file" else table.parent
+    first = open_mixture((str(data),))
+    script(PACK, data, "--out", tmp_path / "out")
+    wanted = open_mixture((str(tmp_path / "out"),))
+    assert (first.samples, first.fingerprint) == (18, wanted.fingerprint)
+    for n in range(18):
+        ours, theirs = first.raw(n), wanted.raw(n)
+        assert (ours.image, ours.captions) == (theirs.image, theirs.captions)
+    assert first.uncaptioned == [
+        "train.parquet:8 (cannot be decoded: no known kind of image)",
+        "train.parquet:13 (no caption)",
+    ]
+    monkeypatch.setattr(packing, "pack_job", None)  # the second time all is there
+    again = open_mixture((f"{data}:2", f"{data}:1"))
+    assert (again.samples, again.uncaptioned) == (36, 2 * first.uncaptioned)
+
+
+def test_processes_that_start_at_once_pack_once(table, tmp_path):
+    """Each makes it if it is not there; the lock makes one of them do it and the others wait."""
+    program = "import sys; from sources import open_source; print(open_source(sys.argv[1]).samples)"
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", program, str(table)]
+    running = [
+        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    ended = [process.communicate() for process in running]
+    assert [out.splitlines()[-1] for out, _ in ended] == ["18"] * 2
+    assert sum("packing" in err for _, err in ended) == 1
+
+
+def test_mistaken_data(table, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(table))
+    with pytest.raises(UserError, match="cannot be written"):
+        open_source(str(table))
+    with pytest.raises(UserError, match=r"a data set of the hub: scripts/make_shards\.py owner/name"):
+        open_source("owner/name")
+    parquet.write_table(pyarrow.table({"a": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet has columns \['a'\], not image and text"):
+        open_source(str(tmp_path / "a.parquet"))
+
+
+# Several processes.
+
+
+def test_work_is_done_by_all_and_the_first_error_ends_it():
+    def square(n: int, tick) -> tuple[int, int]:
+        tick()
+        time.sleep(0.01)
+        return n * n, os.getpid()
+
+    bar = tqdm(total=30, initial=10)
+    squares, processes = zip(*in_parallel(square, range(20), 2, bar), strict=True)
+    assert squares == tuple(n * n for n in range(20))
+    assert len({*processes, os.getpid()}) == 3
+    assert bar.n == 30
+
+    def fail(n: int, tick) -> None:
+        if n:
+            time.sleep(60)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        in_parallel(fail, range(9), 2, tqdm(total=9))
+
+
+def test_a_full_disk_and_a_killed_process_are_told(photos, tmp_path, monkeypatch):
+    from scripts.make_shards import open_inputs
+
+    def full(*arguments) -> None:
+        raise OSError(28, "No space left on device")
+
+    inputs, _ = open_inputs(str(photos))
+    monkeypatch.setattr(packing, "pack_job", full)
+    with pytest.raises(UserError, match="out cannot be written: No space left on device"):
+        pack_all(inputs, tmp_path / "out", "shard", 2, 2)
+    monkeypatch.setattr(packing, "pack_job", lambda *arguments: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(UserError, match="was killed, perhaps for its memory: try fewer --workers"):
+        pack_all(inputs, tmp_path / "out", "shard", 2, 2)
