@@ -20,8 +20,9 @@ def imports(path: Path) -> set[str]:
 
 DATA = {  # the one leaf in several files
     "shards": {"images"},
-    "sources": {"shards", "images"},
-    "data": {"sources", "shards", "images", "buckets", "captions"},
+    "remote": {"shards"},
+    "sources": {"remote", "shards", "images"},
+    "data": {"sources", "remote", "shards", "images", "buckets", "captions"},
 }
 
 
