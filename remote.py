@@ -79,18 +79,11 @@ def connect(scheme: str, process: int) -> fsspec.AbstractFileSystem:
     if scheme == "gs":
         return driver(requests_timeout=timeout, skip_instance_cache=True)
     session = {"timeout": timeout, "trust_env": True, "headers": {"Accept-Encoding": "identity"}}
-    return driver(client_kwargs={**session, "raise_for_status": refuse_whole_file}, skip_instance_cache=True)
+    return driver(client_kwargs=session, skip_instance_cache=True)
 
 
 class WholeFile(Exception):
     """All of a file is sent where a part of it was asked for."""
-
-
-async def refuse_whole_file(response) -> None:
-    """aiohttp calls it with the headers of every answer, before the body comes."""
-    if "Range" in response.request_info.headers and response.status == 200:
-        response.close()
-        raise WholeFile
 
 
 def ask(url: str, request: Callable[[fsspec.AbstractFileSystem], object]) -> object:
@@ -149,7 +142,7 @@ def status_of(error: Exception) -> int:
 def size_and_version(driver: fsspec.AbstractFileSystem, url: str) -> tuple[int, str]:
     """Bytes of a file, and what changes when it does, as far as it is told.
 
-    Of a web server by asking for its first byte: not all tell the size otherwise, and one that sends all of it is found out.
+    Of a web server by asking for the first byte: not all tell the size otherwise, and who sends all of it is found at once.
     """
     if not url.startswith(HTTP):
         told = driver.info(url)

@@ -20,7 +20,7 @@ from test_train import equal, train, weights  # noqa: F401 (a fixture)
 
 import remote
 from captions import CaptionConfig
-from data import DataConfig, Stream, make_loader
+from data import DataConfig, Stream, first_decodable, make_loader
 from errors import UserError
 from remote import NO_CACHE, Cache, RemoteFile, scheme_of
 from shards import read_index, to_line
@@ -217,7 +217,8 @@ def test_an_index_is_taken_only_for_the_file_it_is_of(server, shards):
     url = serve(server, shards)
     line = server.files["/shards/index.jsonl"].splitlines()
     told = json.loads(line[0])
-    server.files["/shards/index.jsonl"] = b"\n".join([json.dumps(told | {"bytes": told["bytes"] + 512}).encode(), *line[1:]])
+    other = told | {"bytes": told["bytes"] + 512, "samples": told["samples"][:1]}
+    server.files["/shards/index.jsonl"] = b"\n".join([json.dumps(other).encode(), *line[1:]])
     assert_same(open_source(url), open_source(str(shards)))
     told["samples"][0][2] = told["bytes"]
     server.files["/shards/index.jsonl"] = json.dumps(told).encode()
@@ -340,9 +341,11 @@ def test_a_failing_bucket_is_tried_again(server, monkeypatch):
         server.asked.clear()
         assert file.read((10, 20)) == [bytes(range(10, 30))]
         assert len(server.asked) == 3, fault
-    server.always = 500
-    with pytest.raises(UserError, match=r"^--data s3://b/a\.tar: HTTP status 500, 6 times over$"):
-        file.read((10, 20))
+    for server.always, told in ((500, "HTTP status 500"), ("closed", "the connection failed")):
+        server.asked.clear()
+        with pytest.raises(UserError, match=rf"^--data s3://b/a\.tar: {told}.*, 6 times over$"):
+            file.read((10, 20))
+        assert len(server.asked) == 6
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -351,6 +354,8 @@ def test_what_fails_in_a_worker_reaches_the_user_as_it_is(server, shards, worker
     server.always = 404
     with pytest.raises(UserError, match=r"^--data http://\S+\.tar: is not there$"):
         batches(source, workers=workers)
+    with pytest.raises(UserError, match="is not there"):
+        first_decodable(source, range(3))
 
 
 # What is refused.
@@ -420,8 +425,8 @@ def test_hugging_face(server, shards, monkeypatch):
     server.asked.clear()
     source = open_source("hf://datasets/o/n/some")
     server.asked.clear()
-    source.raw(0)
-    assert len(server.asked) == 1
+    source.files[0].read((3, 10))
+    assert [headers["Range"] for _, headers in server.asked] == ["bytes=3-12"]
     with pytest.raises(UserError, match=r"hf://datasets/o/n/some/none\.tar: is not there"):
         open_source("hf://datasets/o/n/some/none.tar")
 
@@ -472,6 +477,14 @@ def test_a_shard_is_surveyed_once(server, shards, tmp_path, monkeypatch):
     assert len(looks) == 3 + first.samples
     for path in cache.folder.glob("*.json"):
         path.write_text("{}")
+    server.asked.clear()
+    ranks = [multiprocessing.get_context("fork").Process(target=open_source, args=(url, cache)) for _ in range(3)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    chunks = sum(-(-len(tar) // remote.CHUNK) for path, tar in server.files.items() if path.endswith(".tar"))
+    assert sum(headers["Range"] not in (None, "bytes=0-0") for _, headers in server.asked) == chunks  # the first rank's
     assert open_source(url, cache).names == first.names
 
 
