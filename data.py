@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from buckets import Order, bucket_sizes, choose_bucket, enlarged, resized, share
 from captions import CaptionConfig, choose_caption
 from errors import UserError
 from images import Size, alpha_of, fit, open_image, to_rgb
+from remote import NO_CACHE, Cache, NoCache
 from shards import unpack_latents, unpack_text
 from sources import Raw, Source
 
@@ -30,8 +32,14 @@ from sources import Raw, Source
 class DataConfig:
     data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """'demo', a folder of tar shards (of images or of latents), a brace pattern (shards/{000000..000012}.tar), a folder of
-    captioned images, or parquet files (columns image and text: packed into ~/.cache once); with :3 after it, its weight in a
-    mixture. Again for another. None: demo."""
+    captioned images, or parquet files (columns image and text: packed into ~/.cache once); the shards also at http(s)://,
+    s3://, gs:// or hf:// (a dataset's: hf://datasets/name/of/…). With :3 after it, its weight in a mixture. Again for another.
+    None: demo."""
+    data_cache: str | None = None
+    """Folder on a disk nearby for what is loaded from elsewhere; every process of the host may use the same. None: each epoch
+    loads everything again."""
+    data_cache_gb: float = 10.0
+    """Gigabytes that it may take: what was not used for longest makes room."""
     bs: int = 3
     """Images per step, process and accumulation."""
     resolution: int | None = None
@@ -56,6 +64,12 @@ class DataConfig:
             raise UserError(f"--bucket-step must be a multiple of 8, not {self.bucket_step}")
         if self.workers < 0:
             raise UserError(f"--workers must be at least 0, not {self.workers}")
+        if not 0 < self.data_cache_gb < float("inf"):
+            raise UserError(f"--data-cache-gb must be above 0, not {self.data_cache_gb}")
+
+    @property
+    def cache(self) -> Cache | NoCache:
+        return Cache(Path(self.data_cache), int(self.data_cache_gb * 1e9)) if self.data_cache else NO_CACHE
 
 
 @dataclass
@@ -152,13 +166,18 @@ class Stream(IterableDataset):
         self.rank, self.world, self.start = rank, world, start
         self.left_out: set[str] = set()  # names of samples that spoil training
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | UserError]:
         worker = get_worker_info()
         me, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         order = Order(self.bucket, self.config.bs, self.seed, self.source.part, self.source.shares)
         batches = order.batches(self.start)
-        for draws, samples in islice(batches, self.rank + me * self.world, None, workers * self.world):
-            yield self.batch(draws.tolist(), samples.tolist())
+        try:
+            for draws, samples in islice(batches, self.rank + me * self.world, None, workers * self.world):
+                yield self.batch(draws.tolist(), samples.tolist())
+        except UserError as error:
+            if not worker:
+                raise
+            yield error  # `make_loader` raises it: DataLoader would put this process's traceback into its text
 
     def spare(self, bucket: int) -> Raw:
         """Stands in for a batch of which nothing can be decoded."""
@@ -209,8 +228,8 @@ class Stream(IterableDataset):
 def first_decodable(source: Source, samples: Iterable[int]) -> Raw:
     """The first of these samples that can be decoded. Raises UserError if there is none."""
     for n in samples:
+        raw = source.raw(n)
         try:
-            raw = source.raw(n)
             unpack_latents(raw.image, flip=False) if source.latents else to_rgb(open_image(raw.image))
             return raw
         except Exception:
@@ -221,7 +240,14 @@ def first_decodable(source: Source, samples: Iterable[int]) -> Raw:
 def make_loader(stream: Stream, pin_memory: bool) -> Iterator[Batch]:
     """Batches decoded ahead of time by --workers processes."""
     options = {"prefetch_factor": 4, "worker_init_fn": ignore_signals} if stream.config.workers else {}
-    return iter(DataLoader(stream, batch_size=None, num_workers=stream.config.workers, pin_memory=pin_memory, **options))
+    batches = DataLoader(stream, batch_size=None, num_workers=stream.config.workers, pin_memory=pin_memory, **options)
+    return map(batch_or_raise, iter(batches))
+
+
+def batch_or_raise(batch: Batch | UserError) -> Batch:
+    if isinstance(batch, UserError):
+        raise batch
+    return batch
 
 
 def ignore_signals(worker: int) -> None:

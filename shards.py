@@ -170,9 +170,12 @@ def read_lines(text: bytes, where: str) -> dict[str, Shard]:
             shard = Shard(**{name: value for name, value in told.items() if name in known})
             shard.samples = [(str(key), *map(int, numbers)) for key, *numbers in shard.samples]
             shard.vae, shard.text = ([float(value) for value in probe] for probe in (shard.vae, shard.text))
+            ends = (at + size for _, *spans in shard.samples for at, size in (spans[:2], spans[2:4]))
             numbers = [shard.bytes, *(n for _, *rest in shard.samples for n in rest)]
             if PurePosixPath(shard.name).name != shard.name or min(numbers) < 0 or {len(s) for s in shard.samples} - {7}:
                 raise ValueError(f"{shard.name!r} with impossible numbers")
+            if max(ends, default=0) > shard.bytes:  # of an index from elsewhere it could ask for all of the memory
+                raise ValueError(f"{shard.name!r} with samples beyond its end")
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{where} line {number} is no line of an index ({error}): make it anew") from None
         shards[shard.name] = shard

@@ -1,4 +1,4 @@
-"""Where captioned images lie, in tar shards or a plain folder: looked up once, then each is read by itself."""
+"""Where captioned images lie, in tar shards (remote.py: elsewhere) or a plain folder: looked up once, then read one by one."""
 
 import hashlib
 import json
@@ -13,6 +13,7 @@ from tqdm import tqdm
 from errors import UserError
 from images import FILES
 from packing import packed, parquet_tables
+from remote import HTTP, NO_CACHE, Cache, NoCache, RemoteFile, Span, remote_shards, scheme_of
 from shards import HEAD, Shard, read_index, size_of, split_captions, survey, unfinished
 
 DEMO = Path(__file__).parent / "assets/demo/train"
@@ -20,12 +21,9 @@ DEMO = Path(__file__).parent / "assets/demo/train"
 PLACE = np.dtype([(name, "i8") for name in ("file", "at", "size", "text_at", "text_size", "height", "width")])
 
 
-Span = tuple[int, int]  # where it begins, how many bytes
-
-
 @dataclass(frozen=True)
 class File:
-    """One on disk; remote.py has its like for others."""
+    """One on disk; remote.RemoteFile is its like for others."""
 
     path: Path
 
@@ -54,7 +52,7 @@ class Source:
     `fingerprint` is a SHA-256 of the names and sizes of its files, which a LoRA file then tells; their bytes are not read.
     """
 
-    files: list[File]
+    files: list[File | RemoteFile]
     where: np.ndarray  # [N] PLACE
     names: list[str]
     captions: list[list[str]]  # [N] of a folder; empty for a shard's: they are read where they lie
@@ -74,7 +72,9 @@ class Source:
         return len(self.where)
 
     def raw(self, n: int) -> Raw:
-        """Sample n, still encoded. What cannot be read is empty: it is then skipped and named like any broken image."""
+        """Sample n, still encoded. What cannot be read is empty: it is then skipped and named like any broken image.
+        Raises UserError if it is not here and its server fails for good.
+        """
         place, captions = self.where[n], self.captions[n] if self.captions else []
         spans = [(place["at"], place["size"])] + ([] if captions else [(place["text_at"], place["text_size"])])
         try:
@@ -85,7 +85,7 @@ class Source:
         return Raw(self.names[n], image, captions or [""])
 
 
-def open_mixture(data: tuple[str, ...]) -> Source:
+def open_mixture(data: tuple[str, ...], cache: Cache | NoCache = NO_CACHE) -> Source:
     """Every --data -> one source. 'a/:3' and 'b/:1' are drawn from three to one, whatever their sizes; without weights, each
     sample once per epoch. Raises UserError as `open_source`, and for mistaken weights or a mixture of images and latents.
     """
@@ -93,7 +93,7 @@ def open_mixture(data: tuple[str, ...]) -> Source:
     weights = [weight for _, weight in pairs if weight is not None]
     if weights and len(weights) < len(pairs):
         raise UserError(f"--data {' '.join(data)}: give all of them a weight (:3 at the end), or none")
-    sources = [open_source(one) for one, _ in pairs]
+    sources = [open_source(one, cache) for one, _ in pairs]
     if len({source.latents for source in sources}) > 1:
         raise UserError(f"--data {' '.join(data)}: these hold both images and latents: train on one kind")
     if len({(source.vae, source.text) for source in sources}) > 1:
@@ -122,35 +122,48 @@ def open_mixture(data: tuple[str, ...]) -> Source:
 
 
 def split_weight(data: str) -> tuple[str, float | None]:
-    """'shards/:3' -> ('shards/', 3.0); None where there is none. Raises UserError if it is not above zero."""
+    """'shards/:3' -> ('shards/', 3.0); None where there is none. Raises UserError if it is 0, or as `scheme_of`."""
+    scheme = scheme_of(data)
     name, colon, weight = data.rpartition(":")
     try:
         value = float(weight)
     except ValueError:
         return data, None
-    if not colon or Path(data).exists():
+    port = scheme in HTTP and "/" not in name.partition("://")[2]
+    if not colon or port or Path(data).exists():
         return data, None
     if not 0 < value < float("inf"):
         raise UserError(f"--data {data}: a weight must be above 0")
     return name, value
 
 
-def open_source(data: str) -> Source:
-    """--data -> its source, after one look at every file's header. Parquet files are packed into shards first.
+def open_source(data: str, cache: Cache | NoCache = NO_CACHE) -> Source:
+    """--data -> its source, after one look at every file's header. Parquet files are packed into shards first; `cache` is for
+    what is loaded from elsewhere.
 
     Raises UserError if there is nothing there, a shard cannot be trusted or no image has a caption.
     """
     path, refused = DEMO if data == "demo" else Path(data), []
     if re.fullmatch(r"[\w.-]+/[\w-]+", data) and not path.exists():
         raise UserError(f"--data {data} does not exist; a data set of the hub: scripts/make_shards.py {data} --out shards/")
-    if tables := parquet_tables(path):
-        path, refused = packed(tables)
-    shards = local_shards(path)
-    source = of_shards([(File(path), survey) for path, survey in shards]) if shards else scan_folder(path)
+    if scheme_of(data):
+        shards = remote_shards(expand(data), cache)
+    else:
+        if tables := parquet_tables(path):
+            path, refused = packed(tables)
+        shards = [(File(tar), shard) for tar, shard in local_shards(path)]
+    source = of_shards(shards) if shards else scan_folder(path)
     source.uncaptioned.extend(refused)
     if not source.samples:
         raise UserError(f"--data {data}: no image with a caption there ({len(source.uncaptioned)} images without one)")
     return source
+
+
+def expand(pattern: str) -> list[str]:
+    try:
+        return list(braceexpand(pattern))
+    except UnbalancedBracesError:
+        raise UserError(f"--data {pattern}: a brace is not closed") from None
 
 
 def local_shards(path: Path) -> list[tuple[Path, Shard]]:
@@ -158,10 +171,7 @@ def local_shards(path: Path) -> list[tuple[Path, Shard]]:
 
     What the index beside them tells is taken for it where the size of the file agrees.
     """
-    try:
-        tars = sorted(path.glob("*.tar")) if path.is_dir() else [Path(name) for name in braceexpand(str(path))]
-    except UnbalancedBracesError:
-        raise UserError(f"--data {path}: a brace is not closed") from None
+    tars = sorted(path.glob("*.tar")) if path.is_dir() else [Path(name) for name in expand(str(path))]
     index = {folder: read_index(folder) for folder in {tar.parent for tar in tars}}
     if path.is_dir():
         tars = sorted({*tars, *(path / name for name, shard in index.get(path, {}).items() if shard.bytes)})
@@ -178,7 +188,7 @@ def local_shards(path: Path) -> list[tuple[Path, Shard]]:
     return shards
 
 
-def of_shards(shards: list[tuple[File, Shard]]) -> Source:
+def of_shards(shards: list[tuple[File | RemoteFile, Shard]]) -> Source:
     """Raises UserError if some hold images and others latents, or latents of several VAEs."""
     shards = [(file, shard) for file, shard in shards if shard.samples or shard.uncaptioned or shard.cut]
     full = [shard for _, shard in shards if shard.samples]

@@ -231,7 +231,7 @@ def main(config: TrainConfig) -> int:
     ranks = join_ranks(device, config.rank_timeout)
 
     # Data, looked at before the model is loaded: a mistake shows at once.
-    source = open_mixture(config.dataset.data)
+    source = open_mixture(config.dataset.data, config.dataset.cache)
     if source.latents and config.dataset.flip and not source.mirrored:
         raise UserError("--flip: these latents are not there of the mirrored images: make them anew with cache.py --flip")
     if source.latents and config.dataset.masked_loss and not source.masked:

@@ -117,7 +117,7 @@ def caption_lines(source: Source, config: CaptionConfig) -> list[str]:
 
 
 def main(config: ShowConfig) -> None:
-    source = open_mixture(config.dataset.data)
+    source = open_mixture(config.dataset.data, config.dataset.cache)
     if source.latents:
         raise UserError("--data holds latents: give the images that they are made of")
     check_writable("the folder of --out", config.out.parent)

@@ -21,8 +21,9 @@ def imports(path: Path) -> set[str]:
 DATA = {  # the one leaf in several files
     "shards": {"images"},
     "packing": {"shards", "images"},
-    "sources": {"packing", "shards", "images"},
-    "data": {"sources", "shards", "images", "buckets", "captions"},
+    "remote": {"shards"},
+    "sources": {"packing", "remote", "shards", "images"},
+    "data": {"sources", "remote", "shards", "images", "buckets", "captions"},
 }
 
 
