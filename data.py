@@ -6,7 +6,8 @@ of ranks, and a run resumes without reading what was passed.
 
 import random
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -135,7 +136,7 @@ class Stream(IterableDataset):
 
     Batch k of the stream is a function of (seed, k); consecutive batches go to the ranks in turn, and within a rank to the
     workers in turn. A sample that cannot be decoded is replaced by another of its batch or, if nothing in it can, by the first
-    of its bucket, or of the data set, that can.
+    of its bucket, or of the data set, that can: latents of another bucket then make it a batch of that one.
     """
 
     def __init__(
@@ -154,14 +155,23 @@ class Stream(IterableDataset):
         for draws, samples in islice(batches, self.rank + me * self.world, None, workers * self.world):
             yield self.batch(draws.tolist(), samples.tolist())
 
-    def spare(self, bucket: int) -> Raw:
-        """Stands in for a batch of which nothing can be decoded."""
-        mine = np.flatnonzero(self.bucket == bucket)
-        return first_decodable(self.source, mine if self.source.latents else [*mine, *range(self.source.samples)])
-
     def decode(self, raw: Raw, bucket: int, flip: bool) -> tuple[np.ndarray, Size, Size, *tuple[np.ndarray, ...]]:
-        masked = self.config.masked_loss
-        return unpack_latents(raw.image, flip, masked) if self.source.latents else decode(raw, self.sizes[bucket], flip, masked)
+        size, masked = self.sizes[bucket], self.config.masked_loss
+        if not self.source.latents:
+            return decode(raw, size, flip, masked)
+        latents = unpack_latents(raw.image, flip, masked)
+        if latents[0].shape[1:] != (size[0] // 8, size[1] // 8):
+            raise ValueError("its latents are of another bucket")
+        return latents
+
+    def spare(self, bucket: int) -> tuple[Raw, int]:
+        """What stands in for a batch of which nothing can be decoded, and its bucket. Raises UserError if there is nothing."""
+        for n in [*np.flatnonzero(self.bucket == bucket), *range(self.source.samples)]:
+            raw, fits = self.source.raw(n), self.bucket[n] if self.source.latents else bucket
+            with suppress(Exception):
+                self.decode(raw, fits, flip=False)
+                return raw, fits
+        raise UserError(f"--data: none of the {self.source.samples} images can be decoded")
 
     def batch(self, draws: list[int], samples: list[int]) -> Batch:
         told, skipped, bucket, images = [], [], self.bucket[samples[0]], None
@@ -182,7 +192,7 @@ class Stream(IterableDataset):
             except Exception:  # whatever a broken file makes Pillow raise: it is named at the end of the run
                 skipped.append(raw.name)
         if not told:
-            raw = self.spare(bucket)
+            raw, bucket = self.spare(bucket)
             keep(raw, False, raw.captions[0])
         again = [i % len(told) for i in range(len(samples))]
         images = torch.from_numpy(images if len(told) == len(samples) else images[again])
@@ -192,22 +202,14 @@ class Stream(IterableDataset):
         return Batch(images, list(captions), torch.tensor(original), torch.tensor(crop), size, skipped, mask)
 
 
-def first_decodable(source: Source, samples: Iterable[int]) -> Raw:
-    """The first of these samples that can be decoded. Raises UserError if there is none."""
-    for n in samples:
-        try:
-            raw = source.raw(n)
-            unpack_latents(raw.image, flip=False) if source.latents else to_rgb(open_image(raw.image))
-            return raw
-        except Exception:
-            continue
-    raise UserError(f"--data: none of the {source.samples} images can be decoded")
-
-
 def make_loader(stream: Stream, pin_memory: bool) -> Iterator[Batch]:
-    """Batches decoded ahead of time by --workers processes."""
+    """Batches decoded ahead of time by --workers processes. Raises UserError, from the first on, if none can be decoded."""
     options = {"prefetch_factor": 4, "worker_init_fn": ignore_interrupt} if stream.config.workers else {}
-    return iter(DataLoader(stream, batch_size=None, num_workers=stream.config.workers, pin_memory=pin_memory, **options))
+    loader = DataLoader(stream, batch_size=None, num_workers=stream.config.workers, pin_memory=pin_memory, **options)
+    try:
+        yield from loader
+    except UserError as error:  # a worker's comes with its traceback
+        raise UserError(str(error).rpartition("UserError: ")[2]) from None
 
 
 def ignore_interrupt(worker: int) -> None:

@@ -36,7 +36,7 @@ import sdxl  # after memory, which readies xFormers: diffusers imports it
 from budget import ANOTHER_SHAPE, Plan, dry_run, make_plan, stand_in_kernel
 from captions import CaptionConfig
 from checkpoint import STATE, check_writable, find_state, load_state, save_state, write_atomically
-from data import Batch, DataConfig, Stream, describe_buckets, first_decodable, make_loader, normalise
+from data import Batch, DataConfig, Stream, describe_buckets, make_loader, normalise
 from diffusion import Diffusion, DiffusionConfig, area_weights
 from distributed import Ranks, join_ranks, leave_ranks
 from errors import UserError, one_line_errors
@@ -192,10 +192,10 @@ def main(config: TrainConfig) -> None:
     # Model on the host, and what the device will have to hold.
     pipe = sdxl.read_sdxl(config.model, dtype)
     resolution = config.dataset.resolution or sdxl.native_resolution(pipe)
-    first_decodable(source, range(source.samples))
     if source.vae and not sdxl.is_of_vae(source.vae, pipe.vae):
         raise UserError(f"--data: these latents were made by another VAE than that of --model {config.model}")
     stream = Stream(source, config.dataset, config.captions, resolution, config.seed, ranks.rank, ranks.world)
+    stream.spare(stream.bucket[0])  # at least one can be decoded
     budget = ranks.least(memory.limit_memory(config.memory.vram_gb, device))
     lengths = config.captions.max_tokens // 75
     budget -= ANOTHER_SHAPE * (len(set(stream.bucket)) * lengths - 1)
