@@ -8,7 +8,8 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -154,7 +155,7 @@ class Stream(IterableDataset):
 
     Batch k of the stream is a function of (seed, k); consecutive batches go to the ranks in turn, and within a rank to the
     workers in turn. A sample that cannot be decoded, or is left out, is replaced by another of its batch or, if nothing in it
-    can, by the first of its bucket, or of the data set, that can.
+    can, by the first of its bucket, or of the data set, that can: latents of another bucket then make it a batch of that one.
     """
 
     def __init__(
@@ -179,15 +180,25 @@ class Stream(IterableDataset):
                 raise
             yield error  # `make_loader` raises it: DataLoader would put this process's traceback into its text
 
-    def spare(self, bucket: int) -> Raw:
-        """Stands in for a batch of which nothing can be decoded."""
-        mine = np.flatnonzero(self.bucket == bucket)
-        others = mine if self.source.latents else [*mine, *range(self.source.samples)]
-        return first_decodable(self.source, (n for n in others if self.source.names[n] not in self.left_out))
-
     def decode(self, raw: Raw, bucket: int, flip: bool) -> tuple[np.ndarray, Size, Size, *tuple[np.ndarray, ...]]:
-        masked = self.config.masked_loss
-        return unpack_latents(raw.image, flip, masked) if self.source.latents else decode(raw, self.sizes[bucket], flip, masked)
+        size, masked = self.sizes[bucket], self.config.masked_loss
+        if not self.source.latents:
+            return decode(raw, size, flip, masked)
+        latents = unpack_latents(raw.image, flip, masked)
+        if latents[0].shape[1:] != (size[0] // 8, size[1] // 8):
+            raise ValueError("its latents are of another bucket")
+        return latents
+
+    def spare(self, bucket: int) -> tuple[Raw, int]:
+        """What stands in for a batch of which nothing can be decoded, and its bucket. Raises UserError if there is nothing."""
+        for n in [*np.flatnonzero(self.bucket == bucket), *range(self.source.samples)]:
+            if self.source.names[n] in self.left_out:
+                continue
+            raw, fits = self.source.raw(n), self.bucket[n] if self.source.latents else bucket
+            with suppress(Exception):
+                self.decode(raw, fits, flip=False)
+                return raw, fits
+        raise UserError(f"--data: none of the {self.source.samples} images can be decoded")
 
     def encoded(self, raw: Raw, caption: str) -> list[torch.Tensor]:
         """What the text encoders made of this caption of a sample, if that is asked for; of no caption it does not matter."""
@@ -214,7 +225,7 @@ class Stream(IterableDataset):
             except Exception:  # whatever a broken file makes Pillow raise: it is named at the end of the run
                 skipped.append(raw.name)
         if not told:
-            raw = self.spare(bucket)
+            raw, bucket = self.spare(bucket)
             keep(raw, False, raw.captions[0])
         again = [i % len(told) for i in range(len(samples))]
         images = torch.from_numpy(images if len(told) == len(samples) else images[again])
@@ -225,20 +236,8 @@ class Stream(IterableDataset):
         return Batch(images, list(captions), original, crop, size, list(names), skipped, mask, text)
 
 
-def first_decodable(source: Source, samples: Iterable[int]) -> Raw:
-    """The first of these samples that can be decoded. Raises UserError if there is none."""
-    for n in samples:
-        raw = source.raw(n)
-        try:
-            unpack_latents(raw.image, flip=False) if source.latents else to_rgb(open_image(raw.image))
-            return raw
-        except Exception:
-            continue
-    raise UserError(f"--data: none of the {source.samples} images can be decoded")
-
-
 def make_loader(stream: Stream, pin_memory: bool) -> Iterator[Batch]:
-    """Batches decoded ahead of time by --workers processes."""
+    """Batches decoded ahead of time by --workers processes. Raises UserError, from the first on, if none can be decoded."""
     options = {"prefetch_factor": 4, "worker_init_fn": ignore_signals} if stream.config.workers else {}
     batches = DataLoader(stream, batch_size=None, num_workers=stream.config.workers, pin_memory=pin_memory, **options)
     return map(batch_or_raise, iter(batches))

@@ -6,9 +6,9 @@ Neighbours of one key are a sample, key.jpg, key.txt, key.json; key.safetensors,
 
 import hashlib
 import json
+import re
 import tarfile
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import groupby, islice
 from operator import itemgetter
@@ -20,11 +20,12 @@ import webdataset as wds
 from safetensors.torch import load, save
 
 from errors import UserError
-from images import FILES, Size, open_image, upright_size
+from images import FILES, MOST_BYTES, Size, open_image, upright_size
 
 INDEX = "index.jsonl"
 LATENTS = "safetensors"  # the extension of a ready-made sample
 HEAD = 2**16  # bytes in which the size of an image stands, unless other things come first
+MOST_TEXT = 2**20  # bytes of a caption's file: what is longer is none
 
 
 @dataclass
@@ -56,31 +57,38 @@ class Shard:
 def members_of(path: Path) -> tuple[list[tuple[str, str, int, int]], bool]:
     """((key, extension, where the data begins, its size) of a tar's files, by their headers; whether it is cut short).
 
-    Raises UserError if it is no tar file, or holds links, a name twice or names that lead out of it.
+    Raises UserError if it is no tar file, or holds links, devices, a name twice or names that lead out of it.
     """
-    files, length, member = [], path.stat().st_size, None
+    files, length, member, end = [], path.stat().st_size, None, 0
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path, "r:", errors="backslashreplace") as tar:  # names that can be printed
             for member in tar:
-                name = PurePosixPath(member.name)
-                if member.issym() or member.islnk() or name.is_absolute() or ".." in name.parts:
-                    raise UserError(f"--data: {path} holds {member.name!r}, a link or a name that leads out of it")
+                name, plain = PurePosixPath(member.name), member.isdir() or (member.isfile() and not member.issparse())
+                if not plain or name.is_absolute() or ".." in name.parts:
+                    raise UserError(f"--data: {path} holds {member.name!r}, which is no plain file or leads out of it")
+                if member.size < 0:
+                    raise UserError(f"--data: {path} holds {member.name!r} of a size below zero")
+                end = member.offset_data + (member.size + 511) // 512 * 512
+                if member.offset_data + member.size > length:
+                    break
                 key, extension = wds.tariterators.base_plus_ext(member.name)
-                if member.isfile() and key is not None and member.offset_data + member.size <= length:
+                if member.isfile() and key is not None:
                     files.append((key, extension.lower(), member.offset_data, member.size))
-    except (tarfile.TarError, OSError) as error:
+    except (tarfile.TarError, OSError, ValueError) as error:
         if member is None:
             raise UserError(f"--data: {path} is no tar file: {error}") from None
     if len({(key, extension) for key, extension, *_ in files}) < len(files):
         raise UserError(f"--data: {path} holds two files of the same name")
-    end = member.offset_data + member.size if member else 0
-    return files, length < (end + 511) // 512 * 512 + 512  # at least the first block of the end-of-archive mark
+    with path.open("rb") as file:
+        file.seek(min(end, length))
+        rest = file.read(HEAD)
+    return files, len(rest) < 512 or any(rest)  # at least the first block of the end-of-archive mark, and nothing behind it
 
 
 def survey(path: Path) -> Shard:
     """Reads headers only, of the tar's members and of the images. Raises UserError as `members_of`."""
     members, cut = members_of(path)
-    shard, kinds, also, vaes, texts = Shard(path.name, path.stat().st_size, cut=cut), set(), [], set(), set()
+    shard, kinds, also, vaes, encoders = Shard(path.name, path.stat().st_size, cut=cut), set(), [], set(), set()
     with path.open("rb") as file:
 
         def read(at: int, size: int) -> bytes:
@@ -90,42 +98,48 @@ def survey(path: Path) -> Shard:
         for key, group in groupby(members, key=itemgetter(0)):  # neighbours of one key are a sample
             parts = {extension: (at, size) for _, extension, at, size in group}
             kind = next((extension for extension in (*FILES, LATENTS) if extension in parts), None)
-            if kind is None:
+            if kind is None:  # of photo.2.jpg the key is photo: not used, but not lost in silence either
+                shard.uncaptioned += [f"{key}.{e}" for e in parts if e.rpartition(".")[2] in FILES]
                 continue
-            text = next((parts[e] for e in ("txt", "json") if e in parts and split_captions(read(*parts[e]))), None)
+            texts = [(e, parts[e]) for e in ("txt", "json") if e in parts and parts[e][1] <= MOST_TEXT]
+            text = next((place for e, place in texts if split_captions(read(*place), must_be_json=e == "json")), None)
             if text is None:
                 shard.uncaptioned.append(key)
                 continue
             at, size = parts[kind]
+            size *= size <= MOST_BYTES  # else it is skipped
             head = read(at, min(size, HEAD))
             if kind == LATENTS:
                 pixels, names = size_of_latents(head)
                 also += [names] if names else []  # what cannot be read is skipped in training
-                told = read(*parts["json"]) if "json" in parts else b""
+                told = read(*dict(texts)["json"]) if "json" in dict(texts) else b""
                 vaes.add(probe_of(told, "vae"))
-                texts.add(probe_of(told, "text"))
+                encoders.add(probe_of(told, "text"))
             else:
                 pixels = size_of(head)
-                pixels = size_of(read(at, size)) if pixels == (0, 0) else pixels
+                pixels = size_of(read(at, size)) if pixels == (0, 0) and size > HEAD else pixels
             kinds.add(kind == LATENTS)
             shard.samples.append((key, at, size, *text, *pixels))
     if len(kinds) > 1:
         raise UserError(f"--data: {path} holds both images and latents: train on one kind")
-    if max(len(vaes), len(texts)) > 1:
+    if max(len(vaes), len(encoders)) > 1:
         raise UserError(f"--data: the latents of {path} were made by several models: make them anew with scripts/cache.py")
-    shard.latents, (shard.vae, shard.text) = kinds == {True}, (list(next(iter(probes), ())) for probes in (vaes, texts))
+    shard.latents, (shard.vae, shard.text) = kinds == {True}, (list(next(iter(probes), ())) for probes in (vaes, encoders))
     shard.mirrored, shard.masked = (bool(also) and all(name in names for names in also) for name in ("mirrored", "mask"))
     return shard
 
 
-def split_captions(text: bytes) -> list[str]:
+def split_captions(text: bytes, must_be_json: bool = False) -> list[str]:
     """The lines of a .txt file, or the list `captions` of a .json file: each is a caption of its image."""
-    told = text.decode("utf-8", "replace").strip()
-    if told.startswith("{"):
-        with suppress(ValueError, RecursionError):
-            told = json.loads(told).get("captions")
+    told = text.decode("utf-16" if text.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig", "replace").strip()
+    if must_be_json or re.match(r'\{\s*["}]', told):  # "{red|blue} coat" is a caption
+        try:
+            told = json.loads(told)["captions"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return []
     lines = told.splitlines() if isinstance(told, str) else told if isinstance(told, list) else []
-    return [line.strip() for line in lines if isinstance(line, str) and line.strip()]
+    lines = [line.encode("utf-8", "replace").decode().strip() for line in lines if isinstance(line, str)]  # "\ud800" is no text
+    return [line for line in lines if line]
 
 
 def probe_of(told: bytes, name: str) -> tuple[float, ...]:
@@ -149,6 +163,8 @@ def size_of_latents(encoded: bytes) -> tuple[Size, set[str]]:
     try:
         header = json.loads(encoded[8 : 8 + int.from_bytes(encoded[:8], "little")])
         _, height, width = header["posterior"]["shape"]
+        if not all(type(side) is int and 0 < side < 2**16 for side in (height, width)):
+            raise ValueError("impossible numbers")
         return (8 * height, 8 * width), set(header)
     except (ValueError, KeyError, TypeError, RecursionError):
         return (0, 0), set()
@@ -158,7 +174,7 @@ def size_of_latents(encoded: bytes) -> tuple[Size, set[str]]:
 
 
 def to_line(shard: Shard) -> str:
-    return json.dumps(asdict(shard), ensure_ascii=False, separators=(",", ":"))
+    return json.dumps(asdict(shard), separators=(",", ":"))  # in ASCII: names of files need be no UTF-8
 
 
 def read_lines(text: bytes, where: str) -> dict[str, Shard]:
@@ -169,14 +185,15 @@ def read_lines(text: bytes, where: str) -> dict[str, Shard]:
             told = json.loads(line)
             shard = Shard(**{name: value for name, value in told.items() if name in known})
             shard.samples = [(str(key), *map(int, numbers)) for key, *numbers in shard.samples]
+            shard.uncaptioned, shard.latents = list(map(str, shard.uncaptioned)), bool(shard.latents)
             shard.vae, shard.text = ([float(value) for value in probe] for probe in (shard.vae, shard.text))
-            ends = (at + size for _, *spans in shard.samples for at, size in (spans[:2], spans[2:4]))
-            numbers = [shard.bytes, *(n for _, *rest in shard.samples for n in rest)]
-            if PurePosixPath(shard.name).name != shard.name or min(numbers) < 0 or {len(s) for s in shard.samples} - {7}:
-                raise ValueError(f"{shard.name!r} with impossible numbers")
-            if max(ends, default=0) > shard.bytes:  # of an index from elsewhere it could ask for all of the memory
-                raise ValueError(f"{shard.name!r} with samples beyond its end")
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            for _, at, size, text_at, text_size, *pixels in shard.samples:
+                beyond = max(at + size, text_at + text_size) > shard.bytes or size > MOST_BYTES or text_size > MOST_TEXT
+                if beyond or min(at, size, text_at, text_size, *pixels) < 0 or max(pixels) >= 2**31 or len(pixels) != 2:
+                    raise ValueError(f"{shard.name!r} with impossible numbers")
+            if PurePosixPath(shard.name).name != shard.name:
+                raise ValueError(f"{shard.name!r} leads out of the folder")
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"{where} line {number} is no line of an index ({error}): make it anew") from None
         shards[shard.name] = shard
     return shards
@@ -289,10 +306,20 @@ def pack_latents(posterior: torch.Tensor, original_size: Size, crop: Size, mirro
 
 
 def unpack_latents(encoded: bytes, flip: bool, masked: bool = False) -> tuple[np.ndarray, Size, Size, *tuple[np.ndarray, ...]]:
-    """-> posterior [8, h/8, w/8] float16, original (h, w), crop (top, left); `masked`: loss mask [h/8, w/8] uint8."""
+    """-> posterior [8, h/8, w/8] float16, original (h, w), crop (top, left); `masked`: loss mask [h/8, w/8] uint8.
+
+    Raises ValueError, or what safetensors raises, if it is damaged or not finite: one NaN would be the end of a training.
+    """
     tensors = load(encoded)
+    original = tensors["original_size"]
     posterior, crop, *mask = (tensors[name] for name in PARTS[flip][: 3 if masked else 2])
-    return posterior.numpy(), tuple(tensors["original_size"].tolist()), tuple(crop.tolist()), *(m.numpy() for m in mask)
+    _, height, width = posterior.shape
+    wanted = [(torch.float16, (8, height, width)), *[(torch.int64, (2,))] * 2, *[(torch.uint8, (height, width))] * len(mask)]
+    if [(tensor.dtype, tuple(tensor.shape)) for tensor in (posterior, original, crop, *mask)] != wanted:
+        raise ValueError("its tensors are not those of latents")
+    if not posterior.abs().max() < torch.inf:  # the fastest that a NaN does not pass
+        raise ValueError("its latents are not finite")
+    return posterior.numpy(), tuple(original.tolist()), tuple(crop.tolist()), *(m.numpy() for m in mask)
 
 
 def with_text(encoded: bytes, text: tuple[torch.Tensor, torch.Tensor] | None) -> bytes:
@@ -302,6 +329,9 @@ def with_text(encoded: bytes, text: tuple[torch.Tensor, torch.Tensor] | None) ->
 
 
 def unpack_text(encoded: bytes) -> tuple[torch.Tensor, ...]:
-    """-> context [K, 77, d1 + d2], pooled [K, d2], float16."""
+    """-> context [K, 77, d1 + d2], pooled [K, d2], float16. Raises ValueError if they are not finite."""
     tensors = load(encoded)
-    return tuple(tensors[name] for name in TEXT)
+    text = tuple(tensors[name] for name in TEXT)
+    if not all(states.abs().max() < torch.inf for states in text):
+        raise ValueError("its text is not finite")
+    return text

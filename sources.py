@@ -2,19 +2,20 @@
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand
 from tqdm import tqdm
 
 from errors import UserError
-from images import FILES
+from images import FILES, MOST_BYTES
 from packing import packed, parquet_tables
 from remote import HTTP, NO_CACHE, Cache, NoCache, RemoteFile, Span, remote_shards, scheme_of
-from shards import HEAD, Shard, read_index, size_of, split_captions, survey, unfinished
+from shards import HEAD, MOST_TEXT, Shard, read_index, size_of, split_captions, survey, unfinished
 
 DEMO = Path(__file__).parent / "assets/demo/train"
 
@@ -130,7 +131,7 @@ def split_weight(data: str) -> tuple[str, float | None]:
     except ValueError:
         return data, None
     port = scheme in HTTP and "/" not in name.partition("://")[2]
-    if not colon or port or Path(data).exists():
+    if not colon or port or os.path.exists(data):
         return data, None
     if not 0 < value < float("inf"):
         raise UserError(f"--data {data}: a weight must be above 0")
@@ -143,16 +144,21 @@ def open_source(data: str, cache: Cache | NoCache = NO_CACHE) -> Source:
 
     Raises UserError if there is nothing there, a shard cannot be trusted or no image has a caption.
     """
+    if not data:  # as an unset variable of a shell gives it; Path("") would be the working directory
+        raise UserError("--data is empty")
     path, refused = DEMO if data == "demo" else Path(data), []
-    if re.fullmatch(r"[\w.-]+/[\w-]+", data) and not path.exists():
-        raise UserError(f"--data {data} does not exist; a data set of the hub: scripts/make_shards.py {data} --out shards/")
-    if scheme_of(data):
-        shards = remote_shards(expand(data), cache)
-    else:
-        if tables := parquet_tables(path):
-            path, refused = packed(tables)
-        shards = [(File(tar), shard) for tar, shard in local_shards(path)]
-    source = of_shards(shards) if shards else scan_folder(path)
+    try:
+        if re.fullmatch(r"[\w.-]+/[\w-]+", data) and not path.exists():
+            raise UserError(f"--data {data} does not exist; a data set of the hub: scripts/make_shards.py {data} --out shards/")
+        if scheme_of(data):
+            shards = remote_shards(expand(data), cache)
+        else:
+            if tables := parquet_tables(path):
+                path, refused = packed(tables)
+            shards = [(File(tar), shard) for tar, shard in local_shards(path)]
+        source = of_shards(shards) if shards else scan_folder(path)
+    except OSError as error:
+        raise UserError(f"--data {data}: {error}") from None
     source.uncaptioned.extend(refused)
     if not source.samples:
         raise UserError(f"--data {data}: no image with a caption there ({len(source.uncaptioned)} images without one)")
@@ -217,33 +223,57 @@ def of_shards(shards: list[tuple[File | RemoteFile, Shard]]) -> Source:
 
 
 def scan_folder(folder: Path) -> Source:
-    """name.jpg with name.txt beside it, or a metadata.jsonl of {"file_name": …, "text": …} (Hugging Face imagefolder)."""
+    """name.jpg with name.txt beside it, or a metadata.jsonl of {"file_name": …, "text": …} (Hugging Face imagefolder).
+
+    Images that cannot be read are among them, without a size. Raises UserError for lines of metadata.jsonl that are none.
+    """
     told = {}
-    for metadata in folder.rglob("metadata.jsonl"):
-        for number, line in enumerate(metadata.read_text(errors="replace").splitlines(), 1):
+    for metadata in filter(Path.is_file, folder.rglob("metadata.jsonl")):
+        text = metadata.read_text("utf-8-sig", "replace")
+        for number, line in enumerate(text.split("\n"), 1):  # splitlines() would take characters of JSON for ends too
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-                text = row["text"] or ""
-                told[metadata.parent / row["file_name"]] = json.dumps({"captions": text}).encode()
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                name, text = PurePosixPath(row["file_name"]), row["text"] or ""
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise UserError(f"--data: {metadata} line {number}: needs file_name and text ({error})") from None
+            if name.is_absolute() or ".." in name.parts or not str(name).isprintable():
+                raise UserError(f"--data: {metadata} line {number}: {str(name)!r} is no name in this folder")
+            told[metadata.parent / name] = json.dumps({"captions": text}).encode()
     files, places, captions, uncaptioned, digest = [], [], [], [], hashlib.sha256()
-    there = sorted(p for p in folder.rglob("*") if p.suffix.lower().lstrip(".") in FILES and p.is_file())
+    named = {path for path in {*folder.rglob("*"), *told} if path.suffix.lower().lstrip(".") in FILES}
+    there = sorted(path for path in named if path.is_file() or not path.exists())  # also links to nowhere; no folders, no pipes
     for path in tqdm(there, desc="looking through the folder", unit="img", delay=2, leave=False):
-        text = path.with_suffix(".txt")
-        lines = split_captions(told.get(path, b"")) or split_captions(text.read_bytes() if text.is_file() else b"")
-        size = path.stat().st_size
+        lines = split_captions(told.get(path, b"")) or split_captions(text_beside(path))
+        try:
+            size = path.stat().st_size
+            size *= size <= MOST_BYTES  # else it is skipped
+            with path.open("rb") as file:
+                pixels = size_of(file.read(min(size, HEAD)))
+            pixels = size_of(path.read_bytes()) if pixels == (0, 0) and size > HEAD else pixels
+        except OSError:  # a link to nowhere, or not ours to read: it is skipped and named
+            size, pixels = 0, (0, 0)
         digest.update(json.dumps([str(path.relative_to(folder)), size, lines]).encode())
         if lines:
-            with path.open("rb") as file:
-                pixels = size_of(file.read(HEAD))
-            pixels = size_of(path.read_bytes()) if pixels == (0, 0) else pixels
             places.append((len(files), 0, size, 0, 0, *pixels))
             files.append(path)
             captions.append(lines)
         else:
-            uncaptioned.append(str(path))
-    names = list(map(str, files))
+            uncaptioned.append(printable(path))
+    names = list(map(printable, files))
     return Source(list(map(File, files)), np.array(places, PLACE), names, captions, uncaptioned, digest.hexdigest())
+
+
+def text_beside(image: Path) -> bytes:
+    """Of name.jpg that of name.txt; none if there is no such file of up to MOST_TEXT bytes."""
+    path = image.with_suffix(".txt")
+    try:
+        return path.read_bytes() if path.is_file() and path.stat().st_size <= MOST_TEXT else b""
+    except OSError:
+        return b""
+
+
+def printable(path: Path) -> str:
+    """A name that is no UTF-8 with what is none in hexadecimal."""
+    return os.fsencode(path).decode(errors="backslashreplace")

@@ -41,7 +41,7 @@ import sdxl  # after memory, which readies xFormers: diffusers imports it
 from budget import ANOTHER_SHAPE, Plan, dry_run, make_plan, stand_in_kernel
 from captions import CaptionConfig
 from checkpoint import Persistence, check_writable, find_state, save_state, write_atomically
-from data import Batch, DataConfig, Stream, describe_buckets, first_decodable, make_loader, normalise
+from data import Batch, DataConfig, Stream, describe_buckets, make_loader, normalise
 from diffusion import Diffusion, DiffusionConfig, area_weights
 from distributed import Ranks, join_ranks, leave_ranks
 from errors import UserError, one_line_errors
@@ -240,7 +240,6 @@ def main(config: TrainConfig) -> int:
     # Model on the host, and what the device will have to hold.
     pipe = sdxl.read_sdxl(config.model, dtype)
     resolution = config.dataset.resolution or sdxl.native_resolution(pipe)
-    first_decodable(source, range(source.samples))
     if source.vae and not sdxl.same_probe(source.vae, sdxl.vae_probe(pipe.vae)):
         raise UserError(f"--data: these latents were made by another VAE than that of --model {config.model}")
     text_ready = bool(source.text) and not config.lora.train_text_encoder
@@ -248,6 +247,7 @@ def main(config: TrainConfig) -> int:
         raise UserError("--shuffle-tags, --caption-prefix and --max-tokens: this text was encoded already, by cache.py --text")
     how = {"rank": ranks.rank, "world": ranks.world, "text": text_ready}
     stream = Stream(source, config.dataset, config.captions, resolution, config.seed, **how)
+    stream.spare(stream.bucket[0])  # at least one can be decoded
     budget = ranks.least(memory.limit_memory(config.memory.vram_gb, device))
     lengths = config.captions.max_tokens // 75
     budget -= ANOTHER_SHAPE * (len(set(stream.bucket)) * lengths - 1)

@@ -1,5 +1,6 @@
 """A tiny random SDXL (same classes, same structure) and a few pictures, made once for all tests."""
 
+import io
 import json
 import os
 import runpy
@@ -108,6 +109,12 @@ def photograph(seed: int, width: int, height: int) -> Image.Image:
     """A smooth random picture."""
     coarse = np.random.default_rng(seed).integers(0, 255, (5, 5, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,3 @@
-import io
 import json
 import re
 import shutil
@@ -10,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 import webdataset as wds
-from conftest import photograph
+from conftest import encoded, photograph
 from PIL import Image
 
 from buckets import bucket_sizes
 from captions import CaptionConfig
-from data import DataConfig, Stream, decode, describe_buckets, first_decodable, make_loader, normalise
+from data import DataConfig, Stream, decode, describe_buckets, make_loader, normalise
 from errors import UserError
 from shards import pack_latents, split_captions
 from sources import Raw, open_mixture, open_source
@@ -29,12 +28,6 @@ def stream(data, bs: int = 2, resolution: int = 64, seed: int = 0, **where) -> S
 
 def captions(stream: Stream, batches: int) -> list[str]:
     return [caption for batch in islice(stream, batches) for caption in batch.captions]
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 @pytest.mark.parametrize("kind", ["photos", "shards"])
@@ -179,9 +172,9 @@ def test_unusable_data(photos, shards, tmp_path):
     refused(tmp_path, "1 images without one")
     (tmp_path / "alone.txt").write_text("a caption")
     (tmp_path / "alone.jpg").write_bytes(b"no picture")
-    with pytest.raises(UserError, match="none of the 1 images can be decoded"):
-        first_decodable(open_source(str(tmp_path)), range(1))
-    first_decodable(open_source(str(photos)), range(7))
+    for workers in (0, 1):
+        with pytest.raises(UserError, match=r"^--data: none of the 1 images can be decoded$"):
+            next(make_loader(stream(tmp_path, workers=workers), pin_memory=False))
 
 
 @pytest.mark.parametrize("cut", [100, 700, 1024, 3000, -1, -512, -1024, -5000])
@@ -280,7 +273,6 @@ def test_several_captions_of_an_image(photos, tmp_path):
 def test_what_is_no_caption_is_none(told):
     assert split_captions(told.encode()) == ([told] if told.startswith("[") else [])
     assert split_captions(b"{red|blue} coat") == ["{red|blue} coat"]  # no JSON: a caption that begins so
-    assert split_captions(b'{"captions": ' + b"[" * 10**5)[0].startswith('{"captions')
 
 
 def test_a_mixture_by_weight(photos, shards, tmp_path):
@@ -307,18 +299,6 @@ def test_a_mixture_by_weight(photos, shards, tmp_path):
     ):
         with pytest.raises(UserError, match=match):
             open_mixture(data)
-
-
-def test_what_leads_out_of_a_shard_is_refused(photos, tmp_path):
-    image = (photos / "photo0.jpg").read_bytes()
-    link = tarfile.TarInfo("0.jpg")
-    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-    for info in (link, tarfile.TarInfo("../0.jpg"), tarfile.TarInfo("/0.jpg")):
-        with tarfile.open(tmp_path / "x.tar", "w") as tar:
-            info.size = 0 if info.issym() else len(image)
-            tar.addfile(info, io.BytesIO(image))
-        with pytest.raises(UserError, match="a link or a name that leads out of it"):
-            open_source(str(tmp_path))
 
 
 # The loss mask.

@@ -1,17 +1,9 @@
-import io
-
 import numpy as np
 import pytest
-from conftest import photograph
+from conftest import encoded, photograph
 from PIL import Image, ImageCms
 
 from images import alpha_of, fit, open_image, to_rgb, upright_size
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def opened(image: Image.Image, kind: str = "PNG", **options) -> Image.Image:

@@ -20,7 +20,7 @@ from test_train import equal, train, weights  # noqa: F401 (a fixture)
 
 import remote
 from captions import CaptionConfig
-from data import DataConfig, Stream, first_decodable, make_loader
+from data import DataConfig, Stream, make_loader
 from errors import UserError
 from remote import NO_CACHE, Cache, RemoteFile, scheme_of
 from shards import read_index, to_line
@@ -355,7 +355,7 @@ def test_what_fails_in_a_worker_reaches_the_user_as_it_is(server, shards, worker
     with pytest.raises(UserError, match=r"^--data http://\S+\.tar: is not there$"):
         batches(source, workers=workers)
     with pytest.raises(UserError, match="is not there"):
-        first_decodable(source, range(3))
+        Stream(source, DataConfig(workers=0), CaptionConfig(), 64, 0).spare(0)
 
 
 # What is refused.

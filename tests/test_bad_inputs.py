@@ -1,0 +1,512 @@
+"""Bad input of every kind that we could think of, and what it gives: an error of one line, a sample that is left out and
+named, or a picture that is used as it should be.
+"""
+
+import gzip
+import io
+import json
+import os
+import pickle
+import resource
+import signal
+import struct
+import subprocess
+import tarfile
+import zlib
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import encoded, photograph
+from PIL import Image, ImageCms
+from safetensors.torch import save
+from transformers import CLIPTokenizer
+
+from buckets import resized
+from captions import CaptionConfig
+from data import DataConfig, Stream
+from errors import UserError
+from images import fit
+from sdxl import BASE, tokenize
+from shards import pack_latents
+from sources import open_mixture
+
+PHOTO = photograph(3, 90, 70)
+JPEG, PNG = encoded(PHOTO, "JPEG"), encoded(PHOTO)
+LATENTS = pack_latents(torch.zeros(8, 8, 8), (70, 90), (0, 9))
+GOOD = ("good.jpg", JPEG), ("good.txt", b"good")
+BAD = ("bad.jpg", JPEG), ("bad.txt", b"bad")
+CASES = {}
+
+
+def case(name: str, outcome: str, make: Callable[[Path], object], *data: str, picture=PHOTO, caption: str = "bad") -> None:
+    """What `make` puts into an empty folder gives `outcome`: 'error' and a part of its text, or, with commas between them,
+    'skipped NAME', 'uncaptioned NAME', 'cut NAME' and 'used', if `caption` is told with the pixels of `picture`.
+
+    `data`: what --data then is, if not the folder, for which {} stands.
+    """
+    assert name not in CASES
+    CASES[name] = make, data or ("{}",), outcome, picture, caption
+
+
+def put(folder: Path, *files: tuple[str, bytes]) -> None:
+    for name, content in files:
+        (folder / name).write_bytes(content)
+
+
+def pack(folder: Path, *members: tuple[str | tarfile.TarInfo, bytes]) -> None:
+    """-> folder/x.tar."""
+    with tarfile.open(folder / "x.tar", "w") as out:
+        for name, content in members:
+            info = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
+            info.size = len(content)
+            out.addfile(info, io.BytesIO(content))
+
+
+# Images in a folder.
+
+
+def image(name: str, outcome: str, content: bytes, extension: str = "jpg", picture: Image.Image = PHOTO) -> None:
+    case(f"image: {name}", outcome, lambda folder: put(folder, *GOOD, (f"bad.{extension}", content), BAD[1]), picture=picture)
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(width: int, height: int, *chunks: bytes) -> bytes:
+    """The PNG, with another size in its header and more chunks."""
+    return PNG[:8] + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + b"".join(chunks) + PNG[33:]
+
+
+def with_exif(exif: bytes) -> bytes:
+    return JPEG[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 8) + b"Exif\0\0" + exif + JPEG[2:]
+
+
+def tagged(*entries: tuple[int, int, bytes]) -> bytes:
+    """With EXIF of these tags, types and values."""
+    packed = b"".join(struct.pack(">HHI4s", tag, kind, 1, value) for tag, kind, value in entries)
+    return with_exif(b"MM\0*\0\0\0\x08" + struct.pack(">H", len(entries)) + packed + bytes(4))
+
+
+def unlike(path: Path, make: Callable[[Path], object]) -> Callable[[Path], None]:
+    """A good image and a bad one that is no ordinary file."""
+    return lambda folder: (put(folder, *GOOD, BAD[1]), make(folder / path))
+
+
+def unreadable(path: Path) -> None:
+    path.touch(mode=0)
+    if os.access(path, os.R_OK):  # by root: of this one not even root can read
+        path.unlink()
+        path.symlink_to("/proc/self/mem")
+
+
+def enormous(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 50 * 2**30)
+
+
+def swapped() -> tuple[bytes, Image.Image]:
+    """A palette image whose profile takes red for green, and what it looks like."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for one, other in ((b"rXYZ", b"...."), (b"gXYZ", b"rXYZ"), (b"....", b"gXYZ"), ("sRGB".encode("utf-16-be"), b"\0x" * 4)):
+        profile = profile.replace(one, other)
+    palette = PHOTO.convert("P", palette=Image.Palette.ADAPTIVE)
+    red, green, blue = PHOTO.split()
+    return encoded(palette, icc_profile=profile), Image.merge("RGB", (green, red, blue))
+
+
+GREY, STRIP = PHOTO.convert("L"), Image.linear_gradient("L").resize((1, 10**6))
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+ZEROS = zlib.compress(bytes(10**8))
+LATER = [photograph(4, 90, 70)]
+for kind, extension in (("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"), ("AVIF", "avif")):
+    whole, outcome = encoded(PHOTO, kind), f"skipped bad.{extension}"
+    image(f"{kind} cut in its pixels", outcome, whole[: len(whole) * 2 // 3], extension)
+    image(f"{kind} cut in its header", outcome, whole[:20], extension)
+for name, content in (
+    ("of no bytes", b""),
+    ("random bytes", np.random.default_rng(0).bytes(5000)),
+    ("a server's error page", b"<!DOCTYPE html><html><title>404 Not Found</title></html>"),
+    ("SVG", b'<svg xmlns="http://www.w3.org/2000/svg" width="90" height="70"><rect width="90" height="70"/></svg>'),
+    ("PostScript, which Pillow would run", encoded(PHOTO, "EPS")),
+    ("a kind that nobody trains on", encoded(PHOTO, "PCX")),
+    ("no width", png(0, 70)),
+    ("pixel bomb", encoded(Image.new("1", (20_000, 20_000)))),
+    ("PNG that says it is enormous", png(2**31 - 1, 2**31 - 1)),
+    ("PNG with a wrong checksum", PNG[:29] + b"0000" + PNG[33:]),
+    ("PNG with a text of 100 MB in a few KB", png(90, 70, chunk(b"zTXt", b"x\0\0" + ZEROS))),
+):
+    image(name, "skipped bad.jpg", content)
+for name, content, *picture in (
+    ("PNG named .jpg", PNG),
+    ("PNG that says it is higher: black below", png(90, 75), PHOTO.crop((0, 0, 90, 75))),
+    ("JPEG with something behind it", JPEG + PNG),
+    ("animated GIF named .jpg", encoded(PHOTO, "GIF", save_all=True, append_images=LATER)),
+    ("animated WebP named .jpg", encoded(PHOTO, "WEBP", save_all=True, append_images=LATER)),
+    ("one pixel", encoded(PHOTO.crop((0, 0, 1, 1))), PHOTO.crop((0, 0, 1, 1))),
+    ("strip of 1 × 1,000,000 pixels", encoded(STRIP), STRIP.convert("RGB")),
+    ("16 bits", encoded(Image.fromarray(np.asarray(GREY).astype(np.uint16) * 257)), GREY.convert("RGB")),
+    ("CMYK", encoded(PHOTO.convert("CMYK"), "JPEG")),
+    ("palette with a profile", *swapped()),
+    ("profile that is none", encoded(PHOTO, icc_profile=b"no profile")),
+    ("profile cut off", encoded(PHOTO, icc_profile=SRGB[:300])),
+    ("profile of another kind of image", encoded(PHOTO.convert("CMYK"), "JPEG", icc_profile=SRGB)),
+    ("EXIF that is none", with_exif(b"no EXIF at all")),
+    ("EXIF of no bytes", with_exif(b"")),
+    ("EXIF that leads out of itself", with_exif(b"II*\0\xff\xff\xff\xff")),
+    ("EXIF of turn 99", tagged((0x112, 3, b"\0\x63"))),
+    ("EXIF of a turn that is text", tagged((0x112, 2, b"x"))),
+    ("EXIF of turn 1/0", tagged((0x112, 5, b"\0\0\0\x1a"))),
+    (
+        "EXIF with a number for a text",
+        tagged((0x10E, 11, b"????"), (0x112, 3, b"\0\x06")),
+        PHOTO.transpose(Image.Transpose.ROTATE_270),
+    ),
+):
+    image(name, "used", content, picture=(picture or [PHOTO])[0])
+case("image: not to be read", "skipped bad.jpg", unlike("bad.jpg", unreadable))
+case("image: link to nowhere", "skipped bad.jpg", unlike("bad.jpg", lambda path: path.symlink_to("nowhere.jpg")))
+case("image: link to itself", "skipped bad.jpg", unlike("bad.jpg", lambda path: path.symlink_to("bad.jpg")))
+case("image: file of 50 GB", "skipped bad.jpg", unlike("bad.jpg", enormous))
+case("image: a pipe", "", unlike("bad.jpg", os.mkfifo))
+case("image: a folder", "", unlike("bad.jpg", Path.mkdir))
+case("image: named in no UTF-8", "skipped b\\xff.jpg", lambda at: put(at, *GOOD, ("b\udcff.jpg", b""), ("b\udcff.txt", b"bad")))
+
+
+# Captions, in a folder and in a shard.
+
+
+def caption(name: str, text: bytes, *, told: str | None, extension: str = "txt") -> None:
+    """`told`: the caption that it is; None: none."""
+    captioned = BAD[0], (f"bad.{extension}", text)
+    if extension == "txt":
+        outcome = "uncaptioned bad.jpg" if told is None else "used"
+        case(f"caption in a folder: {name}", outcome, lambda at: put(at, *GOOD, *captioned), caption=told)
+    outcome = "uncaptioned x.tar:bad" if told is None else "used"
+    case(f"caption in a shard: {name}", outcome, lambda at: pack(at, *GOOD, *captioned), caption=told)
+
+
+caption("empty", b"", told=None)
+caption("only spaces", b" \n\t \n", told=None)
+caption("only a byte order mark", b"\xef\xbb\xbf\n", told=None)
+caption("byte order mark", b"\xef\xbb\xbfbad", told="bad")
+caption("UTF-16, as Windows writes it", "bad".encode("utf-16"), told="bad")
+caption("no UTF-8", b"bad \xff caf\xe9", told="bad \ufffd caf\ufffd")
+caption("NUL bytes", b"bad\0\0", told="bad\0\0")
+caption("of 10 MB", b"bad " * 2_500_000, told=None)
+caption("JSON cut off", b'{"captions": ["bad"', told=None)
+caption("JSON nested 10,000 deep", b'{"captions": ' + b"[" * 10_000 + b"]" * 10_000 + b"}", told=None)
+caption("JSON with captions that are none", b'{"captions": [1, null, {"a": "b"}, ""]}', told=None)
+caption("JSON with half of a character", b'{"captions": ["bad \\ud800"]}', told="bad ?")
+caption("JSON with a byte order mark", b'\xef\xbb\xbf{"captions": "bad"}', told="bad", extension="json")
+caption("JSON that is a number", b"3", told=None, extension="json")
+caption("JSON that is a list", b'["bad"]', told=None, extension="json")
+case("caption in a folder: none", "uncaptioned bad.jpg", lambda at: put(at, *GOOD, BAD[0]))
+case(
+    "caption in a folder: not to be read",
+    "uncaptioned bad.jpg",
+    lambda at: (put(at, *GOOD, BAD[0]), unreadable(at / "bad.txt")),
+)
+case("caption in a shard: none", "uncaptioned x.tar:bad", lambda at: pack(at, *GOOD, BAD[0]))
+
+
+# Tar files.
+
+
+def members(name: str, outcome: str, *files: tuple[str | tarfile.TarInfo, bytes]) -> None:
+    case(f"tar: {name}", outcome, lambda folder: pack(folder, *files))
+
+
+def changed(name: str, outcome: str, change: Callable[[bytes], bytes]) -> None:
+    """`change`: the tar of a bad and a good sample -> what is there instead."""
+
+    def make(folder: Path) -> None:
+        pack(folder, *BAD, *GOOD)
+        put(folder, ("x.tar", change((folder / "x.tar").read_bytes())))
+
+    case(f"tar: {name}", outcome, make)
+
+
+def special(kind: bytes, link: str = "") -> tuple[tarfile.TarInfo, bytes]:
+    """A bad.jpg that is no file."""
+    info = tarfile.TarInfo("bad.jpg")
+    info.type, info.linkname = kind, link
+    return info, b""
+
+
+def resize(tar: bytes, size: bytes) -> bytes:
+    """With this in the size field of the good image, and the checksum right."""
+    header = bytearray(tar[SAMPLE : SAMPLE + 512])
+    header[124:136], header[148:156] = size, b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return tar[:SAMPLE] + header + tar[SAMPLE + 512 :]
+
+
+def sparse(folder: Path) -> None:
+    enormous(folder / "bad.jpg")
+    put(folder, BAD[1])
+    subprocess.run(["tar", "--sparse", "-cf", "x.tar", "bad.jpg", "bad.txt"], cwd=folder, check=True)
+
+
+class Attack:
+    """Unpickled, it leaves a file behind."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("attacked"),)
+
+
+SAMPLE = 512 * (3 + -(-len(JPEG) // 512))  # bytes of one in a tar
+REFUSED = "error 'bad.jpg', which is no plain file or leads out of it"
+changed("no tar", "error x.tar is no tar file", lambda tar: b"x" * 5000)
+changed("of no bytes", "error x.tar is no tar file", lambda tar: b"")
+changed("compressed", "error x.tar is no tar file", gzip.compress)
+changed("cut", "cut x.tar, used", lambda tar: tar[: SAMPLE + 700])
+changed("without an end", "cut x.tar, used", lambda tar: tar[: 2 * SAMPLE])
+changed("damaged in the middle", "cut x.tar, used", lambda tar: tar[:SAMPLE] + b"\xff" * 512 + tar[SAMPLE + 512 :])
+changed("two in one", "cut x.tar, used", lambda tar: tar + tar)
+changed("size of 8 GB", "cut x.tar, used", lambda tar: resize(tar, b"77777777777\0"))
+changed("size of 2^80", "cut x.tar, used", lambda tar: resize(tar, b"\x80\1" + bytes(10)))
+changed("size below zero", "error 'good.jpg' of a size below zero", lambda tar: resize(tar, b"\xff" * 10 + b"\xfe\0"))
+members("nothing in it", "error no image with a caption there")
+members("names without an ending", "error no image with a caption there", ("jpg", JPEG), ("txt", b"bad"))
+members("link", REFUSED, special(tarfile.SYMTYPE, "/etc/passwd"), *GOOD)
+members("hard link", REFUSED, *GOOD, special(tarfile.LNKTYPE, "good.jpg"))
+members("device", REFUSED, special(tarfile.CHRTYPE), *GOOD)
+members("pipe", REFUSED, special(tarfile.FIFOTYPE), *GOOD)
+members("absolute name", "error '/bad.jpg', which is no plain file or leads out", ("/bad.jpg", JPEG), ("/bad.txt", b"bad"))
+members("name that climbs", "error 'a/../../bad.jpg', which is no plain file or leads out", ("a/../../bad.jpg", JPEG), *GOOD)
+members("name twice", "error two files of the same name", *BAD, *GOOD, *BAD)
+members("name twice but for its case", "error two files of the same name", *BAD, ("bad.JPG", JPEG))
+members("pickles", "used", *BAD, *((f"bad.{kind}", pickle.dumps(Attack())) for kind in ("pyd", "pickle", "pth", "npy")), *GOOD)
+members("image apart from its caption", "uncaptioned x.tar:bad", BAD[0], *GOOD, BAD[1])
+members("name with another dot", "uncaptioned x.tar:bad.2.jpg", ("bad.2.jpg", JPEG), ("bad.2.txt", b"bad"), *GOOD)
+members("name of 300 characters", "used", ("bad" * 100 + ".jpg", JPEG), ("bad" * 100 + ".txt", b"bad"))
+members("name beyond ASCII", "used", ("büße/猫.jpg", JPEG), ("büße/猫.txt", b"bad"))
+members("name that is no UTF-8", "skipped x.tar:b\\xff", ("b\udcff.jpg", b""), ("b\udcff.txt", b"bad"), *GOOD)
+case("tar: file with holes, of 50 GB", REFUSED, sparse)
+
+
+# Folders.
+
+
+def metadata(name: str, outcome: str, *lines: str) -> None:
+    told = ("bad.jpg", JPEG), ("metadata.jsonl", "\n".join(lines).encode())
+    case(f"metadata.jsonl: {name}", outcome, lambda folder: put(folder, *GOOD, *told))
+
+
+def row(file_name: object = "bad.jpg", text: object = "bad") -> str:
+    return json.dumps({"file_name": file_name, "text": text})
+
+
+LINE = "error metadata.jsonl line 2: needs file_name and text"
+OUT = "is no name in this folder"
+metadata("line that is no JSON", LINE, row(), "{file_name")
+metadata("line cut off", LINE, row(), row()[:20])
+metadata("line nested 100,000 deep", LINE, row(), "[" * 100_000)
+metadata("line without a text", LINE, row(), '{"file_name": "bad.jpg"}')
+metadata("line that is a number", LINE, row(), "3")
+metadata("name that is a number", LINE, row(), row(3))
+metadata("name that leads out", f"error line 2: '../../etc/passwd.jpg' {OUT}", row(), row("../../etc/passwd.jpg"))
+metadata("absolute name", f"error line 1: '/etc/passwd.jpg' {OUT}", row("/etc/passwd.jpg"))
+metadata("name with a NUL byte", f"error line 1: 'bad\\x00.jpg' {OUT}", row("bad\0.jpg"))
+metadata("name with half of a character", f"error line 1: 'bad\\ud800.jpg' {OUT}", row("bad\ud800.jpg"))
+metadata("image that is not there", "skipped nowhere.jpg, used", row(), row("nowhere.jpg"))
+metadata("text that is none", "uncaptioned bad.jpg", row(text={"a": "bad"}))
+metadata("some texts that are none", "used", row(text=[1, None, "bad", ""]))
+metadata(
+    "byte order mark and a separator of lines", "used", "\ufeff" + row(), '{"file_name": "good.jpg", "text": "good\u2028"}'
+)
+case("metadata.jsonl: a folder", "", lambda folder: (put(folder, *GOOD), (folder / "metadata.jsonl").mkdir()))
+case("metadata.jsonl: not to be read", "error /data: [Errno ", lambda at: (put(at, *GOOD), unreadable(at / "metadata.jsonl")))
+case("folder: not there", "error --data nowhere: nowhere does not exist", lambda folder: None, "{}/nowhere")
+case("folder: empty", "error no image with a caption there", lambda folder: None)
+case("folder: an image", "error good.jpg is no tar file", lambda folder: put(folder, *GOOD), "{}/good.jpg")
+
+
+# The index of shards.
+
+
+def index(name: str, outcome: str, /, **fields) -> None:
+    """A line with these in place of the true ones."""
+
+    def make(folder: Path) -> None:
+        pack(folder, *BAD, *GOOD)
+        size = (folder / "x.tar").stat().st_size
+        samples = [[n, at + 512, len(JPEG), at + SAMPLE - 512, s, 70, 90] for n, at, s in (("bad", 0, 3), ("good", SAMPLE, 4))]
+        put(folder, ("index.jsonl", json.dumps({"name": "x.tar", "bytes": size, "samples": samples, **fields}).encode()))
+
+    case(f"index.jsonl: {name}", outcome, make)
+
+
+LINE = "error index.jsonl line 1 is no line of an index"
+REST = SAMPLE - 512, 3, 70, 90
+index("as it should be", "used")
+index("of another file", "used", bytes=9999, samples=[["other", 1, 2, 3, 4, 5, 6]])
+index(
+    "where the image is not",
+    "skipped x.tar:bad",
+    samples=[["bad", 700, 50, *REST], ["good", 512, len(JPEG), 2 * SAMPLE - 512, 4, 70, 90]],
+)
+index("tar that is not there", "error y.tar does not exist", name="y.tar")
+index("name that leads out", LINE, name="../x.tar")
+index("name that is a number", LINE, name=3)
+index("number below zero", LINE, samples=[["bad", -512, 3, *REST]])
+index("enormous number", LINE, samples=[["bad", 512, 10**30, *REST]])
+index("infinite number", LINE, samples=[["bad", float("inf"), 3, *REST]])
+index("enormous picture", LINE, samples=[["bad", 512, 3, 512, 3, 10**30, 90]])
+index("image beyond the end", LINE, samples=[["bad", 512, 10**15, *REST]])
+index("too few numbers", LINE, samples=[["bad", 1, 2]])
+index("samples that are none", LINE, samples=7)
+index("names that are none", LINE, uncaptioned=5)
+index("kind that is none", "used", latents=[])
+index("VAE that is none", LINE, vae=["x"])
+case("index.jsonl: no JSON", LINE, lambda folder: (pack(folder, *GOOD), put(folder, ("index.jsonl", b"\xff\xfe{"))))
+case(
+    "index.jsonl: interrupted",
+    "error was interrupted",
+    lambda folder: (pack(folder, *GOOD), put(folder, ("x.tar.json", b"{}"))),
+)
+
+
+# Latents.
+
+
+def latents(name: str, outcome: str, content: bytes) -> None:
+    files = ("bad.safetensors", content), BAD[1], ("good.safetensors", LATENTS), GOOD[1]
+    case(f"latents: {name}", outcome, lambda folder: pack(folder, *files))
+
+
+def shaped(shape: object) -> bytes:
+    """Latents that are only a header."""
+    text = json.dumps({"posterior": {"dtype": "F16", "shape": shape, "data_offsets": [0, 0]}}).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+def tensors(**others: torch.Tensor) -> bytes:
+    right = {"posterior": torch.zeros(8, 8, 8).half(), "original_size": torch.tensor([70, 90]), "crop": torch.tensor([0, 9])}
+    return save(right | others)
+
+
+def mistold(folder: Path) -> None:
+    """The index tells another size of latents than they have."""
+    small = tensors(posterior=torch.zeros(8, 4, 16).half())
+    pack(folder, ("bad.safetensors", small), BAD[1], ("good.safetensors", LATENTS), GOOD[1])
+    with tarfile.open(folder / "x.tar") as tar:
+        at = {member.name: (member.offset_data, member.size) for member in tar}
+    samples = [[name, *at[f"{name}.safetensors"], *at[f"{name}.txt"], 64, 64] for name in ("bad", "good")]
+    told = {"name": "x.tar", "bytes": (folder / "x.tar").stat().st_size, "samples": samples, "latents": True}
+    put(folder, ("index.jsonl", json.dumps(told).encode()))
+
+
+ONE_NAN = torch.zeros(8, 8, 8).half()
+ONE_NAN[3, 2, 1] = torch.nan
+latents("as they should be", "used", tensors())
+latents("of another resolution", "error bad holds latents of 96 × 96 pixels", tensors(posterior=torch.zeros(8, 12, 12).half()))
+for name, content in (
+    ("of no bytes", b""),
+    ("cut in their header", LATENTS[:50]),
+    ("cut in their numbers", LATENTS[:-100]),
+    ("header of 2^63 bytes", (2**63).to_bytes(8, "little") + LATENTS[8:]),
+    ("header nested 50,000 deep", (50_000).to_bytes(8, "little") + b"[" * 50_000),
+    ("shape of texts", shaped(["a", "b", "c"])),
+    ("shape that is a text", shaped("abc")),
+    ("shape below zero", shaped([8, -8, -8])),
+    ("shape without end", shaped([8, 10**30, 8])),
+    ("shape of fractions", shaped([8, 8.5, 8.5])),
+    ("NaN", tensors(posterior=ONE_NAN)),
+    ("infinite", tensors(posterior=torch.full((8, 8, 8), torch.inf).half())),
+    ("four channels", tensors(posterior=torch.zeros(4, 8, 8).half())),
+    ("float64", tensors(posterior=torch.zeros(8, 8, 8).double())),
+    ("two dimensions", tensors(posterior=torch.zeros(8, 8).half())),
+    ("without a crop", save({"posterior": torch.zeros(8, 8, 8).half(), "original_size": torch.tensor([70, 90])})),
+    ("crop of three numbers", tensors(crop=torch.tensor([0, 9, 9]))),
+    ("crop of fractions", tensors(crop=torch.tensor([0, 0.5]))),
+    ("all of a bucket damaged", tensors(posterior=torch.full((8, 4, 16), torch.nan).half())),
+):
+    latents(name, "skipped x.tar:bad", content)
+case("latents: not as the index tells", "skipped x.tar:bad", mistold)
+case(
+    "latents: beside images", "error both images and latents", lambda at: pack(at, ("bad.safetensors", LATENTS), BAD[1], *GOOD)
+)
+
+
+# --data.
+
+
+def two(folder: Path) -> None:
+    for name in "ab":
+        (folder / name).mkdir()
+    put(folder / "a", *GOOD)
+    pack(folder / "b", ("good.safetensors", LATENTS), GOOD[1])
+
+
+for name, outcome, *data in (
+    ("a command", "error does not exist", "pipe:touch attacked; cat {}/b/x.tar"),
+    ("open brace", "error a brace is not closed", "{}/{{000..002.tar"),
+    ("brace over nothing", "error 000.tar does not exist", "{}/{{000..002}}.tar"),
+    ("name of 5,000 characters", "error name too long", "x" * 5000),
+    ("name with a NUL byte", "error does not exist", "{}/a\0b"),
+    ("nothing", "error is empty", ""),
+    ("weight of zero", "error a weight must be above 0", "{}/a:0"),
+    ("weight below zero", "error a weight must be above 0", "{}/a:-1"),
+    ("weight that is no number", "error a weight must be above 0", "{}/a:nan"),
+    ("infinite weight", "error a weight must be above 0", "{}/a:1e999"),
+    ("a weight for one of two", "error give all of them a weight", "{}/a:1", "{}/a"),
+    ("images and latents", "error both images and latents", "{}/a:1", "{}/b:1"),
+):
+    case(f"--data: {name}", outcome, two, *data)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(BASE / "tokenizer")
+
+
+@pytest.fixture
+def bounded(tmp_path, monkeypatch):
+    """Up to a gigabyte and ten seconds for any of these."""
+    monkeypatch.chdir(tmp_path)
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (now + 2**30, before[1]))
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("took more than ten seconds"))
+    signal.alarm(10)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_bad_input_gives(name, tmp_path, tokenizer, bounded):
+    make, data, outcome, picture, caption = CASES[name]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    make(folder)
+    error = ""
+    try:
+        source = open_mixture(tuple(one.format(folder) for one in data))
+        stream = Stream(source, DataConfig(bs=2, bucket_step=16, workers=0), CaptionConfig(), 64, 0)
+        batches = list(islice(stream, 12))
+    except UserError as told:
+        error = str(told).replace(f"{folder}/", "")
+    if error or outcome.startswith("error"):
+        assert outcome.removeprefix("error ") in error
+        return
+    names = {name for batch in batches for name in batch.skipped}
+    found = {"skipped": names, "uncaptioned": source.uncaptioned, "cut": source.cut}
+    seen = {told: image.numpy() for batch in batches for told, image in zip(batch.captions, batch.images, strict=True)}
+    reports = [f"{kind} {name.removeprefix(f'{folder}/')}" for kind, names in found.items() for name in names]
+    assert ", ".join(reports + ["used"] * (caption in seen)) == outcome
+    assert seen.keys() <= {caption, "good"}
+    if "used" in outcome and not source.latents:
+        bucket = seen[caption].shape[:2]
+        wanted, _ = fit(picture, resized(picture.size[::-1], bucket), bucket, flip=False)
+        assert np.abs(seen[caption].astype(float) - wanted).mean() < 9
+    tokenize([tokenizer], list(seen))
+    " ".join(reports).encode()  # they can be printed
+    assert not Path("attacked").exists()
