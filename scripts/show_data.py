@@ -64,10 +64,11 @@ def cell(pixels: np.ndarray, caption: str, facts: str) -> Image.Image:
     return sheet
 
 
-def contact_sheet(stream: Stream, images: int) -> Image.Image:
-    """The first images of the stream, from left to right, row by row."""
-    cells = []
+def contact_sheet(stream: Stream, images: int) -> tuple[Image.Image, list[str]]:
+    """The first images of the stream, from left to right, row by row; and what could not be decoded: others stand in for it."""
+    cells, skipped = [], []
     for batch in stream:
+        skipped += batch.skipped
         facts = zip(batch.size.tolist(), batch.original_size.tolist(), batch.crop.tolist(), strict=True)
         shown = batch.images.numpy()
         for mask in batch.mask:
@@ -85,7 +86,7 @@ def contact_sheet(stream: Stream, images: int) -> Image.Image:
         for i, one in enumerate(row):
             sheet.paste(one, (i * one.width, 0))
         sheets.append(sheet)
-    return stack(sheets)
+    return stack(sheets), skipped
 
 
 def bucket_table(source: Source, stream: Stream) -> list[str]:
@@ -125,7 +126,12 @@ def main(config: ShowConfig) -> None:
     print("\n".join(bucket_table(source, stream) + caption_lines(source, config.captions)))
     if source.uncaptioned:
         print(f"{len(source.uncaptioned)} images have no caption and are left out: {', '.join(source.uncaptioned[:10])}")
-    contact_sheet(stream, config.images).save(config.out)
+    sheet, skipped = contact_sheet(stream, config.images)
+    sheet.save(config.out)
+    if skipped:
+        print(
+            f"{len(set(skipped))} of these cannot be decoded, others stand in for them: {', '.join(sorted(set(skipped))[:10])}"
+        )
     print(f"what training sees first: {config.out}")
 
 

@@ -123,6 +123,9 @@ def test_the_contact_sheet_shows_what_training_sees(script, photos, tmp_path):
     y, width = 6 + (256 - len(first)) // 2, first.shape[1]
     at = [x for x in range(268 - width) if np.array_equal(sheet[y, x : x + width], first[0])]
     assert at == [(268 - width) // 2]
+    (folder / "photo2.jpg").write_bytes(b"no picture")
+    out, _ = script("scripts/show_data.py", *how, "--images", 40, "--out", tmp_path / "sheet.png")
+    assert re.search(r"^\d of these cannot be decoded, others stand in for them: .*photo2\.jpg", out, re.M)
     _, err = script("scripts/show_data.py", "--images", 0, status=2)
     assert err == "show_data.py: --images must be at least 1, not 0\n"
 
