@@ -594,8 +594,8 @@ def save_checkpoint(
 # learnt depends on them, or only from then on. All others need --resume-override.
 NEVER = {"model", "rank", "alpha", "targets", "train_text_encoder", "optimizer"}
 FREELY = {"steps", "save_every", "keep", "format", "save_dtype", "out", "log_dir", "resume", "resume_override", "device",
-          "workers", "data_cache", "data_cache_gb", "vram_gb", "checkpointing", "attention", "cuda_graph", "compile", "rank_timeout",
-          "check_ranks_every", "max_bad_steps"}  # fmt: skip
+          "workers", "data_cache", "data_cache_gb", "vram_gb", "checkpointing", "attention", "cuda_graph", "compile",
+          "rank_timeout", "check_ranks_every", "max_bad_steps"}  # fmt: skip
 
 
 def circumstances(config: TrainConfig, source: Source, world: int) -> dict:

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import memory
 from captions import CaptionConfig, choose_caption
 from checkpoint import check_writable
-from data import DataConfig, assign_buckets, decode, describe_buckets, ignore_interrupt, normalise
+from data import DataConfig, assign_buckets, decode, describe_buckets, ignore_signals, normalise
 from distributed import Ranks, join_ranks, leave_ranks
 from errors import UserError, one_line_errors
 from sdxl import Denoiser, digest, encode_pixels, native_resolution, read_sdxl, tokenize, vae_probe
@@ -140,7 +140,7 @@ class Pictures(Dataset):
 
 def ahead(dataset: Dataset, numbers: list[int], workers: int) -> Iterator:
     """These items, in this order."""
-    return iter(DataLoader(dataset, batch_size=None, sampler=numbers, num_workers=workers, worker_init_fn=ignore_interrupt))
+    return iter(DataLoader(dataset, batch_size=None, sampler=numbers, num_workers=workers, worker_init_fn=ignore_signals))
 
 
 # Entries of the cache.
