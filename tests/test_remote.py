@@ -16,7 +16,7 @@ import fsspec
 import numpy as np
 import pytest
 import torch
-from test_train import equal, train, weights  # noqa: F401 (a fixture)
+from test_train import equal, weights
 
 import remote
 from captions import CaptionConfig
@@ -548,7 +548,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 # The scripts.
 
 
-def test_training_from_elsewhere_is_training_from_here(train, server, bucket, shards, tmp_path):  # noqa: F811
+def test_training_from_elsewhere_is_training_from_here(train, server, bucket, shards, tmp_path):
     how = ["--steps", 2, "--workers", 2, "--flip", "--caption-dropout", 0.3]
     train(*how)
     wanted = weights(tmp_path / "out", 2)
@@ -568,7 +568,7 @@ def test_the_data_sheet_from_elsewhere(server, shards, script, tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 8
 
 
-def test_a_server_that_goes_away_ends_training_with_one_line(train, server, shards, tmp_path):  # noqa: F811
+def test_a_server_that_goes_away_ends_training_with_one_line(train, server, shards, tmp_path):
     url = serve(server, shards)
     server.faults = [None] * 5  # the index, three sizes, the first image
     server.always = 500
