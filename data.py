@@ -211,11 +211,13 @@ class Stream(IterableDataset):
             nonlocal images
             if raw.name in self.left_out:
                 raise ValueError(raw.name)
-            pixels, original, crop, *mask = self.decode(raw, bucket, flip)
+            (pixels, original, crop, *mask), text = self.decode(raw, bucket, flip), self.encoded(raw, caption)
+            if told and [states.shape for states in text] != [states.shape for states in told[0][4]]:
+                raise ValueError("its text is of another shape")
             if images is None:
                 images = np.empty((len(samples), *pixels.shape), pixels.dtype)
             images[len(told)] = pixels  # at once: memory that is given back while it is warm makes the next image faster
-            told.append((original, crop, caption, raw.name, self.encoded(raw, caption), *mask))
+            told.append((original, crop, caption, raw.name, text, *mask))
 
         for draw, n in zip(draws, samples, strict=True):
             rng, raw = random.Random(f"{self.seed} draw {draw}"), self.source.raw(n)

@@ -19,6 +19,8 @@ from shards import HEAD, MOST_TEXT, Shard, read_index, size_of, split_captions, 
 
 DEMO = Path(__file__).parent / "assets/demo/train"
 
+NO_NAME = re.compile("[\x00-\x1f\ud800-\udc7f\udd00-\udfff]")  # control characters; halves that stand for no byte of a name
+
 PLACE = np.dtype([(name, "i8") for name in ("file", "at", "size", "text_at", "text_size", "height", "width")])
 
 
@@ -238,7 +240,7 @@ def scan_folder(folder: Path) -> Source:
                 name, text = PurePosixPath(row["file_name"]), row["text"] or ""
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise UserError(f"--data: {metadata} line {number}: needs file_name and text ({error})") from None
-            if name.is_absolute() or ".." in name.parts or not str(name).isprintable():
+            if name.is_absolute() or ".." in name.parts or NO_NAME.search(str(name)):
                 raise UserError(f"--data: {metadata} line {number}: {str(name)!r} is no name in this folder")
             told[metadata.parent / name] = json.dumps({"captions": text}).encode()
     files, places, captions, uncaptioned, digest = [], [], [], [], hashlib.sha256()

@@ -37,6 +37,8 @@ class BenchDataConfig:
     """JPEGs of each size."""
     latents: int = 2000
     """Ready-made samples."""
+    drawn: int = 100_000
+    """Of them, again and again, while the memory is watched."""
 
 
 def photo(rng: np.random.Generator, size: tuple[int, int]) -> bytes:
@@ -103,11 +105,11 @@ def main(config: BenchDataConfig) -> None:
 
         stream = iter(Stream(open_source(str(folder / "latents")), DataConfig(bs=100), CaptionConfig(), 1024, seed=0))
         peaks = []
-        for batch in range(1000):
+        for drawn in range(100, config.drawn + 1, 100):
             next(stream)
-            if batch % 500 == 0 or batch == 999:
-                peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-        print(f"peak memory after 100, 50,100 and 100,000 latents: {', '.join(f'{peak:.0f} MiB' for peak in peaks)}")
+            if drawn in (100, config.drawn // 200 * 100, config.drawn):
+                peaks.append(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB after {drawn:,}")
+        print(f"peak memory, latents: {', '.join(peaks)}")
 
 
 if __name__ == "__main__":

@@ -445,7 +445,7 @@ def two(folder: Path) -> None:
 
 
 for name, outcome, *data in (
-    ("a command", "error does not exist", "pipe:touch attacked; cat {}/b/x.tar"),
+    ("a command", "error pipe: is refused", "pipe:touch attacked; cat {}/b/x.tar"),
     ("open brace", "error a brace is not closed", "{}/{{000..002.tar"),
     ("brace over nothing", "error 000.tar does not exist", "{}/{{000..002}}.tar"),
     ("name of 5,000 characters", "error name too long", "x" * 5000),

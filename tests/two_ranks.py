@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_map
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from test_lora import inputs, shake
@@ -20,7 +21,7 @@ def gradient_and_step(model: str, rank: int, world: int, average) -> dict[str, t
     denoiser = Denoiser(load_sdxl(model, torch.float32, torch.device("cpu")))
     adapter = add_lora(denoiser, LoRAConfig(rank=2), denoiser.unread)
     shake(adapter)
-    mine = {name: value[rank::world] for name, value in inputs(4).items()}
+    mine = tree_map(lambda rows: rows[rank::world], inputs(4))
     denoiser(**mine).square().mean().backward()
     average(adapter.grad)
     optimizer = memory.make_optimizer("adamw8bit", [{"params": [p], "lr": 1e-3} for p in adapter.groups.values()])
