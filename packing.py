@@ -22,8 +22,6 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Protocol
 
-import pyarrow
-from pyarrow.parquet import ParquetFile, read_metadata
 from tqdm import tqdm
 
 from errors import UserError
@@ -168,6 +166,9 @@ class ParquetRows:
     """Rows of the layout of lambdalabs/naruto-blip-captions: image {bytes, path}, text. Raises UserError if it is another."""
 
     def __init__(self, tables: list[Path]):
+        import pyarrow  # here, for it takes its time
+        from pyarrow.parquet import read_metadata
+
         self.tables, self.begins = tables, [0]
         for table in tables:
             try:
@@ -203,6 +204,9 @@ class ParquetRows:
 
 def read_rows(table: Path, first: int, last: int) -> Iterator[Row]:
     """One at a time. Memory holds a page, not the row group, which may be the whole file; pyarrow writes 1,024 rows a page."""
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
     with ParquetFile(table, pre_buffer=False, buffer_size=2**20) as file:
         end = 0
         for group in range(file.num_row_groups):
@@ -214,9 +218,7 @@ def read_rows(table: Path, first: int, last: int) -> Iterator[Row]:
             batches = islice(batches, wanted.start - begin, None)
             for n in wanted:
                 row = {"image": None, "text": None}
-                with suppress(
-                    pyarrow.ArrowException, OSError, ValueError, StopIteration
-                ):  # of a damaged group the rest is lost
+                with suppress(pyarrow.ArrowException, OSError, ValueError, StopIteration):  # the rest of a damaged group
                     row = next(batches).to_pylist()[0]
                 image = row["image"] if isinstance(row["image"], dict) else {"bytes": row["image"]}
                 texts = row["text"] if isinstance(row["text"], list) else [row["text"]]
