@@ -219,7 +219,7 @@ def usable(pictures: Iterator, numbers: range, keys: dict, old: Old, encoder: En
 def main(config: CacheConfig) -> None:
     # Data and model.
     device = memory.resolve_device(config.device)
-    ranks = join_ranks(device)
+    ranks = join_ranks(device, patience=7 * 86400)  # one may be done long before another
     source = open_source(config.data)
     if source.latents:
         raise UserError(f"{config.data} holds latents already")
