@@ -22,6 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import tyro
 from torch.utils.data import DataLoader, Dataset
@@ -140,7 +141,8 @@ class Pictures(Dataset):
 
 def ahead(dataset: Dataset, numbers: list[int], workers: int) -> Iterator:
     """These items, in this order."""
-    return iter(DataLoader(dataset, batch_size=None, sampler=numbers, num_workers=workers, worker_init_fn=ignore_signals))
+    how = {"num_workers": workers, "worker_init_fn": ignore_signals, "collate_fn": lambda item: item}
+    return iter(DataLoader(dataset, batch_size=None, sampler=numbers, **how))
 
 
 # Entries of the cache.
@@ -165,8 +167,8 @@ class Encoder:
         (posterior, crop, *mask), *mirrored = encoded
         return pack_latents(posterior, pictures[0][1], crop, *mirrored, mask=mask)
 
-    def posterior(self, pixels: torch.Tensor) -> torch.Tensor:
-        return encode_pixels(self.vae, normalise(pixels[None].to(self.device)))[0].cpu()
+    def posterior(self, pixels: np.ndarray) -> torch.Tensor:
+        return encode_pixels(self.vae, normalise(torch.tensor(pixels)[None].to(self.device)))[0].cpu()
 
     @torch.no_grad()
     def states(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -223,7 +225,7 @@ def main(config: CacheConfig) -> None:
     source = open_source(config.data)
     if source.latents:
         raise UserError(f"{config.data} holds latents already")
-    check_writable("--out", config.out)
+    ranks.from_first(check_writable("--out", config.out) if ranks.first else None)  # the others wait for the folder
     pipe = read_sdxl(config.model, torch.float32, unet=False)
     weights = digest(pipe.vae), digest(pipe.text_encoder, pipe.text_encoder_2) if config.text else ""
     encoder = Encoder(pipe, bool(config.text), device)
