@@ -31,6 +31,8 @@ class GraphedStep:
     def __init__(self, step: Callable[..., Tensor], accumulators: list[Tensor], cuda_graph: str, device: torch.device):
         self.step, self.accumulators, self.must = step, accumulators, cuda_graph == "on"
         self.graphs: dict = {}
+        self.known: set = set()  # shapes that were recorded
+        self.recorded_again = 0  # how often one of them was lost and had to be
         self.pool = self.stream = None
         self.eager = cuda_graph == "off" or device.type != "cuda"
         if self.must and self.eager:
@@ -43,6 +45,8 @@ class GraphedStep:
         if shapes not in self.graphs:
             try:
                 self.graphs[shapes] = self.one_more(inputs)
+                self.recorded_again += shapes in self.known
+                self.known.add(shapes)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:

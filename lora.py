@@ -160,6 +160,16 @@ class Adapter:
             self.grad += self.low_grad
             self.low_grad.zero_()
 
+    def clip(self, largest: float) -> Tensor:
+        """Scales `grad` down to the L2 norm `largest`. Returns the norm that each group had: [groups], on the device."""
+        norms = torch.stack([p.grad.norm() for p in self.groups.values()])
+        torch.nn.utils.clip_grads_with_norm_(self.groups.values(), largest, norms.norm())
+        return norms
+
+    def checksum(self) -> int:
+        """Of the bits of `flat`: another one if a single weight has changed. The host waits for the device."""
+        return int(self.flat.view(torch.int32).sum(dtype=torch.int64))
+
     def refresh(self) -> None:
         """After `flat` has changed: the layers compute with it, and the gradient is zero."""
         if self.low is not self.flat:

@@ -139,6 +139,14 @@ def peak_memory(device: torch.device) -> tuple[float, float]:
     return peak, peak
 
 
+def memory_in_use(device: torch.device) -> float:
+    """Share of the device's memory that all its processes have taken; of the host, which swaps and never spills, 0."""
+    if device.type != "cuda":
+        return 0.0
+    free, total = torch.cuda.mem_get_info(device)
+    return 1 - free / total
+
+
 # Gradient checkpointing (Chen et al. 2016, arXiv:1604.06174).
 
 BLOCKS = {"BasicTransformerBlock", "ResnetBlock2D", "CLIPEncoderLayer"}

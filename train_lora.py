@@ -23,7 +23,7 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -54,7 +54,7 @@ from quantise import BASES as PACKED
 from quantise import check_quantisable, packed_bytes, quantisable, quantise_base
 from sdxl import Denoiser, ReadyText, Tokens, decode_latents, encode_pixels, sample_latents, time_ids
 from sources import Source, open_mixture
-from watch import HITS, largest_values, not_finite
+from watch import HITS, Watchdog, largest_values, not_finite
 
 LOG_EVERY = 10  # steps; the host waits for the device only then
 MAX_GRAD_NORM = 1.0
@@ -165,12 +165,13 @@ class NoLog:
 
 
 class Meter:
-    """Loss and gradient norm of each step, images per second and share of the time spent waiting for data since the last
+    """Loss and gradient norms of each step, images per second and share of the time spent waiting for data since the last
     reading, which comes after LOG_EVERY steps at the latest. Adding costs no synchronisation, reading costs one.
     """
 
-    def __init__(self, device: torch.device):
-        self.losses, self.norms = torch.zeros(2, LOG_EVERY, device=device)
+    def __init__(self, device: torch.device, groups: Collection[str]):
+        self.groups = groups
+        self.losses, self.norms = torch.zeros(LOG_EVERY, device=device), torch.zeros(LOG_EVERY, len(groups), device=device)
         self.shares: list[float] = []  # of every reading
         self.restart()
 
@@ -190,21 +191,29 @@ class Meter:
         """A share of the loss of the step that is being made."""
         self.losses[self.steps] += loss
 
-    def end_step(self, grad_norm: torch.Tensor) -> None:
-        self.norms[self.steps] = grad_norm
+    def end_step(self, norms: torch.Tensor) -> None:
+        """`norms` [groups]: of the gradient of each."""
+        self.norms[self.steps] = norms
         self.steps += 1
 
     def read(self, ranks: Ranks, images_per_step: int, scale: float) -> tuple[dict[str, float], list[bool]]:
         """Mean loss over the finite ones and images/s of all ranks, what this one waited; and which steps were spoilt."""
         ranks.average(self.losses)  # one that is not finite on one rank is so on all
-        losses, norms = self.losses[: self.steps].tolist(), self.norms[: self.steps].tolist()
+        losses, norms = self.losses[: self.steps].tolist(), self.norms[: self.steps].norm(dim=1).tolist()
+        largest = self.norms[: self.steps].amax(dim=0).tolist()
         finite, seconds = list(filter(math.isfinite, losses)), time.perf_counter() - self.since
         self.shares.append(self.waited / seconds)
         spoilt = not_finite(losses, norms, scale)
         told = {
             "loss": sum(finite) / len(finite) if finite else math.nan,
             "grad_norm": norms[-1],
+            **{
+                f"grad_norm/{name}": most
+                for name, most in zip(self.groups, self.norms[: self.steps].amax(0).tolist(), strict=True)
+            },
             "images_per_second": self.steps * images_per_step / seconds,
+            "seconds_per_step": seconds / self.steps,
+            "steps": self.steps,
             "waiting_for_data": self.shares[-1],
             "loss_scale": scale,
             "overflows": sum(not math.isfinite(norm) for norm in norms) - sum(spoilt),
@@ -379,7 +388,8 @@ def main(config: TrainConfig) -> int:
             return gallery.draw(f"LoRA, step {run.step}")
 
     weights = {name: delta[:2] for name, delta in adapter.deltas.items()}
-    meter, skipped, stopping = Meter(device), set(source.uncaptioned), False
+    meter, skipped, stopping = Meter(device, adapter.groups), set(source.uncaptioned), False
+    watchdog = Watchdog(diffusion.weights.mean().item(), ranks.rank)
     examine = partial(examine_steps, config, ranks, stream, denoiser, adapter, prepare, differentiate)
     progress = tqdm(total=config.steps, initial=run.step, unit="step", disable=not ranks.first)
     while run.step < config.steps and not stopping:
@@ -394,12 +404,12 @@ def main(config: TrainConfig) -> int:
         stopping = ranks.any(stop.asked)
         ranks.average(adapter.grad)
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(adapter.groups.values(), MAX_GRAD_NORM)
-        optimizer.found_inf = (~grad_norm.isfinite()).float()  # as a GradScaler tells: the step is skipped on the device
+        norms = adapter.clip(MAX_GRAD_NORM)
+        optimizer.found_inf = (~norms.isfinite()).any().float()  # as a GradScaler tells: the step is skipped on the device
         scaler.step(optimizer)
         scaler.update()
         adapter.refresh()
-        meter.end_step(grad_norm)
+        meter.end_step(norms)
         run.step, run.samples = run.step + 1, run.samples + images_per_step
         progress.update()
 
@@ -422,8 +432,10 @@ def main(config: TrainConfig) -> int:
             progress.set_postfix(loss=f"{scalars['loss']:.4f}", **shown)
             scalars |= {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
             scalars |= dict(zip(("peak_memory_GiB", "peak_reserved_GiB"), memory.peak_memory(device), strict=True))
+            scalars["memory_in_use"] = memory.memory_in_use(device)
             for name, value in scalars.items():
                 log.add_scalar(name, value, run.step)
+            watchdog.see(scalars | {"checksum": adapter.checksum(), "recorded_again": step.recorded_again})
         if saving and ranks.first and (error := disk("the checkpoint", partial(save, run))) is not None:
             log.add_scalar("largest_error_of_the_file", error, run.step)
         if saving and not stopping:  # the weights first, then pictures

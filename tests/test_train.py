@@ -463,13 +463,14 @@ def test_long_captions_are_cut_and_counted_or_told_in_chunks(train, photos, tiny
 
 
 def test_waiting_for_data_is_told_with_what_to_do(train, tmp_path, monkeypatch):
-    meter = Meter(torch.device("cpu"))
+    meter = Meter(torch.device("cpu"), ["unet"])
     for shares, told in (([], False), ([0.9], False), ([0.9, 0.04, 0.05], False), ([0.0, 0.05, 0.06], True)):
         meter.shares = shares
         assert bool(meter.advice()) == told  # the first reading holds the start of the workers
     choose = data.choose_caption
     monkeypatch.setattr("data.choose_caption", lambda *given: time.sleep(0.05) or choose(*given))
-    out, _ = train("--steps", 12, "--save-every", 12)
+    out, err = train("--steps", 12, "--save-every", 12)
+    assert "warning" not in err
     assert re.search(r"^waiting for data took [1-9]\d% of the time: more --workers, or latents", out, re.M)
     assert last(tmp_path / "runs", "waiting_for_data") > 0.1
 

@@ -1,0 +1,96 @@
+from functools import partial
+
+import pytest
+import torch
+
+import sdxl
+from lora import LoRAConfig, add_lora
+from watch import MANY, Watchdog, flat_loss, no_change, no_gradient, no_learning_rate, slow
+
+HEALTHY = {
+    "loss": 0.3, "seconds_per_step": 0.5, "steps": 10, "overflows": 0, "not_finite": 0, "memory_in_use": 0.99,
+    "recorded_again": 0, "checksum": 1, "grad_norm": 1.0, "grad_norm/unet": 1.0, "grad_norm/text_encoder": 0.1,
+    "lr/unet": 1e-4, "lr/text_encoder": 0.0,
+}  # fmt: skip
+
+
+def run(**changed: list) -> list[dict[str, float]]:
+    """Twelve readings of a healthy run, with these values in the last of them."""
+    readings = [HEALTHY | {"checksum": i} for i in range(12)]
+    for name, values in changed.items():
+        name = name.replace("norm_", "norm/").replace("lr_", "lr/")  # as TensorBoard groups them
+        for reading, value in zip(readings[-len(values) :], values, strict=True):
+            reading[name] = value
+    return readings
+
+
+nothing = partial(flat_loss, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("check", "readings", "told"),
+    [
+        (slow, run(seconds_per_step=[2.6]), "a step takes 2.6 s, not 0.5 as before: the device's memory is 99% full"),
+        (slow, run(seconds_per_step=[2.4]), None),
+        (slow, run(seconds_per_step=[2.6], memory_in_use=[0.9]), None),  # not for memory
+        (slow, run(seconds_per_step=[2.6])[-3:], None),  # too few to compare with
+        (slow, run(seconds_per_step=[9, 9], recorded_again=[1, 3]), "recorded again: less as --vram-gb"),
+        (slow, run(seconds_per_step=[9, 9], recorded_again=[3, 3], memory_in_use=[0.9] * 12), None),  # once, for pictures
+        (no_learning_rate, run(lr_unet=[0.0]), "every learning rate is 0"),
+        (no_learning_rate, run(), None),  # that of one group
+        (no_change, run(checksum=[7, 7]), "the LoRA has not changed"),
+        (no_change, run(checksum=[7, 7], overflows=[9]), "the LoRA has not changed"),
+        (no_change, run(checksum=[7, 7], overflows=[4], not_finite=[6]), None),  # all steps were skipped
+        (no_change, run(checksum=[7, 7], lr_unet=[0.0]), None),  # told already
+        (no_change, run()[:1], None),
+        (no_gradient, run(grad_norm_text_encoder=[0.0]), "text_encoder: trained, but without"),
+        (no_gradient, run(), None),
+        (no_gradient, run(grad_norm_text_encoder=[float("nan")]), None),
+        (nothing, run(loss=[1.06, 0.96] * (MANY // 2)), "the loss stays at 1.01"),
+        (nothing, run(loss=[1.03] * MANY), None),
+        (nothing, run(loss=[1.0] * (MANY - 1)), None),
+        (nothing, run(loss=[1.0] * MANY)[-MANY + 1 :], None),
+        (nothing, run(loss=[float("nan")] * MANY), None),
+        (partial(flat_loss, 0.25), run(loss=[0.25] * MANY), "the loss stays at 0.25"),  # --snr-gamma
+    ],
+)
+def test_what_is_told_of_which_readings(check, readings, told):
+    found = check(readings)
+    assert told in found if told else found is None
+
+
+def test_each_failure_is_told_once_and_by_the_ranks_once(capfd):
+    dogs = [Watchdog(1.0), Watchdog(1.0, rank=3)]
+    for reading in (*run(), *run(grad_norm_unet=[0.0] * 12, checksum=[7] * 12), *run(seconds_per_step=[5, 5])):
+        for dog in dogs:
+            dog.see(reading)
+    lines = capfd.readouterr().err.splitlines()
+    assert [line.partition(": ")[0] for line in lines] == ["warning", "warning", "warning", "warning of rank 3"]
+    assert "unet: trained, but" in lines[0]
+    assert "not changed" in lines[1]
+    assert all("takes 5 s" in line for line in lines[2:])
+
+
+def test_the_checksum_sees_a_single_bit(denoiser):
+    adapter = add_lora(denoiser, LoRAConfig(rank=2), denoiser.unread)
+    before = adapter.checksum()
+    assert adapter.checksum() == before
+    adapter.flat[5] = torch.nextafter(adapter.flat[5], torch.tensor(9.0))
+    assert adapter.checksum() != before
+
+
+def test_a_run_that_learns_nothing_goes_on_and_says_why(train, monkeypatch):
+    """A U-Net whose last layer is lost."""
+    read = sdxl.read_sdxl
+
+    def damaged(*given):
+        pipe = read(*given)
+        torch.nn.init.zeros_(pipe.unet.conv_out.weight)
+        return pipe
+
+    monkeypatch.setattr("sdxl.read_sdxl", damaged)
+    out, err = train("--steps", 21, "--lr", 0)
+    assert "weights_21.safetensors" in out
+    assert err.count("warning: ") == 2
+    assert err.count("warning: every learning rate is 0, nothing is learnt: give --lr\n") == 1
+    assert err.count("warning: unet and text_encoder: trained, but without a gradient: ") == 1
