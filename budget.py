@@ -208,6 +208,18 @@ class Plan:
         vae = "" if self.whole_vae else ", VAE one image at a time"
         return f"{len(self.checkpointed)} of {self.blocks} blocks checkpointed, {self.base} base, batch in {pieces}{vae}"
 
+    @property
+    def if_short(self) -> str:
+        """What to say where memory runs out all the same: the prediction, and what would need less, by the order of `plans`."""
+        helps = [
+            *(["--checkpointing all"] if len(self.checkpointed) < self.blocks else []),
+            *(["half of --bs and twice --grad-accum"] if self.micro > 1 else []),
+            *(["--base-precision nf4"] if self.base != "nf4" else []),
+            "a smaller --resolution",
+        ]
+        told = f"the plan predicted a peak of {self.predicted / GiB:.1f} of {self.budget / GiB:.1f} GiB"
+        return f"{told}; what helps: less as --vram-gb, which plans for it, or {', '.join(helps)}"
+
     def __str__(self) -> str:
         return f"{self.budget / GiB:.1f} GiB for tensors: {self.measures}; predicted peak {self.predicted / GiB:.1f} GiB"
 

@@ -170,6 +170,11 @@ class Adapter:
         """Of the bits of `flat`: another one if a single weight has changed. The host waits for the device."""
         return int(self.flat.view(torch.int32).sum(dtype=torch.int64))
 
+    def undo(self) -> None:
+        """After a backward pass that was broken off: the gradient is zero, also what of it was not yet gathered."""
+        self.low_grad.zero_()
+        self.grad.zero_()
+
     def refresh(self) -> None:
         """After `flat` has changed: the layers compute with it, and the gradient is zero."""
         if self.low is not self.flat:

@@ -8,7 +8,7 @@
 
 Writes checkpoints/pytorch_lora_weights_{step}.safetensors and, for --resume, checkpoints/state-{n}; TensorBoard logs in runs/.
 Ends with status 0 when all steps are done and saved, 75 if a signal asked it to stop (saved: the same command goes on), 74 if
-the last save failed, 2 for a mistake in the command.
+the last save failed, 71 if memory ran out (the last whole step is saved), 2 for a mistake in the command.
 """
 
 import time
@@ -46,7 +46,7 @@ from diffusion import Diffusion, DiffusionConfig, area_weights
 from distributed import Ranks, join_ranks, leave_ranks
 from errors import UserError, one_line_errors
 from fast import KERNELS, Shapes, choose_attention, install
-from graph import GraphedStep
+from graph import Accumulation, GraphedStep, doing, ran_out
 from lora import Adapter, LoRAConfig, add_lora, layer_shapes
 from memory import MemoryConfig
 from pictures import Gallery, evaluation_prompts
@@ -187,13 +187,9 @@ class Meter:
         self.waited += time.perf_counter() - since
         return batch
 
-    def add(self, loss: torch.Tensor) -> None:
-        """A share of the loss of the step that is being made."""
-        self.losses[self.steps] += loss
-
-    def end_step(self, norms: torch.Tensor) -> None:
+    def end_step(self, loss: torch.Tensor, norms: torch.Tensor) -> None:
         """`norms` [groups]: of the gradient of each."""
-        self.norms[self.steps] = norms
+        self.losses[self.steps], self.norms[self.steps] = loss, norms
         self.steps += 1
 
     def read(self, ranks: Ranks, images_per_step: int, scale: float) -> tuple[dict[str, float], list[bool]]:
@@ -207,10 +203,7 @@ class Meter:
         told = {
             "loss": sum(finite) / len(finite) if finite else math.nan,
             "grad_norm": norms[-1],
-            **{
-                f"grad_norm/{name}": most
-                for name, most in zip(self.groups, self.norms[: self.steps].amax(0).tolist(), strict=True)
-            },
+            **dict(zip((f"grad_norm/{name}" for name in self.groups), largest, strict=True)),
             "images_per_second": self.steps * images_per_step / seconds,
             "seconds_per_step": seconds / self.steps,
             "steps": self.steps,
@@ -306,13 +299,15 @@ def main(config: TrainConfig) -> int:
 
     # The step from a batch to its gradients, every kernel of it recorded once.
     encode = (lambda posterior: posterior) if source.latents else (lambda images: encode_pixels(pipe.vae, normalise(images)))
-    micro_batches = config.dataset.bs // plan.micro * config.grad_accum
+    samples = config.dataset.bs * config.grad_accum
 
     def differentiate(images, spread, noise, timesteps, ids, *others) -> torch.Tensor:
-        """Adds the gradients of one micro-batch to `adapter.grad`; returns its share of the loss."""
-        latents = sample_latents(pipe.vae, encode(images), spread)
+        """Adds the gradients of some samples to `adapter.grad`; returns their share of the loss."""
+        with doing("encoding images"):
+            latents = sample_latents(pipe.vae, encode(images), spread)
         text, area = others[: tell.tensors], others[tell.tensors :]
-        loss = diffusion(partial(denoiser, text=text, time_ids=ids), latents, noise, timesteps, *area).mean() / micro_batches
+        losses = diffusion(partial(denoiser, text=text, time_ids=ids), latents, noise, timesteps, *area)
+        loss = losses.mean() / (samples / len(images))
         scaler.scale(loss).backward()
         adapter.gather()
         loss = loss.detach()
@@ -332,6 +327,7 @@ def main(config: TrainConfig) -> int:
         return images, spread, noise, timesteps, ids, *text, *area
 
     step = GraphedStep(differentiate, [adapter.grad], config.memory.cuda_graph, device)
+    accumulate = Accumulation(step, prepare, adapter.undo, plan.micro, plan.if_short)
 
     # Where the run stands: at its beginning, or where a saved state left it.
     run = Run(log_dir=ranks.from_first(str(config.log_dir / time.strftime("%Y%m%d-%H%M%S"))))
@@ -384,24 +380,24 @@ def main(config: TrainConfig) -> int:
 
     def draw() -> np.ndarray | None:
         """Base and LoRA side by side; None if it was stopped."""
-        with memory.visiting(device, resting), torch.compiler.set_stance("force_eager"):  # compiling would take minutes
+        what = doing(f"drawing pictures after step {run.step}; {plan.if_short}")
+        with what, memory.visiting(device, resting), torch.compiler.set_stance("force_eager"):  # compiling would take minutes
             return gallery.draw(f"LoRA, step {run.step}")
 
     weights = {name: delta[:2] for name, delta in adapter.deltas.items()}
-    meter, skipped, stopping = Meter(device, adapter.groups), set(source.uncaptioned), False
+    meter, skipped, stopping, short = Meter(device, adapter.groups), set(source.uncaptioned), False, False
     watchdog = Watchdog(diffusion.weights.mean().item(), ranks.rank)
     examine = partial(examine_steps, config, ranks, stream, denoiser, adapter, prepare, differentiate)
     progress = tqdm(total=config.steps, initial=run.step, unit="step", disable=not ranks.first)
     while run.step < config.steps and not stopping:
         for group in optimizer.param_groups:
             group["lr"] = rates[group["name"]] * lr_factor(run.step, config)
-        for micro in range(config.grad_accum):
-            batch = meter.next(batches)
-            skipped.update(batch.skipped)
-            inputs = prepare(batch, run.step, micro)
-            for part in zip(*(tensor.split(plan.micro) for tensor in inputs), strict=True):
-                meter.add(step(*part))
-        stopping = ranks.any(stop.asked)
+        taken = [meter.next(batches) for _ in range(config.grad_accum)]
+        skipped.update(*(batch.skipped for batch in taken))
+        loss = accumulate(taken, run.step)
+        stopping = ranks.any(stop.asked or accumulate.failed)
+        if stopping and (short := ranks.any(accumulate.failed)):
+            break
         ranks.average(adapter.grad)
         scaler.unscale_(optimizer)
         norms = adapter.clip(MAX_GRAD_NORM)
@@ -409,7 +405,7 @@ def main(config: TrainConfig) -> int:
         scaler.step(optimizer)
         scaler.update()
         adapter.refresh()
-        meter.end_step(norms)
+        meter.end_step(loss, norms)
         run.step, run.samples = run.step + 1, run.samples + images_per_step
         progress.update()
 
@@ -443,14 +439,17 @@ def main(config: TrainConfig) -> int:
                 log.add_image("compare", sheet, run.step, dataformats="HWC")
             meter.restart()
 
-    # The end, or a signal.
+    # The end, a signal, or no memory.
     progress.close()
+    if short and run.step > start and ranks.first:
+        disk("the checkpoint", partial(save, run))
     skipped = sorted(ranks.union(skipped))
     if ranks.first:
         if disk.failed:
             print(f"step {run.step} could not be saved", file=sys.stderr)
-        else:
-            goes_on = ": stopped by a signal, the same command goes on from there" if run.step < config.steps else ""
+        elif run.saved:
+            why = "memory ran out" if short else "stopped by a signal"
+            goes_on = f": {why}, the same command goes on from there" if run.step < config.steps else ""
             print(f"wrote {config.out / run.saved[-1]}{goes_on}")
         log.close()
         for advice in filter(None, (meter.advice(), tell.advice())):
@@ -458,6 +457,8 @@ def main(config: TrainConfig) -> int:
         if skipped:
             print(f"skipped {len(skipped)} images, broken, left out or without a caption: {', '.join(skipped)}")
     leave_ranks()
+    if short and not disk.failed:
+        return os.EX_OSERR
     return os.EX_IOERR if disk.failed else os.EX_OK if run.step == config.steps else os.EX_TEMPFAIL
 
 
@@ -659,5 +660,7 @@ if __name__ == "__main__":
         try:
             sys.exit(main(tyro.cli(TrainConfig, config=(tyro.conf.OmitArgPrefixes,))))
         except torch.OutOfMemoryError as error:
-            told = str(error).split(". ")[0]
-            raise UserError(f"{told}: give less as --vram-gb, or --checkpointing all, --base-precision nf4") from None
+            helps = "; what helps: less as --vram-gb, --checkpointing all, --base-precision nf4"
+            told = ran_out(error) + (helps if not hasattr(error, "__notes__") else "")
+            print(f"train_lora.py: {told}", file=sys.stderr)
+            sys.exit(os.EX_OSERR)

@@ -1,4 +1,5 @@
 import errno
+import itertools
 import json
 import os
 import random
@@ -25,6 +26,7 @@ from two_ranks import gradient_and_step
 
 import data
 import formats
+import lora
 import sdxl
 from captions import CaptionConfig
 from checkpoint import find_state, find_states, save_state, write_atomically
@@ -496,6 +498,67 @@ def test_a_batch_in_pieces_is_the_same_run(train, latents, tiny_model, tmp_path)
     assert any(t.any() for key, t in one.items() if "lora_up" in key)
     for key, tensor in one.items():
         torch.testing.assert_close(other[key], tensor, atol=1e-4, rtol=1e-2)
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """short({2, 5}): memory runs out at the end of these backward passes, counted from 0, before their gradient is gathered."""
+    gather = lora.Adapter.gather
+
+    def at(calls: set[int]) -> None:
+        count = itertools.count()
+
+        def fail(adapter):
+            if next(count) in calls:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has")
+            gather(adapter)
+
+        monkeypatch.setattr("lora.Adapter.gather", fail)
+
+    return at
+
+
+def test_a_step_without_memory_is_made_again_in_halves(train, tmp_path, short):
+    """Bit for bit, where there is nothing to halve; but for rounding, where there is. What a failed attempt added is undone."""
+    how = ["--steps", 3, "--grad-accum", 2, "--optimizer", "adamw", "--save-dtype", "fp32"]
+    for precision, bs in (("bf16", 1), ("fp32", 2)):
+        one, other = tmp_path / f"whole{bs}", tmp_path / f"short{bs}"
+        case = [*how, "--precision", precision, "--bs", bs]
+        short(set())
+        train(*case, "--out", one / "out", "--log-dir", one / "runs")
+        short({3, 5})  # the second batch of step 1; of the new attempt the second piece, for bs 1 the second batch again
+        _, err = train(*case, "--out", other / "out", "--log-dir", other / "runs")
+        assert err.count("out of memory, ") == err.count("from here on in pieces of 1\n") == 2
+        assert f"in step 1, {bs} images of 64 × 64 at once (CUDA out of memory. Tried to allocate 2.00 MiB); the plan" in err
+        assert bs > 1 or equal(weights(other / "out", 3), weights(one / "out", 3))
+        for scalar in ("loss", "grad_norm"):
+            assert last(other / "runs", scalar) == pytest.approx(last(one / "runs", scalar), rel=1e-3)
+
+
+def test_without_memory_for_good_the_last_whole_step_is_saved(train, tmp_path, short):
+    how = ["--steps", 4, "--optimizer", "adamw"]
+    short({2, 3, 4})
+    out, err = train(*how, status=71)
+    assert "what helps: less as --vram-gb, which plans for it, or --checkpointing all, half of --bs" in err
+    assert err.endswith("tried twice in halves: the run ends\n")
+    assert "weights_2.safetensors: memory ran out, the same command goes on from there" in out
+    train(*how)
+    train(*how, "--out", tmp_path / "whole")
+    assert equal(weights(tmp_path / "out", 4), weights(tmp_path / "whole", 4))
+    short({0, 1, 2})
+    out, _ = train(*how, "--out", tmp_path / "none", status=71)
+    assert "wrote" not in out
+    assert not os.listdir(tmp_path / "none")
+
+
+def test_pictures_without_memory_end_the_run_after_its_save(train, tmp_path, monkeypatch):
+    def render(*given, **how):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has")
+
+    monkeypatch.setattr("pictures.render", render)
+    _, err = train("--steps", 4, "--save-every", 2, status=71)
+    assert "train_lora.py: out of memory, drawing pictures after step 2; the plan predicted a peak of" in err
+    assert find_state("auto", tmp_path / "out")[1]["run"]["step"] == 2
 
 
 def test_fp16_with_a_grad_scaler(train, tmp_path):
