@@ -31,6 +31,7 @@ import sdxl
 from captions import CaptionConfig
 from checkpoint import find_state, find_states, save_state, write_atomically
 from data import DataConfig
+from graph import GraphedStep
 from lora import LoRAConfig, layer_shapes
 from memory import MemoryConfig
 from sdxl import Denoiser, read_sdxl
@@ -651,6 +652,30 @@ def test_a_run_on_a_gpu_is_the_same_with_and_without_a_graph(train, latents, tmp
     ups = [[t.float().flatten() for key, t in weights(tmp_path / f, 7).items() if "lora_up" in key] for f in ("out", "eager")]
     # All of up is what was learnt: it begins at zero. Atomic sums differ from run to run; of another seed the cosine is 0.
     assert torch.cosine_similarity(torch.cat(ups[0]), torch.cat(ups[1]), 0) > 0.95
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cuda_graph", ["off", "on"])
+def test_a_gpu_that_gets_full_makes_its_steps_in_halves(train, tmp_path, monkeypatch, cuda_graph):
+    """Before the third step the process may suddenly hold no more than 0.7 of what a step takes."""
+    how = ["--device", "cuda", "--resolution", 512, "--bs", 16, "--steps", 4, "--cuda-graph", cuda_graph]
+    how += ["--optimizer", "adamw", "--checkpointing", "none"]
+    train(*how, "--out", tmp_path / "whole", "--log-dir", tmp_path / "undisturbed")
+    step, count, total = GraphedStep.__call__, itertools.count(), torch.cuda.get_device_properties(0).total_memory
+
+    def fill(self, *inputs):
+        if next(count) == 2:
+            self.release()
+            torch.cuda.set_per_process_memory_fraction(0.7 * torch.cuda.max_memory_allocated() / total)
+        return step(self, *inputs)
+
+    monkeypatch.setattr("graph.GraphedStep.__call__", fill)
+    try:
+        _, err = train(*how)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "from here on in pieces of 8" in err
+    assert last(tmp_path / "runs", "loss") == pytest.approx(last(tmp_path / "undisturbed", "loss"), rel=1e-2)
 
 
 # Several processes.
