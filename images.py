@@ -110,6 +110,7 @@ def fit(image: Image.Image, covering: Size, bucket: Size, flip: bool) -> tuple[n
     scale = (image.height / covering[0], image.width / covering[1])
     upper, first = (begins[i] * scale[i] for i in (0, 1))
     lower, last = (min((begins[i] + bucket[i]) * scale[i], (image.height, image.width)[i]) for i in (0, 1))
-    # Only what is kept: all of a strip, enlarged until it covers the bucket, would be gigabytes.
-    image = image.resize(bucket[::-1], Image.Resampling.LANCZOS, box=(first, upper, last, lower))
+    if (image.height, image.width) != bucket or covering != bucket:  # else Pillow would copy it
+        # Only what is kept: all of a strip, enlarged until it covers the bucket, would be gigabytes.
+        image = image.resize(bucket[::-1], Image.Resampling.LANCZOS, box=(first, upper, last, lower))
     return np.asarray(ImageOps.mirror(image) if flip else image), (top, left)
