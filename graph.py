@@ -158,8 +158,8 @@ class Accumulation:
         self.step, self.prepare, self.undo, self.micro, self.advice = step, prepare, undo, micro, advice
         self.halvings, self.failed = 2, False
 
-    def __call__(self, batches: list, number: int) -> Tensor | float:
-        """The loss of step `number`, on the device."""
+    def __call__(self, batches: list, number: int) -> Tensor | None:
+        """The loss of step `number`, on the device; None if it could not be made."""
         while True:
             try:
                 return self.attempt(batches, number)
@@ -172,7 +172,7 @@ class Accumulation:
             then = "tried twice in halves: the run ends" if self.failed else f"from here on in pieces of {self.micro}"
             tqdm.write(f"{told}; {then}", file=sys.stderr)
             if self.failed:
-                return 0.0
+                return None
 
     def attempt(self, batches: list, number: int) -> Tensor:
         loss = 0.0

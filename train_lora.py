@@ -16,31 +16,29 @@ import time
 STARTED = time.perf_counter()  # before the imports: they are part of the wait for the first step
 
 import copy
-import hashlib
 import json
 import math
 import os
 import random
 import signal
 import sys
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 import tyro
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-import formats
 import memory
 import sdxl  # after memory, which readies xFormers: diffusers imports it
 from budget import ANOTHER_SHAPE, Plan, dry_run, make_plan, stand_in_kernel
 from captions import CaptionConfig
-from checkpoint import Persistence, check_writable, find_state, save_state, write_atomically
+from checkpoint import Persistence, check_writable, write_atomically
 from data import Batch, DataConfig, Stream, describe_buckets, make_loader, normalise
 from diffusion import Diffusion, DiffusionConfig, area_weights
 from distributed import Ranks, join_ranks, leave_ranks
@@ -49,15 +47,18 @@ from fast import KERNELS, Shapes, choose_attention, install
 from graph import Accumulation, GraphedStep, doing, ran_out
 from lora import Adapter, LoRAConfig, add_lora, layer_shapes
 from memory import MemoryConfig
+from meter import Log, Meter, NoLog
 from pictures import Gallery, evaluation_prompts
 from quantise import BASES as PACKED
 from quantise import check_quantisable, packed_bytes, quantisable, quantise_base
+from resume import CheckpointConfig, Checkpoints, Run
 from sdxl import Denoiser, ReadyText, Tokens, decode_latents, encode_pixels, sample_latents, time_ids
-from sources import Source, open_mixture
-from watch import HITS, Watchdog, largest_values, not_finite
+from sources import open_mixture
+from watch import Watchdog, largest_values
 
 LOG_EVERY = 10  # steps; the host waits for the device only then
 MAX_GRAD_NORM = 1.0
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class TrainConfig:
     captions: CaptionConfig = CaptionConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     memory: MemoryConfig = MemoryConfig()
+    checkpoints: CheckpointConfig = CheckpointConfig()
     model: str = "demo"
     """'demo' (bundled), 'sdxl' (from the hub), a hub id, a diffusers folder or a .safetensors SDXL checkpoint."""
     steps: int = 450
@@ -81,22 +83,8 @@ class TrainConfig:
     """After the warm-up: constant, or falling to zero at the last step."""
     warmup: int = 0
     """Steps over which the learning rate rises from zero."""
-    save_every: int = 150
-    """Steps between checkpoints; the last step is always saved."""
-    format: Literal["kohya", "diffusers", "both"] = "kohya"
-    """Layout of the LoRA files. kohya is read by diffusers, ComfyUI and A1111; diffusers' own by few others."""
-    save_dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
-    """Dtype of the weights in the files."""
-    keep: int = 3
-    """Newest checkpoints of this run to keep."""
-    out: Path = Path("checkpoints")
-    """Folder for LoRA files and the state of the run."""
     log_dir: Path = Path("runs")
     """Folder for TensorBoard logs."""
-    resume: str = "auto"
-    """'auto' (go on from the newest whole state in --out), 'none', or a state or the folder of a run."""
-    resume_override: bool = False
-    """Go on although options differ from those of the state, with the new ones."""
     max_bad_steps: int = 20
     """Steps in a row whose loss is not a finite number; then the run ends."""
     rank_timeout: float = 300
@@ -109,7 +97,7 @@ class TrainConfig:
     """'auto' (CUDA if there is one), 'cuda', 'cpu'."""
 
     def __post_init__(self) -> None:
-        counts = ("steps", "grad_accum", "save_every", "keep", "max_bad_steps", "rank_timeout", "check_ranks_every")
+        counts = ("steps", "grad_accum", "max_bad_steps", "rank_timeout", "check_ranks_every")
         for flag, least in (*((flag, 1) for flag in counts), ("warmup", 0)):
             if getattr(self, flag) < least:
                 raise UserError(f"--{flag.replace('_', '-')} must be at least {least}, not {getattr(self, flag)}")
@@ -128,99 +116,44 @@ def seed_of(*parts: int) -> int:
     return random.Random(str(parts)).getrandbits(63)
 
 
+class Stopped(BaseException):
+    """Passes every `except Exception` on its way out of the wait."""
+
+
 class StopRequest:
-    """Ctrl-C, SIGTERM or SIGUSR1 asks the loop to save and end after the step it is in; a Ctrl-C after that ends at once."""
+    """Ctrl-C, SIGTERM or SIGUSR1 asks the loop to save and end: after the step it is in, and at once where it only waits for
+    data. A Ctrl-C after that ends the process at once.
+    """
 
     def __init__(self):
-        self.asked = False
+        self.asked = self.waiting = False
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self.ask)
 
     def ask(self, number: int, frame: object) -> None:
         self.asked = True
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if self.waiting:
+            self.waiting = False
+            raise Stopped
+
+    def wait(self, work: Callable[..., T], *given: object) -> T | None:
+        """What `work` returns, or None if a signal comes before that."""
+        try:
+            self.waiting = True
+            result = None if self.asked else work(*given)
+            self.waiting = False
+            return result
+        except Stopped:
+            return None
 
 
-class Log:
-    """TensorBoard's writer. What the disk refuses is told once and does not end the run; a new file is then begun."""
-
-    def __init__(self, folder: str, purge_step: int):
-        self.folder, self.attempt = folder, Persistence()
-        self.writer: SummaryWriter | None = SummaryWriter(folder, purge_step=purge_step)
-
-    def call(self, name: str, *args, **kwargs) -> None:
-        writer, self.writer = self.writer or SummaryWriter(self.folder), None
-        getattr(writer, name)(*args, **kwargs)
-        self.writer = writer  # not one that has failed: it would go on failing
-
-    def __getattr__(self, name: str):
-        return lambda *args, **kwargs: self.attempt(f"TensorBoard's {self.folder}", partial(self.call, name, *args, **kwargs))
-
-
-class NoLog:
-    """Stands in for it on every rank but the first."""
-
-    def __getattr__(self, name: str):
-        return lambda *args, **kwargs: None
-
-
-class Meter:
-    """Loss and gradient norms of each step, images per second and share of the time spent waiting for data since the last
-    reading, which comes after LOG_EVERY steps at the latest. Adding costs no synchronisation, reading costs one.
-    """
-
-    def __init__(self, device: torch.device, groups: Collection[str]):
-        self.groups = groups
-        self.losses, self.norms = torch.zeros(LOG_EVERY, device=device), torch.zeros(LOG_EVERY, len(groups), device=device)
-        self.shares: list[float] = []  # of every reading
-        self.restart()
-
-    def restart(self) -> None:
-        self.steps = 0
-        self.losses.zero_()
-        self.since, self.waited = time.perf_counter(), 0.0
-
-    def next(self, batches: Iterator[Batch]) -> Batch:
-        """The next batch, and how long it took to come."""
-        since = time.perf_counter()
-        batch = next(batches)
-        self.waited += time.perf_counter() - since
-        return batch
-
-    def end_step(self, loss: torch.Tensor, norms: torch.Tensor) -> None:
-        """`norms` [groups]: of the gradient of each."""
-        self.losses[self.steps], self.norms[self.steps] = loss, norms
-        self.steps += 1
-
-    def read(self, ranks: Ranks, images_per_step: int, scale: float) -> tuple[dict[str, float], list[bool]]:
-        """Mean loss over the finite ones and images/s of all ranks, what this one waited; and which steps were spoilt."""
-        ranks.average(self.losses)  # one that is not finite on one rank is so on all
-        losses, norms = self.losses[: self.steps].tolist(), self.norms[: self.steps].norm(dim=1).tolist()
-        largest = self.norms[: self.steps].amax(dim=0).tolist()
-        finite, seconds = list(filter(math.isfinite, losses)), time.perf_counter() - self.since
-        self.shares.append(self.waited / seconds)
-        spoilt = not_finite(losses, norms, scale)
-        told = {
-            "loss": sum(finite) / len(finite) if finite else math.nan,
-            "grad_norm": norms[-1],
-            **dict(zip((f"grad_norm/{name}" for name in self.groups), largest, strict=True)),
-            "images_per_second": self.steps * images_per_step / seconds,
-            "seconds_per_step": seconds / self.steps,
-            "steps": self.steps,
-            "waiting_for_data": self.shares[-1],
-            "loss_scale": scale,
-            "overflows": sum(not math.isfinite(norm) for norm in norms) - sum(spoilt),
-            "not_finite": sum(spoilt),
-        }
-        self.restart()
-        return told, spoilt
-
-    def advice(self) -> str | None:
-        """What to do where data is the bottleneck. The first reading does not count: the workers had just been started."""
-        share = sum(self.shares[1:]) / max(1, len(self.shares) - 1)
-        if share > 0.05:
-            return f"waiting for data took {share:.0%} of the time: more --workers, or latents made ready by scripts/cache.py"
-        return None
+def flat_config(config: TrainConfig) -> dict:
+    """Every flag with its value: {flag: value}."""
+    flags = {}
+    for name, value in asdict(config).items():
+        flags |= value if isinstance(value, dict) else {name: value}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
 
 
 def main(config: TrainConfig) -> int:
@@ -331,26 +264,27 @@ def main(config: TrainConfig) -> int:
 
     # Where the run stands: at its beginning, or where a saved state left it.
     run = Run(log_dir=ranks.from_first(str(config.log_dir / time.strftime("%Y%m%d-%H%M%S"))))
-    found = ranks.from_first(find_state(config.resume, config.out) if ranks.first else None)
+    shapes, flags = layer_shapes(denoiser), flat_config(config)
+    checkpoints = Checkpoints(config.checkpoints, flags, source, ranks.world, adapter, shapes, optimizer, scaler)
+    found = ranks.from_first(checkpoints.find() if ranks.first else None)
     if found:
-        run, changes = restore(*found, config, source, ranks.world, adapter, optimizer, scaler)
+        run, changes = checkpoints.restore(*found)
         if run.step >= config.steps:
             if ranks.first:
                 print(f"{found[0]} is at step {run.step} already: raise --steps, or start anew with --resume none")
             leave_ranks()
             return os.EX_OK
     start = run.step
-    save = partial(save_checkpoint, config, source, ranks.world, adapter, layer_shapes(denoiser), optimizer, scaler)
 
     # What the run is about to do.
     images_per_step = config.dataset.bs * config.grad_accum * ranks.world
     log, disk = NoLog(), Persistence()
     if ranks.first:
-        check_writable("--out", config.out)
+        check_writable("--out", config.checkpoints.out)
         check_writable("--log-dir", Path(run.log_dir).parent)
-        log = Log(run.log_dir, purge_step=run.step + 1)
-        log.add_text("config", f"```json\n{json.dumps(flat_config(config), indent=2)}\n```", run.step)
-        size = len(lora_file(config, source, adapter, config.steps, next(iter(FILES[config.format])))) / 1e6
+        log = Log(run.log_dir, purge_step=run.step + 1, attempt=Persistence())
+        log.add_text("config", f"```json\n{json.dumps(flags, indent=2)}\n```", run.step)
+        file, content = next(iter(checkpoints.serialise(config.steps).items()))
         count, layers = adapter.flat.numel(), len(adapter.modules)
         share = 100 * count / total
         if found:
@@ -366,7 +300,7 @@ def main(config: TrainConfig) -> int:
         print(f"device     {device}, {precision}, {attention} attention, {launching}")
         print(f"memory     {plan}")
         print(f"optimiser  {config.memory.optimizer}, learning rate {rates['unet']:g}, text encoders {rates['text_encoder']:g}")
-        print(f"file       {config.out}/pytorch_lora_weights_{config.steps}.safetensors, {size:.2f} MB", flush=True)
+        print(f"file       {config.checkpoints.out / file}, {len(content) / 1e6:.2f} MB", flush=True)
 
     # The loop. Randomness is a function of (seed, rank, step), the learning rate of the step.
     stop = StopRequest()
@@ -378,6 +312,27 @@ def main(config: TrainConfig) -> int:
     decode = partial(decode_latents, pipe.vae, tiled=tight)
     gallery = Gallery(pipe, whole.describe, decode, adapter.disabled, evaluation_prompts(config.model), resolution, ranks, stop)
 
+    def report() -> None:
+        """Reads what was measured since the last report, looks into steps without a finite loss, and logs."""
+        scalars, spoilt = meter.read(ranks, images_per_step, scaler.get_scale())
+        if any(spoilt):
+            step.release()
+        examine(run, spoilt)
+        if run.bad_steps >= config.max_bad_steps:
+            sys.exit(f"stopped: {run.bad_steps} steps in a row had no finite loss, see {run.log_dir}/nonfinite-*")
+        shown = {"lr": f"{optimizer.param_groups[0]['lr']:.2e}", "img_s": f"{scalars['images_per_second']:.2f}"}
+        progress.set_postfix(loss=f"{scalars['loss']:.4f}", **shown)
+        scalars |= {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
+        scalars |= dict(zip(("peak_memory_GiB", "peak_reserved_GiB"), memory.peak_memory(device), strict=True))
+        scalars["memory_in_use"] = memory.memory_in_use(device)
+        for name, value in scalars.items():
+            log.add_scalar(name, value, run.step)
+        watchdog.see(scalars | {"checksum": adapter.checksum(), "recorded_again": step.recorded_again})
+
+    def save() -> None:
+        if ranks.first and (error := disk("the checkpoint", partial(checkpoints.save, run))) is not None:
+            log.add_scalar("largest_error_of_the_file", error, run.step)
+
     def draw() -> np.ndarray | None:
         """Base and LoRA side by side; None if it was stopped."""
         what = doing(f"drawing pictures after step {run.step}; {plan.if_short}")
@@ -385,19 +340,21 @@ def main(config: TrainConfig) -> int:
             return gallery.draw(f"LoRA, step {run.step}")
 
     weights = {name: delta[:2] for name, delta in adapter.deltas.items()}
-    meter, skipped, stopping, short = Meter(device, adapter.groups), set(source.uncaptioned), False, False
+    meter, skipped, stopping, saving = Meter(device, adapter.groups, LOG_EVERY), set(source.uncaptioned), False, True
     watchdog = Watchdog(diffusion.weights.mean().item(), ranks.rank)
     examine = partial(examine_steps, config, ranks, stream, denoiser, adapter, prepare, differentiate)
     progress = tqdm(total=config.steps, initial=run.step, unit="step", disable=not ranks.first)
     while run.step < config.steps and not stopping:
         for group in optimizer.param_groups:
             group["lr"] = rates[group["name"]] * lr_factor(run.step, config)
-        taken = [meter.next(batches) for _ in range(config.grad_accum)]
-        skipped.update(*(batch.skipped for batch in taken))
-        loss = accumulate(taken, run.step)
-        stopping = ranks.any(stop.asked or accumulate.failed)
-        if stopping and (short := ranks.any(accumulate.failed)):
+        since = time.perf_counter()
+        taken = stop.wait(list, islice(batches, config.grad_accum))
+        waited = time.perf_counter() - since
+        loss = accumulate(taken, run.step) if taken else None  # None: a signal came before the data, or memory ran out
+        stopping = ranks.any(stop.asked or loss is None)
+        if stopping and ranks.any(loss is None):
             break
+        skipped.update(*(batch.skipped for batch in taken))
         ranks.average(adapter.grad)
         scaler.unscale_(optimizer)
         norms = adapter.clip(MAX_GRAD_NORM)
@@ -405,7 +362,7 @@ def main(config: TrainConfig) -> int:
         scaler.step(optimizer)
         scaler.update()
         adapter.refresh()
-        meter.end_step(loss, norms)
+        meter.end_step(loss, norms, waited)
         run.step, run.samples = run.step + 1, run.samples + images_per_step
         progress.update()
 
@@ -413,53 +370,44 @@ def main(config: TrainConfig) -> int:
             sys.exit(f"step {run.step}: the ranks no longer hold the same LoRA, {name} is the first that differs: not saved")
         if run.step == start + 2 and ranks.first:
             tqdm.write(measured(device))
-        saving = stopping or run.step % config.save_every == 0 or run.step == config.steps
+        saving = stopping or run.step % config.checkpoints.save_every == 0 or run.step == config.steps
         if saving or run.step % LOG_EVERY == 0:
-            scalars, spoilt = meter.read(ranks, images_per_step, scaler.get_scale())
-            if any(spoilt):
-                step.release()
-            examine(run, spoilt)
-            if run.bad_steps >= config.max_bad_steps:
-                sys.exit(f"stopped: {run.bad_steps} steps in a row had no finite loss, see {run.log_dir}/nonfinite-*")
-            if run.leave_out():
+            report()
+            if run.step % LOG_EVERY == 0 and run.leave_out():  # at no save: it would come sooner than in a run without it
                 stream.left_out, stream.start = run.left_out, run.samples // config.dataset.bs
                 batches = make_loader(stream, pin_memory=device.type == "cuda")
-            shown = {"lr": f"{optimizer.param_groups[0]['lr']:.2e}", "img_s": f"{scalars['images_per_second']:.2f}"}
-            progress.set_postfix(loss=f"{scalars['loss']:.4f}", **shown)
-            scalars |= {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
-            scalars |= dict(zip(("peak_memory_GiB", "peak_reserved_GiB"), memory.peak_memory(device), strict=True))
-            scalars["memory_in_use"] = memory.memory_in_use(device)
-            for name, value in scalars.items():
-                log.add_scalar(name, value, run.step)
-            watchdog.see(scalars | {"checksum": adapter.checksum(), "recorded_again": step.recorded_again})
-        if saving and ranks.first and (error := disk("the checkpoint", partial(save, run))) is not None:
-            log.add_scalar("largest_error_of_the_file", error, run.step)
+        if saving:
+            save()
         if saving and not stopping:  # the weights first, then pictures
             if (sheet := step.beside(draw)) is not None:
                 log.add_image("compare", sheet, run.step, dataformats="HWC")
             meter.restart()
 
     # The end, a signal, or no memory.
+    if not saving:  # the last whole step
+        if meter.steps:
+            report()
+        save()
     progress.close()
-    if short and run.step > start and ranks.first:
-        disk("the checkpoint", partial(save, run))
-    skipped = sorted(ranks.union(skipped))
+    short, skipped = ranks.any(accumulate.failed), sorted(ranks.union(skipped))
     if ranks.first:
+        why = "" if run.step == config.steps else "memory ran out" if short else "stopped by a signal"
         if disk.failed:
             print(f"step {run.step} could not be saved", file=sys.stderr)
         elif run.saved:
-            why = "memory ran out" if short else "stopped by a signal"
-            goes_on = f": {why}, the same command goes on from there" if run.step < config.steps else ""
-            print(f"wrote {config.out / run.saved[-1]}{goes_on}")
+            goes_on = f": {why}, the same command goes on from there" if why else ""
+            print(f"wrote {config.checkpoints.out / run.saved[-1]}{goes_on}")
+        else:
+            print(f"{why} before a step was made: nothing to save")
         log.close()
         for advice in filter(None, (meter.advice(), tell.advice())):
             print(advice)
         if skipped:
             print(f"skipped {len(skipped)} images, broken, left out or without a caption: {', '.join(skipped)}")
     leave_ranks()
-    if short and not disk.failed:
-        return os.EX_OSERR
-    return os.EX_IOERR if disk.failed else os.EX_OK if run.step == config.steps else os.EX_TEMPFAIL
+    if disk.failed or short:
+        return os.EX_IOERR if disk.failed else os.EX_OSERR
+    return os.EX_OK if run.step == config.steps else os.EX_TEMPFAIL
 
 
 # Memory.
@@ -505,7 +453,7 @@ def measured(device: torch.device) -> str:
 
 def examine_steps(
     config: TrainConfig, ranks: Ranks, stream: Stream, denoiser: Denoiser, adapter: Adapter, prepare: Callable,
-    differentiate: Callable, run: "Run", spoilt: list[bool],
+    differentiate: Callable, run: Run, spoilt: list[bool],
 ) -> None:  # fmt: skip
     """Makes each of the last steps that were `spoilt` once more, sample by sample, and writes what it finds to
     nonfinite-{step}/ beside the log. Counts the hits of samples that are not finite again, and the bad steps in a row.
@@ -532,127 +480,6 @@ def examine_steps(
         if ranks.first:
             told = f"by {', '.join(sorted(guilty))}" if guilty else "which could not be repeated"
             print(f"step {number} had no finite loss or gradient and was skipped, {told}: see {file.parent}", file=sys.stderr)
-
-
-# Files: the LoRA, and the state that --resume goes on from.
-
-
-@dataclass
-class Run:
-    """Where a run stands; stored with its state."""
-
-    log_dir: str
-    step: int = 0
-    samples: int = 0  # of the data stream, over all ranks
-    saved: tuple[str, ...] = ()  # LoRA files that this run has written and not yet removed
-    bad_steps: int = 0  # in a row
-    hits: dict[str, int] = field(default_factory=dict)  # {sample: how many steps it has spoilt}
-    left_out: set[str] = field(default_factory=set)
-
-    def leave_out(self) -> bool:
-        """Leaves out the samples that have spoilt too many steps. Only at steps that no save shifts. Are there more now?"""
-        before = len(self.left_out)
-        if self.step % LOG_EVERY == 0:
-            self.left_out |= {name for name, count in self.hits.items() if count >= HITS}
-        return len(self.left_out) > before
-
-
-def flat_config(config: TrainConfig) -> dict:
-    """Every flag with its value: {flag: value}."""
-    flags = {}
-    for name, value in asdict(config).items():
-        flags |= value if isinstance(value, dict) else {name: str(value) if isinstance(value, Path) else value}
-    return flags
-
-
-FILES = {  # --format: {layout: what its file is called after the step}
-    "kohya": {"kohya": ""},
-    "diffusers": {"diffusers": ""},
-    "both": {"kohya": "", "diffusers": "_diffusers"},
-}
-
-
-def lora_file(config: TrainConfig, source: Source, adapter: Adapter, step: int, layout: str) -> bytes:
-    """The bytes of the LoRA file at `step`."""
-    about = formats.describe(flat_config(config), source.samples, step) | {"sdxl_lora.dataset": source.fingerprint}
-    return formats.serialise(adapter.deltas, about, layout, memory.DTYPES[config.save_dtype])
-
-
-def save_checkpoint(
-    config: TrainConfig, source: Source, world: int, adapter: Adapter, shapes: dict[str, torch.Size],
-    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, run: Run,
-) -> float:  # fmt: skip
-    """Writes the LoRA files, checks them, and writes the state of the run; then removes what this run wrote beyond the
-    --keep newest. Returns the largest difference of a file's weights from the live ones. Raises OSError.
-    """
-    files, errors, dtype = {}, [], memory.DTYPES[config.save_dtype]
-    how = {"shapes": shapes, "live": adapter.deltas, "dtype": dtype, "otherwise": "the last one was kept"}
-    check = lambda written: errors.append(formats.check_written(written, **how))  # noqa: E731
-    for layout, suffix in FILES[config.format].items():
-        name = f"pytorch_lora_weights_{run.step}{suffix}.safetensors"
-        files[name] = lora_file(config, source, adapter, run.step, layout)
-        write_atomically(config.out / name, files[name], check)
-    run.saved = (*(name for name in run.saved if name not in files), *files)
-    state = {"lora": adapter.flat, "layers": list(adapter.modules), "optimizer": optimizer.state_dict()}
-    state |= {"scaler": scaler.state_dict(), "run": asdict(run), "made": circumstances(config, source, world)}
-    save_state(config.out, state, files)  # with the names of those that go now: killed here, the next save removes them
-    keep = config.keep * len(files)
-    for old in (*(config.out / name for name in run.saved[:-keep]), *config.out.glob(".pytorch_lora_weights_*")):
-        old.unlink(missing_ok=True)  # and what a killed write has left
-    run.saved = run.saved[-keep:]
-    return max(errors)
-
-
-# Between a run and its resumption these may not change, because the state would not fit; these may, because nothing that is
-# learnt depends on them, or only from then on. All others need --resume-override.
-NEVER = {"model", "rank", "alpha", "targets", "train_text_encoder", "optimizer"}
-FREELY = {"steps", "save_every", "keep", "format", "save_dtype", "out", "log_dir", "resume", "resume_override", "device",
-          "workers", "data_cache", "data_cache_gb", "vram_gb", "checkpointing", "attention", "cuda_graph", "compile",
-          "rank_timeout", "check_ranks_every", "max_bad_steps"}  # fmt: skip
-
-
-def circumstances(config: TrainConfig, source: Source, world: int) -> dict:
-    """What a state was made with: every flag, with the content of the data in place of its path; and beyond the flags."""
-    suite = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
-    beyond = {"processes": world, "torch": str(torch.__version__), "suite": suite.hexdigest()[:8]}
-    return {"flags": flat_config(config) | {"data": f"files {source.fingerprint[:8]}"}, "beyond": beyond}
-
-
-def changed(was: dict, now: dict, flag: str = "") -> dict[str, str]:
-    """{name: 'name was -> now'} of what differs; a name that an older state does not know has not changed."""
-    differ = {name: value for name, value in now.items() if name in was and was[name] != value}
-    return {name: f"{flag}{name.replace('_', '-')} {was[name]} -> {value}" for name, value in differ.items()}
-
-
-def restore(
-    path: Path, state: dict, config: TrainConfig, source: Source, world: int, adapter: Adapter,
-    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-) -> tuple[Run, str]:  # fmt: skip
-    """Puts a saved state back. Returns it with a line on what has changed since it was made.
-
-    Raises UserError if it is not ours, or of a run that this one cannot go on from.
-    """
-    if not {"lora", "layers", "optimizer", "scaler", "run", "made"} <= state.keys():
-        raise UserError(f"--resume {path}: this is no state of train_lora.py")
-    made = circumstances(config, source, world)
-    flags = changed(state["made"]["flags"], made["flags"], "--")
-    beyond = changed(state["made"]["beyond"], made["beyond"])
-    never = [told for name, told in flags.items() if name in NEVER]
-    if never or state["layers"] != list(adapter.modules):
-        raise UserError(f"{path} does not fit: {', '.join(never)}: change it back, or --resume none, or another --out")
-    if not config.resume_override and (differ := [told for name, told in flags.items() if name not in FREELY]):
-        told = ", ".join(differ)
-        raise UserError(f"{path} is of another run: {told}: change it back, or --resume-override, or --resume none")
-    adapter.flat.copy_(state["lora"])
-    adapter.refresh()
-    optimizer.load_state_dict(state["optimizer"])
-    if state["scaler"]:  # empty if the run so far was not in fp16
-        scaler.load_state_dict(state["scaler"])
-    run = Run(**state["run"])
-    if path.parent.resolve() != config.out.resolve():
-        run.saved = ()  # another folder's files are not ours to remove
-    told = "".join(f"; {change}" for change in [*flags.values(), *beyond.values()])
-    return run, told + ("; no longer bit for bit" if "processes" in beyond else "")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ from statistics import mean, median
 from torch import Tensor, nn
 from tqdm import tqdm
 
-HITS = 3  # steps that a sample may spoil before it is left out
-
 
 @contextmanager
 def largest_values(model: nn.Module) -> Iterator[dict[str, list[float]]]:
@@ -41,11 +39,6 @@ def largest_values(model: nn.Module) -> Iterator[dict[str, list[float]]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def not_finite(losses: list[float], norms: list[float], scale: float) -> list[bool]:
-    """For each step whether it is spoilt. An overflow of the gradient alone is not, while a smaller loss scale can mend it."""
-    return [not math.isfinite(loss + (norm if scale <= 1 else 0.0)) for loss, norm in zip(losses, norms, strict=True)]
 
 
 # Quiet failures. Each check looks at all readings of the run so far, the newest last, and says what is wrong, or None.

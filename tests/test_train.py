@@ -29,15 +29,16 @@ import formats
 import lora
 import sdxl
 from captions import CaptionConfig
-from checkpoint import find_state, find_states, save_state, write_atomically
+from checkpoint import Persistence, find_state, find_states, save_state, write_atomically
 from data import DataConfig
 from graph import GraphedStep
 from lora import LoRAConfig, layer_shapes
 from memory import MemoryConfig
+from meter import Log, Meter
 from sdxl import Denoiser, read_sdxl
 from shards import pack_latents
 from sources import open_source
-from train_lora import Log, Meter, StopRequest, TrainConfig, lr_factor, plan_memory
+from train_lora import StopRequest, TrainConfig, lr_factor, plan_memory
 
 READY = {"latents": True, "text": False}
 
@@ -165,7 +166,7 @@ def test_what_has_changed_since_the_state_is_shown_and_refused_unless_it_may(tra
     assert re.search(rf"is of another run: {changes}: change it back, or --resume-override, or --resume none", err)
     same = shutil.copytree(shards, tmp_path / "elsewhere")
     out, _ = train("--steps", 2, "--keep", 1, "--data", same)
-    assert f"resume     step 1 of {state}; --steps 1 -> 2; --keep 3 -> 1\n" in out
+    assert f"resume     step 1 of {state}; --keep 3 -> 1; --steps 1 -> 2\n" in out
     out, _ = train("--steps", 4, "--keep", 1, "--lr", 1e-2, "--precision", "fp16", "--resume-override", "--save-dtype", "fp32")
     assert "step 2 of" in out  # the scaler of fp16 starts anew
     assert last(tmp_path / "runs", "lr/unet") == pytest.approx(1e-2)
@@ -229,7 +230,8 @@ def test_what_the_disk_refuses_is_tried_again_at_the_next_save(train, tmp_path, 
             shutil.rmtree(tmp_path / "out")
         write_atomically(path, *rest)
 
-    monkeypatch.setattr("checkpoint.write_atomically", write)
+    for room in ("checkpoint", "resume"):
+        monkeypatch.setattr(f"{room}.write_atomically", write)
     _, err = train("--steps", 6, "--save-every", 2, status=74)
     assert err.count("No space left on device") == 1
     assert err.endswith("step 6 could not be saved\n")
@@ -242,7 +244,7 @@ def test_what_the_disk_refuses_is_tried_again_at_the_next_save(train, tmp_path, 
 
 def test_a_log_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("threading.excepthook", lambda *told: None)
-    log = Log(str(tmp_path), 0)
+    log = Log(str(tmp_path), 0, Persistence())
     with monkeypatch.context() as broken:
         for method in ("write", "__init__"):
             name = f"tensorboard.summary.writer.record_writer.RecordWriter.{method}"
@@ -466,7 +468,7 @@ def test_long_captions_are_cut_and_counted_or_told_in_chunks(train, photos, tiny
 
 
 def test_waiting_for_data_is_told_with_what_to_do(train, tmp_path, monkeypatch):
-    meter = Meter(torch.device("cpu"), ["unet"])
+    meter = Meter(torch.device("cpu"), ["unet"], 10)
     for shares, told in (([], False), ([0.9], False), ([0.9, 0.04, 0.05], False), ([0.0, 0.05, 0.06], True)):
         meter.shares = shares
         assert bool(meter.advice()) == told  # the first reading holds the start of the workers
@@ -604,6 +606,35 @@ def test_a_signal_saves_and_the_same_command_goes_on(train, tiny_model, shards, 
         assert before + 1 <= step < 5000
     train("--steps", step, *options, "--out", tmp_path / "whole", "--workers", 0)
     assert equal(weights(tmp_path / "out", step), weights(tmp_path / "whole", step))
+
+
+@pytest.mark.parametrize(
+    ("workers", "late", "told"),
+    [
+        (0, 0, "before a step was made: nothing"),
+        (0, 4, "weights_2.safetensors: stopped"),
+        (1, 4, "weights_2.safetensors: stopped"),
+    ],
+)
+def test_a_signal_ends_the_wait_for_data(train, tmp_path, monkeypatch, workers, late, told):
+    """An image does not come for a minute, but a signal does: the steps before are saved, if there are any."""
+    choose, count, how, began = data.choose_caption, itertools.count(), ["--steps", 4, "--workers", workers], time.monotonic()
+    main = os.getpid()
+
+    def stall(*given):
+        if next(count) == late:
+            time.sleep(3 * workers)  # a worker is ahead of the loop
+            os.kill(main, signal.SIGTERM)
+            time.sleep(60)
+        return choose(*given)
+
+    monkeypatch.setattr("data.choose_caption", stall)
+    assert told in train(*how, status=75)[0]
+    assert time.monotonic() - began < 40
+    monkeypatch.setattr("data.choose_caption", choose)
+    train(*how)
+    train(*how, "--workers", 0, "--out", tmp_path / "whole")
+    assert equal(weights(tmp_path / "out", 4), weights(tmp_path / "whole", 4))
 
 
 def test_a_second_ctrl_c_ends_at_once():

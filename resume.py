@@ -1,0 +1,155 @@
+"""Where a run stands: its LoRA files, its state, and what may have changed when it goes on from there."""
+
+import hashlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import formats
+from checkpoint import find_state, save_state, write_atomically
+from errors import UserError
+from memory import DTYPES
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    save_every: int = 150
+    """Steps between checkpoints; the last step is always saved."""
+    format: Literal["kohya", "diffusers", "both"] = "kohya"
+    """Layout of the LoRA files. kohya is read by diffusers, ComfyUI and A1111; diffusers' own by few others."""
+    save_dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
+    """Dtype of the weights in the files."""
+    keep: int = 3
+    """Newest checkpoints of this run to keep."""
+    out: Path = Path("checkpoints")
+    """Folder for LoRA files and the state of the run."""
+    resume: str = "auto"
+    """'auto' (go on from the newest whole state in --out), 'none', or a state or the folder of a run."""
+    resume_override: bool = False
+    """Go on although options differ from those of the state, with the new ones."""
+
+    def __post_init__(self) -> None:
+        for flag in ("save_every", "keep"):
+            if getattr(self, flag) < 1:
+                raise UserError(f"--{flag.replace('_', '-')} must be at least 1, not {getattr(self, flag)}")
+
+
+FILES = {  # --format: {layout: what its file is called after the step}
+    "kohya": {"kohya": ""},
+    "diffusers": {"diffusers": ""},
+    "both": {"kohya": "", "diffusers": "_diffusers"},
+}
+
+# Between a run and its resumption these may not change, because the state would not fit; these may, because nothing that is
+# learnt depends on them, or only from then on. All others need --resume-override.
+NEVER = {"model", "rank", "alpha", "targets", "train_text_encoder", "optimizer"}
+FREELY = {"steps", "save_every", "keep", "format", "save_dtype", "out", "log_dir", "resume", "resume_override", "device",
+          "workers", "data_cache", "data_cache_gb", "vram_gb", "checkpointing", "attention", "cuda_graph", "compile",
+          "rank_timeout", "check_ranks_every", "max_bad_steps"}  # fmt: skip
+
+HITS = 3  # steps that a sample may spoil before it is left out
+
+
+@dataclass
+class Run:
+    """Where a run stands; stored with its state."""
+
+    log_dir: str
+    step: int = 0
+    samples: int = 0  # of the data stream, over all ranks
+    saved: tuple[str, ...] = ()  # LoRA files that this run has written and not yet removed
+    bad_steps: int = 0  # in a row
+    hits: dict[str, int] = field(default_factory=dict)  # {sample: how many steps it has spoilt}
+    left_out: set[str] = field(default_factory=set)
+
+    def leave_out(self) -> bool:
+        """Leaves out the samples that have spoilt too many steps. Are there more now?"""
+        before = len(self.left_out)
+        self.left_out |= {name for name, count in self.hits.items() if count >= HITS}
+        return len(self.left_out) > before
+
+
+class Checkpoints:
+    """Of one run: `flags` are all of its options, `source` its images, `world` its processes, `shapes` those of the layers
+    that a LoRA file may have weights for.
+    """
+
+    def __init__(
+        self, config: CheckpointConfig, flags: dict[str, object], source, world: int, adapter, shapes: dict[str, torch.Size],
+        optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+    ):  # fmt: skip
+        self.config, self.flags, self.source, self.world = config, flags, source, world
+        self.adapter, self.shapes, self.optimizer, self.scaler = adapter, shapes, optimizer, scaler
+
+    def find(self) -> tuple[Path, dict] | None:
+        return find_state(self.config.resume, self.config.out)
+
+    def serialise(self, step: int) -> dict[str, bytes]:
+        """{name: content} of the LoRA files at `step`."""
+        about = formats.describe(self.flags, self.source.samples, step) | {"sdxl_lora.dataset": self.source.fingerprint}
+        deltas, dtype = self.adapter.deltas, DTYPES[self.config.save_dtype]
+        return {
+            f"pytorch_lora_weights_{step}{suffix}.safetensors": formats.serialise(deltas, about, layout, dtype)
+            for layout, suffix in FILES[self.config.format].items()
+        }
+
+    def save(self, run: Run) -> float:
+        """Writes the LoRA files, checks them, and writes the state of the run; then removes what this run wrote beyond the
+        --keep newest. Returns the largest difference of a file's weights from the live ones. Raises OSError.
+        """
+        out, files, errors = self.config.out, self.serialise(run.step), []
+        how = {"dtype": DTYPES[self.config.save_dtype], "otherwise": "the last one was kept"}
+        check = lambda written: errors.append(formats.check_written(written, self.shapes, self.adapter.deltas, **how))  # noqa: E731
+        for name, content in files.items():
+            write_atomically(out / name, content, check)
+        run.saved = (*(name for name in run.saved if name not in files), *files)
+        state = {"lora": self.adapter.flat, "layers": list(self.adapter.modules), "optimizer": self.optimizer.state_dict()}
+        state |= {"scaler": self.scaler.state_dict(), "run": asdict(run), "made": self.circumstances()}
+        save_state(out, state, files)  # with the names of those that go now: killed here, the next save removes them
+        keep = self.config.keep * len(files)
+        for old in (*(out / name for name in run.saved[:-keep]), *out.glob(".pytorch_lora_weights_*")):
+            old.unlink(missing_ok=True)  # and what a killed write has left
+        run.saved = run.saved[-keep:]
+        return max(errors)
+
+    def circumstances(self) -> dict:
+        """What a state was made with: every flag, with the content of the data in place of its path; and beyond the flags."""
+        suite = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
+        beyond = {"processes": self.world, "torch": str(torch.__version__), "suite": suite.hexdigest()[:8]}
+        return {"flags": self.flags | {"data": f"files {self.source.fingerprint[:8]}"}, "beyond": beyond}
+
+    def restore(self, path: Path, state: dict) -> tuple[Run, str]:
+        """Puts a saved state back. Returns it with a line on what has changed since it was made.
+
+        Raises UserError if it is not ours, or of a run that this one cannot go on from.
+        """
+        if not {"lora", "layers", "optimizer", "scaler", "run", "made"} <= state.keys():
+            raise UserError(f"--resume {path}: this is no state of train_lora.py")
+        made = self.circumstances()
+        flags = changed(state["made"]["flags"], made["flags"], "--")
+        beyond = changed(state["made"]["beyond"], made["beyond"])
+        never = [told for name, told in flags.items() if name in NEVER]
+        if never or state["layers"] != list(self.adapter.modules):
+            raise UserError(f"{path} does not fit: {', '.join(never)}: change it back, or --resume none, or another --out")
+        differ = [told for name, told in flags.items() if name not in FREELY]
+        if differ and not self.config.resume_override:
+            told = ", ".join(differ)
+            raise UserError(f"{path} is of another run: {told}: change it back, or --resume-override, or --resume none")
+        self.adapter.flat.copy_(state["lora"])
+        self.adapter.refresh()
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"]:  # empty if the run so far was not in fp16
+            self.scaler.load_state_dict(state["scaler"])
+        run = Run(**state["run"])
+        if path.parent.resolve() != self.config.out.resolve():
+            run.saved = ()  # another folder's files are not ours to remove
+        told = "".join(f"; {change}" for change in [*flags.values(), *beyond.values()])
+        return run, told + ("; no longer bit for bit" if "processes" in beyond else "")
+
+
+def changed(was: dict, now: dict, flag: str = "") -> dict[str, str]:
+    """{name: 'name was -> now'} of what differs; a name that an older state does not know has not changed."""
+    differ = {name: value for name, value in now.items() if name in was and was[name] != value}
+    return {name: f"{flag}{name.replace('_', '-')} {was[name]} -> {value}" for name, value in differ.items()}
