@@ -83,9 +83,11 @@ class GraphedStep:
         kept = [t.clone() for t in self.accumulators]
         self.stream = self.stream or torch.cuda.Stream()  # one for good: cuBLAS keeps a workspace for every stream it has seen
         self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            self.step(*inputs)
-        torch.cuda.current_stream().wait_stream(self.stream)
+        try:
+            with torch.cuda.stream(self.stream):
+                self.step(*inputs)
+        finally:  # where memory runs out, too: what was launched until then still adds to the accumulators
+            torch.cuda.current_stream().wait_stream(self.stream)
         for ours, before in zip(self.accumulators, kept, strict=True):
             ours.copy_(before)
 
