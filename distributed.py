@@ -6,13 +6,17 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+APART = 60.0  # seconds that ranks may at least be apart at their start
+ROLL_CALL = 2.0  # seconds: those that are there notice it together, but for what one of them does longer than the others
 
 
 @dataclass
@@ -27,7 +31,6 @@ class Ranks:
     patience: float = 300.0  # seconds
     store: dist.Store | None = None
     host: dist.ProcessGroup | None = None  # gloo, for what lies in the host's memory
-    met: int = 0  # how often this rank has come to where all meet
 
     @property
     def first(self) -> bool:
@@ -37,9 +40,7 @@ class Ranks:
     @contextmanager
     def together(self) -> Iterator[None]:
         """Around whatever all ranks do together. Ends the process with status 1 if one of them is missing."""
-        self.met += 1
         try:
-            self.store.set(f"met {self.rank}", str(self.met))
             yield
         except RuntimeError as error:
             why = str(error).splitlines()[0]
@@ -49,14 +50,19 @@ class Ranks:
             os._exit(1)  # an orderly exit would wait for the device, and that for the missing rank
 
     def missing(self) -> str:
-        """The ranks that have not come as far as this one. One that died where all meet is not known by its number."""
+        """The ranks that do not notice, as this one has, that one is missing. Of a host that was cut off all are."""
+        asked = ThreadPoolExecutor(1).submit(self.silent)
         try:
-            known = {rank: f"met {rank}" for rank in range(self.world)}
-            met = {rank: int(self.store.get(key)) if self.store.check([key]) else 0 for rank, key in known.items()}
-        except RuntimeError:
+            silent = asked.result(2 * ROLL_CALL)  # over a cable that was cut the store itself would wait for minutes
+        except (RuntimeError, TimeoutError):
             return "rank 0, or the host that keeps the list of ranks,"
-        late = [str(rank) for rank, count in met.items() if count < self.met]
-        return f"rank {', '.join(late)} of {self.world}" if late else f"one of {self.world} ranks"
+        return f"rank {', '.join(silent)} of {self.world}" if silent else f"one of {self.world} ranks"
+
+    def silent(self) -> list[str]:
+        """Tells the others that this rank is there, and returns those that have not told it in time."""
+        self.store.set(f"here {self.rank}", "")
+        time.sleep(ROLL_CALL)
+        return [str(rank) for rank in range(self.world) if not self.store.check([f"here {rank}"])]
 
     def average(self, tensor: Tensor) -> None:
         """tensor <- mean over all ranks, in place."""
@@ -116,32 +122,37 @@ def join_ranks(device: torch.device, patience: float = 300.0) -> Ranks:
     """
     ranks = Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), patience)
     if ranks.world > 1:
-        ranks.store = enter(next(dist.rendezvous("env://"))[0], ranks.rank, ranks.world)
+        ranks.store = enter(ranks.rank, ranks.world, max(patience, APART))
         how = {"store": ranks.store, "rank": ranks.rank, "world_size": ranks.world, "timeout": timedelta(seconds=2 * patience)}
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **how)
-        ranks.host = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
+        with ranks.together():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **how)
+            ranks.host = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
     return ranks
 
 
-def enter(store: dist.Store, rank: int, world: int) -> dist.Store:
+def enter(rank: int, world: int, patience: float) -> dist.Store:
     """A part of the store for this attempt alone: after a restart torchrun's still holds the addresses of dead processes.
 
     Rank 0 opens an attempt under a new name and answers the others by name; what is left of an attempt before answers nobody.
+    Ends the process with status 1 if one of them does not come.
     """
-    name = uuid.uuid4().hex
-    if rank == 0:
-        store.set("attempt", name)
-        for other in range(1, world):
-            store.set(f"{name} {other} {store.get(f'{name} {other}').decode()}", "")
-        return dist.PrefixStore(name, store)
-    while True:
-        attempt = store.get("attempt").decode()
-        store.set(f"{attempt} {rank}", name)
-        try:
-            store.wait([f"{attempt} {rank} {name}"], timedelta(seconds=1))
-            return dist.PrefixStore(attempt, store)
-        except dist.DistStoreError:
-            continue
+    name, until = uuid.uuid4().hex, time.monotonic() + patience
+    awaited = "rank 0" if rank else "a rank"
+    with suppress(dist.DistError):
+        store = next(dist.rendezvous("env://", timeout=timedelta(seconds=patience)))[0]
+        if rank == 0:
+            store.set("attempt", name)
+            for other in range(1, world):
+                awaited = f"rank {other}"
+                store.set(f"{name} {other} {store.get(f'{name} {other}').decode()}", "")
+            return dist.PrefixStore(name, store)
+        while time.monotonic() < until:
+            attempt = store.get("attempt").decode()
+            store.set(f"{attempt} {rank}", name)
+            with suppress(dist.DistStoreError):
+                store.wait([f"{attempt} {rank} {name}"], timedelta(seconds=1))
+                return dist.PrefixStore(attempt, store)
+    sys.exit(f"{awaited} of {world} did not come within {patience:g} seconds, so rank {rank} ends too")
 
 
 def leave_ranks() -> None:
