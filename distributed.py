@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 APART = 60.0  # seconds that ranks may at least be apart at their start
-ROLL_CALL = 2.0  # seconds: those that are there notice it together, but for what one of them does longer than the others
+ROLL_CALL = 2.0  # seconds in which the ranks of the other hosts notice that one is cut off
 
 
 @dataclass
@@ -31,6 +31,7 @@ class Ranks:
     patience: float = 300.0  # seconds
     store: dist.Store | None = None
     host: dist.ProcessGroup | None = None  # gloo, for what lies in the host's memory
+    met: int = 0  # how often this rank has come to where all meet
 
     @property
     def first(self) -> bool:
@@ -40,7 +41,9 @@ class Ranks:
     @contextmanager
     def together(self) -> Iterator[None]:
         """Around whatever all ranks do together. Ends the process with status 1 if one of them is missing."""
+        self.met += 1
         try:
+            self.store.set(f"met {self.rank}", str(self.met))
             yield
         except RuntimeError as error:
             why = str(error).splitlines()[0]
@@ -50,19 +53,24 @@ class Ranks:
             os._exit(1)  # an orderly exit would wait for the device, and that for the missing rank
 
     def missing(self) -> str:
-        """The ranks that do not notice, as this one has, that one is missing. Of a host that was cut off all are."""
-        asked = ThreadPoolExecutor(1).submit(self.silent)
+        """The ranks that have not come as far as this one; if all have, as when a host is cut off where all meet, those that
+        do not notice it, too. Of those one may still be waiting for another that has died.
+        """
+        asked = ThreadPoolExecutor(1).submit(self.late)
         try:
-            silent = asked.result(2 * ROLL_CALL)  # over a cable that was cut the store itself would wait for minutes
+            late = asked.result(2 * ROLL_CALL)  # over a cable that was cut the store itself would wait for minutes
         except (RuntimeError, TimeoutError):
             return "rank 0, or the host that keeps the list of ranks,"
-        return f"rank {', '.join(silent)} of {self.world}" if silent else f"one of {self.world} ranks"
+        return f"rank {', '.join(late)} of {self.world}" if late else f"one of {self.world} ranks"
 
-    def silent(self) -> list[str]:
-        """Tells the others that this rank is there, and returns those that have not told it in time."""
-        self.store.set(f"here {self.rank}", "")
+    def late(self) -> list[str]:
+        self.store.set(f"noticed {self.rank}", "")
+        known = {str(rank): f"met {rank}" for rank in range(self.world)}
+        met = {rank: int(self.store.get(key)) if self.store.check([key]) else 0 for rank, key in known.items()}
+        if late := [rank for rank, count in met.items() if count < self.met]:
+            return late
         time.sleep(ROLL_CALL)
-        return [str(rank) for rank in range(self.world) if not self.store.check([f"here {rank}"])]
+        return [rank for rank in known if not self.store.check([f"noticed {rank}"])]
 
     def average(self, tensor: Tensor) -> None:
         """tensor <- mean over all ranks, in place."""

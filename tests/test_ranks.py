@@ -1,25 +1,32 @@
-"""Two hosts: network namespaces of this machine, joined by a cable that can be cut. A cut cable says nothing: no connection
-is closed, so only what counts seconds notices. Needs no root where users may make namespaces.
+"""Ranks that come too late, that no longer agree, and of which some are cut off.
+
+Two hosts are network namespaces of this machine, joined by a cable that can be cut. A cut cable says nothing: no connection
+is closed, so only what counts seconds notices. This needs no root where users may make namespaces.
 """
 
 import ctypes
+import itertools
+import os
 import runpy
 import shutil
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from multiprocessing import Process, get_context
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 from conftest import ROOT
 from test_train import equal, weights
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, parse_args
 
+import lora
 from checkpoint import find_state, find_states
+from distributed import enter
 
 MASTER = "10.77.0.1"
 PATIENCE = 5  # seconds
@@ -63,26 +70,29 @@ def hosts():
 
 
 @pytest.fixture
-def torchrun(train, tiny_model, shards, tmp_path, monkeypatch):
-    """torchrun(host, 12, out, "--nnodes", 2, …) -> process: torchrun's own agent on that host, for a run of 12 steps. Its ranks
-    are forked, too, and need not import everything anew; what they say is in {out}{node}.txt. `train` has small pictures.
+def torchrun(train, tiny_model, shards, tmp_path):
+    """torchrun(out, ["--steps", 12], "--nproc-per-node", 2, …, host=…) -> process: torchrun's own agent, there. Its ranks are
+    forked, too, and need not import everything anew; what they say is in {out}{node}.txt. `train` has small pictures.
     """
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "cable")  # gloo would look up the name of the host, which is the same for both
 
-    def call(host: Host, steps: int, out: Path, *options: object) -> Process:
-        agent, *_ = config_from_args(parse_args([*map(str, options), "train_lora.py"]))
+    def call(out: Path, training: list, *options: object, node: int = 0, host: Host | None = None) -> Process:
+        agent, *_ = config_from_args(parse_args([*map(str, options), f"--node-rank={node}", "train_lora.py"]))
         agent.start_method = "fork"
         command = ["--model", tiny_model, "--data", shards, "--rank", 2, "--bs", 1, "--workers", 0, "--device", "cpu"]
-        command += ["--steps", steps, "--save-every", 5, "--rank-timeout", PATIENCE, "--out", out, "--log-dir", f"{out}-runs"]
+        command += ["--rank-timeout", PATIENCE, "--out", out, "--log-dir", f"{out}-runs", *training]
 
         def rank() -> None:
             sys.argv = ["train_lora.py", *map(str, command)]
-            with suppress(SystemExit):
+            try:
                 runpy.run_path(str(ROOT / "train_lora.py"), run_name="__main__")
+            except SystemExit as end:
+                if end.code:
+                    raise
 
         def inside() -> None:
-            sys.stdout = sys.stderr = open(f"{out}{options[-1]}.txt", "a", buffering=1)  # noqa: SIM115
-            host.enter()
+            sys.stdout = sys.stderr = open(f"{out}{node}.txt", "a", buffering=1)  # noqa: SIM115
+            if host:
+                host.enter()
             try:
                 elastic_launch(agent, rank)()
             except ChildFailedError:
@@ -103,14 +113,47 @@ def statuses(processes: list[Process]) -> list[int | None]:
     return [process.exitcode for process in processes]
 
 
-def test_a_host_that_is_cut_off_in_mid_run(hosts, torchrun, tmp_path):
+def test_a_rank_that_does_not_come(monkeypatch):
+    """With the store of torchrun's agent; what rank 0 has left in it does not answer rank 1."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "WORLD_SIZE": 2, "TORCHELASTIC_USE_AGENT_STORE": True}
+    for rank in (0, 1):
+        for name, value in (there | {"RANK": rank}).items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(SystemExit, match=f"rank {1 - rank} of 2 did not come within 1 seconds, so rank {rank} ends too"):
+            enter(rank, 2, 1)
+
+
+def test_ranks_that_no_longer_hold_the_same_lora_end_before_they_save(torchrun, tmp_path, monkeypatch):
+    refresh, steps = lora.Adapter.refresh, itertools.count(1)
+
+    def flip(adapter):
+        """The last bit of a weight of two modules, after the third step of rank 1."""
+        if next(steps) == 3 and os.environ["RANK"] == "1":
+            for name in list(adapter.deltas)[7:9]:
+                adapter.deltas[name][1].view(torch.int32)[0, 0] ^= 1
+        refresh(adapter)
+
+    monkeypatch.setattr("lora.Adapter.refresh", flip)
+    how = ["--steps", 9, "--save-every", 2, "--check-ranks-every", 2]
+    standalone = "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"
+    assert statuses([torchrun(tmp_path / "out", how, *standalone, "--nproc-per-node", 2)]) == [1]
+    first = list(find_state("auto", tmp_path / "out")[1]["layers"])[7]
+    told = (tmp_path / "out0.txt").read_text()
+    assert f"step 4: the ranks no longer hold the same LoRA, {first} is the first that differs: not saved\n" in told
+    assert "Traceback" not in told
+    assert sorted(os.listdir(tmp_path / "out")) == ["pytorch_lora_weights_2.safetensors", "state-1"]
+
+
+def test_a_host_that_is_cut_off_in_mid_run(hosts, torchrun, tmp_path, monkeypatch):
     """Both sides end, and the same command goes on: in the end bit for bit as two processes of one host."""
-    out = tmp_path / "out"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "cable")  # gloo would look up the name of the host, which both have
+    out, how = tmp_path / "out", ["--save-every", 5, "--steps"]
     told = lambda node: (tmp_path / f"out{node}.txt").read_text()  # noqa: E731
 
     def start(steps: int) -> list[Process]:
-        how = "--nnodes", 2, "--nproc-per-node", 1, "--master-addr", MASTER, "--master-port", 29500, "--node-rank"
-        return [torchrun(host, steps, out, *how, node) for node, host in enumerate(hosts)]
+        where = "--nnodes", 2, "--nproc-per-node", 1, "--master-addr", MASTER, "--master-port", 29500
+        return [torchrun(out, [*how, steps], *where, node=node, host=host) for node, host in enumerate(hosts)]
 
     agents = start(2000)
     while not find_states(out):
@@ -129,6 +172,6 @@ def test_a_host_that_is_cut_off_in_mid_run(hosts, torchrun, tmp_path):
     hosts[0].ip("link", "set", "cable", "up")
     assert statuses(start(step + 5)) == [0, 0], told(0)
     assert f"resume     step {step} of {out}/state-" in told(0)
-    one = torchrun(hosts[0], step + 5, tmp_path / "one", "--nproc-per-node", 2, "--master-port", 29500, "--node-rank", 0)
+    one = torchrun(tmp_path / "one", [*how, step + 5], "--nproc-per-node", 2, "--master-port", 29500, host=hosts[0])
     assert statuses([one]) == [0], (tmp_path / "one0.txt").read_text()
     assert equal(weights(out, step + 5), weights(tmp_path / "one", step + 5))
