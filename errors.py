@@ -12,13 +12,18 @@ class UserError(Exception):
     """Something the user can mend. Its text is the whole message."""
 
 
+def printable(text: str) -> str:
+    """Text of a foreign file, which may hold anything, in one line that leaves the terminal as it is."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
     """Wraps the body of a script: a UserError ends it with one line and status 2."""
     try:
         yield
     except UserError as error:
-        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{program}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)

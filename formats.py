@@ -210,13 +210,17 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def trained_on(path: Path) -> str:
-    """The --model that a LoRA file of ours was trained with. Raises UserError if its header does not say."""
+    """The --model that a LoRA file of ours was trained with. Raises UserError if its header does not say, or names one that
+    is not here: who wrote the file does not decide what is fetched.
+    """
     try:
         model = json.loads(read_metadata(path).get("sdxl_lora.config", "{}")).get("model")
     except (ValueError, AttributeError):
         model = None
     if not isinstance(model, str):
         raise UserError(f"--lora {path} does not say which model it was trained on: add --model")
+    if model not in ("demo", "sdxl") and not Path(model).exists():
+        raise UserError(f"--lora {path} was trained on {model!r}, which is not here: name the model by --model")
     return model
 
 

@@ -71,7 +71,7 @@ def read_sdxl(model: str, dtype: torch.dtype, unet: bool = True) -> StableDiffus
     """
     source = NAMES.get(model, model)
     path = Path(source)
-    options = {"dtype": dtype, "add_watermarker": False, "low_cpu_mem_usage": False}
+    options = {"dtype": dtype, "add_watermarker": False, "low_cpu_mem_usage": False, "use_safetensors": True}
     try:
         if not unet:
             where = {"subfolder": "unet"} if path.suffix != ".safetensors" else {}

@@ -27,7 +27,7 @@ from verdicts import COMPONENTS, RULES, LoraFile, verdict
 
 import formats
 from checkpoint import check_writable, write_atomically
-from errors import UserError, one_line_errors
+from errors import UserError, one_line_errors, printable
 from lora import delta_svd
 from pictures import shorten
 
@@ -53,11 +53,6 @@ TOLD = {  # what a header may tell -> its keys, the first that is there
     "step": ("sdxl_lora.step", "ss_steps"),
 }
 SMALLEST = 2.0**-19  # below it float16, which ends at 2^-24, keeps 5 of its 11 bits or fewer
-
-
-def printable(text: str) -> str:
-    """Text of a foreign file, which may hold anything, in one line that leaves the terminal as it is."""
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def span(values: list[float]) -> str:
