@@ -90,7 +90,7 @@ class TrainConfig:
     rank_timeout: float = 300
     """Seconds to wait for a process that does not come to where all meet, which is every step; then all end."""
     check_ranks_every: int = 100
-    """Steps after which the processes compare their LoRA weights, bit by bit."""
+    """Steps after which the processes compare their LoRA weights, bit by bit; also before each save."""
     seed: int = 0
     """Everything random is a function of it and of the step."""
     device: str = "auto"
@@ -319,6 +319,7 @@ def main(config: TrainConfig) -> int:
             step.release()
         examine(run, spoilt)
         if run.bad_steps >= config.max_bad_steps:
+            progress.close()
             sys.exit(f"stopped: {run.bad_steps} steps in a row had no finite loss, see {run.log_dir}/nonfinite-*")
         shown = {"lr": f"{optimizer.param_groups[0]['lr']:.2e}", "img_s": f"{scalars['images_per_second']:.2f}"}
         progress.set_postfix(loss=f"{scalars['loss']:.4f}", **shown)
@@ -366,11 +367,12 @@ def main(config: TrainConfig) -> int:
         run.step, run.samples = run.step + 1, run.samples + images_per_step
         progress.update()
 
-        if run.step % config.check_ranks_every == 0 and (name := ranks.first_difference(weights)):
-            sys.exit(f"step {run.step}: the ranks no longer hold the same LoRA, {name} is the first that differs: not saved")
         if run.step == start + 2 and ranks.first:
             tqdm.write(measured(device))
         saving = stopping or run.step % config.checkpoints.save_every == 0 or run.step == config.steps
+        if (saving or run.step % config.check_ranks_every == 0) and (name := ranks.first_difference(weights)):
+            progress.close()
+            sys.exit(f"step {run.step}: the ranks no longer hold the same LoRA, {name} is the first that differs: not saved")
         if saving or run.step % LOG_EVERY == 0:
             report()
             if run.step % LOG_EVERY == 0 and run.leave_out():  # at no save: it would come sooner than in a run without it
