@@ -66,12 +66,15 @@ class Persistence:
     failed = False  # the last attempt
 
     def __call__(self, what: str, write: Callable[[], T]) -> T | None:
-        """What `write` returns, or None if it raised OSError."""
+        """What `write` returns, or None if it raised OSError, or UserError because of one."""
         try:
             result = write()
-        except OSError as error:
+        except (OSError, UserError) as error:
+            refused = error if isinstance(error, OSError) else error.__context__  # it was gone before it was read back
+            if not isinstance(refused, OSError):
+                raise
             if not self.failed:
-                told = f"{what} could not be written ({error}): training goes on, and it is tried again the next time"
+                told = f"{what} could not be written ({refused}): training goes on, and it is tried again the next time"
                 print(told, file=sys.stderr)
             self.failed = True
             return None

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 
+import formats
 from checkpoint import (
     MANIFEST,
     STATE,
@@ -145,6 +146,19 @@ def test_what_the_disk_refuses_is_told_once(tmp_path, capfd):
     assert disk("the file", lambda: 3) == 3
     assert not disk.failed
     assert capfd.readouterr().err.count("the file could not be written") == 1
+
+
+def test_a_folder_that_goes_while_it_is_read_back_is_refused_by_the_disk(tmp_path, monkeypatch, capfd):
+    def gone(read):
+        return lambda path: (shutil.rmtree(tmp_path), read(path))
+
+    monkeypatch.setattr("checkpoint.load_state", gone(load_state))
+    assert Persistence()("the state", lambda: save_state(tmp_path, {"step": 1}, {})) is None
+    lora = tmp_path / "lora.safetensors"
+    assert Persistence()("the file", lambda: write_atomically(lora, b"", gone(formats.read_metadata))) is None
+    assert capfd.readouterr().err.count("could not be written ([Errno 2] No such file") == 2
+    with pytest.raises(UserError, match="is not a readable"):
+        Persistence()("the file", lambda: write_atomically(lora, b"rubbish", formats.read_metadata))
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
