@@ -1,0 +1,80 @@
+"""scripts/soak.py in short: a smaller model, and its runs are forks of this process, which has imported everything already."""
+
+import json
+import multiprocessing
+import os
+import runpy
+import sys
+
+import pytest
+
+import remote
+import sdxl
+import train_lora  # noqa: F401
+from checkpoint import save_state
+
+
+class Forked(multiprocessing.get_context("fork").Process):
+    """subprocess.Popen as far as soak.py needs it."""
+
+    def __init__(self, command: list[str], stdout, **_):
+        super().__init__(target=self.be, args=(command[1:], stdout))
+        self.start()
+
+    def be(self, command: list[str], told) -> None:
+        os.setsid()
+        sys.argv, sys.stdout, sys.stderr = command, told, told
+        runpy.run_path(command[0], run_name="__main__")
+
+    def poll(self) -> int | None:
+        return self.exitcode
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        self.join(timeout)
+        return self.exitcode
+
+
+@pytest.fixture
+def soak(script, train, monkeypatch, tiny_model, tmp_path):
+    """soak("--blows", 7) -> what it tells. `train` is asked for because it makes the pictures smaller."""
+    (tmp_path / "prompts").write_text("one picture")
+    monkeypatch.setattr("pictures.DEMO_PROMPTS", tmp_path / "prompts")
+    monkeypatch.setitem(sdxl.NAMES, "demo", str(tiny_model))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("subprocess.Popen", Forked)
+    monkeypatch.setattr(remote, "TIMEOUT", 1.0)
+    monkeypatch.setattr(remote, "PAUSE", 0.05)
+
+    def call(*options, **how):
+        out, _ = script("scripts/soak.py", "--steps", 12, "--save-every", 3, *options, **how)
+        return json.loads(out[out.index("{\n") : out.rindex("}") + 1])
+
+    return call
+
+
+def test_nothing_is_lost_or_wrong(soak):
+    told = soak("--blows", 6, "--seed", 678)
+    assert told["blows"] == 6
+    assert {"shards stall", "disk full", "folder deleted", "SIGKILL"} <= told["kinds"].keys()
+    assert len(told["answers to requests"]) > 1  # a stall was felt
+    assert told["files compared"] >= 4
+    assert (told["steps lost"], told["files wrong"], told["faults"]) == (0, 0, [])
+
+
+def test_what_is_lost_or_wrong_is_found(soak, monkeypatch):
+    """A run that saves, when it is stopped, other weights and an earlier step, and ends with another status."""
+
+    def save(folder, state, beside):
+        step = state["run"]["step"]
+        if step % 3 == 0:  # of --save-every
+            return save_state(folder, state, beside)
+        save_state(folder, state | {"lora": state["lora"] + 1e-3, "run": state["run"] | {"step": step - 3}}, beside)
+        sys.exit(1)
+
+    monkeypatch.setattr("checkpoint.save_state", save)
+    told = soak("--blows", 1, "--seed", 12, status=1)
+    assert told["steps lost"] > 0
+    assert told["files wrong"] == 4
+    stopped, _ = told["faults"]
+    assert "SIGTERM" in stopped
+    assert "status   1" in stopped
