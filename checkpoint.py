@@ -35,7 +35,11 @@ def write_atomically(path: Path, data: bytes, check: Callable[[Path], None] = la
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        check(temporary)
+        try:
+            check(temporary)
+        except Exception:  # whatever a reader makes of a file that is gone, with its folder or its disk
+            temporary.stat()
+            raise
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
