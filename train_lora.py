@@ -386,9 +386,9 @@ def main(config: TrainConfig) -> int:
             meter.restart()
 
     # The end, a signal, or no memory.
-    if not saving:  # the last whole step
-        if meter.steps:
-            report()
+    if meter.steps:
+        report()
+    if not saving or disk.failed:  # the last whole step, or once more what was refused
         save()
     progress.close()
     short, skipped = ranks.any(accumulate.failed), sorted(ranks.union(skipped))
