@@ -1,4 +1,4 @@
-"""Ranks that come too late, that no longer agree, and of which some are cut off.
+"""Several processes: their gradient, and ranks that do not come, die, hang, no longer agree or are cut off.
 
 Two hosts are network namespaces of this machine, joined by a cable that can be cut. A cut cable says nothing: no connection
 is closed, so only what counts seconds notices. This needs no root where users may make namespaces.
@@ -9,6 +9,8 @@ import itertools
 import os
 import runpy
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,11 +20,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT
+from conftest import ROOT, run
 from test_train import equal, weights
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, parse_args
+from two_ranks import gradient_and_step
 
 import lora
 from checkpoint import find_state, find_states
@@ -30,6 +33,7 @@ from distributed import enter
 
 MASTER = "10.77.0.1"
 PATIENCE = 5  # seconds
+ONE_HOST = "--nproc-per-node", 2, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"
 
 
 class Host:
@@ -113,6 +117,38 @@ def statuses(processes: list[Process]) -> list[int | None]:
     return [process.exitcode for process in processes]
 
 
+def test_two_ranks_have_the_gradient_of_one_with_the_double_batch(tiny_model, tmp_path):
+    alone = gradient_and_step(str(tiny_model), 0, 1, lambda gradient: None)
+    command = "tests/two_ranks.py", str(tiny_model), str(tmp_path / "result.pt")
+    run("torchrun", "--standalone", "--nproc-per-node", "2", *command)
+    both = torch.load(tmp_path / "result.pt", weights_only=True)
+    torch.testing.assert_close(both["grad"], alone["grad"], atol=1e-6, rtol=1e-4)
+    assert alone["grad"].abs().max() > 1e-3
+    assert not both["ranks differ"].any()
+    assert both["union"].tolist() == [0, 1, 7]
+    assert both["any"].tolist() == [True, False]
+    assert both["first difference"] == ["other", None]
+
+
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGSTOP)", "os._exit(9)"], ids=["hangs", "dies"])
+def test_a_rank_that_is_missing_is_named_by_all_others(end):
+    code = "import os, signal, torch; from distributed import join_ranks; ranks = join_ranks(torch.device('cpu'), 4);"
+    code += f"ranks.any(False); ranks.rank == 2 and {end}; ranks.any(False); ranks.any(False)"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        there = os.environ | {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    how = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True}
+    ranks = [subprocess.Popen([sys.executable, "-c", code], env=there | {"RANK": str(rank)}, **how) for rank in range(3)]
+    try:
+        for rank, process in enumerate(ranks[:2]):
+            _, err = process.communicate(timeout=60)
+            assert process.returncode == 1
+            assert f"rank 2 of 3 does not answer, so rank {rank} ends too" in err
+            assert "Traceback" not in err
+    finally:
+        ranks[2].kill()
+
+
 def test_a_rank_that_does_not_come(monkeypatch):
     """With the store of torchrun's agent; what rank 0 has left in it does not answer rank 1."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -122,6 +158,33 @@ def test_a_rank_that_does_not_come(monkeypatch):
             monkeypatch.setenv(name, str(value))
         with pytest.raises(SystemExit, match=f"rank {1 - rank} of 2 did not come within 1 seconds, so rank {rank} ends too"):
             enter(rank, 2, 1)
+
+
+def test_a_rank_that_is_killed(train, torchrun, tmp_path, monkeypatch):
+    """torchrun starts all again, and they go on as if nothing had happened; so does then one process alone."""
+    refresh, steps = lora.Adapter.refresh, itertools.count(1)
+
+    def die(adapter):
+        if next(steps) == 4 and (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "0"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        refresh(adapter)
+
+    how = ["--steps", 5, "--save-every", 3]
+    with monkeypatch.context() as deadly:
+        deadly.setattr("lora.Adapter.refresh", die)
+        agent = torchrun(tmp_path / "out", how, *ONE_HOST, "--max-restarts", 3)
+    assert statuses([agent]) == [0]
+    told = (tmp_path / "out0.txt").read_text()
+    assert told.count("batch      1 × 1 accumulated × 2 processes = 2") == 2
+    assert f"resume     step 3 of {tmp_path}/out/state-1\n" in told
+    assert told.count("wrote") == 1  # rank 0 alone writes
+    assert find_state("auto", tmp_path / "out")[1]["run"]["samples"] == 10
+    assert statuses([torchrun(tmp_path / "whole", how, *ONE_HOST)]) == [0]
+    assert equal(weights(tmp_path / "out", 5), weights(tmp_path / "whole", 5))
+    out, _ = train("--steps", 6, "--bs", 1, "--rank-timeout", PATIENCE)
+    assert "step 5 of" in out
+    assert "; processes 2 -> 1; no longer bit for bit\n" in out
+    assert find_state("auto", tmp_path / "out")[1]["run"]["samples"] == 11  # the same images in the same order
 
 
 def test_ranks_that_no_longer_hold_the_same_lora_end_before_they_save(torchrun, tmp_path, monkeypatch):
@@ -136,8 +199,7 @@ def test_ranks_that_no_longer_hold_the_same_lora_end_before_they_save(torchrun, 
 
     monkeypatch.setattr("lora.Adapter.refresh", flip)
     how = ["--steps", 9, "--save-every", 2, "--check-ranks-every", 2]
-    standalone = "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"
-    assert statuses([torchrun(tmp_path / "out", how, *standalone, "--nproc-per-node", 2)]) == [1]
+    assert statuses([torchrun(tmp_path / "out", how, *ONE_HOST)]) == [1]
     first = list(find_state("auto", tmp_path / "out")[1]["layers"])[7]
     told = (tmp_path / "out0.txt").read_text()
     assert f"step 4: the ranks no longer hold the same LoRA, {first} is the first that differs: not saved\n" in told

@@ -2,34 +2,30 @@ import errno
 import itertools
 import json
 import os
-import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import webdataset as wds
-from conftest import ROOT, run
+from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._pytree import tree_leaves
-from two_ranks import gradient_and_step
 
 import data
 import formats
 import lora
 import sdxl
 from captions import CaptionConfig
-from checkpoint import Persistence, find_state, find_states, save_state, write_atomically
+from checkpoint import Persistence, find_state, save_state, write_atomically
 from data import DataConfig
 from graph import GraphedStep
 from lora import LoRAConfig, layer_shapes
@@ -187,39 +183,6 @@ def test_weights_that_are_not_finite_are_never_written(train, tmp_path):
     _, err = train("--steps", 3, "--lr", 1e30, status=2)
     assert "is not finite in float16, so no file was written" in err
     assert not list(tmp_path.rglob("*.safetensors"))
-
-
-def test_a_run_killed_at_random_moments_ends_as_one_that_never_stopped(train, tmp_path):
-    """Five times, half of them while it writes; scripts/soak.py is the long form."""
-    how = ["--steps", 9, "--save-every", 1, "--keep", 2]
-    train(*how)
-    aside = lambda: {*killed.glob(".pytorch*"), *killed.glob(".state*")}  # noqa: E731
-    rng, killed = random.Random(0), tmp_path / "killed"
-    step, killed_at = 0, []
-    for i in range(5):
-        child = os.fork()  # this process has imported everything already
-        if not child:
-            train(*how, "--out", killed)
-            os._exit(0)
-        before, seen, wanted = aside(), set(), rng.randint(1, 6)
-        while len(seen) < wanted and os.waitpid(child, os.WNOHANG) == (0, 0):
-            seen |= aside() - before  # two or three files for each step
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.3) if i % 2 else rng.uniform(0, 0.02))
-        with suppress(ProcessLookupError, ChildProcessError):
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-        found = find_state("auto", killed)
-        assert (found[1]["run"]["step"] if found else 0) >= step
-        step = found[1]["run"]["step"] if found else 0
-        killed_at.append(step)
-    assert len(set(killed_at)) > 1, killed_at
-    if step < 9:
-        train(*how, "--out", killed)
-    names = sorted(path.name for path in killed.glob("*pytorch*"))
-    assert names == [f"pytorch_lora_weights_{step}.safetensors" for step in (8, 9)]
-    assert len(list(killed.glob("*state-*"))) == 1
-    assert equal(weights(killed, 9), weights(tmp_path / "out", 9))
 
 
 def test_what_the_disk_refuses_is_tried_again_at_the_next_save(train, tmp_path, monkeypatch):
@@ -707,72 +670,6 @@ def test_a_gpu_that_gets_full_makes_its_steps_in_halves(train, tmp_path, monkeyp
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert "from here on in pieces of 8" in err
     assert last(tmp_path / "runs", "loss") == pytest.approx(last(tmp_path / "undisturbed", "loss"), rel=1e-2)
-
-
-# Several processes.
-
-
-def torchrun(processes: int, *command: object) -> subprocess.CompletedProcess:
-    return run("torchrun", "--standalone", "--nproc-per-node", str(processes), *map(str, command))
-
-
-def test_two_ranks_have_the_gradient_of_one_with_the_double_batch(tiny_model, tmp_path):
-    alone = gradient_and_step(str(tiny_model), 0, 1, lambda gradient: None)
-    torchrun(2, "tests/two_ranks.py", tiny_model, tmp_path / "result.pt")
-    both = torch.load(tmp_path / "result.pt", weights_only=True)
-    torch.testing.assert_close(both["grad"], alone["grad"], atol=1e-6, rtol=1e-4)
-    assert alone["grad"].abs().max() > 1e-3
-    assert not both["ranks differ"].any()
-    assert both["union"].tolist() == [0, 1, 7]
-    assert both["any"].tolist() == [True, False]
-    assert both["first difference"] == ["other", None]
-
-
-@pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGSTOP)", "os._exit(9)"], ids=["hangs", "dies"])
-def test_a_rank_that_is_missing_is_named_by_all_others(end):
-    code = "import os, signal, torch; from distributed import join_ranks; ranks = join_ranks(torch.device('cpu'), 4);"
-    code += f"ranks.any(False); ranks.rank == 2 and {end}; ranks.any(False); ranks.any(False)"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        there = os.environ | {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-    how = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True}
-    ranks = [subprocess.Popen([sys.executable, "-c", code], env=there | {"RANK": str(rank)}, **how) for rank in range(3)]
-    try:
-        for rank, process in enumerate(ranks[:2]):
-            _, err = process.communicate(timeout=60)
-            assert process.returncode == 1
-            assert f"rank 2 of 3 does not answer, so rank {rank} ends too" in err
-            assert "Traceback" not in err
-    finally:
-        ranks[2].kill()
-
-
-def rank_of(agent: int, rank: int) -> int:
-    """The process id of a rank that torchrun has started."""
-    children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
-    return next(int(pid) for pid in children if f"\0RANK={rank}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes())
-
-
-def test_two_ranks_of_which_one_is_killed(train, tiny_model, shards, tmp_path):
-    how = ["--model", tiny_model, "--data", shards, "--rank", 2, "--bs", 1, "--workers", 1, "--steps", 5]
-    files = ["--out", tmp_path / "out", "--log-dir", tmp_path / "runs", "--save-every", 3]
-    agent = start("torchrun", "--standalone", "--nproc-per-node", 2, "--max-restarts", 3, "train_lora.py", *how, *files)
-    while not find_states(tmp_path / "out"):
-        time.sleep(0.02)
-        assert agent.poll() is None
-    os.kill(rank_of(agent.pid, 1), signal.SIGKILL)
-    out, err = agent.communicate(timeout=120)
-    assert agent.returncode == 0, err
-    assert "batch      1 × 1 accumulated × 2 processes = 2" in out
-    assert f"resume     step 3 of {tmp_path}/out/state-1\n" in out
-    assert out.count("wrote") == 1  # rank 0 alone writes
-    assert find_state("auto", tmp_path / "out")[1]["run"]["samples"] == 10
-    torchrun(2, "train_lora.py", *how, "--out", tmp_path / "whole", "--log-dir", tmp_path / "runs")
-    assert equal(weights(tmp_path / "out", 5), weights(tmp_path / "whole", 5))
-    out, _ = train("--steps", 6, "--bs", 1)
-    assert "step 5 of" in out
-    assert "; processes 2 -> 1; no longer bit for bit\n" in out
-    assert find_state("auto", tmp_path / "out")[1]["run"]["samples"] == 11  # the same images in the same order
 
 
 # A user's mistakes: one line, status 2, nothing written.
