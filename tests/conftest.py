@@ -157,6 +157,10 @@ def run(*command: str, status: int = 0) -> subprocess.CompletedProcess:
     return done
 
 
+def torchrun(processes: int, *command: object) -> subprocess.CompletedProcess:
+    return run("torchrun", "--standalone", "--nproc-per-node", str(processes), *map(str, command))
+
+
 @pytest.fixture
 def script(monkeypatch, capfd):
     """Runs a script's own entry point in this process, which saves the seconds that importing torch takes:

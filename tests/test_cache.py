@@ -9,9 +9,9 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, torchrun
 from safetensors.torch import load_file, save_file
-from test_train import last, torchrun
+from test_train import last
 
 from data import DataConfig, assign_buckets, decode, normalise
 from errors import UserError

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, run
+from conftest import ROOT, torchrun
 from test_train import equal, weights
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import elastic_launch
@@ -74,14 +74,14 @@ def hosts():
 
 
 @pytest.fixture
-def torchrun(train, tiny_model, shards, tmp_path):
-    """torchrun(out, ["--steps", 12], "--nproc-per-node", 2, …, host=…) -> process: torchrun's own agent, there. Its ranks are
+def agent(train, tiny_model, shards, tmp_path):
+    """agent(out, ["--steps", 12], "--nproc-per-node", 2, …, host=…) -> process: torchrun's own agent, there. Its ranks are
     forked, too, and need not import everything anew; what they say is in {out}{node}.txt. `train` has small pictures.
     """
 
     def call(out: Path, training: list, *options: object, node: int = 0, host: Host | None = None) -> Process:
-        agent, *_ = config_from_args(parse_args([*map(str, options), f"--node-rank={node}", "train_lora.py"]))
-        agent.start_method = "fork"
+        config, *_ = config_from_args(parse_args([*map(str, options), f"--node-rank={node}", "train_lora.py"]))
+        config.start_method = "fork"
         command = ["--model", tiny_model, "--data", shards, "--rank", 2, "--bs", 1, "--workers", 0, "--device", "cpu"]
         command += ["--rank-timeout", PATIENCE, "--out", out, "--log-dir", f"{out}-runs", *training]
 
@@ -98,7 +98,7 @@ def torchrun(train, tiny_model, shards, tmp_path):
             if host:
                 host.enter()
             try:
-                elastic_launch(agent, rank)()
+                elastic_launch(config, rank)()
             except ChildFailedError:
                 sys.exit(1)
 
@@ -119,8 +119,7 @@ def statuses(processes: list[Process]) -> list[int | None]:
 
 def test_two_ranks_have_the_gradient_of_one_with_the_double_batch(tiny_model, tmp_path):
     alone = gradient_and_step(str(tiny_model), 0, 1, lambda gradient: None)
-    command = "tests/two_ranks.py", str(tiny_model), str(tmp_path / "result.pt")
-    run("torchrun", "--standalone", "--nproc-per-node", "2", *command)
+    torchrun(2, "tests/two_ranks.py", tiny_model, tmp_path / "result.pt")
     both = torch.load(tmp_path / "result.pt", weights_only=True)
     torch.testing.assert_close(both["grad"], alone["grad"], atol=1e-6, rtol=1e-4)
     assert alone["grad"].abs().max() > 1e-3
@@ -160,7 +159,7 @@ def test_a_rank_that_does_not_come(monkeypatch):
             enter(rank, 2, 1)
 
 
-def test_a_rank_that_is_killed(train, torchrun, tmp_path, monkeypatch):
+def test_a_rank_that_is_killed(train, agent, tmp_path, monkeypatch):
     """torchrun starts all again, and they go on as if nothing had happened; so does then one process alone."""
     refresh, steps = lora.Adapter.refresh, itertools.count(1)
 
@@ -172,14 +171,14 @@ def test_a_rank_that_is_killed(train, torchrun, tmp_path, monkeypatch):
     how = ["--steps", 5, "--save-every", 3]
     with monkeypatch.context() as deadly:
         deadly.setattr("lora.Adapter.refresh", die)
-        agent = torchrun(tmp_path / "out", how, *ONE_HOST, "--max-restarts", 3)
-    assert statuses([agent]) == [0]
+        process = agent(tmp_path / "out", how, *ONE_HOST, "--max-restarts", 3)
+    assert statuses([process]) == [0]
     told = (tmp_path / "out0.txt").read_text()
     assert told.count("batch      1 × 1 accumulated × 2 processes = 2") == 2
     assert f"resume     step 3 of {tmp_path}/out/state-1\n" in told
     assert told.count("wrote") == 1  # rank 0 alone writes
     assert find_state("auto", tmp_path / "out")[1]["run"]["samples"] == 10
-    assert statuses([torchrun(tmp_path / "whole", how, *ONE_HOST)]) == [0]
+    assert statuses([agent(tmp_path / "whole", how, *ONE_HOST)]) == [0]
     assert equal(weights(tmp_path / "out", 5), weights(tmp_path / "whole", 5))
     out, _ = train("--steps", 6, "--bs", 1, "--rank-timeout", PATIENCE)
     assert "step 5 of" in out
@@ -187,7 +186,7 @@ def test_a_rank_that_is_killed(train, torchrun, tmp_path, monkeypatch):
     assert find_state("auto", tmp_path / "out")[1]["run"]["samples"] == 11  # the same images in the same order
 
 
-def test_ranks_that_no_longer_hold_the_same_lora_end_before_they_save(torchrun, tmp_path, monkeypatch):
+def test_ranks_that_no_longer_hold_the_same_lora_end_before_they_save(agent, tmp_path, monkeypatch):
     refresh, steps = lora.Adapter.refresh, itertools.count(1)
 
     def flip(adapter):
@@ -199,7 +198,7 @@ def test_ranks_that_no_longer_hold_the_same_lora_end_before_they_save(torchrun, 
 
     monkeypatch.setattr("lora.Adapter.refresh", flip)
     how = ["--steps", 9, "--save-every", 2, "--check-ranks-every", 2]
-    assert statuses([torchrun(tmp_path / "out", how, *ONE_HOST)]) == [1]
+    assert statuses([agent(tmp_path / "out", how, *ONE_HOST)]) == [1]
     first = list(find_state("auto", tmp_path / "out")[1]["layers"])[7]
     told = (tmp_path / "out0.txt").read_text()
     assert f"step 4: the ranks no longer hold the same LoRA, {first} is the first that differs: not saved\n" in told
@@ -207,7 +206,7 @@ def test_ranks_that_no_longer_hold_the_same_lora_end_before_they_save(torchrun, 
     assert sorted(os.listdir(tmp_path / "out")) == ["pytorch_lora_weights_2.safetensors", "state-1"]
 
 
-def test_a_host_that_is_cut_off_in_mid_run(hosts, torchrun, tmp_path, monkeypatch):
+def test_a_host_that_is_cut_off_in_mid_run(hosts, agent, tmp_path, monkeypatch):
     """Both sides end, and the same command goes on: in the end bit for bit as two processes of one host."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "cable")  # gloo would look up the name of the host, which both have
     out, how = tmp_path / "out", ["--save-every", 5, "--steps"]
@@ -215,7 +214,7 @@ def test_a_host_that_is_cut_off_in_mid_run(hosts, torchrun, tmp_path, monkeypatc
 
     def start(steps: int) -> list[Process]:
         where = "--nnodes", 2, "--nproc-per-node", 1, "--master-addr", MASTER, "--master-port", 29500
-        return [torchrun(out, [*how, steps], *where, node=node, host=host) for node, host in enumerate(hosts)]
+        return [agent(out, [*how, steps], *where, node=node, host=host) for node, host in enumerate(hosts)]
 
     agents = start(2000)
     while not find_states(out):
@@ -234,6 +233,6 @@ def test_a_host_that_is_cut_off_in_mid_run(hosts, torchrun, tmp_path, monkeypatc
     hosts[0].ip("link", "set", "cable", "up")
     assert statuses(start(step + 5)) == [0, 0], told(0)
     assert f"resume     step {step} of {out}/state-" in told(0)
-    one = torchrun(tmp_path / "one", [*how, step + 5], "--nproc-per-node", 2, "--master-port", 29500, host=hosts[0])
+    one = agent(tmp_path / "one", [*how, step + 5], "--nproc-per-node", 2, "--master-port", 29500, host=hosts[0])
     assert statuses([one]) == [0], (tmp_path / "one0.txt").read_text()
     assert equal(weights(out, step + 5), weights(tmp_path / "one", step + 5))

@@ -1,4 +1,4 @@
-"""Run by torchrun in test_train.py: each rank takes its share of one batch; rank 0 stores what all of them then hold."""
+"""Run by torchrun in test_ranks.py: each rank takes its share of one batch; rank 0 stores what all of them then hold."""
 
 import sys
 from pathlib import Path
