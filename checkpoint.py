@@ -10,14 +10,13 @@ import io
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from errors import UserError
+from errors import UserError, warn
 
 STATE, MANIFEST = "state.pt", "manifest.json"
 T = TypeVar("T")
@@ -79,7 +78,7 @@ class Persistence:
                 raise
             if not self.failed:
                 told = f"{what} could not be written ({refused}): training goes on, and it is tried again the next time"
-                print(told, file=sys.stderr)
+                warn(told)
             self.failed = True
             return None
         self.failed = False
@@ -154,7 +153,7 @@ def find_state(resume: str, folder: Path) -> tuple[Path, dict] | None:
         except UserError as damaged:
             if resume != "auto":
                 raise
-            print(f"passed over: {damaged}", file=sys.stderr)
+            warn(f"passed over: {damaged}")
     if resume == "auto" and not found and not (folder / "state").exists():
         return None
     raise UserError(f"--resume {resume}: no state that can be used in {root}: --resume none starts anew")

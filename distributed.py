@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from errors import warn
+
 APART = 60.0  # seconds that ranks may at least be apart at their start
 ROLL_CALL = 2.0  # seconds in which the ranks of the other hosts notice that one is cut off
 
@@ -48,7 +50,7 @@ class Ranks:
         except RuntimeError as error:
             why = str(error).splitlines()[0]
             told = f"{self.missing()} does not answer, so rank {self.rank} ends too; the same command goes on: {why}"
-            print(told, file=sys.stderr, flush=True)
+            warn(told)
             time.sleep(self.first)  # it may keep the list that the others look at now
             os._exit(1)  # an orderly exit would wait for the device, and that for the missing rank
 

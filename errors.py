@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from tqdm import tqdm
+
 
 class UserError(Exception):
     """Something the user can mend. Its text is the whole message."""
@@ -17,14 +19,19 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
+def warn(text: str) -> None:
+    """A line on stderr, above the progress bar if there is one."""
+    tqdm.write(text, file=sys.stderr)
+
+
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
     """Wraps the body of a script: a UserError ends it with one line and status 2."""
     try:
         yield
     except UserError as error:
-        print(f"{program}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        warn(f"{program}: {printable(' '.join(str(error).split()))}")
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
+        warn(f"{program}: interrupted")
         sys.exit(130)

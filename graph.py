@@ -7,16 +7,14 @@ them is three to five times as fast. PyTorch's own text: https://pytorch.org/doc
 
 import gc
 import math
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from errors import UserError
+from errors import UserError, warn
 
 T = TypeVar("T")
 
@@ -57,7 +55,7 @@ class GraphedStep:
                 reason = (str(cause).splitlines() or [type(cause).__name__])[0]
                 if self.must:
                     raise UserError(f"--cuda-graph on: the step cannot be captured: {reason}") from None
-                print(f"no CUDA graph, every kernel is launched by itself: {reason}", file=sys.stderr)
+                warn(f"no CUDA graph, every kernel is launched by itself: {reason}")
                 self.eager = True
         if self.eager:  # out of the except block, which would keep what the capture has allocated
             self.release()
@@ -172,7 +170,7 @@ class Accumulation:
             self.failed = self.halvings == 0
             self.halvings, self.micro = self.halvings - 1, math.ceil(self.micro / 2)
             then = "tried twice in halves: the run ends" if self.failed else f"from here on in pieces of {self.micro}"
-            tqdm.write(f"{told}; {then}", file=sys.stderr)
+            warn(f"{told}; {then}")
             if self.failed:
                 return None
 

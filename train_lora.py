@@ -42,7 +42,7 @@ from checkpoint import Persistence, check_writable, write_atomically
 from data import Batch, DataConfig, Stream, describe_buckets, make_loader, normalise
 from diffusion import Diffusion, DiffusionConfig, area_weights
 from distributed import Ranks, join_ranks, leave_ranks
-from errors import UserError, one_line_errors
+from errors import UserError, one_line_errors, warn
 from fast import KERNELS, Shapes, choose_attention, install
 from graph import Accumulation, GraphedStep, doing, ran_out
 from lora import Adapter, LoRAConfig, add_lora, layer_shapes
@@ -395,7 +395,7 @@ def main(config: TrainConfig) -> int:
     if ranks.first:
         why = "" if run.step == config.steps else "memory ran out" if short else "stopped by a signal"
         if disk.failed:
-            print(f"step {run.step} could not be saved", file=sys.stderr)
+            warn(f"step {run.step} could not be saved")
         elif run.saved:
             goes_on = f": {why}, the same command goes on from there" if why else ""
             print(f"wrote {config.checkpoints.out / run.saved[-1]}{goes_on}")
@@ -481,7 +481,7 @@ def examine_steps(
         Persistence()(str(file), partial(write_atomically, file, json.dumps(found, indent=1).encode()))
         if ranks.first:
             told = f"by {', '.join(sorted(guilty))}" if guilty else "which could not be repeated"
-            print(f"step {number} had no finite loss or gradient and was skipped, {told}: see {file.parent}", file=sys.stderr)
+            warn(f"step {number} had no finite loss or gradient and was skipped, {told}: see {file.parent}")
 
 
 if __name__ == "__main__":
@@ -491,5 +491,5 @@ if __name__ == "__main__":
         except torch.OutOfMemoryError as error:
             helps = "; what helps: less as --vram-gb, --checkpointing all, --base-precision nf4"
             told = ran_out(error) + (helps if not hasattr(error, "__notes__") else "")
-            print(f"train_lora.py: {told}", file=sys.stderr)
+            warn(f"train_lora.py: {told}")
             sys.exit(os.EX_OSERR)

@@ -3,14 +3,14 @@ and the module they begin in; and training that goes on but learns nothing, or c
 """
 
 import math
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from statistics import mean, median
 
 from torch import Tensor, nn
-from tqdm import tqdm
+
+from errors import warn
 
 
 @contextmanager
@@ -118,4 +118,4 @@ class Watchdog:
         told = {check: check(self.readings) for check in self.checks}
         self.checks = [check for check in self.checks if not told[check]]
         for line in filter(None, told.values()):
-            tqdm.write(f"{self.name}: {line}", file=sys.stderr)
+            warn(f"{self.name}: {line}")

@@ -1,9 +1,12 @@
+import re
 from functools import partial
 
 import pytest
 import torch
+from tqdm import tqdm
 
 import sdxl
+from errors import warn
 from lora import LoRAConfig, add_lora
 from watch import MANY, Watchdog, flat_loss, no_change, no_gradient, no_learning_rate, slow
 
@@ -69,6 +72,12 @@ def test_each_failure_is_told_once_and_by_the_ranks_once(capfd):
     assert "unet: trained, but" in lines[0]
     assert "not changed" in lines[1]
     assert all("takes 5 s" in line for line in lines[2:])
+
+
+def test_a_warning_is_not_written_behind_the_progress_bar(capfd):
+    with tqdm(total=3):
+        warn("something is wrong")
+    assert re.search(r"\r +\rsomething is wrong\n", capfd.readouterr().err)  # the bar was wiped away
 
 
 def test_the_checksum_sees_a_single_bit(denoiser):
