@@ -1,5 +1,4 @@
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pyarrow
 import pytest
-from conftest import ROOT, photograph
+from conftest import ROOT, encoded, photograph
 from PIL import Image
 from pyarrow import parquet
 from tqdm import tqdm
@@ -28,12 +27,6 @@ PACK = "scripts/make_shards.py"
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def encoded(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +317,7 @@ def test_rows_of_any_range_are_those_of_the_table(table):
 
 
 def test_columns_of_other_kinds(tmp_path):
-    image = encoded(photograph(0, 40, 40))
+    image = encoded(photograph(0, 40, 40), "JPEG")
     columns = {"image": [image, None, b""], "text": pyarrow.array([b"a", b"\xff", b"c"]).cast(pyarrow.binary())}
     text = pyarrow.StringArray.from_buffers(3, *columns["text"].buffers()[1:])
     parquet.write_table(pyarrow.table({"image": columns["image"], "text": text}), tmp_path / "a.parquet")
