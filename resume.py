@@ -1,6 +1,7 @@
 """Where a run stands: its LoRA files, its state, and what may have changed when it goes on from there."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -80,45 +81,38 @@ class Checkpoints:
         self, config: CheckpointConfig, flags: dict[str, object], source, world: int, adapter, shapes: dict[str, torch.Size],
         optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
     ):  # fmt: skip
-        self.config, self.flags, self.source, self.world = config, flags, source, world
+        self.config, self.flags, self.source = config, flags, source
         self.adapter, self.shapes, self.optimizer, self.scaler = adapter, shapes, optimizer, scaler
+        self.made = circumstances(flags, source.fingerprint, world)
 
     def find(self) -> tuple[Path, dict] | None:
         return find_state(self.config.resume, self.config.out)
 
-    def serialise(self, step: int) -> dict[str, bytes]:
-        """{name: content} of the LoRA files at `step`."""
+    def serialise(self, step: int) -> Iterator[tuple[str, bytes]]:
+        """Name and content of each LoRA file at `step`."""
         about = formats.describe(self.flags, self.source.samples, step) | {"sdxl_lora.dataset": self.source.fingerprint}
         deltas, dtype = self.adapter.deltas, DTYPES[self.config.save_dtype]
-        return {
-            f"pytorch_lora_weights_{step}{suffix}.safetensors": formats.serialise(deltas, about, layout, dtype)
-            for layout, suffix in FILES[self.config.format].items()
-        }
+        for layout, suffix in FILES[self.config.format].items():
+            yield f"pytorch_lora_weights_{step}{suffix}.safetensors", formats.serialise(deltas, about, layout, dtype)
 
     def save(self, run: Run) -> float:
         """Writes the LoRA files, checks them, and writes the state of the run; then removes what this run wrote beyond the
         --keep newest. Returns the largest difference of a file's weights from the live ones. Raises OSError.
         """
-        out, files, errors = self.config.out, self.serialise(run.step), []
+        out, files, errors = self.config.out, dict(self.serialise(run.step)), []
         how = {"dtype": DTYPES[self.config.save_dtype], "otherwise": "the last one was kept"}
         check = lambda written: errors.append(formats.check_written(written, self.shapes, self.adapter.deltas, **how))  # noqa: E731
         for name, content in files.items():
             write_atomically(out / name, content, check)
         run.saved = (*(name for name in run.saved if name not in files), *files)
         state = {"lora": self.adapter.flat, "layers": list(self.adapter.modules), "optimizer": self.optimizer.state_dict()}
-        state |= {"scaler": self.scaler.state_dict(), "run": asdict(run), "made": self.circumstances()}
+        state |= {"scaler": self.scaler.state_dict(), "run": asdict(run), "made": self.made}
         save_state(out, state, files)  # with the names of those that go now: killed here, the next save removes them
         keep = self.config.keep * len(files)
         for old in (*(out / name for name in run.saved[:-keep]), *out.glob(".pytorch_lora_weights_*")):
             old.unlink(missing_ok=True)  # and what a killed write has left
         run.saved = run.saved[-keep:]
         return max(errors)
-
-    def circumstances(self) -> dict:
-        """What a state was made with: every flag, with the content of the data in place of its path; and beyond the flags."""
-        suite = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
-        beyond = {"processes": self.world, "torch": str(torch.__version__), "suite": suite.hexdigest()[:8]}
-        return {"flags": self.flags | {"data": f"files {self.source.fingerprint[:8]}"}, "beyond": beyond}
 
     def restore(self, path: Path, state: dict) -> tuple[Run, str]:
         """Puts a saved state back. Returns it with a line on what has changed since it was made.
@@ -127,9 +121,8 @@ class Checkpoints:
         """
         if not {"lora", "layers", "optimizer", "scaler", "run", "made"} <= state.keys():
             raise UserError(f"--resume {path}: this is no state of train_lora.py")
-        made = self.circumstances()
-        flags = changed(state["made"]["flags"], made["flags"], "--")
-        beyond = changed(state["made"]["beyond"], made["beyond"])
+        flags = changed(state["made"]["flags"], self.made["flags"], "--")
+        beyond = changed(state["made"]["beyond"], self.made["beyond"])
         never = [told for name, told in flags.items() if name in NEVER]
         if never or state["layers"] != list(self.adapter.modules):
             raise UserError(f"{path} does not fit: {', '.join(never)}: change it back, or --resume none, or another --out")
@@ -147,6 +140,13 @@ class Checkpoints:
             run.saved = ()  # another folder's files are not ours to remove
         told = "".join(f"; {change}" for change in [*flags.values(), *beyond.values()])
         return run, told + ("; no longer bit for bit" if "processes" in beyond else "")
+
+
+def circumstances(flags: dict[str, object], fingerprint: str, world: int) -> dict:
+    """What a state is made with: every flag, with the content of the data in place of its path; and beyond the flags."""
+    suite = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
+    beyond = {"processes": world, "torch": str(torch.__version__), "suite": suite.hexdigest()[:8]}
+    return {"flags": flags | {"data": f"files {fingerprint[:8]}"}, "beyond": beyond}
 
 
 def changed(was: dict, now: dict, flag: str = "") -> dict[str, str]:

@@ -284,7 +284,7 @@ def main(config: TrainConfig) -> int:
         check_writable("--log-dir", Path(run.log_dir).parent)
         log = Log(run.log_dir, purge_step=run.step + 1, attempt=Persistence())
         log.add_text("config", f"```json\n{json.dumps(flags, indent=2)}\n```", run.step)
-        file, content = next(iter(checkpoints.serialise(config.steps).items()))
+        file, content = next(checkpoints.serialise(config.steps))
         count, layers = adapter.flat.numel(), len(adapter.modules)
         share = 100 * count / total
         if found:
