@@ -15,8 +15,13 @@ class UserError(Exception):
 
 
 def printable(text: str) -> str:
-    """Text of a foreign file, which may hold anything, in one line that leaves the terminal as it is."""
-    return "".join(c if c.isprintable() else "?" for c in text)
+    """Text of a foreign file, which may hold anything, in one line that leaves the terminal as it is.
+
+    An escape becomes the four characters \\x1b, and so does a byte of a file's name that is no UTF-8.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text).replace(r"\udc", r"\x")
 
 
 def warn(text: str) -> None:

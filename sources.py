@@ -11,7 +11,7 @@ import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand
 from tqdm import tqdm
 
-from errors import UserError
+from errors import UserError, printable
 from images import FILES, MOST_BYTES
 from packing import packed, parquet_tables
 from remote import HTTP, NO_CACHE, Cache, NoCache, RemoteFile, Span, remote_shards, scheme_of
@@ -211,11 +211,11 @@ def of_shards(shards: list[tuple[File | RemoteFile, Shard]]) -> Source:
     return Source(
         files=[file for file, _ in shards],
         where=np.array(places, PLACE),
-        names=[f"{shard.name}:{key}" for shard in full for key, *_ in shard.samples],
+        names=[printable(f"{shard.name}:{key}") for shard in full for key, *_ in shard.samples],
         captions=[],
-        uncaptioned=[f"{shard.name}:{key}" for _, shard in shards for key in shard.uncaptioned],
+        uncaptioned=[printable(f"{shard.name}:{key}") for _, shard in shards for key in shard.uncaptioned],
         fingerprint=digest.hexdigest(),
-        cut=tuple(shard.name for _, shard in shards if shard.cut),
+        cut=tuple(printable(shard.name) for _, shard in shards if shard.cut),
         latents=all(shard.latents for shard in full) and bool(full),
         mirrored=all(shard.mirrored for shard in full) and bool(full),
         masked=all(shard.masked for shard in full) and bool(full),
@@ -262,8 +262,8 @@ def scan_folder(folder: Path) -> Source:
             files.append(path)
             captions.append(lines)
         else:
-            uncaptioned.append(printable(path))
-    names = list(map(printable, files))
+            uncaptioned.append(printable(str(path)))
+    names = [printable(str(path)) for path in files]
     return Source(list(map(File, files)), np.array(places, PLACE), names, captions, uncaptioned, digest.hexdigest())
 
 
@@ -274,8 +274,3 @@ def text_beside(image: Path) -> bytes:
         return path.read_bytes() if path.is_file() and path.stat().st_size <= MOST_TEXT else b""
     except OSError:
         return b""
-
-
-def printable(path: Path) -> str:
-    """A name that is no UTF-8 with what is none in hexadecimal."""
-    return os.fsencode(path).decode(errors="backslashreplace")

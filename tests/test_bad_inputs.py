@@ -174,6 +174,8 @@ case("image: link to itself", "skipped bad.jpg", unlike("bad.jpg", lambda path: 
 case("image: file of 50 GB", "skipped bad.jpg", unlike("bad.jpg", enormous))
 case("image: a pipe", "", unlike("bad.jpg", os.mkfifo))
 case("image: a folder", "", unlike("bad.jpg", Path.mkdir))
+ESCAPE = ("b\x1b[2J.jpg", b""), ("b\x1b[2J.txt", b"bad")
+case("image: named to clear the terminal", r"skipped b\x1b[2J.jpg", lambda at: put(at, *GOOD, *ESCAPE))
 case("image: named in no UTF-8", "skipped b\\xff.jpg", lambda at: put(at, *GOOD, ("b\udcff.jpg", b""), ("b\udcff.txt", b"bad")))
 
 
@@ -286,6 +288,13 @@ members("image apart from its caption", "uncaptioned x.tar:bad", BAD[0], *GOOD, 
 members("name with another dot", "uncaptioned x.tar:bad.2.jpg", ("bad.2.jpg", JPEG), ("bad.2.txt", b"bad"), *GOOD)
 members("name of 300 characters", "used", ("bad" * 100 + ".jpg", JPEG), ("bad" * 100 + ".txt", b"bad"))
 members("name beyond ASCII", "used", ("büße/猫.jpg", JPEG), ("büße/猫.txt", b"bad"))
+members(
+    "name that speaks to the terminal",
+    r"skipped x.tar:b\x1b]0;x\x07\n",
+    ("b\x1b]0;x\7\n.jpg", b""),
+    ("b\x1b]0;x\7\n.txt", b"bad"),
+    *GOOD,
+)
 members("name that is no UTF-8", "skipped x.tar:b\\xff", ("b\udcff.jpg", b""), ("b\udcff.txt", b"bad"), *GOOD)
 case("tar: file with holes, of 50 GB", REFUSED, sparse)
 

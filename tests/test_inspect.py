@@ -386,7 +386,7 @@ def test_the_report(script, denoiser, tiny_model, tmp_path, monkeypatch):
     # A header of somebody else's may hold anything.
     save_file(load_file(file), file, {"ss_network_module": "networks.lora\x1b[31m\nverdict", "sdxl_lora.config": "[1]"})
     out, _ = script("scripts/inspect_lora.py", file, "--model", tiny_model)
-    assert "\ntrained by   networks.lora?[31m?verdict\n" in out
+    assert "\ntrained by   networks.lora\\x1b[31m\\nverdict\n" in out
 
 
 def test_a_lora_for_another_model_is_still_reported(script, how, tiny_shapes, tmp_path):
