@@ -69,16 +69,12 @@ class Persistence:
     failed = False  # the last attempt
 
     def __call__(self, what: str, write: Callable[[], T]) -> T | None:
-        """What `write` returns, or None if it raised OSError, or UserError because of one."""
+        """What `write` returns, or None if it raised OSError."""
         try:
             result = write()
-        except (OSError, UserError) as error:
-            refused = error if isinstance(error, OSError) else error.__context__  # it was gone before it was read back
-            if not isinstance(refused, OSError):
-                raise
+        except OSError as refused:
             if not self.failed:
-                told = f"{what} could not be written ({refused}): training goes on, and it is tried again the next time"
-                warn(told)
+                warn(f"{what} could not be written ({refused}): training goes on, and it is tried again the next time")
             self.failed = True
             return None
         self.failed = False
@@ -102,7 +98,7 @@ def save_state(folder: Path, state: dict, beside: dict[str, bytes]) -> Path:
     """`state` holds tensors, numbers, strings and containers of them; `beside` are the files in `folder` that go with it.
 
     Written aside, fsynced, read back with the files beside it, and renamed; only then the older ones are removed: killed at
-    any moment, it leaves a whole one. Raises OSError, or UserError if it does not read back; the older state is then there.
+    any moment, it leaves a whole one. Raises OSError, also if it does not read back; the older state is then there.
     """
     older = find_states(folder)
     name = f"state-{1 + int(older[0].name.rpartition('-')[2]) if older else 1}"
@@ -114,7 +110,7 @@ def save_state(folder: Path, state: dict, beside: dict[str, bytes]) -> Path:
         shutil.rmtree(aside, ignore_errors=True)
         write_atomically(aside / STATE, buffer.getvalue())
         write_atomically(aside / MANIFEST, json.dumps(manifest, indent=2).encode())
-        load_state(aside)
+        read_state(aside)
         if wrong := [name for name in beside if digest((folder / name).read_bytes()) != manifest[name]]:
             raise OSError(errno.EIO, f"{wrong[0]} does not read back as it was written")
         aside.rename(new)
@@ -126,13 +122,18 @@ def save_state(folder: Path, state: dict, beside: dict[str, bytes]) -> Path:
     return new
 
 
+def read_state(path: Path) -> dict:
+    """Tensors on the CPU. Raises OSError, and anything if the folder is no state of ours."""
+    data, manifest = (path / STATE).read_bytes(), json.loads((path / MANIFEST).read_bytes())
+    if digest(data) != manifest[STATE]:
+        raise OSError(errno.EIO, f"{STATE} is not what {MANIFEST} says")
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
 def load_state(path: Path) -> dict:
-    """Tensors on the CPU. Raises UserError if the folder is no whole state of ours."""
+    """A state that may be damaged, or not ours. Raises UserError then."""
     try:
-        data, manifest = (path / STATE).read_bytes(), json.loads((path / MANIFEST).read_bytes())
-        if digest(data) != manifest[STATE]:
-            raise ValueError(f"{STATE} is not what {MANIFEST} says")
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        return read_state(path)
     except Exception as error:  # a damaged file makes the unpickler raise anything
         told = (str(error).splitlines() or [""])[0]
         raise UserError(f"--resume: {path} is not a readable state: {type(error).__name__}: {told}") from None
