@@ -1,14 +1,12 @@
-"""The training step as a CUDA graph: recorded once per shape of its inputs, then replayed with one launch; and what is done
-where it finds no memory.
+"""The training step as a CUDA graph: recorded once per shape of its inputs, then replayed with one launch.
 
 A step of SDXL launches some 20,000 kernels, most of them shorter than the time the host needs to launch the next; replaying
 them is three to five times as fast. PyTorch's own text: https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
 import gc
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 import torch
@@ -123,63 +121,3 @@ class GraphedStep:
         self.pool = None
         gc.collect()
         torch.cuda.empty_cache()
-
-
-# Out of memory.
-
-
-@contextmanager
-def doing(what: str) -> Iterator[None]:
-    """If memory runs out inside, the error says what was being done: the innermost first."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        error.add_note(what)
-        raise
-
-
-def ran_out(error: torch.OutOfMemoryError) -> str:
-    """One line: PyTorch's first sentences, how much was asked for and of what, and what was being done."""
-    told = ". ".join(" ".join(str(error).split()).split(". ")[:2])
-    return ", ".join(["out of memory", *getattr(error, "__notes__", [])]) + f" ({told})"
-
-
-class Accumulation:
-    """The gradient of all batches of one optimiser step, in pieces of at most `micro` samples.
-
-    `step` must weigh a piece by its samples. Where it finds no memory, `undo` takes back what the attempt has added, the graphs
-    give theirs up, and the step is made again from its batches in pieces half as large, from then on: twice in a run. After
-    that `failed` is True and there is no gradient. Each rank does so by itself: the others wait, and nothing differs for them.
-    """
-
-    def __init__(
-        self, step: GraphedStep, prepare: Callable[..., tuple[Tensor, ...]], undo: Callable[[], None], micro: int, advice: str
-    ):
-        self.step, self.prepare, self.undo, self.micro, self.advice = step, prepare, undo, micro, advice
-        self.halvings, self.failed = 2, False
-
-    def __call__(self, batches: list, number: int) -> Tensor | None:
-        """The loss of step `number`, on the device; None if it could not be made."""
-        while True:
-            try:
-                return self.attempt(batches, number)
-            except torch.OutOfMemoryError as error:
-                told = f"{ran_out(error)}; {self.advice}"
-            self.undo()  # out of the except block, which would keep what the attempt has allocated
-            self.step.release()
-            self.failed = self.halvings == 0
-            self.halvings, self.micro = self.halvings - 1, math.ceil(self.micro / 2)
-            then = "tried twice in halves: the run ends" if self.failed else f"from here on in pieces of {self.micro}"
-            warn(f"{told}; {then}")
-            if self.failed:
-                return None
-
-    def attempt(self, batches: list, number: int) -> Tensor:
-        loss = 0.0
-        for micro, batch in enumerate(batches):
-            h, w = batch.size[0].tolist()
-            with doing(f"in step {number}, {self.micro} images of {h} × {w} at once"):
-                inputs = self.prepare(batch, number, micro)
-                for part in zip(*(tensor.split(self.micro) for tensor in inputs), strict=True):
-                    loss = loss + self.step(*part)
-        return loss

@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 import memory
 import sdxl  # after memory, which readies xFormers: diffusers imports it
+from accumulation import Accumulation, doing, ran_out
 from budget import ANOTHER_SHAPE, Plan, dry_run, make_plan, stand_in_kernel
 from captions import CaptionConfig
 from checkpoint import Persistence, check_writable, write_atomically
@@ -44,7 +45,7 @@ from diffusion import Diffusion, DiffusionConfig, area_weights
 from distributed import Ranks, join_ranks, leave_ranks
 from errors import UserError, one_line_errors, warn
 from fast import KERNELS, Shapes, choose_attention, install
-from graph import Accumulation, GraphedStep, doing, ran_out
+from graph import GraphedStep
 from lora import Adapter, LoRAConfig, add_lora, layer_shapes
 from memory import MemoryConfig
 from meter import Log, Meter, NoLog
@@ -260,7 +261,12 @@ def main(config: TrainConfig) -> int:
         return images, spread, noise, timesteps, ids, *text, *area
 
     step = GraphedStep(differentiate, [adapter.grad], config.memory.cuda_graph, device)
-    accumulate = Accumulation(step, prepare, adapter.undo, plan.micro, plan.if_short)
+
+    def undo() -> None:
+        adapter.undo()
+        step.release()
+
+    accumulate = Accumulation(step, prepare, undo, plan.micro, plan.if_short)
 
     # Where the run stands: at its beginning, or where a saved state left it.
     run = Run(log_dir=ranks.from_first(str(config.log_dir / time.strftime("%Y%m%d-%H%M%S"))))
