@@ -47,7 +47,7 @@ class Accumulation:
         return self.halvings < 0
 
     def __call__(self, batches: list, number: int) -> Tensor | None:
-        """The loss of step `number`, on the device; None if it could not be made."""
+        """The loss of the step after `number` others, on the device; None if it could not be made."""
         while True:
             try:
                 return self.attempt(batches, number)
@@ -64,7 +64,7 @@ class Accumulation:
         loss = 0.0
         for micro, batch in enumerate(batches):
             h, w = batch.size[0].tolist()
-            with doing(f"in step {number}, {self.micro} images of {h} × {w} at once"):
+            with doing(f"in step {number + 1}, {self.micro} images of {h} × {w} at once"):
                 inputs = self.prepare(batch, number, micro)
                 for part in zip(*(tensor.split(self.micro) for tensor in inputs), strict=True):
                     loss = loss + self.step(*part)

@@ -5,7 +5,8 @@ The ground floor: every other file may import this one. Anything that is not a U
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -22,6 +23,25 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text).replace(r"\udc", r"\x")
+
+
+class LossyStream:
+    """Standard output or error: what a full disk behind it refuses is lost, and the program goes on."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
 
 
 def warn(text: str) -> None:

@@ -213,6 +213,17 @@ def make_optimizer(name: str, groups: list[dict]) -> torch.optim.Optimizer:
     return AdamW8bit(groups, weight_decay=0.01, min_8bit_size=0)
 
 
+def update_scale(scaler: torch.amp.GradScaler, loss: Tensor) -> None:
+    """scaler.update(), but a loss that is not finite leaves the scale as it is: no smaller one would mend that.
+
+    `loss`: [], of the step, the same on all ranks. Does not wait for the device.
+    """
+    one = torch.ones_like(loss)
+    kept = scaler.scale(one)
+    scaler.update()
+    scaler.update(torch.where(loss.isfinite(), scaler.scale(one), kept))
+
+
 def bytes_per_trained(optimizer: str, dtype: torch.dtype) -> int:
     """What a trained parameter takes besides the activations: itself, gradient, states, copies in `dtype` and of a step."""
     copies = 0 if dtype == torch.float32 else 2 * dtype.itemsize

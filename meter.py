@@ -1,12 +1,15 @@
 """What a run tells of itself: readings of the loop, and TensorBoard, to which they go."""
 
 import math
+import threading
 import time
 from collections.abc import Callable, Collection
 from functools import partial
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
+
+AGAIN = 60  # seconds until a log that could not be written is tried again
 
 
 class Meter:
@@ -26,13 +29,12 @@ class Meter:
         self.since, self.waited = time.perf_counter(), 0.0
 
     def end_step(self, loss: torch.Tensor, norms: torch.Tensor, waited: float) -> None:
-        """`norms` [groups]: of the gradient of each; `waited`: seconds, for data."""
+        """`loss`: mean over all ranks; `norms` [groups]: of the gradient of each; `waited`: seconds, for data."""
         self.losses[self.steps], self.norms[self.steps] = loss, norms
         self.steps, self.waited = self.steps + 1, self.waited + waited
 
-    def read(self, ranks, images_per_step: int, scale: float) -> tuple[dict[str, float], list[bool]]:
+    def read(self, images_per_step: int, scale: float) -> tuple[dict[str, float], list[bool]]:
         """Mean loss over the finite ones and images/s of all ranks, what this one waited; and which steps were spoilt."""
-        ranks.average(self.losses)  # one that is not finite on one rank is so on all
         losses, norms = self.losses[: self.steps].tolist(), self.norms[: self.steps].norm(dim=1).tolist()
         largest = self.norms[: self.steps].amax(dim=0).tolist()
         finite, seconds = list(filter(math.isfinite, losses)), time.perf_counter() - self.since
@@ -68,20 +70,30 @@ def not_finite(losses: list[float], norms: list[float], scale: float) -> list[bo
 
 class Log:
     """TensorBoard's writer. `attempt` (a Persistence) makes each call, so that what the disk refuses is told once and does not
-    end the run; a new file is then begun.
+    end the run; a new file is begun a minute later.
     """
 
     def __init__(self, folder: str, purge_step: int, attempt: Callable):
-        self.folder, self.attempt = folder, attempt
+        self.folder, self.attempt, self.tried = folder, attempt, -math.inf
         self.writer: SummaryWriter | None = SummaryWriter(folder, purge_step=purge_step)
+        threading.excepthook = not_of_the_disk
 
     def call(self, name: str, *args, **kwargs) -> None:
+        self.tried = time.monotonic()
         writer, self.writer = self.writer or SummaryWriter(self.folder), None
         getattr(writer, name)(*args, **kwargs)
         self.writer = writer  # not one that has failed: it would go on failing
 
     def __getattr__(self, name: str):
+        if not self.writer and time.monotonic() < self.tried + AGAIN:
+            return lambda *args, **kwargs: None
         return lambda *args, **kwargs: self.attempt(f"TensorBoard's {self.folder}", partial(self.call, name, *args, **kwargs))
+
+
+def not_of_the_disk(told: threading.ExceptHookArgs) -> None:
+    """Of a thread that ends: the writer's does so with what the disk refuses, which the log's next call tells."""
+    if not isinstance(told.exc_value, OSError):
+        threading.__excepthook__(told)
 
 
 class NoLog:

@@ -1,7 +1,10 @@
 """Where a run stands: its LoRA files, its state, and what may have changed when it goes on from there."""
 
 import hashlib
+import itertools
+import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -9,7 +12,7 @@ from typing import Literal
 import torch
 
 import formats
-from checkpoint import find_state, save_state, write_atomically
+from checkpoint import find_state, find_states, save_state, write_atomically
 from errors import UserError
 from memory import DTYPES
 
@@ -22,19 +25,20 @@ class CheckpointConfig:
     """Layout of the LoRA files. kohya is read by diffusers, ComfyUI and A1111; diffusers' own by few others."""
     save_dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
     """Dtype of the weights in the files."""
-    keep: int = 3
-    """Newest checkpoints of this run to keep."""
+    keep: int | None = None
+    """Newest LoRA files of this run to keep. None: all, as the best is often not the last."""
     out: Path = Path("checkpoints")
     """Folder for LoRA files and the state of the run."""
     resume: str = "auto"
-    """'auto' (go on from the newest whole state in --out), 'none', or a state or the folder of a run."""
+    """'auto' (go on from the newest whole state in --out), 'none' (what is there is moved aside), or a state or the folder
+    of a run."""
     resume_override: bool = False
     """Go on although options differ from those of the state, with the new ones."""
 
     def __post_init__(self) -> None:
-        for flag in ("save_every", "keep"):
-            if getattr(self, flag) < 1:
-                raise UserError(f"--{flag.replace('_', '-')} must be at least 1, not {getattr(self, flag)}")
+        for flag, value in {"save-every": self.save_every, "keep": self.keep}.items():
+            if value is not None and value < 1:
+                raise UserError(f"--{flag} must be at least 1, not {value}")
 
 
 FILES = {  # --format: {layout: what its file is called after the step}
@@ -65,11 +69,15 @@ class Run:
     hits: dict[str, int] = field(default_factory=dict)  # {sample: how many steps it has spoilt}
     left_out: set[str] = field(default_factory=set)
 
-    def leave_out(self) -> bool:
-        """Leaves out the samples that have spoilt too many steps. Are there more now?"""
-        before = len(self.left_out)
-        self.left_out |= {name for name, count in self.hits.items() if count >= HITS}
-        return len(self.left_out) > before
+    def leave_out(self, samples: int) -> bool:
+        """Leaves out those of all `samples` that have spoilt too many steps. Are there more now?
+
+        Not if that is all of them: then it is not theirs.
+        """
+        before = self.left_out
+        spoilers = {name for name, count in self.hits.items() if count >= HITS}
+        self.left_out = before | spoilers if len(before | spoilers) < samples else before
+        return len(self.left_out) > len(before)
 
 
 class Checkpoints:
@@ -86,7 +94,28 @@ class Checkpoints:
         self.made = circumstances(flags, source.fingerprint, world)
 
     def find(self) -> tuple[Path, dict] | None:
-        return find_state(self.config.resume, self.config.out)
+        """The state to go on from. What this command has saved before counts more than where --resume told it to begin: that
+        is what lies in --out if torchrun or Slurm starts it again, or if it began from the same path.
+        """
+        resume, out = self.config.resume, self.config.out
+        again = any(int(os.environ.get(count, 0)) for count in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+        with suppress(UserError):  # nothing whole there
+            own = find_state("auto", out) if resume != "auto" else None
+            if own and (again or (resume != "none" and own[1].get("made", {}).get("flags", {}).get("resume") == resume)):
+                return own
+        return find_state(resume, out)
+
+    def set_aside(self) -> Path | None:
+        """Moves what another run has left in --out to a folder there, as files of this one would take the place of it."""
+        out = self.config.out
+        left = [*find_states(out), *sorted(out.glob("pytorch_lora_weights_*"))]
+        if not left:
+            return None
+        aside = next(folder for n in itertools.count(1) if not (folder := out / f"before-{n}").exists())
+        aside.mkdir()
+        for path in left:
+            path.rename(aside / path.name)
+        return aside
 
     def serialise(self, step: int) -> Iterator[tuple[str, bytes]]:
         """Name and content of each LoRA file at `step`."""
@@ -108,14 +137,15 @@ class Checkpoints:
         state = {"lora": self.adapter.flat, "layers": list(self.adapter.modules), "optimizer": self.optimizer.state_dict()}
         state |= {"scaler": self.scaler.state_dict(), "run": asdict(run), "made": self.made}
         save_state(out, state, files)  # with the names of those that go now: killed here, the next save removes them
-        keep = self.config.keep * len(files)
-        for old in (*(out / name for name in run.saved[:-keep]), *out.glob(".pytorch_lora_weights_*")):
+        kept = run.saved[-self.config.keep * len(files) :] if self.config.keep else run.saved
+        for old in (*(out / name for name in run.saved if name not in kept), *out.glob(".pytorch_lora_weights_*")):
             old.unlink(missing_ok=True)  # and what a killed write has left
-        run.saved = run.saved[-keep:]
+        run.saved = kept
         return max(errors)
 
-    def restore(self, path: Path, state: dict) -> tuple[Run, str]:
-        """Puts a saved state back. Returns it with a line on what has changed since it was made.
+    def restore(self, path: Path, state: dict, log_dir: str) -> tuple[Run, str]:
+        """Puts a saved state back. Returns it with a line on what has changed since it was made. It goes on with its log, or
+        with a new one in `log_dir` if --log-dir or --out have changed.
 
         Raises UserError if it is not ours, or of a run that this one cannot go on from.
         """
@@ -125,19 +155,22 @@ class Checkpoints:
         beyond = changed(state["made"]["beyond"], self.made["beyond"])
         never = [told for name, told in flags.items() if name in NEVER]
         if never or state["layers"] != list(self.adapter.modules):
-            raise UserError(f"{path} does not fit: {', '.join(never)}: change it back, or --resume none, or another --out")
+            raise UserError(f"{path} does not fit: {', '.join(never)}: change it back, or another --out, or --resume none")
         differ = [told for name, told in flags.items() if name not in FREELY]
         if differ and not self.config.resume_override:
             told = ", ".join(differ)
-            raise UserError(f"{path} is of another run: {told}: change it back, or --resume-override, or --resume none")
+            raise UserError(f"{path} is of another run: {told}: change it back, or another --out, or --resume-override")
         self.adapter.flat.copy_(state["lora"])
         self.adapter.refresh()
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:  # empty if the run so far was not in fp16
             self.scaler.load_state_dict(state["scaler"])
         run = Run(**state["run"])
-        if path.parent.resolve() != self.config.out.resolve():
+        elsewhere = path.parent.resolve() != self.config.out.resolve()
+        if elsewhere:
             run.saved = ()  # another folder's files are not ours to remove
+        if elsewhere or "log_dir" in flags:
+            run.log_dir = log_dir
         told = "".join(f"; {change}" for change in [*flags.values(), *beyond.values()])
         return run, told + ("; no longer bit for bit" if "processes" in beyond else "")
 

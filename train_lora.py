@@ -8,7 +8,8 @@
 
 Writes checkpoints/pytorch_lora_weights_{step}.safetensors and, for --resume, checkpoints/state-{n}; TensorBoard logs in runs/.
 Ends with status 0 when all steps are done and saved, 75 if a signal asked it to stop (saved: the same command goes on), 74 if
-the last save failed, 71 if memory ran out (the last whole step is saved), 2 for a mistake in the command.
+the last save failed, or if the data can no longer be read or 71 if memory ran out (then the last whole step is saved, if it can
+be), 2 for a mistake in the command.
 """
 
 import time
@@ -20,14 +21,14 @@ import json
 import math
 import os
 import random
-import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ from checkpoint import Persistence, check_writable, write_atomically
 from data import Batch, DataConfig, Stream, describe_buckets, make_loader, normalise
 from diffusion import Diffusion, DiffusionConfig, area_weights
 from distributed import Ranks, join_ranks, leave_ranks
-from errors import UserError, one_line_errors, warn
+from errors import LossyStream, UserError, one_line_errors, printable, warn
 from fast import KERNELS, Shapes, choose_attention, install
 from graph import GraphedStep
 from lora import Adapter, LoRAConfig, add_lora, layer_shapes
@@ -55,11 +56,11 @@ from quantise import check_quantisable, packed_bytes, quantisable, quantise_base
 from resume import CheckpointConfig, Checkpoints, Run
 from sdxl import Denoiser, ReadyText, Tokens, decode_latents, encode_pixels, sample_latents, time_ids
 from sources import open_mixture
+from stop import Stopped, StopRequest
 from watch import Watchdog, largest_values
 
 LOG_EVERY = 10  # steps; the host waits for the device only then
 MAX_GRAD_NORM = 1.0
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -117,38 +118,6 @@ def seed_of(*parts: int) -> int:
     return random.Random(str(parts)).getrandbits(63)
 
 
-class Stopped(BaseException):
-    """Passes every `except Exception` on its way out of the wait."""
-
-
-class StopRequest:
-    """Ctrl-C, SIGTERM or SIGUSR1 asks the loop to save and end: after the step it is in, and at once where it only waits for
-    data. A Ctrl-C after that ends the process at once.
-    """
-
-    def __init__(self):
-        self.asked = self.waiting = False
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self.ask)
-
-    def ask(self, number: int, frame: object) -> None:
-        self.asked = True
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if self.waiting:
-            self.waiting = False
-            raise Stopped
-
-    def wait(self, work: Callable[..., T], *given: object) -> T | None:
-        """What `work` returns, or None if a signal comes before that."""
-        try:
-            self.waiting = True
-            result = None if self.asked else work(*given)
-            self.waiting = False
-            return result
-        except Stopped:
-            return None
-
-
 def flat_config(config: TrainConfig) -> dict:
     """Every flag with its value: {flag: value}."""
     flags = {}
@@ -159,7 +128,8 @@ def flat_config(config: TrainConfig) -> dict:
 
 def main(config: TrainConfig) -> int:
     """Trains, and returns the exit status."""
-    # Processes, device, precision.
+    # Signals, processes, device, precision.
+    stop = StopRequest()
     device = memory.resolve_device(config.device)
     asked = config.memory.base_precision if config.memory.base_precision in memory.DTYPES else config.memory.precision
     precision = memory.resolve_precision(asked, device)
@@ -274,7 +244,7 @@ def main(config: TrainConfig) -> int:
     checkpoints = Checkpoints(config.checkpoints, flags, source, ranks.world, adapter, shapes, optimizer, scaler)
     found = ranks.from_first(checkpoints.find() if ranks.first else None)
     if found:
-        run, changes = checkpoints.restore(*found)
+        run, changes = checkpoints.restore(*found, run.log_dir)
         if run.step >= config.steps:
             if ranks.first:
                 print(f"{found[0]} is at step {run.step} already: raise --steps, or start anew with --resume none")
@@ -288,6 +258,9 @@ def main(config: TrainConfig) -> int:
     if ranks.first:
         check_writable("--out", config.checkpoints.out)
         check_writable("--log-dir", Path(run.log_dir).parent)
+        begins = not found or found[0].parent.resolve() != config.checkpoints.out.resolve()
+        if begins and (aside := checkpoints.set_aside()):
+            print(f"aside      what another run has left in {config.checkpoints.out} is in {aside} now")
         log = Log(run.log_dir, purge_step=run.step + 1, attempt=Persistence())
         log.add_text("config", f"```json\n{json.dumps(flags, indent=2)}\n```", run.step)
         file, content = next(checkpoints.serialise(config.steps))
@@ -309,7 +282,6 @@ def main(config: TrainConfig) -> int:
         print(f"file       {config.checkpoints.out / file}, {len(content) / 1e6:.2f} MB", flush=True)
 
     # The loop. Randomness is a function of (seed, rank, step), the learning rate of the step.
-    stop = StopRequest()
     stream.left_out = run.left_out
     stream.start = run.samples // config.dataset.bs
     batches = make_loader(stream, pin_memory=device.type == "cuda")
@@ -320,7 +292,7 @@ def main(config: TrainConfig) -> int:
 
     def report() -> None:
         """Reads what was measured since the last report, looks into steps without a finite loss, and logs."""
-        scalars, spoilt = meter.read(ranks, images_per_step, scaler.get_scale())
+        scalars, spoilt = meter.read(images_per_step, scaler.get_scale())
         if any(spoilt):
             step.release()
         examine(run, spoilt)
@@ -336,7 +308,14 @@ def main(config: TrainConfig) -> int:
             log.add_scalar(name, value, run.step)
         watchdog.see(scalars | {"checksum": adapter.checksum(), "recorded_again": step.recorded_again})
 
+    def compare() -> None:
+        """Ends the run if the ranks no longer hold the same LoRA."""
+        if name := ranks.first_difference(weights):
+            progress.close()
+            sys.exit(f"step {run.step}: the ranks no longer hold the same LoRA, {name} is the first that differs: not saved")
+
     def save() -> None:
+        compare()
         if ranks.first and (error := disk("the checkpoint", partial(checkpoints.save, run))) is not None:
             log.add_scalar("largest_error_of_the_file", error, run.step)
 
@@ -347,7 +326,8 @@ def main(config: TrainConfig) -> int:
             return gallery.draw(f"LoRA, step {run.step}")
 
     weights = {name: delta[:2] for name, delta in adapter.deltas.items()}
-    meter, skipped, stopping, saving = Meter(device, adapter.groups, LOG_EVERY), set(source.uncaptioned), False, True
+    meter, skipped = Meter(device, adapter.groups, LOG_EVERY), set(source.uncaptioned)
+    stopping, saved, lost = False, True, None  # `lost`: why data can no longer be read
     watchdog = Watchdog(diffusion.weights.mean().item(), ranks.rank)
     examine = partial(examine_steps, config, ranks, stream, denoiser, adapter, prepare, differentiate)
     progress = tqdm(total=config.steps, initial=run.step, unit="step", disable=not ranks.first)
@@ -355,55 +335,64 @@ def main(config: TrainConfig) -> int:
         for group in optimizer.param_groups:
             group["lr"] = rates[group["name"]] * lr_factor(run.step, config)
         since = time.perf_counter()
-        taken = stop.wait(list, islice(batches, config.grad_accum))
+        try:
+            taken = stop.wait(list, islice(batches, config.grad_accum))  # None: a signal came before the data
+        except UserError as error:
+            taken, lost = None, error
         waited = time.perf_counter() - since
-        loss = accumulate(taken, run.step) if taken else None  # None: a signal came before the data, or memory ran out
-        stopping = ranks.any(stop.asked or loss is None)
-        if stopping and ranks.any(loss is None):
+        loss = accumulate(taken, run.step) if taken else None  # None: no data, or no memory
+        left = ranks.least(0 if loss is None else 1 if stop.asked else 2)  # not this step, this one, more
+        if left == 0:
             break
+        stopping = left == 1
         skipped.update(*(batch.skipped for batch in taken))
         ranks.average(adapter.grad)
+        ranks.average(loss)
         scaler.unscale_(optimizer)
         norms = adapter.clip(MAX_GRAD_NORM)
         optimizer.found_inf = (~norms.isfinite()).any().float()  # as a GradScaler tells: the step is skipped on the device
         scaler.step(optimizer)
-        scaler.update()
+        memory.update_scale(scaler, loss)
         adapter.refresh()
         meter.end_step(loss, norms, waited)
-        run.step, run.samples = run.step + 1, run.samples + images_per_step
+        run.step, run.samples, saved = run.step + 1, run.samples + images_per_step, False
         progress.update()
 
         if run.step == start + 2 and ranks.first:
             tqdm.write(measured(device))
         saving = stopping or run.step % config.checkpoints.save_every == 0 or run.step == config.steps
-        if (saving or run.step % config.check_ranks_every == 0) and (name := ranks.first_difference(weights)):
-            progress.close()
-            sys.exit(f"step {run.step}: the ranks no longer hold the same LoRA, {name} is the first that differs: not saved")
+        if run.step % config.check_ranks_every == 0:
+            compare()
         if saving or run.step % LOG_EVERY == 0:
             report()
-            if run.step % LOG_EVERY == 0 and run.leave_out():  # at no save: it would come sooner than in a run without it
+            if run.step % LOG_EVERY == 0 and run.leave_out(source.samples):  # not at other saves: another run may not have them
                 stream.left_out, stream.start = run.left_out, run.samples // config.dataset.bs
                 batches = make_loader(stream, pin_memory=device.type == "cuda")
         if saving:
             save()
+            saved = True
         if saving and not stopping:  # the weights first, then pictures
             if (sheet := step.beside(draw)) is not None:
                 log.add_image("compare", sheet, run.step, dataformats="HWC")
             meter.restart()
 
-    # The end, a signal, or no memory.
+    # The end, a signal, no memory, or no data.
     if meter.steps:
         report()
-    if not saving or disk.failed:  # the last whole step, or once more what was refused
+    if not saved or ranks.any(disk.failed):  # the last whole step, or once more what was refused
         save()
     progress.close()
-    short, skipped = ranks.any(accumulate.failed), sorted(ranks.union(skipped))
+    if lost and run.step > start:
+        warn(f"train_lora.py: {printable(str(lost))}")
+    short, gone, skipped = ranks.any(accumulate.failed), ranks.any(lost is not None), sorted(ranks.union(skipped))
     if ranks.first:
-        why = "" if run.step == config.steps else "memory ran out" if short else "stopped by a signal"
+        why = "memory ran out" if short else "the data cannot be read" if gone else "stopped by a signal"
+        why = "" if run.step == config.steps else why
+        again = "the same command" + " without --resume none" * (config.checkpoints.resume == "none")
         if disk.failed:
             warn(f"step {run.step} could not be saved")
         elif run.saved:
-            goes_on = f": {why}, the same command goes on from there" if why else ""
+            goes_on = f": {why}, {again} goes on from there" if why else ""
             print(f"wrote {config.checkpoints.out / run.saved[-1]}{goes_on}")
         else:
             print(f"{why} before a step was made: nothing to save")
@@ -413,8 +402,12 @@ def main(config: TrainConfig) -> int:
         if skipped:
             print(f"skipped {len(skipped)} images, broken, left out or without a caption: {', '.join(skipped)}")
     leave_ranks()
-    if disk.failed or short:
-        return os.EX_IOERR if disk.failed else os.EX_OSERR
+    if lost and run.step == start:
+        raise lost
+    if disk.failed or gone:
+        return os.EX_IOERR
+    if short:
+        return os.EX_OSERR
     return os.EX_OK if run.step == config.steps else os.EX_TEMPFAIL
 
 
@@ -472,28 +465,34 @@ def examine_steps(
             continue
         again, found = copy.copy(stream), []
         again.start = run.samples // config.dataset.bs - (run.step - number) * config.grad_accum * ranks.world
-        for micro, batch in zip(range(config.grad_accum), again, strict=False):
-            inputs = prepare(batch, number, micro)
-            for n, (name, caption) in enumerate(zip(batch.names, batch.captions, strict=True)):
-                with largest_values(denoiser) as modules:
-                    loss = differentiate(*(tensor[n : n + 1] for tensor in inputs)).item()
-                told = {"sample": name, "caption": caption, "timestep": inputs[3][n].item(), "modules": modules}
-                found.append({"finite": math.isfinite(loss + adapter.grad.sum().item()), **told})
-                adapter.refresh()
+        with suppress(torch.OutOfMemoryError):  # what it has seen by then
+            for micro, batch in zip(range(config.grad_accum), again, strict=False):
+                inputs = prepare(batch, number, micro)
+                for n, (name, caption) in enumerate(zip(batch.names, batch.captions, strict=True)):
+                    with largest_values(denoiser) as modules:
+                        loss = differentiate(*(tensor[n : n + 1] for tensor in inputs)).item()
+                    told = {"sample": name, "caption": caption, "timestep": inputs[3][n].item(), "modules": modules}
+                    found.append({"finite": math.isfinite(loss + adapter.grad.sum().item()), **told})
+                    adapter.refresh()
+        adapter.refresh()
         guilty = ranks.union({sample["sample"] for sample in found if not sample["finite"]})
         for name in guilty:
             run.hits[name] = run.hits.get(name, 0) + 1
-        file = Path(run.log_dir) / f"nonfinite-{number}" / f"rank{ranks.rank}.json"
+        file = Path(run.log_dir) / f"nonfinite-{number + 1}" / f"rank{ranks.rank}.json"
         Persistence()(str(file), partial(write_atomically, file, json.dumps(found, indent=1).encode()))
         if ranks.first:
             told = f"by {', '.join(sorted(guilty))}" if guilty else "which could not be repeated"
-            warn(f"step {number} had no finite loss or gradient and was skipped, {told}: see {file.parent}")
+            warn(f"step {number + 1} had no finite loss or gradient and was skipped, {told}: see {file.parent}")
 
 
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = LossyStream(sys.stdout), LossyStream(sys.stderr)
     with one_line_errors("train_lora.py"):
         try:
             sys.exit(main(tyro.cli(TrainConfig, config=(tyro.conf.OmitArgPrefixes,))))
+        except Stopped:
+            print("stopped by a signal before a step was made: nothing to save")
+            sys.exit(os.EX_TEMPFAIL)
         except torch.OutOfMemoryError as error:
             helps = "; what helps: less as --vram-gb, --checkpointing all, --base-precision nf4"
             told = ran_out(error) + (helps if not hasattr(error, "__notes__") else "")

@@ -169,6 +169,7 @@ def script(monkeypatch, capfd):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
 
     def call(name: str, *arguments: object, status: int = 0) -> tuple[str, str]:
+        streams = sys.stdout, sys.stderr
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         capfd.readouterr()
         try:
@@ -177,6 +178,7 @@ def script(monkeypatch, capfd):
         except SystemExit as end:
             ended = end.code or 0
         finally:
+            sys.stdout, sys.stderr = streams
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         out, err = capfd.readouterr()

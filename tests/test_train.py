@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -25,16 +26,19 @@ import formats
 import lora
 import sdxl
 from captions import CaptionConfig
-from checkpoint import Persistence, find_state, save_state, write_atomically
+from checkpoint import Persistence, find_state, find_states, save_state, write_atomically
 from data import DataConfig
+from errors import UserError
 from graph import GraphedStep
 from lora import LoRAConfig, layer_shapes
 from memory import MemoryConfig
 from meter import Log, Meter
+from resume import Run
 from sdxl import Denoiser, read_sdxl
 from shards import pack_latents
-from sources import open_source
-from train_lora import StopRequest, TrainConfig, lr_factor, plan_memory
+from sources import Source, open_source
+from stop import StopRequest
+from train_lora import TrainConfig, lr_factor, plan_memory
 
 READY = {"latents": True, "text": False}
 
@@ -143,26 +147,27 @@ def test_a_file_that_reads_back_wrong_is_not_kept(train, tmp_path, monkeypatch):
     honest = formats.serialise
     wrong = lambda deltas, *rest: honest({p: (A, B + 0.01, alpha) for p, (A, B, alpha) in deltas.items()}, *rest)  # noqa: E731
     monkeypatch.setattr(formats, "serialise", wrong)
-    _, err = train("--steps", 1, "--resume", "none", status=2)
+    _, err = train("--steps", 2, status=2)
     assert "the LoRA file read back differs from the weights by 0.01, so the last one was kept" in err
     assert (tmp_path / "out/pytorch_lora_weights_1.safetensors").read_bytes() == before
+    assert len(os.listdir(tmp_path / "out")) == 2
 
 
 def test_what_has_changed_since_the_state_is_shown_and_refused_unless_it_may(train, shards, photos, tmp_path):
     train("--steps", 1)
     (state,) = (tmp_path / "out").glob("state-*")
     _, err = train("--steps", 2, "--rank", 4, "--lr", 1e-3, "--resume-override", status=2)
-    assert f"{state} does not fit: --rank 2 -> 4, --alpha 2.0 -> 4.0: change it back, or --resume none" in err
+    assert f"{state} does not fit: --rank 2 -> 4, --alpha 2.0 -> 4.0: change it back, or another --out" in err
     _, err = train("--steps", 2, "--optimizer", "adamw", "--alpha", 1, status=2)
     assert "--alpha 2.0 -> 1.0, --optimizer adamw8bit -> adamw" in err
     _, err = train("--steps", 2, "--lr", 2e-4, "--precision", "fp16", "--data", photos, status=2)
     files = r"--data files \w{8} -> files \w{8}"
     changes = rf"{files}, --precision fp32 -> fp16, --base-precision fp32 -> fp16, --lr 0.0001 -> 0.0002, "
     changes += "--text-encoder-lr 0.0001 -> 0.0002"
-    assert re.search(rf"is of another run: {changes}: change it back, or --resume-override, or --resume none", err)
+    assert re.search(rf"is of another run: {changes}: change it back, or another --out, or --resume-override", err)
     same = shutil.copytree(shards, tmp_path / "elsewhere")
     out, _ = train("--steps", 2, "--keep", 1, "--data", same)
-    assert f"resume     step 1 of {state}; --keep 3 -> 1; --steps 1 -> 2\n" in out
+    assert f"resume     step 1 of {state}; --keep None -> 1; --steps 1 -> 2\n" in out
     out, _ = train("--steps", 4, "--keep", 1, "--lr", 1e-2, "--precision", "fp16", "--resume-override", "--save-dtype", "fp32")
     assert "step 2 of" in out  # the scaler of fp16 starts anew
     assert last(tmp_path / "runs", "lr/unet") == pytest.approx(1e-2)
@@ -174,6 +179,15 @@ def test_going_on_elsewhere_leaves_the_first_run_alone(train, tmp_path):
     train("--steps", 4, "--save-every", 1, "--keep", 1, "--resume", tmp_path / "out", "--out", tmp_path / "b")
     assert sorted(p.name for p in (tmp_path / "b").glob("*.safetensors")) == ["pytorch_lora_weights_4.safetensors"]
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 2
+    how = ["--resume", tmp_path / "out", "--out", tmp_path / "b", "--log-dir", tmp_path / "log"]
+    out, _ = train("--steps", 5, *how)
+    assert f"resume     step 4 of {tmp_path}/b/state-" in out  # the same command goes on with what it has saved
+    assert last(tmp_path / "log", "loss") > 0
+    out, _ = train("--steps", 3, "--resume", "none", "--out", tmp_path / "b")
+    assert f"aside      what another run has left in {tmp_path}/b is in {tmp_path}/b/before-1 now\n" in out
+    kept = {p.name for p in (tmp_path / "b/before-1").iterdir()}
+    assert {"pytorch_lora_weights_4.safetensors", "pytorch_lora_weights_5.safetensors"} < kept
+    assert find_states(tmp_path / "b/before-1")
     save_state(tmp_path / "foreign", {"a": 1}, {})
     _, err = train("--resume", tmp_path / "foreign", status=2)
     assert "no state of train_lora.py" in err
@@ -206,18 +220,22 @@ def test_what_the_disk_refuses_is_tried_again_at_the_next_save(train, tmp_path, 
 
 
 def test_a_log_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr("threading.excepthook", lambda *told: None)
-    log = Log(str(tmp_path), 0, Persistence())
+    monkeypatch.setattr("threading.excepthook", threading.excepthook)
+    log, opened = Log(str(tmp_path), 0, Persistence()), []
     with monkeypatch.context() as broken:
         for method in ("write", "__init__"):
             name = f"tensorboard.summary.writer.record_writer.RecordWriter.{method}"
-            broken.setattr(name, lambda *given: (tmp_path / "no/file").touch())
+            broken.setattr(name, lambda *given: opened.append(given) or (tmp_path / "no/file").touch())
         for step in range(3):
             log.add_scalar("before", step, step)
             log.flush()
+    assert len(opened) <= 2  # not again at every call
+    monkeypatch.setattr("meter.AGAIN", 0)
     log.add_scalar("after", 1.0, 3)
     log.close()
-    assert capfd.readouterr().err.count("could not be written") == 1
+    err = capfd.readouterr().err
+    assert err.count("could not be written") == 1
+    assert "Traceback" not in err
     assert any("after" in EventAccumulator(str(file)).Reload().Tags()["scalars"] for file in tmp_path.iterdir())
 
 
@@ -250,7 +268,7 @@ def test_a_sample_that_spoils_steps_is_named_and_left_out(train, spoilt, tmp_pat
     out, err = train(*how, "--steps", 24)
     told = [int(step) for step in re.findall(r"step (\d+) had no finite loss .* skipped, by nan\.tar:1: see", err)]
     assert 3 <= len(told) <= 4  # one in three until step 10
-    assert all(step < 10 for step in told)
+    assert all(step <= 10 for step in told)
     assert "skipped 1 images, broken, left out or without a caption: nan.tar:1" in out
     (log,) = (tmp_path / "runs").iterdir()
     (sample,) = json.loads((log / f"nonfinite-{told[0]}/rank0.json").read_text())
@@ -259,7 +277,9 @@ def test_a_sample_that_spoils_steps_is_named_and_left_out(train, spoilt, tmp_pat
     first = sample["modules"]["unet.conv_in"]
     assert first[0] != first[0]  # the network was given it
     assert next(values[0] for name, values in sample["modules"].items() if "text_encoder" in name) > 0  # its text was finite
-    run = find_state("auto", tmp_path / "out")[1]["run"]
+    state = find_state("auto", tmp_path / "out")[1]
+    run, scaler = state["run"], state["scaler"]
+    assert precision == "fp32" or scaler["scale"] == 2**16  # no smaller one would have mended the loss
     assert (run["hits"], run["left_out"], run["bad_steps"]) == ({"nan.tar:1": len(told)}, {"nan.tar:1"}, 0)
     train(*how, "--steps", 7, "--out", tmp_path / "parts")
     train(*how, "--steps", 24, "--out", tmp_path / "parts")
@@ -274,6 +294,27 @@ def test_steps_without_a_finite_loss_change_nothing_and_end_the_run(train, spoil
     told = f"stopped: 10 steps in a row had no finite loss, see {log}/nonfinite-*"
     train(*how, "--steps", 99, "--max-bad-steps", 9, status=told)
     assert sorted(os.listdir(tmp_path / "out")) == ["pytorch_lora_weights_2.safetensors", "state-1"]
+    run = Run("", hits={"a": 3, "b": 3, "c": 2})
+    assert not run.leave_out(2)  # it is not theirs
+    assert run.leave_out(3)
+    assert run.left_out == {"a", "b"}
+
+
+def test_data_that_goes_ends_the_run_after_a_save(train, tmp_path, monkeypatch):
+    raw, count = Source.raw, itertools.count()
+
+    def go(source, n):
+        if next(count) > 8:
+            raise UserError("--data: the server does not answer")
+        return raw(source, n)
+
+    with monkeypatch.context() as broken:
+        broken.setattr("sources.Source.raw", go)
+        out, err = train("--steps", 9, status=74)
+    assert err.endswith("train_lora.py: --data: the server does not answer\n")
+    step = int(re.search(r"weights_(\d)\.safetensors: the data cannot be read, the same command goes on from there", out)[1])
+    out, _ = train("--steps", step + 1)
+    assert f"resume     step {step} of" in out
 
 
 def test_learning_rates(train, tmp_path):
@@ -495,7 +536,7 @@ def test_a_step_without_memory_is_made_again_in_halves(train, tmp_path, short):
         short({3, 5})  # the second batch of step 1; of the new attempt the second piece, for bs 1 the second batch again
         _, err = train(*case, "--out", other / "out", "--log-dir", other / "runs")
         assert err.count("out of memory, ") == err.count("from here on in pieces of 1\n") == 2
-        assert f"in step 1, {bs} images of 64 × 64 at once (CUDA out of memory. Tried to allocate 2.00 MiB); the plan" in err
+        assert f"in step 2, {bs} images of 64 × 64 at once (CUDA out of memory. Tried to allocate 2.00 MiB); the plan" in err
         assert bs > 1 or equal(weights(other / "out", 3), weights(one / "out", 3))
         for scalar in ("loss", "grad_norm"):
             assert last(other / "runs", scalar) == pytest.approx(last(one / "runs", scalar), rel=1e-3)
@@ -604,6 +645,7 @@ def test_a_second_ctrl_c_ends_at_once():
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
         stop = StopRequest()
+        assert stop.wait(int) == 0
         assert not stop.asked
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.asked
@@ -613,6 +655,22 @@ def test_a_second_ctrl_c_ends_at_once():
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def test_a_signal_before_the_first_step_ends_the_run(train, monkeypatch):
+    monkeypatch.setattr("sdxl.read_sdxl", lambda *given: os.kill(os.getpid(), signal.SIGUSR1) or time.sleep(60))
+    out, err = train("--steps", 2, status=75)
+    assert (out, err) == ("stopped by a signal before a step was made: nothing to save\n", "")
+
+
+def test_a_full_disk_behind_the_output_does_not_end_the_run(train, tmp_path, monkeypatch):
+    full = open("/dev/full", "w")  # noqa: SIM115 (closing it fails, too)
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, full)
+    assert train("--steps", 2) == ("", "")
+    assert weights(tmp_path / "out", 2)
+    with pytest.raises(OSError, match="No space left"):
+        full.close()
 
 
 @pytest.mark.parametrize(("status", "requeued"), [(75, True), (0, False), (1, False)])
