@@ -438,7 +438,8 @@ def check_generation(path: Path, parts: dict[str, dict[str, Tensor]], shapes: di
     theirs = {down.shape[1] for down in downs if down.ndim > 1}
     if ours and theirs and ours.isdisjoint(theirs):
         told = " and ".join(CONTEXT.get(channels, f"a model of {channels} channels") for channels in sorted(theirs))
-        raise UserError(f"--lora {path} does not fit the model: it is for {told}, {theirs} channels of text and not {ours}")
+        read, needed = (" or ".join(map(str, sorted(channels))) for channels in (theirs, ours))
+        raise UserError(f"--lora {path} does not fit the model: it is for {told}, {read} channels of text and not {needed}")
 
 
 def scaling_rules(path: Path, metadata: dict[str, str]) -> Callable[[str, int], float]:

@@ -7,7 +7,6 @@ python infer.py --lora naruto.safetensors:0.8 --lora ink.safetensors:0.5 --lora-
 python infer.py --save-merged merged/                 also writes W + ΔW as an ordinary diffusers folder
 """
 
-import os
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +20,7 @@ import memory  # before sdxl: it readies xFormers, which diffusers imports
 from checkpoint import check_writable
 from errors import UserError, one_line_errors
 from lora import check_fit, layer_shapes, merge_lora
-from pictures import evaluation_prompts, render, side_by_side, stack
+from pictures import read_prompts, render, side_by_side, stack
 from sdxl import SAMPLERS, Denoiser, decode_latents, load_sdxl, native_resolution
 
 PARTS = {"unet": "unet.", "te1": "text_encoder.", "te2": "text_encoder_2."}
@@ -66,20 +65,12 @@ class InferConfig:
             raise UserError(f"--steps must be at least 1, not {self.steps}")
         if not self.scale:
             raise UserError("--scale needs a number")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"--seed must be a number of 63 bits from 0 up, not {self.seed}")
         if self.save_merged and len(self.scale) > 1:
             raise UserError("--save-merged writes one model: give one --scale")
         if wrong := set(self.lora_parts.split(",")) - PARTS.keys():
             raise UserError(f"--lora-parts {','.join(sorted(wrong))}: choose from {','.join(PARTS)}")
-
-
-def read_prompts(prompts: tuple[str, ...], model: str) -> list[str]:
-    """Texts as they are; one name of a file: its lines; nothing: what the model is judged by."""
-    if len(prompts) == 1 and os.path.isfile(prompts[0]):
-        lines = [line.strip() for line in Path(prompts[0]).read_text(errors="replace").splitlines() if line.strip()]
-        if not lines:
-            raise UserError(f"--prompts {prompts[0]} is empty")
-        return lines
-    return list(prompts) or evaluation_prompts(model)
 
 
 def main(config: InferConfig) -> None:
@@ -153,4 +144,4 @@ def timed(label: str, draw, count: int) -> list:
 
 if __name__ == "__main__":
     with one_line_errors("infer.py"):
-        main(tyro.cli(InferConfig))
+        main(tyro.cli(InferConfig, description=__doc__))

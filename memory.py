@@ -41,7 +41,8 @@ for library in ("xformers", "bitsandbytes"):  # at import they warn that there i
 @dataclass(frozen=True)
 class MemoryConfig:
     vram_gb: float | None = None
-    """GiB of the GPU that this process may take, CUDA's own included: planned for and enforced. None: what is free."""
+    """GiB of the GPU that this process may take, CUDA's own included: planned for and enforced. None, or more than is free:
+    what is free."""
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     """Dtype of the activations; LoRA weights stay float32. auto: fp16 on CUDA, fp32 on CPU."""
     base_precision: Literal["auto", "fp16", "bf16", "fp32", "int8", "nf4"] = "auto"
@@ -114,17 +115,16 @@ CUDA_ITSELF = GiB  # context, loaded kernels and recorded graph, outside of PyTo
 def limit_memory(vram_gb: float | None, device: torch.device) -> int:
     """--vram-gb -> bytes that tensors may take, enforced from here on by PyTorch's allocator; on the CPU only planned with.
 
-    None: what is free now; of the host, all it has: a plan must not depend on what its cache of files holds just then.
-    Raises UserError if that is not there.
+    None: what is free now; of the host, all it has: a plan must not depend on what its cache of files holds just then. More
+    than is free is that: a card that is sold as one of 16 GB has 15.6 GiB, and a desktop takes its part.
     """
     if device.type != "cuda":
         return int(vram_gb * GiB) if vram_gb else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     free, total = torch.cuda.mem_get_info(device)  # the context is there by now
+    left = free - CUDA_ITSELF // 2
     if vram_gb is None:
-        return free - CUDA_ITSELF // 2
-    if vram_gb * GiB > free + CUDA_ITSELF:
-        raise UserError(f"--vram-gb {vram_gb:g}: only {free / GiB:.1f} of {total / GiB:.1f} GiB are free on {device}")
-    budget = max(0, int(vram_gb * GiB) - CUDA_ITSELF)
+        return left
+    budget = max(0, min(left, int(vram_gb * GiB) - CUDA_ITSELF))
     torch.cuda.set_per_process_memory_fraction(budget / total, device)
     return budget
 

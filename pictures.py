@@ -11,13 +11,27 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
+from errors import UserError
+
 MARGIN = 8
 DEMO_PROMPTS = Path(__file__).parent / "assets/demo/prompts.txt"
 NARUTO_PROMPTS = ["Naruto Uzumaki eating ramen", "Bill Gates in Naruto style", "A boy with blue eyes in Naruto style"]
 
 
-def evaluation_prompts(model: str) -> list[str]:
-    """The prompts that a run is judged by: the demo model has its own."""
+def read_prompts(prompts: tuple[str, ...], model: str) -> list[str]:
+    """Texts as they are; one name of a file: its lines; nothing: what the model is judged by.
+
+    Raises UserError for a file that is empty or not there.
+    """
+    if len(prompts) == 1 and Path(prompts[0]).is_file():
+        lines = [line.strip() for line in Path(prompts[0]).read_text(errors="replace").splitlines() if line.strip()]
+        if not lines:
+            raise UserError(f"--prompts {prompts[0]} is empty")
+        return lines
+    if len(prompts) == 1 and prompts[0].endswith(".txt"):
+        raise UserError(f"--prompts {prompts[0]}: no such file")
+    if prompts:
+        return list(prompts)
     return DEMO_PROMPTS.read_text().splitlines() if model == "demo" else NARUTO_PROMPTS
 
 
@@ -58,7 +72,7 @@ class Gallery:
         self.render = partial(render, pipe, describe, decode, steps=20, guidance=5.0, size=size)
 
     def draw(self, name: str) -> np.ndarray | None:
-        """One sheet, a row for each prompt: [H, W, 3] uint8; None if it was stopped."""
+        """One sheet, a row for each prompt: [H, W, 3] uint8; None if there are none, or if it was stopped."""
         mine = {}
         for i in range(self.ranks.rank, len(self.prompts), self.ranks.world):
             if self.stop.asked:
@@ -68,7 +82,7 @@ class Gallery:
                     self.base[i] = self.render([self.prompts[i]], seed=i)[0]
             mine[i] = side_by_side({"base": self.base[i], name: self.render([self.prompts[i]], seed=i)[0]}, self.prompts[i])
         rows = {i: sheet for part in self.ranks.gather(mine) for i, sheet in part.items()}
-        return np.asarray(stack([rows[i] for i in sorted(rows)])) if len(rows) == len(self.prompts) else None
+        return np.asarray(stack([rows[i] for i in sorted(rows)])) if rows and len(rows) == len(self.prompts) else None
 
 
 def side_by_side(columns: dict[str, Image.Image], prompt: str) -> Image.Image:

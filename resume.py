@@ -52,7 +52,7 @@ FILES = {  # --format: {layout: what its file is called after the step}
 NEVER = {"model", "rank", "alpha", "targets", "train_text_encoder", "optimizer"}
 FREELY = {"steps", "save_every", "keep", "format", "save_dtype", "out", "log_dir", "resume", "resume_override", "device",
           "workers", "data_cache", "data_cache_gb", "vram_gb", "checkpointing", "attention", "cuda_graph", "compile",
-          "rank_timeout", "check_ranks_every", "max_bad_steps"}  # fmt: skip
+          "rank_timeout", "check_ranks_every", "max_bad_steps", "pictures", "prompts"}  # fmt: skip
 
 HITS = 3  # steps that a sample may spoil before it is left out
 

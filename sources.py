@@ -163,7 +163,9 @@ def open_source(data: str, cache: Cache | NoCache = NO_CACHE) -> Source:
         raise UserError(f"--data {data}: {error}") from None
     source.uncaptioned.extend(refused)
     if not source.samples:
-        raise UserError(f"--data {data}: no image with a caption there ({len(source.uncaptioned)} images without one)")
+        lacking = len(source.uncaptioned)
+        how = f"{lacking} have none: put name.txt beside name.jpg, or a metadata.jsonl with file_name and text"
+        raise UserError(f"--data {data}: no image with a caption there ({how if lacking else 'no ' + ', '.join(FILES)})")
     return source
 
 

@@ -50,7 +50,7 @@ from graph import GraphedStep
 from lora import Adapter, LoRAConfig, add_lora, layer_shapes
 from memory import MemoryConfig
 from meter import Log, Meter, NoLog
-from pictures import Gallery, evaluation_prompts
+from pictures import Gallery, read_prompts
 from quantise import BASES as PACKED
 from quantise import check_quantisable, packed_bytes, quantisable, quantise_base
 from resume import CheckpointConfig, Checkpoints, Run
@@ -97,12 +97,23 @@ class TrainConfig:
     """Everything random is a function of it and of the step."""
     device: str = "auto"
     """'auto' (CUDA if there is one), 'cuda', 'cpu'."""
+    pictures: bool = True
+    """Draw base and LoRA side by side at every save."""
+    prompts: tuple[str, ...] = ()
+    """Of these: texts, or one file with a prompt on each line. None given: the evaluation prompts of the model."""
 
     def __post_init__(self) -> None:
         counts = ("steps", "grad_accum", "max_bad_steps", "rank_timeout", "check_ranks_every")
         for flag, least in (*((flag, 1) for flag in counts), ("warmup", 0)):
             if getattr(self, flag) < least:
                 raise UserError(f"--{flag.replace('_', '-')} must be at least {least}, not {getattr(self, flag)}")
+        for flag in ("lr", "text_encoder_lr"):
+            if not 0 <= (getattr(self, flag) or 0) < math.inf:
+                raise UserError(f"--{flag.replace('_', '-')} must be a number from 0 up, not {getattr(self, flag)}")
+        if self.warmup > self.steps:
+            raise UserError(f"--warmup {self.warmup} is longer than --steps {self.steps}")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"--seed must be a number of 63 bits from 0 up, not {self.seed}")
 
 
 def lr_factor(step: int, config: TrainConfig) -> float:
@@ -130,6 +141,9 @@ def main(config: TrainConfig) -> int:
     """Trains, and returns the exit status."""
     # Signals, processes, device, precision.
     stop = StopRequest()
+    if config.text_encoder_lr is not None and not config.lora.train_text_encoder:
+        raise UserError("--text-encoder-lr does nothing with --no-train-text-encoder")
+    prompts = read_prompts(config.prompts, config.model) if config.pictures else []
     device = memory.resolve_device(config.device)
     asked = config.memory.base_precision if config.memory.base_precision in memory.DTYPES else config.memory.precision
     precision = memory.resolve_precision(asked, device)
@@ -275,6 +289,7 @@ def main(config: TrainConfig) -> int:
             print(f"cut short  {', '.join(source.cut)}: the samples before the cut are used")
         print(f"buckets    {describe_buckets(source, stream.sizes, stream.bucket)}")
         print(f"batch      {config.dataset.bs} × {config.grad_accum} accumulated × {ranks.world} processes = {images_per_step}")
+        print(f"steps      {config.steps}: each image {config.steps * images_per_step / source.samples:.3g} times, on average")
         launching = "every kernel launched" if step.eager else "CUDA graph"
         print(f"device     {device}, {precision}, {attention} attention, {launching}")
         print(f"memory     {plan}")
@@ -288,7 +303,7 @@ def main(config: TrainConfig) -> int:
     vae_bytes = sum(p.nbytes for p in pipe.vae.parameters()) + sdxl.DECODING * resolution**2 * pipe.vae.dtype.itemsize
     tight = plan.weights + vae_bytes > plan.budget
     decode = partial(decode_latents, pipe.vae, tiled=tight)
-    gallery = Gallery(pipe, whole.describe, decode, adapter.disabled, evaluation_prompts(config.model), resolution, ranks, stop)
+    gallery = Gallery(pipe, whole.describe, decode, adapter.disabled, prompts, resolution, ranks, stop)
 
     def report() -> None:
         """Reads what was measured since the last report, looks into steps without a finite loss, and logs."""
@@ -489,7 +504,7 @@ if __name__ == "__main__":
     sys.stdout, sys.stderr = LossyStream(sys.stdout), LossyStream(sys.stderr)
     with one_line_errors("train_lora.py"):
         try:
-            sys.exit(main(tyro.cli(TrainConfig, config=(tyro.conf.OmitArgPrefixes,))))
+            sys.exit(main(tyro.cli(TrainConfig, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))))
         except Stopped:
             print("stopped by a signal before a step was made: nothing to save")
             sys.exit(os.EX_TEMPFAIL)

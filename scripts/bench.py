@@ -394,4 +394,4 @@ def main(config: BenchConfig) -> None:
 
 if __name__ == "__main__":
     with one_line_errors("bench.py"):
-        main(tyro.cli(BenchConfig))
+        main(tyro.cli(BenchConfig, description=__doc__))

@@ -118,4 +118,4 @@ def main(config: BenchDataConfig) -> None:
 
 if __name__ == "__main__":
     with one_line_errors("bench_data.py"):
-        main(tyro.cli(BenchDataConfig))
+        main(tyro.cli(BenchDataConfig, description=__doc__))

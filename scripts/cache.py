@@ -277,4 +277,4 @@ def finish_all(config: CacheConfig, names: set[str], old: set[str], ranks: Ranks
 
 if __name__ == "__main__":
     with one_line_errors("cache.py"):
-        main(tyro.cli(CacheConfig))
+        main(tyro.cli(CacheConfig, description=__doc__))

@@ -67,4 +67,4 @@ def main(config: ConvertConfig) -> None:
 
 if __name__ == "__main__":
     with one_line_errors("convert.py"):
-        main(tyro.cli(ConvertConfig))
+        main(tyro.cli(ConvertConfig, description=__doc__))

@@ -126,4 +126,4 @@ def main(config: EvaluateConfig) -> None:
 
 if __name__ == "__main__":
     with one_line_errors("evaluate.py"):
-        main(tyro.cli(EvaluateConfig))
+        main(tyro.cli(EvaluateConfig, description=__doc__))

@@ -309,4 +309,4 @@ def main(config: ExtractConfig) -> None:
 
 if __name__ == "__main__":
     with one_line_errors("extract.py"):
-        main(tyro.cli(ExtractConfig))
+        main(tyro.cli(ExtractConfig, description=__doc__))

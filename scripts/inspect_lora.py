@@ -207,4 +207,4 @@ def main(config: InspectConfig) -> None:
 
 if __name__ == "__main__":
     with one_line_errors("inspect_lora.py"):
-        main(tyro.cli(InspectConfig))
+        main(tyro.cli(InspectConfig, description=__doc__))

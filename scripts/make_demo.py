@@ -487,4 +487,4 @@ def main(config: Config):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, description=__doc__))

@@ -224,4 +224,4 @@ def main(config: ShardConfig) -> None:
 
 if __name__ == "__main__":
     with one_line_errors("make_shards.py"):
-        main(tyro.cli(ShardConfig))
+        main(tyro.cli(ShardConfig, description=__doc__))

@@ -181,4 +181,4 @@ def main(config: MergeConfig) -> None:
 
 if __name__ == "__main__":
     with one_line_errors("merge.py"):
-        main(tyro.cli(MergeConfig))
+        main(tyro.cli(MergeConfig, description=__doc__))

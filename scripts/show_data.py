@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import tyro
 from PIL import Image, ImageDraw, ImageFont
-from transformers import CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import memory  # noqa: F401 (readies xFormers before diffusers is imported)
@@ -42,6 +41,8 @@ class ShowConfig:
     def __post_init__(self) -> None:
         if self.images < 1:
             raise UserError(f"--images must be at least 1, not {self.images}")
+        if self.seed < 0:
+            raise UserError(f"--seed must be at least 0, not {self.seed}")
 
 
 def dim(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -105,6 +106,8 @@ def bucket_table(source: Source, stream: Stream) -> list[str]:
 
 def caption_lines(source: Source, config: CaptionConfig) -> list[str]:
     """Lines: how many captions there are, and how many are longer than --max-tokens."""
+    from transformers import CLIPTokenizer  # after memory, which quiets it
+
     tokenizer = CLIPTokenizer.from_pretrained(BASE / "tokenizer")
     captions = [config.caption_prefix + caption for n in range(source.samples) for caption in source.raw(n).captions]
     split = split_tokens(tokenizer, captions, config.max_tokens)
@@ -137,4 +140,4 @@ def main(config: ShowConfig) -> None:
 
 if __name__ == "__main__":
     with one_line_errors("show_data.py"):
-        main(tyro.cli(ShowConfig, config=(tyro.conf.OmitArgPrefixes,)))
+        main(tyro.cli(ShowConfig, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)))

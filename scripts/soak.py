@@ -244,4 +244,4 @@ def main(config: SoakConfig) -> bool:
 
 if __name__ == "__main__":
     with one_line_errors("soak.py"):
-        sys.exit(not main(tyro.cli(SoakConfig)))
+        sys.exit(not main(tyro.cli(SoakConfig, description=__doc__)))

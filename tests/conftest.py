@@ -190,13 +190,13 @@ def script(monkeypatch, capfd):
 
 @pytest.fixture
 def train(script, tiny_model, shards, tmp_path, monkeypatch):
-    """train("--steps", 4) runs the training script on the tiny model; files go to a fresh folder."""
+    """train("--steps", 4) runs the training script on the tiny model, without pictures; files go to a fresh folder."""
     import pictures
 
     draw = pictures.render  # three pictures of 20 steps would take most of a test's time
     monkeypatch.setattr("pictures.NARUTO_PROMPTS", ["one picture a save is enough"])
     monkeypatch.setattr("pictures.render", lambda *given, **how: draw(*given, **{**how, "steps": 2}))
-    base = ["--model", tiny_model, "--rank", 2, "--bs", 2, "--workers", 0, "--device", "cpu"]
+    base = ["--model", tiny_model, "--rank", 2, "--bs", 2, "--workers", 0, "--device", "cpu", "--no-pictures"]
     base += ["--out", tmp_path / "out", "--log-dir", tmp_path / "runs"]
 
     def call(*options, **how):

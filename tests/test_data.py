@@ -169,7 +169,7 @@ def test_unusable_data(photos, shards, tmp_path):
     refused(tmp_path / "{000..002.tar", "a brace is not closed")
     refused(tmp_path, "no image with a caption")
     photograph(0, 64, 64).save(tmp_path / "alone.jpg")
-    refused(tmp_path, "1 images without one")
+    refused(tmp_path, "1 have none: put name.txt beside")
     (tmp_path / "alone.txt").write_text("a caption")
     (tmp_path / "alone.jpg").write_bytes(b"no picture")
     for workers in (0, 1):

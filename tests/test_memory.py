@@ -162,6 +162,16 @@ def test_the_budget_is_what_is_free_or_what_is_asked_for():
     assert memory.limit_memory(2.5, CPU) == 2.5 * memory.GiB
 
 
+def test_a_card_of_16_gb_that_has_less(monkeypatch):
+    fractions, free, total = [], 14.6 * memory.GiB, 15.6 * memory.GiB
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (free, total))
+    monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", lambda fraction, device: fractions.append(fraction))
+    device = torch.device("cuda")
+    assert memory.limit_memory(None, device) == memory.limit_memory(16, device) < free
+    assert memory.limit_memory(12, device) == 12 * memory.GiB - memory.CUDA_ITSELF
+    assert fractions == [pytest.approx(14.1 / 15.6), pytest.approx(11 / 15.6)]
+
+
 @pytest.mark.gpu
 def test_the_cap_is_enforced():
     device = memory.resolve_device("cuda")
@@ -173,8 +183,6 @@ def test_the_cap_is_enforced():
         torch.empty(left - 2**26, dtype=torch.uint8, device=device)
         with pytest.raises(torch.OutOfMemoryError):
             torch.empty(left + 2**26, dtype=torch.uint8, device=device)
-        with pytest.raises(UserError, match="--vram-gb 5000: only"):
-            memory.limit_memory(5000, device)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 

@@ -7,7 +7,7 @@ from test_lora import shake
 
 from distributed import Ranks
 from lora import LoRAConfig, add_lora
-from pictures import Gallery, evaluation_prompts, render, shorten, side_by_side, stack
+from pictures import Gallery, read_prompts, render, shorten, side_by_side, stack
 from sdxl import decode_latents
 
 HOW = {"seed": 3, "steps": 2, "guidance": 5.0, "size": 64}
@@ -67,5 +67,5 @@ def test_long_prompts_are_cut_to_the_width():
 
 
 def test_sdxl_is_judged_by_the_naruto_prompts():
-    assert evaluation_prompts("sdxl")[0] == "Naruto Uzumaki eating ramen"
-    assert len(evaluation_prompts("some/folder")) == 3
+    assert read_prompts((), "sdxl")[0] == "Naruto Uzumaki eating ramen"
+    assert len(read_prompts((), "some/folder")) == 3

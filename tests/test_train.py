@@ -58,7 +58,7 @@ def last(folder, scalar: str) -> float:
 
 
 def test_a_run_writes_what_it_says(train, tiny_model, shards, tmp_path):
-    out, err = train("--steps", 7, "--save-every", 3, "--keep", 2)
+    out, err = train("--steps", 7, "--save-every", 3, "--keep", 2, "--pictures")
     files = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
     assert files == ["pytorch_lora_weights_6.safetensors", "pytorch_lora_weights_7.safetensors"]
     predicted = float(re.search(r"weights_7\.safetensors, ([\d.]+) MB", out)[1])
@@ -67,6 +67,7 @@ def test_a_run_writes_what_it_says(train, tiny_model, shards, tmp_path):
     trained = sum(t.numel() for key, t in tensors.items() if key.endswith("weight"))
     assert f"rank 2 on {len(tensors) // 3} layers, {trained:,} parameters trained" in out
     assert "7 images with a caption" in out
+    assert "steps      7: each image 2 times, on average\n" in out
     assert "device     cpu, fp32, sdpa attention, every kernel launched" in out
     assert re.search(
         r"memory     [\d.]+ GiB for tensors: 0 of \d\d blocks checkpointed, fp32 base, batch in one piece; predicted", out
@@ -563,7 +564,7 @@ def test_pictures_without_memory_end_the_run_after_its_save(train, tmp_path, mon
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has")
 
     monkeypatch.setattr("pictures.render", render)
-    _, err = train("--steps", 4, "--save-every", 2, status=71)
+    _, err = train("--steps", 4, "--save-every", 2, "--pictures", status=71)
     assert "train_lora.py: out of memory, drawing pictures after step 2; the plan predicted a peak of" in err
     assert find_state("auto", tmp_path / "out")[1]["run"]["step"] == 2
 
@@ -697,6 +698,7 @@ def test_a_job_of_slurm_is_queued_again_if_it_was_stopped(tmp_path, status, requ
 def test_a_run_on_a_gpu_is_the_same_with_and_without_a_graph(train, latents, tmp_path, base):
     """Saves and pictures in between give the graph's memory back and take the VAE to the GPU and away."""
     how = ["--device", "cuda", "--data", latents, "--steps", 7, "--save-every", 3, "--base-precision", base, "--workers", 2]
+    how += ["--pictures"]
     out, _ = train(*how, "--cuda-graph", "on", "--log-dir", tmp_path / "graph")
     assert "CUDA graph" in out
     train(*how, "--cuda-graph", "off", "--out", tmp_path / "eager", "--log-dir", tmp_path / "launched")
@@ -745,6 +747,12 @@ def test_a_gpu_that_gets_full_makes_its_steps_in_halves(train, tmp_path, monkeyp
         (["--rank", 0], "--rank must be at least 1"),
         (["--bs", 0], "--bs must be at least 1"),
         (["--steps", 0], "--steps must be at least 1"),
+        (["--seed", -1], "--seed must be a number of 63 bits from 0 up, not -1"),
+        (["--lr", -1e-4], "--lr must be a number from 0 up, not -0.0001"),
+        (["--text-encoder-lr", "nan"], "--text-encoder-lr must be a number from 0 up, not nan"),
+        (["--text-encoder-lr", 1e-5, "--no-train-text-encoder"], "--text-encoder-lr does nothing with --no-train-text-encoder"),
+        (["--warmup", 9, "--steps", 8], "--warmup 9 is longer than --steps 8"),
+        (["--pictures", "--prompts", "/nowhere/prompts.txt"], "--prompts /nowhere/prompts.txt: no such file"),
         (["--targets", "no_such_layer"], "--targets 'no_such_layer' matches none"),
         (["--out", "README.md/x"], "--out README.md/x cannot be written"),
         (["--log-dir", "README.md/x"], "--log-dir README.md/x cannot be written"),
