@@ -256,7 +256,7 @@ def ignore_signals(worker: int) -> None:
 
     Only a SIGTERM that comes from the loop's own process ends a worker.
     """
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=wait_for_the_end, daemon=True).start()

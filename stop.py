@@ -12,14 +12,15 @@ class Stopped(BaseException):
 
 
 class StopRequest:
-    """Ctrl-C, SIGTERM or SIGUSR1. A step is made to its end; what comes before the first one, and a wait for data, ends at
-    once, by Stopped. A Ctrl-C after that ends the process at once.
+    """Ctrl-C, SIGTERM, SIGUSR1, or a terminal that is closed. A step is made to its end; what comes before the first one, and a
+    wait for data, ends at once, by Stopped. A Ctrl-C after that ends the process at once.
     """
 
     def __init__(self):
         self.asked, self.waiting = False, True
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self.ask)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                signal.signal(number, self.ask)
 
     def ask(self, number: int, frame: object) -> None:
         self.asked = True

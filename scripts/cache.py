@@ -256,6 +256,7 @@ def main(config: CacheConfig) -> None:
         refused: list[str] = []
         samples = usable(pictures, mine[number], keys, old, encoder, refused)
         write_shard(config.out, names[number], samples, refused, made_of[number])
+    next(pictures, None)  # there is none: the bar ends its line
     finish_all(config, ranks.union(set(names.values())), set(old.place), ranks)
     leave_ranks()
 

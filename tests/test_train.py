@@ -593,12 +593,12 @@ def start(*command: object) -> subprocess.Popen:
 
 
 def test_a_signal_saves_and_the_same_command_goes_on(train, tiny_model, shards, tmp_path):
-    """SIGTERM to all processes, then SIGUSR1 to the main one: in the end bit for bit as if nothing had happened."""
+    """SIGHUP to all processes, then SIGUSR1 to the main one: in the end bit for bit as if nothing had happened."""
     options = ["--bs", 1, "--workers", 2, "--caption-dropout", 0.3]
     command = [sys.executable, "train_lora.py", "--model", tiny_model, "--data", shards, "--rank", 2, *options]
     command += ["--steps", 5000, "--out", tmp_path / "out", "--log-dir", tmp_path / "runs"]
     step = 0
-    for number, signalled in ((signal.SIGTERM, os.killpg), (signal.SIGUSR1, os.kill)):
+    for number, signalled in ((signal.SIGHUP, os.killpg), (signal.SIGUSR1, os.kill)):
         process = start(*command)
         while "loss=" not in process.stderr.readline(2000):
             assert process.poll() is None
@@ -643,7 +643,7 @@ def test_a_signal_ends_the_wait_for_data(train, tmp_path, monkeypatch, workers, 
 
 
 def test_a_second_ctrl_c_ends_at_once():
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)}
     try:
         stop = StopRequest()
         assert stop.wait(int) == 0
@@ -652,7 +652,10 @@ def test_a_second_ctrl_c_ends_at_once():
         assert stop.asked
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
         os.kill(os.getpid(), signal.SIGTERM)  # as a job is told twice
-        assert signal.getsignal(signal.SIGTERM) == stop.ask
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        StopRequest()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # as nohup has asked
+        assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
