@@ -101,11 +101,11 @@ def save_state(folder: Path, state: dict, beside: dict[str, bytes]) -> Path:
     any moment, it leaves a whole one. Raises OSError, also if it does not read back; the older state is then there.
     """
     older = find_states(folder)
-    name = f"state-{1 + int(older[0].name.rpartition('-')[2]) if older else 1}"
+    numbered = f"state-{1 + int(older[0].name.rpartition('-')[2]) if older else 1}"
     buffer = io.BytesIO()
     torch.save(state, buffer)
     manifest = {STATE: digest(buffer.getvalue())} | {name: digest(content) for name, content in beside.items()}
-    aside, new = folder / f".{name}", folder / name
+    aside, new = folder / f".{numbered}", folder / numbered
     try:
         shutil.rmtree(aside, ignore_errors=True)
         write_atomically(aside / STATE, buffer.getvalue())

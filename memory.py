@@ -205,10 +205,11 @@ def make_optimizer(name: str, groups: list[dict]) -> torch.optim.Optimizer:
                     if not self.state[p]:
                         self.init_state(group, p, i, j)
                     live = [p, *(self.state[p][name] for name in ("state1", "state2", "absmax1", "absmax2"))]
-                    kept = [t.clone() for t in live] if found_inf is not None else []
+                    kept = [t.clone() for t in live]
                     self.update_step(group, p, i, j)
-                    for now, before in zip(live, kept, strict=False):
-                        now.copy_(torch.where(found_inf > 0, before, now))
+                    if found_inf is not None:
+                        for now, before in zip(live, kept, strict=True):
+                            now.copy_(torch.where(found_inf > 0, before, now))
 
     return AdamW8bit(groups, weight_decay=0.01, min_8bit_size=0)
 
