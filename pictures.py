@@ -1,5 +1,6 @@
 """Pictures that people look at: rendered with diffusers' pipeline, base and LoRA side by side with the prompt above."""
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -23,7 +24,7 @@ def read_prompts(prompts: tuple[str, ...], model: str) -> list[str]:
 
     Raises UserError for a file that is empty or not there.
     """
-    if len(prompts) == 1 and Path(prompts[0]).is_file():
+    if len(prompts) == 1 and os.path.isfile(prompts[0]):  # Path.is_file() raises for a long text
         lines = [line.strip() for line in Path(prompts[0]).read_text(errors="replace").splitlines() if line.strip()]
         if not lines:
             raise UserError(f"--prompts {prompts[0]} is empty")

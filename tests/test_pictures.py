@@ -69,3 +69,4 @@ def test_long_prompts_are_cut_to_the_width():
 def test_sdxl_is_judged_by_the_naruto_prompts():
     assert read_prompts((), "sdxl")[0] == "Naruto Uzumaki eating ramen"
     assert len(read_prompts((), "some/folder")) == 3
+    assert read_prompts(("long " * 100,), "sdxl") == ["long " * 100]
