@@ -73,7 +73,7 @@ class Gallery:
         self.render = partial(render, pipe, describe, decode, steps=20, guidance=5.0, size=size)
 
     def draw(self, name: str) -> np.ndarray | None:
-        """One sheet, a row for each prompt: [H, W, 3] uint8; None if there are none, or if it was stopped."""
+        """One sheet, a row for each prompt: [H, W, 3] uint8; None if it was stopped."""
         mine = {}
         for i in range(self.ranks.rank, len(self.prompts), self.ranks.world):
             if self.stop.asked:
@@ -83,7 +83,7 @@ class Gallery:
                     self.base[i] = self.render([self.prompts[i]], seed=i)[0]
             mine[i] = side_by_side({"base": self.base[i], name: self.render([self.prompts[i]], seed=i)[0]}, self.prompts[i])
         rows = {i: sheet for part in self.ranks.gather(mine) for i, sheet in part.items()}
-        return np.asarray(stack([rows[i] for i in sorted(rows)])) if rows and len(rows) == len(self.prompts) else None
+        return np.asarray(stack([rows[i] for i in sorted(rows)])) if len(rows) == len(self.prompts) else None
 
 
 def side_by_side(columns: dict[str, Image.Image], prompt: str) -> Image.Image:

@@ -94,14 +94,14 @@ class Checkpoints:
         self.made = circumstances(flags, source.fingerprint, world)
 
     def find(self) -> tuple[Path, dict] | None:
-        """The state to go on from. What this command has saved before counts more than where --resume told it to begin: that
-        is what lies in --out if torchrun or Slurm starts it again, or if it began from the same path.
+        """The state to go on from. What this command has saved before counts more than where --resume told it to begin: the
+        state in --out if that began with the same --resume PATH, or none, and torchrun or Slurm starts it again.
         """
         resume, out = self.config.resume, self.config.out
         again = any(int(os.environ.get(count, 0)) for count in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
         with suppress(UserError):  # nothing whole there
             own = find_state("auto", out) if resume != "auto" else None
-            if own and (again or (resume != "none" and own[1].get("made", {}).get("flags", {}).get("resume") == resume)):
+            if own and (again or resume != "none") and own[1].get("made", {}).get("flags", {}).get("resume") == resume:
                 return own
         return find_state(resume, out)
 

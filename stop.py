@@ -38,3 +38,6 @@ class StopRequest:
             return result
         except Stopped:
             return None
+        except BaseException:
+            self.waiting = False
+            raise

@@ -387,7 +387,7 @@ def main(config: TrainConfig) -> int:
             save()
             saved = True
         if saving and not stopping:  # the weights first, then pictures
-            if (sheet := step.beside(draw)) is not None:
+            if prompts and (sheet := step.beside(draw)) is not None:
                 log.add_image("compare", sheet, run.step, dataformats="HWC")
             meter.restart()
 
@@ -480,7 +480,7 @@ def examine_steps(
             continue
         again, found = copy.copy(stream), []
         again.start = run.samples // config.dataset.bs - (run.step - number) * config.grad_accum * ranks.world
-        with suppress(torch.OutOfMemoryError):  # what it has seen by then
+        with suppress(torch.OutOfMemoryError, UserError):  # without memory, or data, what it has seen by then
             for micro, batch in zip(range(config.grad_accum), again, strict=False):
                 inputs = prepare(batch, number, micro)
                 for n, (name, caption) in enumerate(zip(batch.names, batch.captions, strict=True)):
@@ -489,7 +489,7 @@ def examine_steps(
                     told = {"sample": name, "caption": caption, "timestep": inputs[3][n].item(), "modules": modules}
                     found.append({"finite": math.isfinite(loss + adapter.grad.sum().item()), **told})
                     adapter.refresh()
-        adapter.refresh()
+        adapter.undo()
         guilty = ranks.union({sample["sample"] for sample in found if not sample["finite"]})
         for name in guilty:
             run.hits[name] = run.hits.get(name, 0) + 1

@@ -26,7 +26,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from checkpoint import check_writable
 from duplicates import LIMIT, near, same
-from errors import UserError, one_line_errors
+from errors import UserError, one_line_errors, printable
 from images import dhash, open_image, to_rgb
 from packing import PER_SHARD, Inputs, ParquetRows, Row, Tick, cores, in_parallel, pack_all, parquet_tables
 from shards import Shard, read_index, survey, unfinished
@@ -71,7 +71,7 @@ class SourceRows:
 
     def __init__(self, source: Source, folder: Path):
         self.source = source
-        self.names = [plain(name).removeprefix(f"{folder}/") for name in source.names]
+        self.names = [name.removeprefix(printable(f"{folder}/")) for name in source.names]
 
     def __len__(self) -> int:
         return self.source.samples
@@ -92,11 +92,6 @@ class SourceRows:
             yield self.names[n], raw.image, raw.captions
 
 
-def plain(name: str) -> str:
-    """So that it can be printed: a file's name may be no UTF-8."""
-    return name.encode(errors="replace").decode()
-
-
 def open_inputs(source: str) -> tuple[Inputs, list[str]]:
     """(the images with a caption, what else is there that cannot be used, with the reason)."""
     path = Path(source)
@@ -109,7 +104,7 @@ def open_inputs(source: str) -> tuple[Inputs, list[str]]:
     if found.latents:
         raise UserError(f"{source} holds latents, not images")
     cut = [f"{name} (cut short: the images before the cut are used)" for name in found.cut]
-    return SourceRows(found, path), [f"{plain(name)} (no caption)" for name in found.uncaptioned] + cut
+    return SourceRows(found, path), [f"{name} (no caption)" for name in found.uncaptioned] + cut
 
 
 def fetch(repository: str) -> Path:

@@ -175,7 +175,7 @@ def test_what_has_changed_since_the_state_is_shown_and_refused_unless_it_may(tra
     train("--steps", 2, "--rank", 4, "--resume", "none")
 
 
-def test_going_on_elsewhere_leaves_the_first_run_alone(train, tmp_path):
+def test_going_on_elsewhere_leaves_the_first_run_alone(train, tmp_path, monkeypatch):
     train("--steps", 2, "--save-every", 1)
     train("--steps", 4, "--save-every", 1, "--keep", 1, "--resume", tmp_path / "out", "--out", tmp_path / "b")
     assert sorted(p.name for p in (tmp_path / "b").glob("*.safetensors")) == ["pytorch_lora_weights_4.safetensors"]
@@ -189,6 +189,12 @@ def test_going_on_elsewhere_leaves_the_first_run_alone(train, tmp_path):
     kept = {p.name for p in (tmp_path / "b/before-1").iterdir()}
     assert {"pytorch_lora_weights_4.safetensors", "pytorch_lora_weights_5.safetensors"} < kept
     assert find_states(tmp_path / "b/before-1")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    out, _ = train("--steps", 1, "--resume", "none")  # its first attempt had saved nothing
+    assert "/before-1 now\n" in out
+    out, _ = train("--steps", 2, "--resume", "none")
+    assert "resume     step 1 of" in out
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
     save_state(tmp_path / "foreign", {"a": 1}, {})
     _, err = train("--resume", tmp_path / "foreign", status=2)
     assert "no state of train_lora.py" in err
@@ -301,7 +307,8 @@ def test_steps_without_a_finite_loss_change_nothing_and_end_the_run(train, spoil
     assert run.left_out == {"a", "b"}
 
 
-def test_data_that_goes_ends_the_run_after_a_save(train, tmp_path, monkeypatch):
+def test_data_that_goes_ends_the_run_after_a_save(train, spoilt, tmp_path, monkeypatch):
+    """Also if a step before it was spoilt, whose samples would be read again."""
     raw, count = Source.raw, itertools.count()
 
     def go(source, n):
@@ -316,6 +323,10 @@ def test_data_that_goes_ends_the_run_after_a_save(train, tmp_path, monkeypatch):
     step = int(re.search(r"weights_(\d)\.safetensors: the data cannot be read, the same command goes on from there", out)[1])
     out, _ = train("--steps", step + 1)
     assert f"resume     step {step} of" in out
+    monkeypatch.setattr("sources.Source.raw", go)
+    count = itertools.count(5)
+    out, _ = train("--data", far_latents(tmp_path / "nan.tar", {0, 1, 2}), "--out", tmp_path / "b", status=74)
+    assert "weights_1.safetensors: the data cannot be read" in out
 
 
 def test_learning_rates(train, tmp_path):
@@ -647,6 +658,8 @@ def test_a_second_ctrl_c_ends_at_once():
     try:
         stop = StopRequest()
         assert stop.wait(int) == 0
+        with pytest.raises(ZeroDivisionError):
+            stop.wait(lambda: 1 / 0)
         assert not stop.asked
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.asked
