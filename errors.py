@@ -49,13 +49,24 @@ def warn(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
 
 
+def warn_of(program: str, error: UserError) -> None:
+    """A user's mistake in one line, whatever of a foreign file stands in it."""
+    warn(f"{program}: {printable(' '.join(str(error).split()))}")
+
+
+def check_seed(seed: int) -> None:
+    """Raises UserError for a number that NumPy or PyTorch would not be seeded with."""
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed must be a number of 63 bits from 0 up, not {seed}")
+
+
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
     """Wraps the body of a script: a UserError ends it with one line and status 2."""
     try:
         yield
     except UserError as error:
-        warn(f"{program}: {printable(' '.join(str(error).split()))}")
+        warn_of(program, error)
         sys.exit(2)
     except KeyboardInterrupt:
         warn(f"{program}: interrupted")

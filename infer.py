@@ -18,7 +18,7 @@ import tyro
 import formats
 import memory  # before sdxl: it readies xFormers, which diffusers imports
 from checkpoint import check_writable
-from errors import UserError, one_line_errors
+from errors import UserError, check_seed, one_line_errors
 from lora import check_fit, layer_shapes, merge_lora
 from pictures import read_prompts, render, side_by_side, stack
 from sdxl import SAMPLERS, Denoiser, decode_latents, load_sdxl, native_resolution
@@ -65,8 +65,7 @@ class InferConfig:
             raise UserError(f"--steps must be at least 1, not {self.steps}")
         if not self.scale:
             raise UserError("--scale needs a number")
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"--seed must be a number of 63 bits from 0 up, not {self.seed}")
+        check_seed(self.seed)
         if self.save_merged and len(self.scale) > 1:
             raise UserError("--save-merged writes one model: give one --scale")
         if wrong := set(self.lora_parts.split(",")) - PARTS.keys():

@@ -99,11 +99,16 @@ class Checkpoints:
         """
         resume, out = self.config.resume, self.config.out
         again = any(int(os.environ.get(count, 0)) for count in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-        with suppress(UserError):  # nothing whole there
-            own = find_state("auto", out) if resume != "auto" else None
-            if own and (again or resume != "none") and own[1].get("made", {}).get("flags", {}).get("resume") == resume:
-                return own
+        if resume != "auto" and (again or resume != "none"):
+            with suppress(UserError):  # nothing whole there
+                own = find_state("auto", out)
+                if own and own[1].get("made", {}).get("flags", {}).get("resume") == resume:
+                    return own
         return find_state(resume, out)
+
+    def in_out(self, state: Path) -> bool:
+        """Else it is another run's, whose files and log are not ours."""
+        return state.parent.resolve() == self.config.out.resolve()
 
     def set_aside(self) -> Path | None:
         """Moves what another run has left in --out to a folder there, as files of this one would take the place of it."""
@@ -166,10 +171,9 @@ class Checkpoints:
         if state["scaler"]:  # empty if the run so far was not in fp16
             self.scaler.load_state_dict(state["scaler"])
         run = Run(**state["run"])
-        elsewhere = path.parent.resolve() != self.config.out.resolve()
-        if elsewhere:
-            run.saved = ()  # another folder's files are not ours to remove
-        if elsewhere or "log_dir" in flags:
+        if not self.in_out(path):
+            run.saved = ()
+        if not self.in_out(path) or "log_dir" in flags:
             run.log_dir = log_dir
         told = "".join(f"; {change}" for change in [*flags.values(), *beyond.values()])
         return run, told + ("; no longer bit for bit" if "processes" in beyond else "")

@@ -8,8 +8,8 @@
 
 Writes checkpoints/pytorch_lora_weights_{step}.safetensors and, for --resume, checkpoints/state-{n}; TensorBoard logs in runs/.
 Ends with status 0 when all steps are done and saved, 75 if a signal asked it to stop (saved: the same command goes on), 74 if
-the last save failed, or if the data can no longer be read or 71 if memory ran out (then the last whole step is saved, if it can
-be), 2 for a mistake in the command.
+the last save failed or the data can no longer be read, 71 if memory ran out, 2 for a mistake in the command. Without data, or
+without memory for a gradient, the last whole step is saved.
 """
 
 import time
@@ -44,7 +44,7 @@ from checkpoint import Persistence, check_writable, write_atomically
 from data import Batch, DataConfig, Stream, describe_buckets, make_loader, normalise
 from diffusion import Diffusion, DiffusionConfig, area_weights
 from distributed import Ranks, join_ranks, leave_ranks
-from errors import LossyStream, UserError, one_line_errors, printable, warn
+from errors import LossyStream, UserError, check_seed, one_line_errors, warn, warn_of
 from fast import KERNELS, Shapes, choose_attention, install
 from graph import GraphedStep
 from lora import Adapter, LoRAConfig, add_lora, layer_shapes
@@ -112,8 +112,7 @@ class TrainConfig:
                 raise UserError(f"--{flag.replace('_', '-')} must be a number from 0 up, not {getattr(self, flag)}")
         if self.warmup > self.steps:
             raise UserError(f"--warmup {self.warmup} is longer than --steps {self.steps}")
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"--seed must be a number of 63 bits from 0 up, not {self.seed}")
+        check_seed(self.seed)
 
 
 def lr_factor(step: int, config: TrainConfig) -> float:
@@ -272,8 +271,7 @@ def main(config: TrainConfig) -> int:
     if ranks.first:
         check_writable("--out", config.checkpoints.out)
         check_writable("--log-dir", Path(run.log_dir).parent)
-        begins = not found or found[0].parent.resolve() != config.checkpoints.out.resolve()
-        if begins and (aside := checkpoints.set_aside()):
+        if not (found and checkpoints.in_out(found[0])) and (aside := checkpoints.set_aside()):
             print(f"aside      what another run has left in {config.checkpoints.out} is in {aside} now")
         log = Log(run.log_dir, purge_step=run.step + 1, attempt=Persistence())
         log.add_text("config", f"```json\n{json.dumps(flags, indent=2)}\n```", run.step)
@@ -376,7 +374,7 @@ def main(config: TrainConfig) -> int:
         if run.step == start + 2 and ranks.first:
             tqdm.write(measured(device))
         saving = stopping or run.step % config.checkpoints.save_every == 0 or run.step == config.steps
-        if run.step % config.check_ranks_every == 0:
+        if run.step % config.check_ranks_every == 0 and not saving:
             compare()
         if saving or run.step % LOG_EVERY == 0:
             report()
@@ -398,7 +396,7 @@ def main(config: TrainConfig) -> int:
         save()
     progress.close()
     if lost and run.step > start:
-        warn(f"train_lora.py: {printable(str(lost))}")
+        warn_of("train_lora.py", lost)
     short, gone, skipped = ranks.any(accumulate.failed), ranks.any(lost is not None), sorted(ranks.union(skipped))
     if ranks.first:
         why = "memory ran out" if short else "the data cannot be read" if gone else "stopped by a signal"

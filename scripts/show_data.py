@@ -19,7 +19,7 @@ from buckets import enlarged, share_cropped
 from captions import CaptionConfig
 from checkpoint import check_writable
 from data import DataConfig, Stream
-from errors import UserError, one_line_errors
+from errors import UserError, check_seed, one_line_errors
 from pictures import stack
 from sdxl import BASE, split_tokens
 from sources import Source, open_mixture
@@ -41,8 +41,7 @@ class ShowConfig:
     def __post_init__(self) -> None:
         if self.images < 1:
             raise UserError(f"--images must be at least 1, not {self.images}")
-        if self.seed < 0:
-            raise UserError(f"--seed must be at least 0, not {self.seed}")
+        check_seed(self.seed)
 
 
 def dim(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:

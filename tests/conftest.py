@@ -166,7 +166,9 @@ def script(monkeypatch, capfd):
     """Runs a script's own entry point in this process, which saves the seconds that importing torch takes:
     script("train_lora.py", "--rank", "8", status=0) -> (stdout, stderr).
     """
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)}
+    from stop import SIGNALS
+
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
 
     def call(name: str, *arguments: object, status: int = 0) -> tuple[str, str]:
         streams = sys.stdout, sys.stderr

@@ -37,7 +37,7 @@ from resume import Run
 from sdxl import Denoiser, read_sdxl
 from shards import pack_latents
 from sources import Source, open_source
-from stop import StopRequest
+from stop import SIGNALS, StopRequest
 from train_lora import TrainConfig, lr_factor, plan_memory
 
 READY = {"latents": True, "text": False}
@@ -604,13 +604,14 @@ def start(*command: object) -> subprocess.Popen:
 
 
 def test_a_signal_saves_and_the_same_command_goes_on(train, tiny_model, shards, tmp_path):
-    """SIGHUP to all processes, as of a terminal that is closed: in the end bit for bit as if nothing had happened."""
+    """To all processes, as of a terminal that is closed and of a job that is told twice: in the end as if nothing had been."""
     options = ["--bs", 1, "--workers", 2, "--caption-dropout", 0.3]
     command = [sys.executable, "train_lora.py", "--model", tiny_model, "--data", shards, "--rank", 2, *options, "--steps", 5000]
     process = start(*command, "--out", tmp_path / "out", "--log-dir", tmp_path / "runs", "--no-pictures")
     while "loss=" not in process.stderr.readline(2000):
         assert process.poll() is None
-    os.killpg(process.pid, signal.SIGHUP)
+    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
+        os.killpg(process.pid, number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 75, err
     assert "Traceback" not in err
@@ -626,6 +627,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(train, tiny_model, shards, 
     ("workers", "late", "told"),
     [
         (0, 0, "before a step was made: nothing"),
+        (0, 4, "weights_2.safetensors: stopped"),
         (1, 4, "weights_2.safetensors: stopped"),
     ],
 )
@@ -651,7 +653,7 @@ def test_a_signal_ends_the_wait_for_data(train, tmp_path, monkeypatch, workers, 
 
 
 def test_a_second_ctrl_c_ends_at_once():
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         stop = StopRequest()
         assert stop.wait(int) == 0
@@ -662,10 +664,10 @@ def test_a_second_ctrl_c_ends_at_once():
         assert stop.asked
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
         os.kill(os.getpid(), signal.SIGTERM)  # as a job is told twice
+        assert signal.getsignal(signal.SIGTERM) == stop.ask
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         StopRequest()
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # as nohup has asked
-        assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
