@@ -7,6 +7,7 @@ of ranks, and a run resumes without reading what was passed.
 import os
 import random
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,11 +15,12 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import TracebackType
 
 import numpy as np
 import torch
 import tyro
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from buckets import Order, bucket_sizes, choose_bucket, enlarged, resized, share_cropped
 from captions import CaptionConfig, choose_caption
@@ -26,6 +28,7 @@ from errors import UserError
 from images import Size, alpha_of, fit, open_image, to_rgb
 from remote import NO_CACHE, Cache, NoCache
 from shards import unpack_latents, unpack_text
+from signals import blocked_signals
 from sources import Raw, Source
 
 
@@ -239,10 +242,22 @@ class Stream(IterableDataset):
 
 
 def make_loader(stream: Stream, pin_memory: bool) -> Iterator[Batch]:
-    """Batches decoded ahead of time by --workers processes. Raises UserError, from the first on, if none can be decoded."""
-    options = {"prefetch_factor": 4, "worker_init_fn": ignore_signals} if stream.config.workers else {}
-    batches = DataLoader(stream, batch_size=None, num_workers=stream.config.workers, pin_memory=pin_memory, **options)
-    return map(batch_or_raise, iter(batches))
+    """Batches decoded ahead of time by --workers processes. Raises UserError, from the first on, if none can be decoded.
+
+    `pin_memory` is for the workers' batches: without workers, the thread that asks for one would do it on the wrong device.
+    """
+    workers = stream.config.workers
+    options = {"pin_memory": pin_memory, "prefetch_factor": 4} if workers else {}
+    return map(batch_or_raise, read_by_workers(stream, workers, **options))
+
+
+def read_by_workers(dataset: Dataset, workers: int, **options) -> Iterator:
+    """The items of a DataLoader that makes no batches, read by processes that leave signals to this one."""
+    loader = DataLoader(
+        dataset, batch_size=None, num_workers=workers, worker_init_fn=leave_signals_to_the_loop if workers else None, **options
+    )
+    with blocked_signals():
+        return iter(loader)
 
 
 def batch_or_raise(batch: Batch | UserError) -> Batch:
@@ -251,18 +266,25 @@ def batch_or_raise(batch: Batch | UserError) -> Batch:
     return batch
 
 
-def ignore_signals(worker: int) -> None:
-    """They reach every process of the terminal, or of the job; the loop, not the workers, decides when to end.
+def leave_signals_to_the_loop(worker: int) -> None:
+    """Signals reach every process of the terminal, or of the job; the loop, not the workers, decides when to end.
 
-    Only a SIGTERM that comes from the loop's own process ends a worker.
+    Only a SIGTERM from the loop's own process ends a worker. It starts with all signals blocked.
     """
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=wait_for_the_end, daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGTERM})
+    sys.excepthook = hide_lost_connection
 
 
 def wait_for_the_end() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
+
+
+def hide_lost_connection(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """multiprocessing's threads, which hand tensors on, report here, also that the loop has ended or was killed."""
+    if not isinstance(error, (EOFError, ConnectionError)):
+        sys.__excepthook__(kind, error, trace)

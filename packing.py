@@ -27,6 +27,7 @@ from tqdm import tqdm
 from errors import UserError
 from images import dhash, open_image, to_rgb
 from shards import Shard, already_there, finish, read_index, unfinished, write_shard
+from signals import blocked_signals
 
 VERSION = 1  # of what a shard holds for given inputs: another number, and all are made anew
 PER_SHARD = 500
@@ -254,6 +255,7 @@ def enter_worker(parent: int, *forked: object) -> None:
     global FORKED
     FORKED = forked
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the parent decides
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # an orphan would wait for work for ever
     if os.getppid() != parent:
         os._exit(1)
@@ -275,7 +277,8 @@ def in_parallel(work: Callable[[object, Tick], object], jobs: Sequence, workers:
     count = context.Value("q", 0)
     executor = ProcessPoolExecutor(min(workers, len(jobs)) or 1, context, enter_worker, (os.getpid(), work, jobs, count))
     with bar, executor:
-        pending = results = [executor.submit(run_forked, number) for number in range(len(jobs))]
+        with blocked_signals():  # the first call forks all workers
+            pending = results = [executor.submit(run_forked, number) for number in range(len(jobs))]
         try:
             while pending:
                 done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)

@@ -2,23 +2,27 @@
 
 import signal
 from collections.abc import Callable
+from queue import SimpleQueue
+from threading import Thread
 from typing import TypeVar
 
+from signals import SIGNALS
+
 T = TypeVar("T")
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Stopped(BaseException):
-    """Passes every `except Exception` on its way out of what was interrupted."""
+    """Raised by a signal during set-up. Passes every `except Exception` on its way out of what was interrupted."""
 
 
 class StopRequest:
-    """Ctrl-C, SIGTERM, SIGUSR1, or a terminal that is closed. A step is made to its end; what comes before the first one, and a
-    wait for data, ends at once, by Stopped. A Ctrl-C after that ends the process at once.
+    """Ctrl-C, SIGTERM, SIGUSR1, or a terminal that is closed. The step under way is made to its end; set-up, and a wait for
+    data, end at once. A Ctrl-C after that ends the process at once.
     """
 
     def __init__(self):
-        self.asked, self.waiting = False, True
+        self.asked, self.setting_up = False, True
+        self.answers: SimpleQueue = SimpleQueue()
         for number in SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 signal.signal(number, self.ask)
@@ -26,19 +30,32 @@ class StopRequest:
     def ask(self, number: int, frame: object) -> None:
         self.asked = True
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if self.waiting:
-            self.waiting = False
+        if self.setting_up:
+            self.setting_up = False
             raise Stopped
+        self.answers.put(None)  # may be called from a signal handler, which no other queue promises
 
-    def wait(self, work: Callable[..., T], *given: object) -> T | None:
-        """What `work` returns, or None if a signal comes before that."""
-        try:
-            self.waiting = True
-            result = None if self.asked else work(*given)
-            self.waiting = False
-            return result
-        except Stopped:
+    def wait(self, work: Callable[..., T], *args: object) -> T | None:
+        """Ends the set-up. Returns what `work` returns, or None if a signal comes before that.
+
+        `work` runs in a thread, which a signal leaves behind. An exception raised here by a signal handler would break off
+        the loader's conversation with a worker in the middle, and the worker would print a traceback.
+        """
+        answers = self.answers = SimpleQueue()  # before `asked` is read: a signal after that answers in this queue
+        self.setting_up = False
+        if self.asked:
             return None
-        except BaseException:
-            self.waiting = False
-            raise
+
+        def answer() -> None:
+            try:
+                answers.put((work(*args), None))
+            except BaseException as error:
+                answers.put((None, error))
+
+        Thread(target=answer, daemon=True).start()
+        if (answered := answers.get()) is None:
+            return None
+        result, error = answered
+        if error is not None:
+            raise error
+        return result

@@ -25,14 +25,14 @@ from typing import Annotated
 import numpy as np
 import torch
 import tyro
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import memory
 from captions import CaptionConfig, choose_caption
 from checkpoint import check_writable
-from data import DataConfig, assign_buckets, decode, describe_buckets, ignore_signals, normalise
+from data import DataConfig, assign_buckets, decode, describe_buckets, normalise, read_by_workers
 from distributed import Ranks, join_ranks, leave_ranks
 from errors import UserError, one_line_errors
 from sdxl import Denoiser, digest, encode_pixels, native_resolution, read_sdxl, tokenize, vae_probe
@@ -141,8 +141,7 @@ class Pictures(Dataset):
 
 def ahead(dataset: Dataset, numbers: list[int], workers: int) -> Iterator:
     """These items, in this order."""
-    how = {"num_workers": workers, "worker_init_fn": ignore_signals, "collate_fn": lambda item: item}
-    return iter(DataLoader(dataset, batch_size=None, sampler=numbers, **how))
+    return read_by_workers(dataset, workers, sampler=numbers, collate_fn=lambda item: item)
 
 
 # Entries of the cache.

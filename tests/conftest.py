@@ -1,12 +1,15 @@
 """A tiny random SDXL (same classes, same structure) and a few pictures, made once for all tests."""
 
+import gc
 import io
 import json
+import logging
 import os
 import runpy
 import signal
 import subprocess
 import sys
+from multiprocessing import get_context
 from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # models this small only wait for a second thread
@@ -45,6 +48,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA here"))
+
+
+def pytest_collection_finish():
+    """Every test file has imported what it needs: none of that need be looked through for garbage again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -145,40 +154,97 @@ def cutouts(tmp_path_factory) -> Path:
 def shards(photos, tmp_path_factory) -> Path:
     """The same pictures as three tar shards, made by scripts/make_shards.py."""
     folder = tmp_path_factory.mktemp("shards")
-    run("scripts/make_shards.py", str(photos), "--out", str(folder), "--name", "photos", "--per-shard", "3")
+    assert run_main("scripts/make_shards.py", photos, "--out", folder, "--name", "photos", "--per-shard", 3) == 0
     return folder
 
 
-def run(*command: str, status: int = 0) -> subprocess.CompletedProcess:
-    """Runs a script of the suite, or another program, as a user would and checks how it ended."""
-    program = [sys.executable, *command] if command[0].endswith(".py") else list(command)
-    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == status, f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+def run(*command: object) -> subprocess.CompletedProcess:
+    """Runs a program as a user would and checks that it ended well."""
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
 
-def torchrun(processes: int, *command: object) -> subprocess.CompletedProcess:
-    return run("torchrun", "--standalone", "--nproc-per-node", str(processes), *map(str, command))
+def run_main(name: str, *arguments: object) -> int:
+    """A script's own entry point in this process, which saves the seconds that importing torch takes. Returns its status."""
+    before, sys.argv = sys.argv, [name, *map(str, arguments)]
+    try:
+        runpy.run_path(str(ROOT / name), run_name="__main__")
+        return 0
+    except SystemExit as end:
+        return end.code or 0
+    finally:
+        sys.argv = before
+
+
+class Forked(get_context("fork").Process):
+    """A script in a process and a session of its own, as under torchrun: a signal to its group reaches its workers, too. It
+    is a fork of this process, which has imported everything already. What it prints is in the file `output`.
+    """
+
+    def __init__(self, name: str, *arguments: object, output: Path):
+        super().__init__(target=self.be, args=(name, arguments, output))
+        self.start()
+
+    def be(self, name: str, arguments: tuple, output: Path) -> None:
+        os.setsid()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        sys.stdout = sys.stderr = open(output, "w", buffering=1)  # noqa: SIM115
+        os.dup2(sys.stdout.fileno(), 1)
+        os.dup2(sys.stdout.fileno(), 2)  # also what threads and libraries print
+        sys.exit(run_main(name, *arguments))
+
+    def poll(self) -> int | None:
+        return self.exitcode
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        self.join(timeout)
+        return self.exitcode
+
+
+def fork_torchrun(name: str, arguments: list, options: list, output: Path, enter=lambda: None) -> get_context("fork").Process:
+    """torchrun's own agent in a fork of this process, and its ranks in forks of that; `enter` is called before anything."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args, parse_args
+
+    config, *_ = config_from_args(parse_args([*map(str, options), name]))
+    config.start_method = "fork"
+
+    def rank() -> None:
+        if status := run_main(name, *arguments):
+            sys.exit(status)
+
+    def agent() -> None:
+        sys.stdout = sys.stderr = open(output, "a", buffering=1)  # noqa: SIM115
+        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # PyTorch 2.15 logs where a fork has failed
+        enter()
+        try:
+            elastic_launch(config, rank)()
+        except ChildFailedError:
+            sys.exit(1)
+
+    process = get_context("fork").Process(target=agent)
+    process.start()
+    return process
+
+
+ONE_HOST = ["--nproc-per-node", 2, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
 
 
 @pytest.fixture
-def script(monkeypatch, capfd):
-    """Runs a script's own entry point in this process, which saves the seconds that importing torch takes:
-    script("train_lora.py", "--rank", "8", status=0) -> (stdout, stderr).
-    """
-    from stop import SIGNALS
+def script(capfd):
+    """script("train_lora.py", "--rank", "8", status=0) -> (stdout, stderr), by `run_main`."""
+    from signals import SIGNALS
 
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
 
     def call(name: str, *arguments: object, status: int = 0) -> tuple[str, str]:
         streams = sys.stdout, sys.stderr
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         capfd.readouterr()
         try:
-            runpy.run_path(str(ROOT / name), run_name="__main__")
-            ended = 0
-        except SystemExit as end:
-            ended = end.code or 0
+            ended = run_main(name, *arguments)
         finally:
             sys.stdout, sys.stderr = streams
             for number, handler in handlers.items():
@@ -190,10 +256,25 @@ def script(monkeypatch, capfd):
     return call
 
 
+DRY_RUNS: dict = {}
+
+
 @pytest.fixture
 def train(script, tiny_model, shards, tmp_path, monkeypatch):
     """train("--steps", 4) runs the training script on the tiny model, without pictures; files go to a fresh folder."""
+    import budget
     import pictures
+
+    run_dry = budget.dry_run  # more than half of the time of a short run, and a function of these shapes
+
+    def dry_run(denoiser, block_names, text, latent_side):
+        key = repr(denoiser), tuple(block_names), [(t.shape, t.dtype) for t in text], latent_side
+        key = str((*key, [(p.dtype, p.requires_grad) for p in denoiser.parameters()]))
+        if key not in DRY_RUNS:
+            DRY_RUNS[key] = run_dry(denoiser, block_names, text, latent_side)
+        return DRY_RUNS[key]
+
+    monkeypatch.setattr("budget.dry_run", dry_run)
 
     draw = pictures.render  # three pictures of 20 steps would take most of a test's time
     monkeypatch.setattr("pictures.NARUTO_PROMPTS", ["one picture a save is enough"])

@@ -2,14 +2,12 @@
 
 import re
 import shutil
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, torchrun
+from conftest import ONE_HOST, Forked, fork_torchrun
 from safetensors.torch import load_file, save_file
 from test_train import last
 
@@ -96,8 +94,7 @@ def test_killed_in_between_it_goes_on_and_ends_the_same(script, tiny_model, phot
     how = [photos, "--model", tiny_model, "--per-shard", 1, "--device", "cpu", "--bucket-step", 16, "--workers", 0]
     script("scripts/cache.py", *how, "--out", tmp_path / "whole")
     wanted, folder = contents(tmp_path / "whole"), tmp_path / "latents"
-    command = [sys.executable, "scripts/cache.py", *map(str, how), "--out", str(folder)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = Forked("scripts/cache.py", *how, "--out", folder, output=tmp_path / "told")
     while len(list(folder.glob("*.tar"))) < 3 and process.poll() is None:
         time.sleep(0.002)
     process.kill()
@@ -115,8 +112,11 @@ def test_killed_in_between_it_goes_on_and_ends_the_same(script, tiny_model, phot
 def test_several_ranks_share_the_work(script, tiny_model, shards, tmp_path):
     how = [shards, "--model", tiny_model, "--per-shard", 2, "--device", "cpu", "--bucket-step", 16, "--workers", 0]
     script("scripts/cache.py", *how, "--out", tmp_path / "one")
-    done = torchrun(2, "scripts/cache.py", *how, "--out", tmp_path / "two")
-    assert done.stdout.count("7 images in 4 shards") == 1
+    process = fork_torchrun("scripts/cache.py", [*how, "--out", tmp_path / "two"], ONE_HOST, tmp_path / "told")
+    process.join(60)
+    told = (tmp_path / "told").read_text()
+    assert process.exitcode == 0, told
+    assert told.count("7 images in 4 shards") == 1
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 

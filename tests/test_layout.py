@@ -20,10 +20,11 @@ def imports(path: Path) -> set[str]:
 
 ROOMS = {  # leaves in several files: what each stands on
     "shards": {"images"},
-    "packing": {"shards", "images"},
+    "packing": {"shards", "images", "signals"},
     "remote": {"shards"},
     "sources": {"packing", "remote", "shards", "images"},
-    "data": {"sources", "remote", "shards", "images", "buckets", "captions"},
+    "data": {"sources", "remote", "shards", "images", "buckets", "captions", "signals"},
+    "stop": {"signals"},
     "resume": {"checkpoint", "formats", "memory"},
 }
 

@@ -1,9 +1,9 @@
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tarfile
 import time
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pyarrow
 import pytest
-from conftest import ROOT, encoded, photograph
+from conftest import Forked, encoded, photograph, run_main
 from PIL import Image
 from pyarrow import parquet
 from tqdm import tqdm
@@ -46,14 +46,14 @@ def many(tmp_path_factory) -> Path:
 def whole(many, tmp_path_factory) -> Path:
     """Their shards, made in one go."""
     folder = tmp_path_factory.mktemp("whole")
-    subprocess.run([sys.executable, PACK, many, "--out", folder, "--per-shard", "4"], cwd=ROOT, check=True)
+    assert run_main(PACK, many, "--out", folder, "--per-shard", 4) == 0
     return folder
 
 
 def test_killed_at_any_time_it_goes_on_and_the_bytes_are_the_same(script, many, whole, tmp_path):
-    command = [sys.executable, PACK, str(many), "--out", str(tmp_path), "--per-shard", "4", "--workers", "2"]
+    command, told = [PACK, many, "--out", tmp_path, "--per-shard", 4, "--workers", 2], tmp_path.with_suffix(".txt")
     for least in (1, 3, 6):  # so many shards have begun to be there when it is killed
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = Forked(*command, output=told)
         while len(unfinished(tmp_path)) < least and process.poll() is None:
             time.sleep(0.002)
         process.kill()
@@ -366,18 +366,23 @@ def test_parquet_as_data_is_what_make_shards_makes_of_it(script, table, tmp_path
     assert (again.samples, again.uncaptioned) == (36, 2 * first.uncaptioned)
 
 
-def test_processes_that_start_at_once_pack_once(table, tmp_path):
+def test_processes_that_start_at_once_pack_once(table, tmp_path, monkeypatch):
     """Each makes it if it is not there; the lock makes one of them do it and the others wait."""
-    program = "import sys; from sources import open_source; print(open_source(sys.argv[1]).samples)"
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-    command = [sys.executable, "-c", program, str(table)]
-    running = [
-        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    ended = [process.communicate() for process in running]
-    assert [out.splitlines()[-1] for out, _ in ended] == ["18"] * 2
-    assert sum("packing" in err for _, err in ended) == 1
+
+    def read(number: int) -> None:
+        sys.stdout = sys.stderr = open(tmp_path / str(number), "w")  # noqa: SIM115
+        print(open_source(str(table)).samples)
+        sys.stdout.flush()
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    running = [multiprocessing.get_context("fork").Process(target=read, args=(n,)) for n in range(2)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(60)
+    told = [(tmp_path / str(n)).read_text() for n in range(2)]
+    assert [text.splitlines()[-1] for text in told] == ["18"] * 2
+    assert sum("packing" in text for text in told) == 1
 
 
 def test_mistaken_data(table, tmp_path, monkeypatch):

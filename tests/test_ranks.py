@@ -7,7 +7,6 @@ is closed, so only what counts seconds notices. This needs no root where users m
 import ctypes
 import itertools
 import os
-import runpy
 import shutil
 import signal
 import socket
@@ -20,20 +19,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, torchrun
+from conftest import ONE_HOST, fork_torchrun, run
 from test_train import equal, weights
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import elastic_launch
-from torch.distributed.run import config_from_args, parse_args
 from two_ranks import gradient_and_step
 
 import lora
 from checkpoint import find_state, find_states
-from distributed import enter
+from distributed import enter, join_ranks
 
 MASTER = "10.77.0.1"
 PATIENCE = 5  # seconds
-ONE_HOST = "--nproc-per-node", 2, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"
 
 
 class Host:
@@ -80,31 +75,10 @@ def agent(train, tiny_model, shards, tmp_path):
     """
 
     def call(out: Path, training: list, *options: object, node: int = 0, host: Host | None = None) -> Process:
-        config, *_ = config_from_args(parse_args([*map(str, options), f"--node-rank={node}", "train_lora.py"]))
-        config.start_method = "fork"
         command = ["--model", tiny_model, "--data", shards, "--rank", 2, "--bs", 1, "--workers", 0, "--device", "cpu"]
         command += ["--rank-timeout", PATIENCE, "--out", out, "--log-dir", f"{out}-runs", *training]
-
-        def rank() -> None:
-            sys.argv = ["train_lora.py", *map(str, command)]
-            try:
-                runpy.run_path(str(ROOT / "train_lora.py"), run_name="__main__")
-            except SystemExit as end:
-                if end.code:
-                    raise
-
-        def inside() -> None:
-            sys.stdout = sys.stderr = open(f"{out}{node}.txt", "a", buffering=1)  # noqa: SIM115
-            if host:
-                host.enter()
-            try:
-                elastic_launch(config, rank)()
-            except ChildFailedError:
-                sys.exit(1)
-
-        process = get_context("fork").Process(target=inside)
-        process.start()
-        return process
+        enter = host.enter if host else lambda: None
+        return fork_torchrun("train_lora.py", command, [*options, f"--node-rank={node}"], Path(f"{out}{node}.txt"), enter)
 
     return call
 
@@ -119,7 +93,8 @@ def statuses(processes: list[Process]) -> list[int | None]:
 
 def test_two_ranks_have_the_gradient_of_one_with_the_double_batch(tiny_model, tmp_path):
     alone = gradient_and_step(str(tiny_model), 0, 1, lambda gradient: None)
-    torchrun(2, "tests/two_ranks.py", tiny_model, tmp_path / "result.pt")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    run(*torchrun, "tests/two_ranks.py", tiny_model, tmp_path / "result.pt")
     both = torch.load(tmp_path / "result.pt", weights_only=True)
     torch.testing.assert_close(both["grad"], alone["grad"], atol=1e-6, rtol=1e-4)
     assert alone["grad"].abs().max() > 1e-3
@@ -129,21 +104,35 @@ def test_two_ranks_have_the_gradient_of_one_with_the_double_batch(tiny_model, tm
     assert both["first difference"] == ["other", None]
 
 
-@pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGSTOP)", "os._exit(9)"], ids=["hangs", "dies"])
-def test_a_rank_that_is_missing_is_named_by_all_others(end):
-    code = "import os, signal, torch; from distributed import join_ranks; ranks = join_ranks(torch.device('cpu'), 4);"
-    code += f"ranks.any(False); ranks.rank == 2 and {end}; ranks.any(False); ranks.any(False)"
+@pytest.mark.parametrize("end", [lambda: os.kill(os.getpid(), signal.SIGSTOP), lambda: os._exit(9)], ids=["hangs", "dies"])
+def test_a_rank_that_is_missing_is_named_by_all_others(end, tmp_path, monkeypatch):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        there = os.environ | {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-    how = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True}
-    ranks = [subprocess.Popen([sys.executable, "-c", code], env=there | {"RANK": str(rank)}, **how) for rank in range(3)]
+        there = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    for name, value in there.items():
+        monkeypatch.setenv(name, value)
+
+    def join(rank: int) -> None:
+        os.environ["RANK"] = str(rank)
+        sys.stderr = open(tmp_path / str(rank), "w", buffering=1)  # noqa: SIM115
+        os.dup2(sys.stderr.fileno(), 2)
+        ranks = join_ranks(torch.device("cpu"), 4)
+        ranks.any(False)
+        if rank == 2:
+            end()
+        ranks.any(False)
+        ranks.any(False)
+
+    ranks = [get_context("fork").Process(target=join, args=(rank,)) for rank in range(3)]
+    for process in ranks:
+        process.start()
     try:
         for rank, process in enumerate(ranks[:2]):
-            _, err = process.communicate(timeout=60)
-            assert process.returncode == 1
-            assert f"rank 2 of 3 does not answer, so rank {rank} ends too" in err
-            assert "Traceback" not in err
+            process.join(60)
+            told = (tmp_path / str(rank)).read_text()
+            assert process.exitcode == 1, told
+            assert f"rank 2 of 3 does not answer, so rank {rank} ends too" in told
+            assert "Traceback" not in told
     finally:
         ranks[2].kill()
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset as wds
-from conftest import ROOT
+from conftest import ROOT, Forked
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -36,8 +36,9 @@ from meter import Log, Meter
 from resume import Run
 from sdxl import Denoiser, read_sdxl
 from shards import pack_latents
+from signals import SIGNALS
 from sources import Source, open_source
-from stop import SIGNALS, StopRequest
+from stop import StopRequest
 from train_lora import TrainConfig, lr_factor, plan_memory
 
 READY = {"latents": True, "text": False}
@@ -597,24 +598,22 @@ def test_broken_images_are_reported_at_the_end(train, photos, tmp_path):
     assert re.search(r"skipped 2 images, .*photo0\.jpg, .*photo1\.jpg$", out.strip())
 
 
-def start(*command: object) -> subprocess.Popen:
-    """A program in a session of its own, as under torchrun: a signal to its group reaches the workers of the loader too."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(list(map(str, command)), cwd=ROOT, start_new_session=True, **pipes)
-
-
 def test_a_signal_saves_and_the_same_command_goes_on(train, tiny_model, shards, tmp_path):
     """To all processes, as of a terminal that is closed and of a job that is told twice: in the end as if nothing had been."""
     options = ["--bs", 1, "--workers", 2, "--caption-dropout", 0.3]
-    command = [sys.executable, "train_lora.py", "--model", tiny_model, "--data", shards, "--rank", 2, *options, "--steps", 5000]
-    process = start(*command, "--out", tmp_path / "out", "--log-dir", tmp_path / "runs", "--no-pictures")
-    while "loss=" not in process.stderr.readline(2000):
+    where = ["--out", tmp_path / "out", "--log-dir", tmp_path / "runs", "--no-pictures"]
+    command = ["--model", tiny_model, "--data", shards, "--rank", 2, *options, "--steps", 5000, *where]
+    process = Forked("train_lora.py", *command, output=tmp_path / "told")
+    told = tmp_path / "told"
+    while not (told.exists() and "loss=" in told.read_text()):
         assert process.poll() is None
+        time.sleep(0.01)
     for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
         os.killpg(process.pid, number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 75, err
-    assert "Traceback" not in err
+    process.wait(60)
+    out = told.read_text()
+    assert process.poll() == 75, out
+    assert "Traceback" not in out
     step = int(re.search(r"weights_(\d+)\.safetensors: stopped by a signal, the same", out)[1])
     assert 10 <= step < 5000
     out, _ = train("--steps", step + 2, *options)
@@ -726,25 +725,30 @@ def test_a_run_on_a_gpu_is_the_same_with_and_without_a_graph(train, latents, tmp
 @pytest.mark.gpu
 @pytest.mark.parametrize("cuda_graph", ["off", "on"])
 def test_a_gpu_that_gets_full_makes_its_steps_in_halves(train, tmp_path, monkeypatch, cuda_graph):
-    """From the third step on, the process may take nothing more for a whole batch; for half of one it may."""
-    how = ["--device", "cuda", "--resolution", 512, "--bs", 96, "--steps", 4, "--cuda-graph", cuda_graph]
-    how += ["--optimizer", "adamw", "--checkpointing", "none"]
+    """From the third step on, a whole batch asks the allocator for all that the card has, after its backward pass; half of one
+    does not. With a graph that is in the middle of a capture, for which the whole batch is recorded anew.
+    """
+    how = ["--device", "cuda", "--bs", 4, "--steps", 4, "--cuda-graph", cuda_graph, "--optimizer", "adamw"]
     train(*how, "--out", tmp_path / "whole", "--log-dir", tmp_path / "undisturbed")
-    step, count, total = GraphedStep.__call__, itertools.count(), torch.cuda.get_device_properties(0).total_memory
+    step, gather, count, samples = GraphedStep.__call__, lora.Adapter.gather, itertools.count(), []
 
-    def fill(self, *inputs):
-        full = next(count) >= 2 and len(inputs[0]) == 96
-        if full:
+    def make(self, *inputs):
+        samples.append(len(inputs[0]))
+        if next(count) >= 2 and samples[-1] == 4:
             self.release()
-        torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total if full else 1.0)
         return step(self, *inputs)
 
-    monkeypatch.setattr("graph.GraphedStep.__call__", fill)
-    try:
-        _, err = train(*how)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-    assert "from here on in pieces of 48" in err
+    def ask(adapter):
+        if len(samples) > 2 and samples[-1] == 4 and torch.cuda.is_current_stream_capturing() == (cuda_graph == "on"):
+            torch.empty(torch.cuda.get_device_properties(0).total_memory, dtype=torch.uint8, device="cuda")
+        gather(adapter)
+
+    monkeypatch.setattr("graph.GraphedStep.__call__", make)
+    monkeypatch.setattr("lora.Adapter.gather", ask)
+    _, err = train(*how)
+    assert err.count("CUDA out of memory. Tried to allocate") == 1
+    assert "from here on in pieces of 2\n" in err
+    assert samples == [4, 4, 4, 2, 2, 2, 2]
     assert last(tmp_path / "runs", "loss") == pytest.approx(last(tmp_path / "undisturbed", "loss"), rel=1e-2)
 
 
