@@ -10,5 +10,5 @@ source .venv-newest/bin/activate
 python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
   --requirement requirements-test.txt --constraint <(printf '%s\n' ${LIMITS:-})
 echo "differs from requirements.lock:"
-python -m pip freeze | grep -vxF -f <(sed 's/ ;.*//' requirements.lock) || echo "  nothing"
+python -m pip freeze | tr A-Z_ a-z- | grep -vxF -f <(sed "s/ ;.*//" requirements.lock) || echo "  nothing"
 python -m pytest --deselect tests/test_requirements.py::test_what_is_installed_is_what_the_lock_says "$@"
