@@ -69,9 +69,11 @@ class Shards(BaseHTTPRequestHandler):
     """Parts of the bundled shards, or what comes from a server in trouble."""
 
     protocol_version = "HTTP/1.1"
-    until, answers = 0.0, Counter()  # when the trouble ends
+    pending, until, answers = 0.0, 0.0, Counter()  # seconds of a trouble that no request has met yet; when one ends
 
     def do_GET(self) -> None:
+        if self.pending:  # so that a trouble is felt, if not by this run, which may have all its data, then by the next
+            Shards.pending, Shards.until = 0.0, time.monotonic() + self.pending
         tar, left = DEMO / Path(self.path).name, self.until - time.monotonic()
         how = random.choice(["silent", "silent half-way", "broken off", "503"]) if left > 0 else "well"
         self.answers[how] += 1
@@ -156,7 +158,7 @@ def strike(run: Run, out: Path, rng: random.Random) -> tuple[str, str, float]:
     seconds = rng.choice([rng.uniform(0, TIMEOUT / 2), 1.1 * TIMEOUT]) if trouble else 0  # less than all tries of a request
     at = rng.uniform(0, seconds)
     if trouble == "shards stall":
-        Shards.until = time.monotonic() + seconds
+        Shards.pending = seconds
     if trouble == "disk full":
         run.limit_files(FITS_A_LOG)
     if trouble == "folder deleted" and out.exists():
@@ -233,6 +235,8 @@ def main(config: SoakConfig) -> bool:
         print(what, flush=True)
         if lost or wrong or not (young or status in ends):
             faults.append(f"{what}, {lost} lost, wrong {wrong}: {run.told.read_text()[-300:]}")
+        if told >= 0 and "Traceback" in run.told.read_text():
+            faults.append(f"{what}, a traceback: {run.told.read_text()[-2000:]}")
     summary = {"minutes": round((time.monotonic() - began) / 60, 1), **tally, "slowest end after a signal": round(slowest, 1)}
     print(json.dumps(summary | {"kinds": kinds, "answers to requests": Shards.answers, "faults": faults}, indent=1))
     if faults:
