@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ class Accumulation:
                 return None
 
     def attempt(self, batches: list, number: int) -> Tensor:
-        loss = 0.0
+        loss: Any = 0.0
         for micro, batch in enumerate(batches):
             h, w = batch.size[0].tolist()
             with doing(f"in step {number + 1}, {self.micro} images of {h} × {w} at once"):

@@ -1,6 +1,6 @@
 """Aspect-ratio buckets: their sizes, the one that an image goes to, and the endless order of batches, each of one bucket."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count
 
 import numpy as np
@@ -50,7 +50,7 @@ class Order:
     up to 1, an epoch still has N draws, but a part gets its share of them and is seen more or less often than once.
     """
 
-    def __init__(self, bucket: np.ndarray, bs: int, seed: int, part: np.ndarray | None = None, shares: list[float] = ()):
+    def __init__(self, bucket: np.ndarray, bs: int, seed: int, part: np.ndarray | None = None, shares: Sequence[float] = ()):
         self.bucket, self.bs, self.seed, self.part, self.shares = bucket, bs, seed, part, shares
 
     def epoch(self, number: int) -> np.ndarray:

@@ -108,7 +108,9 @@ class Ledger(TorchDispatchMode):
         self.casts: set[int] = set()  # storages computed from weights alone
         self.inputs: dict[int, set] = defaultdict(set)  # {storage: blocks that it is passed to}
         self.savers: dict[int, set] = defaultdict(set)  # {storage: blocks that save it}
-        self.flops, self.written, self.attention = Counter(), Counter(), Counter()
+        self.flops: Counter[str | None] = Counter()
+        self.written: Counter[str | None] = Counter()
+        self.attention: Counter[tuple] = Counter()
 
     def storage(self, tensor: Tensor) -> int:
         storage = tensor.untyped_storage()
@@ -146,7 +148,9 @@ class Ledger(TorchDispatchMode):
     def costs(self, batch: int, block_names: list[str]) -> Costs:
         """Adds up. What several blocks keep or read, or one block and its surroundings, counts once, as outside."""
         with_backward = set().union(*self.savers.values())  # checkpointing keeps the input of these only
-        kept, constant, given = Counter(), Counter(), Counter()
+        kept: Counter[str | None] = Counter()
+        constant: Counter[str | None] = Counter()
+        given: Counter[str | None] = Counter()
         for storage in (self.savers.keys() | self.inputs.keys()) - self.weights:
             size, savers, readers = self.storages[storage].nbytes(), self.savers[storage], self.inputs[storage] & with_backward
             owner, *others = savers | readers or {None}
@@ -248,11 +252,12 @@ def make_plan(
 
     Raises UserError, which says what would help, if no plan fits.
     """
-    smallest = None
+    tried = []
     for plan in plans(costs, fixed, batch, budget, checkpointing, vae_image):
         if plan.predicted <= budget:
             return plan
-        smallest = min(smallest or plan, plan, key=lambda p: p.predicted)
+        tried.append(plan)
+    smallest = min(tried, key=lambda plan: plan.predicted)
     helps = [] if "nf4" in fixed else ["--base-precision nf4"]
     room = budget - min(fixed.values()) - MARGIN  # beside the weights
     if room > 0:

@@ -9,7 +9,7 @@ import random
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -126,7 +126,7 @@ def assign_buckets(source: Source, config: DataConfig, resolution: int) -> tuple
     """
     pixels = list(zip(source.where["height"].tolist(), source.where["width"].tolist(), strict=True))
     sizes = bucket_sizes(resolution, config.bucket_step) if config.buckets else [(resolution, resolution)]
-    choose = partial(choose_bucket, sizes=sizes)
+    choose: Callable[[Size], int] = partial(choose_bucket, sizes=sizes)
     if source.latents:
         known = {(resolution, resolution), *bucket_sizes(resolution, config.bucket_step)}
         sizes = sorted(set(pixels) - {(0, 0)}) or [(resolution, resolution)]
@@ -208,7 +208,9 @@ class Stream(IterableDataset):
         return [states[raw.captions.index(caption) if caption else 0] for states in unpack_text(raw.image)] if self.text else []
 
     def batch(self, draws: list[int], samples: list[int]) -> Batch:
-        told, skipped, bucket, images = [], [], self.bucket[samples[0]], None
+        told: list[tuple] = []
+        skipped, bucket = [], self.bucket[samples[0]]
+        images: np.ndarray | None = None
 
         def keep(raw: Raw, flip: bool, caption: str) -> None:
             nonlocal images
@@ -233,12 +235,13 @@ class Stream(IterableDataset):
             raw, bucket = self.spare(bucket)
             keep(raw, False, raw.captions[0])
         again = [i % len(told) for i in range(len(samples))]
-        images = torch.from_numpy(images if len(told) == len(samples) else images[again])
-        original, crop, captions, names, text, *mask = zip(*(told[i] for i in again), strict=True)
+        assert images is not None  # made with the first
+        pixels = torch.from_numpy(images if len(told) == len(samples) else images[again])
+        original, crop, captions, names, text, *masks = zip(*(told[i] for i in again), strict=True)
         text = tuple(torch.stack(states) for states in zip(*text, strict=True))
-        mask = tuple(torch.from_numpy(np.stack(one))[:, None] / 255 for one in mask)
-        original, crop, size = torch.tensor(original), torch.tensor(crop), torch.tensor([self.sizes[bucket]] * len(samples))
-        return Batch(images, list(captions), original, crop, size, list(names), skipped, mask, text)
+        mask = tuple(torch.from_numpy(np.stack(one))[:, None] / 255 for one in masks)
+        size = torch.tensor([self.sizes[bucket]] * len(samples))
+        return Batch(pixels, list(captions), torch.tensor(original), torch.tensor(crop), size, list(names), skipped, mask, text)
 
 
 def make_loader(stream: Stream, pin_memory: bool) -> Iterator[Batch]:

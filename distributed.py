@@ -5,17 +5,20 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from errors import warn
+
+T = TypeVar("T")
 
 APART = 60.0  # seconds that ranks may at least be apart at their start
 ROLL_CALL = 2.0  # seconds in which the ranks of the other hosts notice that one is cut off
@@ -43,6 +46,7 @@ class Ranks:
     @contextmanager
     def together(self) -> Iterator[None]:
         """Around whatever all ranks do together. Ends the process with status 1 if one of them is missing."""
+        assert self.store is not None  # as there are others
         self.met += 1
         try:
             self.store.set(f"met {self.rank}", str(self.met))
@@ -66,6 +70,7 @@ class Ranks:
         return f"rank {', '.join(late)} of {self.world}" if late else f"one of {self.world} ranks"
 
     def late(self) -> list[str]:
+        assert self.store is not None
         self.store.set(f"noticed {self.rank}", "")
         known = {str(rank): f"met {rank}" for rank in range(self.world)}
         met = {rank: int(self.store.get(key)) if self.store.check([key]) else 0 for rank, key in known.items()}
@@ -97,7 +102,7 @@ class Ranks:
             return int(numbers)
         return number
 
-    def from_first(self, value: object) -> object:
+    def from_first(self, value: T) -> T:
         """What rank 0 passed, on every rank: it alone reads the disk that it writes."""
         if self.world == 1:
             return value
@@ -118,7 +123,7 @@ class Ranks:
         """The names of all ranks together."""
         return set().union(*self.gather(names))
 
-    def first_difference(self, parts: dict[str, tuple[Tensor, ...]]) -> str | None:
+    def first_difference(self, parts: Mapping[str, tuple[Tensor, ...]]) -> str | None:
         """The first part whose tensors are not the same on all ranks, bit for bit. Copies them to the host."""
         digest = lambda tensors: hashlib.sha256(b"".join(t.detach().cpu().numpy().tobytes() for t in tensors)).digest()[:8]  # noqa: E731
         everyone = self.gather([digest(tensors) for tensors in parts.values()] if self.world > 1 else [])
@@ -133,9 +138,9 @@ def join_ranks(device: torch.device, patience: float = 300.0) -> Ranks:
     ranks = Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), patience)
     if ranks.world > 1:
         ranks.store = enter(ranks.rank, ranks.world, max(patience, APART))
-        how = {"store": ranks.store, "rank": ranks.rank, "world_size": ranks.world, "timeout": timedelta(seconds=2 * patience)}
+        backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=2 * patience)
         with ranks.together():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **how)
+            dist.init_process_group(backend, timeout=timeout, world_size=ranks.world, rank=ranks.rank, store=ranks.store)
             ranks.host = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
     return ranks
 

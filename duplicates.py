@@ -1,7 +1,7 @@
 """Which images of many are the same, or nearly: by SHA-256, and by `images.dhash`."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -10,7 +10,7 @@ BITS = 64
 LIMIT = 6  # of them: so many differ at most in copies of half the size, at JPEG quality 30, 20 % brighter; in others 8 or more
 
 
-def same(hashes: Iterable[str]) -> list[list[int]]:
+def same(hashes: Iterable[Hashable]) -> list[list[int]]:
     """Numbers of those that share their hash, from two up, each group and the groups in the order of the first."""
     found = defaultdict(list)
     for n, digest in enumerate(hashes):

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from types import MethodType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from errors import UserError
@@ -119,7 +120,7 @@ def choose_attention(attention: str, shapes: Shapes, device: torch.device, dtype
     named = [name for name in KERNELS if name != "sdpa"]  # which is one of them
     right = [name for name in named if not any(why_not(name, q, k, device, dtype) for q, k in shapes)]
     times = {name: sum(n * milliseconds(KERNELS[name], *s, device, dtype) for s, n in shapes.items()) for name in right}
-    return min(times, key=times.get, default="sdpa")
+    return min(times, key=lambda name: times[name], default="sdpa")
 
 
 class AttentionProcessor:
@@ -129,7 +130,7 @@ class AttentionProcessor:
         self.kernel = kernel
 
     def __call__(
-        self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: None = None
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: None = None
     ) -> Tensor:
         """hidden_states [B, S, C], encoder_hidden_states [B, T, C'] or None (self-attention) -> [B, S, C]."""
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
@@ -155,20 +156,20 @@ class Gate(torch.autograd.Function):
         return F.gelu(g).mul_(grad), torch.ops.aten.gelu_backward(grad * h, g)
 
 
-def product(linear: nn.Linear, x: Tensor, part: slice) -> Tensor:
+def product(linear: Any, x: Tensor, part: slice) -> Tensor:
     """Some of the outputs of a linear layer, in memory of their own. A LoRA or a packed layer knows how itself."""
     if hasattr(linear, "product"):
         return linear.product(x, part)
     return F.linear(x, linear.weight[part], linear.bias[part])
 
 
-def geglu(self: nn.Module, x: Tensor) -> Tensor:
+def geglu(self: Any, x: Tensor) -> Tensor:
     """The forward of diffusers' GEGLU: x [..., in] -> [..., d]."""
     half = self.proj.out_features // 2
     return Gate.apply(product(self.proj, x, slice(half)), product(self.proj, x, slice(half, None)))
 
 
-def install(unet: nn.Module, kernel: Kernel) -> None:
+def install(unet: Any, kernel: Kernel) -> None:
     """Every attention and every GEGLU layer of diffusers' U-Net is computed by this file from here on."""
     unet.set_attn_processor(AttentionProcessor(kernel))
     for module in unet.modules():

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from errors import UserError
 Deltas = dict[str, tuple[Tensor, Tensor, float]]
 
 # diffusers path -> the path in Stability's own (SGM) code, which the kohya layout flattens.
-SGM_BLOCKS = [
+SGM_BLOCKS: list[tuple[str, Callable[..., str]]] = [
     (r"^down_blocks\.(\d+)\.attentions\.(\d+)", lambda i, j: f"input_blocks.{3 * i + j + 1}.1"),
     (r"^down_blocks\.(\d+)\.resnets\.(\d+)", lambda i, j: f"input_blocks.{3 * i + j + 1}.0"),
     (r"^mid_block\.attentions\.0", lambda: "middle_block.1"),
@@ -47,8 +48,12 @@ SGM_BLOCKS = [
 def sgm_path(rest: str) -> str:
     """'down_blocks.1.attentions.0.….to_q' -> 'input_blocks.4.1.….to_q', of the U-Net."""
     for pattern, name in SGM_BLOCKS:
-        rest = re.sub(pattern, lambda match, name=name: name(*map(int, match.groups())), rest)
+        rest = re.sub(pattern, partial(in_sgm, name), rest)
     return rest
+
+
+def in_sgm(name: Callable[..., str], match: re.Match) -> str:
+    return name(*map(int, match.groups()))
 
 
 def from_sgm(path: str) -> str:
@@ -130,7 +135,7 @@ def serialise(deltas: Deltas, metadata: dict[str, str], layout: str = "kohya", d
 
     Raises UserError, naming the module, rather than write a value that is not finite.
     """
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     if layout == "diffusers":
         metadata = {**metadata, **adapter_metadata(deltas)}
         for path, (A, B, _) in deltas.items():
@@ -386,14 +391,14 @@ def survey(path: Path, shapes: dict[str, torch.Size]) -> Contents:
             places[stem] = candidates[0]
         elif {"down", "up"} - mine.keys():
             wrong.setdefault("lack A or B", []).append(stem)
-        elif (module := next((m for m in candidates if fits(mine["down"], mine["up"], shapes[m])), None)) is None:
+        elif (layer := next((m for m in candidates if fits(mine["down"], mine["up"], shapes[m])), None)) is None:
             wrong.setdefault("have other shapes than their layer", []).append(stem)
-        elif module in deltas:
+        elif layer in deltas:
             wrong.setdefault("are there twice, under two names", []).append(stem)
         else:
             down, up = mine["down"], mine["up"]
-            places[stem] = module
-            deltas[module] = (down, up, float(mine["alpha"]) if "alpha" in mine else rules(module, len(down)))
+            places[stem] = layer
+            deltas[layer] = (down, up, float(mine["alpha"]) if "alpha" in mine else rules(layer, len(down)))
     return Contents(path, metadata, tensors, parts, places, deltas, wrong)
 
 

@@ -7,7 +7,7 @@ them is three to five times as fast. PyTorch's own text: https://pytorch.org/doc
 import gc
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,7 +32,8 @@ class GraphedStep:
         self.graphs: dict = {}
         self.known: set = set()  # shapes that were recorded
         self.recorded_again = 0  # how often one of them was lost and had to be
-        self.pool = self.stream = None
+        self.pool: Any = None  # of memory
+        self.stream: torch.cuda.Stream | None = None
         self.eager = cuda_graph == "off" or device.type != "cuda"
         if self.must and self.eager:
             raise UserError(f"--cuda-graph on needs a CUDA device, not {device.type}: use --cuda-graph auto")

@@ -85,7 +85,7 @@ def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
         given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if "srgb" in ImageCms.getProfileDescription(given).lower():
             return image
-        return ImageCms.profileToProfile(image, given, SRGB, outputMode="RGB")
+        return ImageCms.profileToProfile(image, given, SRGB, outputMode="RGB") or image
     except (ImageCms.PyCMSError, OSError):
         return image
 

@@ -98,8 +98,10 @@ def main(config: InferConfig) -> None:
     if config.sampler != "default":
         pipe.scheduler = SAMPLERS[config.sampler].from_config(pipe.scheduler.config)
     size = native_resolution(pipe)
-    how = {"seed": config.seed, "steps": config.steps, "guidance": config.guidance, "negative": config.negative}
-    draw = partial(render, pipe, denoiser.describe, partial(decode_latents, pipe.vae), prompts, size=size, **how)
+    draw = partial(
+        render, pipe, denoiser.describe, partial(decode_latents, pipe.vae), prompts,
+        seed=config.seed, steps=config.steps, guidance=config.guidance, size=size, negative=config.negative,
+    )  # fmt: skip
     print(f"model {model}, {device}, {precision}, {config.steps} steps of the {config.sampler} sampler")
 
     # Base, merge, LoRA. Merging costs nothing per step afterwards.

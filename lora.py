@@ -146,7 +146,7 @@ class Adapter:
                 masters.append(self.flat[here].view(shape))
                 p.data, p.grad = self.low[here].view(shape), None
                 p.grad = self.low_grad[here].view(shape)
-            self.deltas[name] = (*masters, m.alpha)
+            self.deltas[name] = (masters[0], masters[1], m.alpha)
         cut = sum(m.lora_A.numel() + m.lora_B.numel() for m in unet.values())
         self.groups: dict[str, nn.Parameter] = {}
         for name, part in (("unet", slice(0, cut)), ("text_encoder", slice(cut, None))):
@@ -162,7 +162,7 @@ class Adapter:
 
     def clip(self, largest: float) -> Tensor:
         """Scales `grad` down to the L2 norm `largest`. Returns the norm that each group had: [groups], on the device."""
-        norms = torch.stack([p.grad.norm() for p in self.groups.values()])
+        norms = torch.stack([p.grad.norm() for p in self.groups.values() if p.grad is not None])
         torch.nn.utils.clip_grads_with_norm_(self.groups.values(), largest, norms.norm())
         return norms
 

@@ -26,7 +26,8 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 def load_cuda12_runtime() -> None:
     """xFormers' wheel is linked against CUDA 12; beside a CUDA-13 PyTorch its library must be in the process beforehand."""
     package = importlib.util.find_spec("nvidia.cuda_runtime") if importlib.util.find_spec("nvidia") else None
-    for folder in package.submodule_search_locations if package and torch.cuda.is_available() else ():
+    folders = package.submodule_search_locations if package and torch.cuda.is_available() else None
+    for folder in folders or ():
         for library in Path(folder).glob("lib/libcudart.so.12"):
             ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 

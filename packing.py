@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
@@ -67,10 +67,10 @@ def pack(name: str, encoded: bytes, captions: list[str]) -> tuple[dict, str, str
         buffer = io.BytesIO()
         rgb.save(buffer, "JPEG", quality=95, subsampling=0)
         encoded = buffer.getvalue()
-    about = {"width": rgb.width, "height": rgb.height, "source": name}
-    about |= {"sha256": hashlib.sha256(encoded).hexdigest(), "dhash": dhash(rgb)}
+    digest, look = hashlib.sha256(encoded).hexdigest(), dhash(rgb)
+    about = {"width": rgb.width, "height": rgb.height, "source": name, "sha256": digest, "dhash": look}
     told = "\n".join(lines).encode(errors="replace")  # json can hold half a character
-    return {SUFFIX.get(image.format, "jpg"): encoded, "txt": told, "json": json.dumps(about)}, about["sha256"], about["dhash"]
+    return {SUFFIX.get(image.format or "", "jpg"): encoded, "txt": told, "json": json.dumps(about)}, digest, look
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Job:
 
 
 def jobs_of(inputs: Inputs, name: str, per_shard: int) -> list[Job]:
-    jobs = []
+    jobs: list[Job] = []
     for first in range(0, len(inputs), per_shard):
         last = min(first + per_shard, len(inputs))
         told = json.dumps([VERSION, first, inputs.told(first, last)])
@@ -191,8 +191,8 @@ class ParquetRows:
                 yield table, max(first, begin) - begin, min(last, end) - begin
 
     def told(self, first: int, last: int) -> list:
-        parts = [(table, table.stat(), *rows) for table, *rows in self.parts(first, last)]
-        return [(table.name, about.st_size, about.st_mtime_ns, *rows) for table, about, *rows in parts]
+        parts = [(table.name, table.stat(), begin, end) for table, begin, end in self.parts(first, last)]
+        return [(name, about.st_size, about.st_mtime_ns, begin, end) for name, about, begin, end in parts]
 
     def name(self, n: int) -> str:
         ((table, row, _),) = self.parts(n, n + 1)
@@ -218,7 +218,7 @@ def read_rows(table: Path, first: int, last: int) -> Iterator[Row]:
             batches = file.iter_batches(batch_size=1, row_groups=[group], columns=["image", "text"], use_threads=False)
             batches = islice(batches, wanted.start - begin, None)
             for n in wanted:
-                row = {"image": None, "text": None}
+                row: dict[str, Any] = {"image": None, "text": None}
                 with suppress(pyarrow.ArrowException, OSError, ValueError, StopIteration):  # the rest of a damaged group
                     row = next(batches).to_pylist()[0]
                 image = row["image"] if isinstance(row["image"], dict) else {"bytes": row["image"]}
@@ -261,7 +261,7 @@ def enter_worker(parent: int, *forked: object) -> None:
         os._exit(1)
 
 
-def run_forked(number: int) -> object:
+def run_forked(number: int) -> Any:
     work, jobs, count = FORKED
 
     def tick() -> None:
@@ -271,14 +271,15 @@ def run_forked(number: int) -> object:
     return work(jobs[number], tick)
 
 
-def in_parallel(work: Callable[[object, Tick], object], jobs: Sequence, workers: int, bar: tqdm) -> list:
+def in_parallel(work: Callable[[Any, Tick], Any], jobs: Sequence, workers: int, bar: tqdm) -> list:
     """[work(job, tick) for job in jobs] by forked processes, so that only results are pickled. The first error ends it."""
     context, before = multiprocessing.get_context("fork"), bar.n
     count = context.Value("q", 0)
     executor = ProcessPoolExecutor(min(workers, len(jobs)) or 1, context, enter_worker, (os.getpid(), work, jobs, count))
     with bar, executor:
         with blocked_signals():  # the first call forks all workers
-            pending = results = [executor.submit(run_forked, number) for number in range(len(jobs))]
+            results = [executor.submit(run_forked, number) for number in range(len(jobs))]
+            pending = set(results)
         try:
             while pending:
                 done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)

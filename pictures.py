@@ -69,7 +69,8 @@ class Gallery:
         self, pipe, describe: Callable[[str, str | None], dict], decode: Callable[[Tensor], Tensor],
         disabled: Callable[[], AbstractContextManager], prompts: list[str], size: int, ranks, stop,
     ):  # fmt: skip
-        self.disabled, self.prompts, self.ranks, self.stop, self.base = disabled, prompts, ranks, stop, {}
+        self.disabled, self.prompts, self.ranks, self.stop = disabled, prompts, ranks, stop
+        self.base: dict[int, Image.Image] = {}
         self.render = partial(render, pipe, describe, decode, steps=20, guidance=5.0, size=size)
 
     def draw(self, name: str) -> np.ndarray | None:
@@ -104,7 +105,7 @@ def side_by_side(columns: dict[str, Image.Image], prompt: str) -> Image.Image:
     return sheet
 
 
-def shorten(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+def shorten(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     """Cuts `text` to `width` pixels, with an ellipsis where it was cut."""
     if font.getlength(text) <= width:
         return text

@@ -57,6 +57,8 @@ class Product(torch.autograd.Function):
 class QuantisedLinear(nn.Linear):
     """A frozen linear layer whose `weight` is packed, on `device`; `dense()` gives W back in the dtype that it had."""
 
+    scale: Tensor
+
     def __init__(self, linear: nn.Linear, base: str, device: torch.device):
         nn.Module.__init__(self)  # not nn.Linear's: it would allocate and fill a weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -99,8 +101,9 @@ def quantise_base(model: nn.Module, base: str, device: torch.device) -> None:
     """
     names = list(quantisable(model))  # not the layers: the list would keep every weight
     for name in names:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, QuantisedLinear(model.get_submodule(name), base, device))
+        path, _, child = name.rpartition(".")
+        parent = model.get_submodule(path)
+        setattr(parent, child, QuantisedLinear(getattr(parent, child), base, device))
 
 
 def check_quantisable(base: str, device: torch.device) -> None:

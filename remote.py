@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeVar
 from urllib.parse import quote, unquote
 
 import fsspec
@@ -37,6 +38,7 @@ CHUNK = 2**23  # bytes of a request for a whole shard
 AT_ONCE = 16  # requests for sizes
 
 Span = tuple[int, int]  # where it begins, how many bytes
+T = TypeVar("T")
 
 
 def scheme_of(data: str) -> str | None:
@@ -86,11 +88,13 @@ class WholeFile(Exception):
     """All of a file is sent where a part of it was asked for."""
 
 
-def ask(url: str, request: Callable[[fsspec.AbstractFileSystem], object]) -> object:
+def ask(url: str, request: Callable[[fsspec.AbstractFileSystem], T]) -> T:
     """`request` of the driver, again after a pause while it fails for reasons that pass. Raises UserError naming the URL."""
     scheme = scheme_of(url)
     most = 2 if scheme in STUBBORN else TRIES
-    for tries in range(1, most + 1):
+    tries = 0
+    while True:
+        tries += 1
         try:
             return request(connect(scheme, os.getpid()))
         except UserError:
@@ -261,13 +265,13 @@ class RemoteFile:
     """As sources.File, in the place of a local one."""
 
     url: str
-    bytes: int
+    size: int
     version: str
     cache: Cache | NoCache
 
     def key(self, *span: int) -> str:
         """SHA-256 of which bytes of which file."""
-        return hashlib.sha256(" ".join(map(str, (self.url, self.bytes, self.version, *span))).encode()).hexdigest()
+        return hashlib.sha256(" ".join(map(str, (self.url, self.size, self.version, *span))).encode()).hexdigest()
 
     def read(self, *spans: Span) -> list[bytes]:
         """These parts of it; neighbours, as an image and its caption are, with one request. Raises UserError."""
@@ -299,9 +303,9 @@ class RemoteFile:
     def survey(self) -> Shard:
         """Loads all of it once, to see what lies where."""
         with TemporaryDirectory() as folder:
-            path, starts = Path(folder) / name_of(self.url), range(0, self.bytes, CHUNK)
-            with path.open("wb") as file, tqdm(desc=path.name, total=self.bytes, unit="B", unit_scale=True, leave=False) as bar:
-                for part in (self.load(at, min(CHUNK, self.bytes - at)) for at in starts):
+            path, starts = Path(folder) / name_of(self.url), range(0, self.size, CHUNK)
+            with path.open("wb") as file, tqdm(desc=path.name, total=self.size, unit="B", unit_scale=True, leave=False) as bar:
+                for part in (self.load(at, min(CHUNK, self.size - at)) for at in starts):
                     bar.update(file.write(part))
             try:
                 return survey(path)
@@ -335,7 +339,7 @@ def remote_shards(urls: list[str], cache: Cache | NoCache) -> list[tuple[RemoteF
     shards = []
     for file in files:
         known = index[file.url.rpartition("/")[0] + "/"].get(name_of(file.url))
-        shards.append((file, known if known and known.bytes == file.bytes else cache.survey(file.key(), file.survey)))
+        shards.append((file, known if known and known.bytes == file.size else cache.survey(file.key(), file.survey)))
     return shards
 
 

@@ -134,8 +134,11 @@ class Checkpoints:
         --keep newest. Returns the largest difference of a file's weights from the live ones. Raises OSError.
         """
         out, files, errors = self.config.out, dict(self.serialise(run.step)), []
-        how = {"dtype": DTYPES[self.config.save_dtype], "otherwise": "the last one was kept"}
-        check = lambda written: errors.append(formats.check_written(written, self.shapes, self.adapter.deltas, **how))  # noqa: E731
+        dtype, otherwise = DTYPES[self.config.save_dtype], "the last one was kept"
+
+        def check(written: Path) -> None:
+            errors.append(formats.check_written(written, self.shapes, self.adapter.deltas, dtype, otherwise))
+
         for name, content in files.items():
             write_atomically(out / name, content, check)
         run.saved = (*(name for name in run.saved if name not in files), *files)

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -210,7 +211,7 @@ def split_tokens(tokenizer: CLIPTokenizer, captions: list[str], max_tokens: int 
     """
     room, comma, split = tokenizer.model_max_length - 2, tokenizer.convert_tokens_to_ids(",</w>"), []
     for rest in tokenizer(captions, add_special_tokens=False).input_ids:
-        chunks = []
+        chunks: list[list[int]] = []
         while len(rest) > room and (max_tokens is None or (len(chunks) + 1) * room < max_tokens):
             ends = [i + 1 for i in range(room - BACKTRACK, room + 1) if rest[i] == comma]
             end = min(room, max(ends, default=room))
@@ -249,13 +250,13 @@ def time_ids(original_size: Tensor, crop: Tensor, size: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encode_pixels(vae: nn.Module, pixels: Tensor) -> Tensor:
+def encode_pixels(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
     """pixels [B, 3, H, W] in [-1, 1] -> posterior [B, 8, H/8, W/8] float32: mean and deviation of the latents."""
     posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
     return torch.cat([posterior.mean, posterior.std], dim=1).float()
 
 
-def vae_probe(vae: nn.Module) -> list[float]:
+def vae_probe(vae: AutoencoderKL) -> list[float]:
     """Eight numbers that tell one VAE from another, whatever their dtype: mean latents and deviations of a fixed picture.
 
     Computed in float32 by a copy, where the VAE lies.
@@ -281,14 +282,14 @@ def digest(*modules: nn.Module) -> str:
     return whole.hexdigest()
 
 
-def sample_latents(vae: nn.Module, posterior: Tensor, noise: Tensor) -> Tensor:
+def sample_latents(vae: AutoencoderKL, posterior: Tensor, noise: Tensor) -> Tensor:
     """posterior [B, 8, h, w], noise [B, 4, h, w] -> latents [B, 4, h, w] float32: a sample × scaling_factor."""
     mean, deviation = posterior.float().chunk(2, dim=1)
     return (mean + deviation * noise) * vae.config.scaling_factor
 
 
 @torch.no_grad()
-def decode_latents(vae: nn.Module, latents: Tensor, tiled: bool = False) -> Tensor:
+def decode_latents(vae: AutoencoderKL, latents: Tensor, tiled: bool = False) -> Tensor:
     """latents [B, 4, h, w] -> pixels [B, 3, 8h, 8w] float32 in [-1, 1].
 
     `tiled`: in overlapping tiles of 512 pixels, for a quarter of the memory; not quite the same picture.
@@ -316,6 +317,10 @@ class Denoiser(nn.Module):
     "Train the text encoders?" is then only a question of which parameters require a gradient. Without text it is the U-Net
     alone, which is told context and pooled.
     """
+
+    text_encoder: Any  # None without text
+    text_encoder_2: Any
+    empty: Tensor
 
     def __init__(self, pipe: StableDiffusionXLPipeline, with_text: bool = True):
         super().__init__()
@@ -376,7 +381,7 @@ class Denoiser(nn.Module):
         if tokens.shape == (2, *self.empty.shape[1:]):
             return {"prompt": prompt, "negative_prompt": negative}
         (context, pooled), (against, pooled_against) = (self.encode_text(one) for one in tokens.split(1))
-        asked = {"prompt_embeds": context, "pooled_prompt_embeds": pooled}
+        asked: dict[str, str | Tensor | None] = {"prompt_embeds": context, "pooled_prompt_embeds": pooled}
         return asked | {"negative_prompt_embeds": against, "negative_pooled_prompt_embeds": pooled_against}
 
     def forward(self, noisy_latents: Tensor, timesteps: Tensor, text: tuple[Tensor, ...], time_ids: Tensor) -> Tensor:
@@ -398,7 +403,8 @@ class Tokens:
     tensors = 1  # that it gives
 
     def __init__(self, tokenizers: list[CLIPTokenizer], max_tokens: int):
-        self.tokenizers, self.max_tokens, self.cut = tokenizers, max_tokens, Counter()
+        self.tokenizers, self.max_tokens = tokenizers, max_tokens
+        self.cut: Counter[int] = Counter()
 
     def __call__(self, captions: list[str], ready: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """-> (tokens [B, 2, 77·n],)."""

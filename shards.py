@@ -262,7 +262,8 @@ def write_shard(
 
 def write_shards(folder: Path, name: str, samples: Iterable[dict], per_shard: int) -> int:
     """Samples {extension: content} -> folder/name-000000.tar, … and their index. Returns the number of shards."""
-    remaining, shards = iter(samples), []
+    remaining = iter(samples)
+    shards: list[Shard] = []
     while chunk := list(islice(remaining, per_shard)):
         first = len(shards) * per_shard
         keyed = ((f"{first + i:07d}", sample, "") for i, sample in enumerate(chunk))
@@ -322,7 +323,7 @@ def unpack_latents(encoded: bytes, flip: bool, masked: bool = False) -> tuple[np
     return posterior.numpy(), tuple(original.tolist()), tuple(crop.tolist()), *(m.numpy() for m in mask)
 
 
-def with_text(encoded: bytes, text: tuple[torch.Tensor, torch.Tensor] | None) -> bytes:
+def with_text(encoded: bytes, text: tuple[torch.Tensor, ...] | None) -> bytes:
     """The same latents with context [K, 77, d1 + d2] and pooled [K, d2] of K captions beside them, in float16; or without."""
     tensors = {name: tensor for name, tensor in load(encoded).items() if name not in TEXT}
     return save(tensors | dict(zip(TEXT, (t.half().contiguous() for t in text or ()), strict=False)))

@@ -4,11 +4,12 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]  # not in its stub
 from tqdm import tqdm
 
 from errors import UserError, printable
@@ -148,7 +149,9 @@ def open_source(data: str, cache: Cache | NoCache = NO_CACHE) -> Source:
     """
     if not data:  # as an unset variable of a shell gives it; Path("") would be the working directory
         raise UserError("--data is empty")
-    path, refused = DEMO if data == "demo" else Path(data), []
+    path = DEMO if data == "demo" else Path(data)
+    refused: list[str] = []
+    shards: Sequence[tuple[File | RemoteFile, Shard]]
     try:
         if re.fullmatch(r"[\w.-]+/[\w-]+", data) and not path.exists():
             raise UserError(f"--data {data} does not exist; a data set of the hub: scripts/make_shards.py {data} --out shards/")
@@ -198,7 +201,7 @@ def local_shards(path: Path) -> list[tuple[Path, Shard]]:
     return shards
 
 
-def of_shards(shards: list[tuple[File | RemoteFile, Shard]]) -> Source:
+def of_shards(shards: Sequence[tuple[File | RemoteFile, Shard]]) -> Source:
     """Raises UserError if some hold images and others latents, or latents of several VAEs."""
     shards = [(file, shard) for file, shard in shards if shard.samples or shard.uncaptioned or shard.cut]
     full = [shard for _, shard in shards if shard.samples]
@@ -245,7 +248,8 @@ def scan_folder(folder: Path) -> Source:
             if name.is_absolute() or ".." in name.parts or NO_NAME.search(str(name)):
                 raise UserError(f"--data: {metadata} line {number}: {str(name)!r} is no name in this folder")
             told[metadata.parent / name] = json.dumps({"captions": text}).encode()
-    files, places, captions, uncaptioned, digest = [], [], [], [], hashlib.sha256()
+    files: list[Path] = []
+    places, captions, uncaptioned, digest = [], [], [], hashlib.sha256()
     named = {path for path in {*folder.rglob("*"), *told} if path.suffix.lower().lstrip(".") in FILES}
     there = sorted(path for path in named if path.is_file() or not path.exists())  # also links to nowhere; no folders, no pipes
     for path in tqdm(there, desc="looking through the folder", unit="img", delay=2, leave=False):

@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -130,7 +130,7 @@ def seed_of(*parts: int) -> int:
 
 def flat_config(config: TrainConfig) -> dict:
     """Every flag with its value: {flag: value}."""
-    flags = {}
+    flags: dict[str, object] = {}
     for name, value in asdict(config).items():
         flags |= value if isinstance(value, dict) else {name: value}
     return {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
@@ -164,8 +164,7 @@ def main(config: TrainConfig) -> int:
     text_ready = bool(source.text) and not config.lora.train_text_encoder
     if text_ready and (config.captions.shuffle_tags or config.captions.caption_prefix or config.captions.max_tokens > 75):
         raise UserError("--shuffle-tags, --caption-prefix and --max-tokens: this text was encoded already, by cache.py --text")
-    how = {"rank": ranks.rank, "world": ranks.world, "text": text_ready}
-    stream = Stream(source, config.dataset, config.captions, resolution, config.seed, **how)
+    stream = Stream(source, config.dataset, config.captions, resolution, config.seed, ranks.rank, ranks.world, text=text_ready)
     stream.spare(stream.bucket[0])  # at least one can be decoded
     budget = ranks.least(memory.limit_memory(config.memory.vram_gb, device))
     lengths = config.captions.max_tokens // 75
@@ -176,7 +175,7 @@ def main(config: TrainConfig) -> int:
     # Model on the device: the frozen base, with adapters on the layers that --targets names.
     whole = denoiser = Denoiser(pipe)
     total = sum(p.numel() for p in whole.parameters())
-    tell = Tokens(whole.tokenizers, config.captions.max_tokens)
+    tell: Tokens | ReadyText = Tokens(whole.tokenizers, config.captions.max_tokens)
     resting = [pipe.vae] if source.latents else []  # on the host but for pictures
     if text_ready:
         denoiser, encoders = Denoiser(pipe, with_text=False), [pipe.text_encoder, pipe.text_encoder_2]
@@ -197,18 +196,19 @@ def main(config: TrainConfig) -> int:
         memory.compile_blocks(pipe.unet, memory.block_names(pipe.unet))
     memory.checkpoint_blocks(denoiser, plan.checkpointed)
     lr = (2e-3 if config.model == "demo" else 1e-4) if config.lr is None else config.lr
+    rates = {"unet": lr, "text_encoder": lr if config.text_encoder_lr is None else config.text_encoder_lr}
+    resolved: dict[str, Any] = {"precision": precision, "base_precision": plan.base, "attention": attention}
     config = replace(  # from here on with every "auto" and None resolved
         config,
         lr=lr,
-        text_encoder_lr=lr if config.text_encoder_lr is None else config.text_encoder_lr,
+        text_encoder_lr=rates["text_encoder"],
         lora=replace(config.lora, alpha=config.lora.resolved_alpha),
         dataset=replace(config.dataset, resolution=resolution),
-        memory=replace(config.memory, precision=precision, base_precision=plan.base, attention=attention),
+        memory=replace(config.memory, **resolved),
     )
 
     # Objective and optimiser.
     diffusion = Diffusion(config.diffusion, pipe.scheduler.alphas_cumprod, pipe.scheduler.config.prediction_type, device)
-    rates = {"unet": config.lr, "text_encoder": config.text_encoder_lr}
     groups = [{"name": name, "params": [p]} for name, p in adapter.groups.items()]
     optimizer = memory.make_optimizer(config.memory.optimizer, groups)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -267,7 +267,8 @@ def main(config: TrainConfig) -> int:
 
     # What the run is about to do.
     images_per_step = config.dataset.bs * config.grad_accum * ranks.world
-    log, disk = NoLog(), Persistence()
+    log: Log | NoLog = NoLog()
+    disk = Persistence()
     if ranks.first:
         check_writable("--out", config.checkpoints.out)
         check_writable("--log-dir", Path(run.log_dir).parent)
@@ -340,7 +341,8 @@ def main(config: TrainConfig) -> int:
 
     weights = {name: delta[:2] for name, delta in adapter.deltas.items()}
     meter, skipped = Meter(device, adapter.groups, LOG_EVERY), set(source.uncaptioned)
-    stopping, saved, lost = False, True, None  # `lost`: why data can no longer be read
+    stopping, saved = False, True
+    lost: UserError | None = None  # why data can no longer be read
     watchdog = Watchdog(diffusion.weights.mean().item(), ranks.rank)
     examine = partial(examine_steps, config, ranks, stream, denoiser, adapter, prepare, differentiate)
     progress = tqdm(total=config.steps, initial=run.step, unit="step", disable=not ranks.first)
@@ -349,21 +351,23 @@ def main(config: TrainConfig) -> int:
             group["lr"] = rates[group["name"]] * lr_factor(run.step, config)
         since = time.perf_counter()
         try:
-            taken = stop.wait(list, islice(batches, config.grad_accum))  # None: a signal came before the data
+            taken: list[Batch] = stop.wait(list, islice(batches, config.grad_accum)) or []  # a signal may come before the data
         except UserError as error:
-            taken, lost = None, error
+            taken, lost = [], error
         waited = time.perf_counter() - since
         loss = accumulate(taken, run.step) if taken else None  # None: no data, or no memory
         left = ranks.least(0 if loss is None else 1 if stop.asked else 2)  # not this step, this one, more
         if left == 0:
             break
+        assert loss is not None
         stopping = left == 1
         skipped.update(*(batch.skipped for batch in taken))
         ranks.average(adapter.grad)
         ranks.average(loss)
         scaler.unscale_(optimizer)
         norms = adapter.clip(MAX_GRAD_NORM)
-        optimizer.found_inf = (~norms.isfinite()).any().float()  # as a GradScaler tells: the step is skipped on the device
+        # As a GradScaler tells: the step is skipped on the device.
+        optimizer.found_inf = (~norms.isfinite()).any().float()  # type: ignore[attr-defined]
         scaler.step(optimizer)
         memory.update_scale(scaler, loss)
         adapter.refresh()
@@ -397,7 +401,7 @@ def main(config: TrainConfig) -> int:
     progress.close()
     if lost and run.step > start:
         warn_of("train_lora.py", lost)
-    short, gone, skipped = ranks.any(accumulate.failed), ranks.any(lost is not None), sorted(ranks.union(skipped))
+    short, gone, passed = ranks.any(accumulate.failed), ranks.any(lost is not None), sorted(ranks.union(skipped))
     if ranks.first:
         why = "memory ran out" if short else "the data cannot be read" if gone else "stopped by a signal"
         why = "" if run.step == config.steps else why
@@ -412,8 +416,8 @@ def main(config: TrainConfig) -> int:
         log.close()
         for advice in filter(None, (meter.advice(), tell.advice())):
             print(advice)
-        if skipped:
-            print(f"skipped {len(skipped)} images, broken, left out or without a caption: {', '.join(skipped)}")
+        if passed:
+            print(f"skipped {len(passed)} images, broken, left out or without a caption: {', '.join(passed)}")
     leave_ranks()
     if lost and run.step == start:
         raise lost
@@ -448,9 +452,10 @@ def plan_memory(
     costs = dry_run(shapes, memory.block_names(shapes), text, resolution // pipe.vae_scale_factor)
     fixed = {base: unpacked - saved.get(base, 0) + trained for base in bases}
     vae_image = 0 if ready["latents"] else sdxl.ENCODING * resolution**2 * vae.itemsize
-    how = {"checkpointing": config.memory.checkpointing, "vae_image": vae_image}
-    plan = make_plan(costs, fixed, config.dataset.bs, budget, **how)
-    return plan, Shapes({((plan.micro, *q[1:]), (plan.micro, *k[1:])): n for (q, k), n in costs.attention.items()})
+    checkpointing = config.memory.checkpointing
+    plan = make_plan(costs, fixed, config.dataset.bs, budget, checkpointing=checkpointing, vae_image=vae_image)
+    piece = lambda shape: torch.Size((plan.micro, *shape[1:]))  # noqa: E731
+    return plan, Shapes({(piece(q), piece(k)): n for (q, k), n in costs.attention.items()})
 
 
 def measured(device: torch.device) -> str:
@@ -494,8 +499,8 @@ def examine_steps(
         file = Path(run.log_dir) / f"nonfinite-{number + 1}" / f"rank{ranks.rank}.json"
         Persistence()(str(file), partial(write_atomically, file, json.dumps(found, indent=1).encode()))
         if ranks.first:
-            told = f"by {', '.join(sorted(guilty))}" if guilty else "which could not be repeated"
-            warn(f"step {number + 1} had no finite loss or gradient and was skipped, {told}: see {file.parent}")
+            why = f"by {', '.join(sorted(guilty))}" if guilty else "which could not be repeated"
+            warn(f"step {number + 1} had no finite loss or gradient and was skipped, {why}: see {file.parent}")
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def make_shards(folder: Path, count: int = 64) -> None:
         (folder / name).mkdir(parents=True)
         with wds.TarWriter(str(folder / name / "bench-000000.tar")) as tar:
             for i in range(count):
-                sample = {"__key__": f"{i:06d}", "txt": f"a picture with the number {i}"}
+                sample: dict[str, str | bytes] = {"__key__": f"{i:06d}", "txt": f"a picture with the number {i}"}
                 if name != "photos":
                     height, width = mixed[i % len(mixed)] if name == "mixed" else (1024, 1024)
                     mean = torch.randn(4, height // 8, width // 8)
@@ -174,8 +174,8 @@ def measure(name: str, config: BenchConfig, matmul: float) -> Row:
     """Runs the row and reads what train_lora.py logged."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    what, options = ROWS[name]
-    options = [option.format(work=config.work) for option in options]
+    what, template = ROWS[name]
+    options = [option.format(work=config.work) for option in template]
     if config.vram_gb:
         options += ["--vram-gb", str(config.vram_gb)]
     run = config.work / "runs" / name
@@ -185,6 +185,7 @@ def measure(name: str, config: BenchConfig, matmul: float) -> Row:
     row, before = Row(name, what, "train_lora.py " + " ".join(options)), used_on_card()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     told, done = "", 0
+    assert process.stderr is not None
     while done < config.steps and (line := process.stderr.readline(400)):
         told += line
         done = int((re.findall(r"(\d+)/100000", line) or [done])[-1])
@@ -201,12 +202,12 @@ def measure(name: str, config: BenchConfig, matmul: float) -> Row:
     log = EventAccumulator(str(events)).Reload()
     rates = [event.value for event in log.Scalars("images_per_second") if event.step > 10]
     row.images_per_second = round(statistics.median(rates), 2)
-    batch = int(re.search(r"= (\d+)", next(line for line in row.told if line.startswith("batch")))[1])
+    batch = int(re.findall(r"= (\d+)", next(line for line in row.told if line.startswith("batch")))[0])
     row.seconds_per_step = round(batch / row.images_per_second, 4)
     row.of_matmul_rate = round(2 * FORWARD * row.images_per_second / matmul, 3)
     row.allocated_GiB = round(log.Scalars("peak_memory_GiB")[-1].value, 2)
     row.reserved_GiB = round(log.Scalars("peak_reserved_GiB")[-1].value, 2)
-    row.two_steps_s = float(re.search(r"two steps done ([\d.]+) s", " ".join(row.told))[1])
+    row.two_steps_s = float(re.findall(r"two steps done ([\d.]+) s", " ".join(row.told))[0])
     return row
 
 
@@ -243,7 +244,7 @@ def measure_inference(pipe, device: torch.device) -> dict[str, float]:
     def denoise() -> None:
         pipe("a picture", num_inference_steps=10, guidance_scale=5.0, output_type="latent")
 
-    seconds = {"base": [], "merged": []}
+    seconds: dict[str, list[float]] = {"base": [], "merged": []}
     for _ in range(3):  # in turn, so that a drift of the clock falls on both
         seconds["base"].append(milliseconds(denoise) / 10)
         torch.cuda.synchronize()
@@ -268,7 +269,7 @@ def measure_inference(pipe, device: torch.device) -> dict[str, float]:
 def measure_optimiser(device: torch.device, count: int = 24_500_000) -> float:
     """Unscaling, clipping, 8-bit Adam, the scaler's update and zeroing, over one flat tensor, in milliseconds."""
     p = torch.nn.Parameter(torch.randn(count, device=device))
-    p.grad = torch.zeros_like(p)
+    p.grad = gradient = torch.zeros_like(p)
     optimizer = memory.make_optimizer("adamw8bit", [{"params": [p], "lr": 1e-4}])
     scaler = torch.amp.GradScaler(device.type)
     scaler.scale(torch.zeros((), device=device))  # makes its state
@@ -278,14 +279,14 @@ def measure_optimiser(device: torch.device, count: int = 24_500_000) -> float:
         torch.nn.utils.clip_grad_norm_([p], 1.0)
         scaler.step(optimizer)
         scaler.update()
-        p.grad.zero_()
+        gradient.zero_()
 
     return milliseconds(step, 20)
 
 
 def measure_parts(pipe, device: torch.device) -> dict[str, float]:
     """Milliseconds of each part of a step of the recipe, batch 3, nothing checkpointed, each as a CUDA graph."""
-    bs, times, denoiser = 3, {}, Denoiser(pipe)
+    bs, denoiser = 3, Denoiser(pipe)
     adapter = add_lora(denoiser, LoRAConfig(), denoiser.unread, dtype=torch.float16)
     fast.install(pipe.unet, fast.KERNELS["sdpa"])
     diffusion = Diffusion(DiffusionConfig(), pipe.scheduler.alphas_cumprod, "epsilon", device)
@@ -315,7 +316,7 @@ def measure_parts(pipe, device: torch.device) -> dict[str, float]:
     text = graphed(lambda: denoiser.encode_text(tokens)[0], grad=False)
     forward = graphed(lambda: denoise(latents, timesteps), grad=False)
     whole = graphed(differentiate, grad=True)
-    times |= {"text encoders, forward": text, "U-Net, forward": forward - text, "backward of all": whole - forward}
+    times = {"text encoders, forward": text, "U-Net, forward": forward - text, "backward of all": whole - forward}
     times["VAE encoding, image by image"] = graphed(lambda: encode_pixels(pipe.vae, pixels), grad=False)
     pipe.vae.disable_slicing()
     times["VAE encoding, whole batch"] = graphed(lambda: encode_pixels(pipe.vae, pixels), grad=False)
@@ -382,9 +383,10 @@ def main(config: BenchConfig) -> None:
         for name in config.rows:
             row = measure(name, config, rate)
             result["rows"].append(asdict(row))
-            cells = (row.seconds_per_step, row.images_per_second, row.of_matmul_rate, row.allocated_GiB, row.reserved_GiB)
-            cells += (row.on_card_GiB, row.two_steps_s)
-            print(f"| {row.what} | {row.failed or ' | '.join(map(str, cells))} |", flush=True)
+            speed = (row.seconds_per_step, row.images_per_second, row.of_matmul_rate)
+            taken = (row.allocated_GiB, row.reserved_GiB, row.on_card_GiB)
+            cells = map(str, (*speed, *taken, row.two_steps_s))
+            print(f"| {row.what} | {row.failed or ' | '.join(cells)} |", flush=True)
             for line in row.told:
                 print(f"    {line}", flush=True)
             config.out.write_text(json.dumps(result, indent=1))  # now: a later row may not end

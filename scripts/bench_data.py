@@ -96,7 +96,7 @@ def main(config: BenchDataConfig) -> None:
         write_shards(folder / "latents", "latents", samples, 1000)
         jobs["latents of 1024 × 1024, batches"] = through_the_stream(folder / "latents", config.latents)
 
-        rates = {what: [] for what in jobs}
+        rates: dict[str, list[float]] = {what: [] for what in jobs}
         for _ in range(config.rounds):
             for what, work in jobs.items():
                 since = time.perf_counter()

@@ -164,7 +164,7 @@ class Encoder:
         if not all(posterior.half().isfinite().all() for posterior, *_ in encoded):
             raise ValueError("its latents are not finite in float16")
         (posterior, crop, *mask), *mirrored = encoded
-        return pack_latents(posterior, pictures[0][1], crop, *mirrored, mask=mask)
+        return pack_latents(posterior, pictures[0][1], crop, mirrored[0] if mirrored else (), tuple(mask))
 
     def posterior(self, pixels: np.ndarray) -> torch.Tensor:
         return encode_pixels(self.vae, normalise(torch.tensor(pixels)[None].to(self.device)))[0].cpu()
@@ -195,7 +195,8 @@ class Old:
 
 def entry(sample: tuple, keys: tuple[str, str], old: Old, encoder: Encoder) -> dict:
     """One sample of a shard, from what is there and what has to be encoded. Raises ValueError if it cannot be used."""
-    (_, captions, pictures), (latents_of, text_of), told = sample, keys, {}
+    (_, captions, pictures), (latents_of, text_of) = sample, keys
+    told: dict = {}
     if isinstance(pictures, str):
         raise ValueError(pictures)
     if latents_of in old.place:
@@ -224,7 +225,9 @@ def main(config: CacheConfig) -> None:
     source = open_source(config.data)
     if source.latents:
         raise UserError(f"{config.data} holds latents already")
-    ranks.from_first(check_writable("--out", config.out) if ranks.first else None)  # the others wait for the folder
+    if ranks.first:
+        check_writable("--out", config.out)
+    ranks.from_first(None)  # the others wait for the folder
     pipe = read_sdxl(config.model, torch.float32, unet=False)
     weights = digest(pipe.vae), digest(pipe.text_encoder, pipe.text_encoder_2) if config.text else ""
     encoder = Encoder(pipe, bool(config.text), device)

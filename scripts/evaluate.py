@@ -12,12 +12,12 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import tyro
 from PIL import Image
-from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -55,7 +55,7 @@ class EvaluateConfig:
 
 
 @torch.no_grad()
-def denoising_loss(denoiser: Denoiser, diffusion: Diffusion, vae: nn.Module, samples: list, timesteps: int) -> float:
+def denoising_loss(denoiser: Denoiser, diffusion: Diffusion, vae: Any, samples: list, timesteps: int) -> float:
     """Mean over samples and timesteps; image i at timestep k always gets the same noise."""
     device, losses = vae.device, []
     for i, (pixels, original, crop, caption) in enumerate(tqdm(samples, desc="loss", unit="img", leave=False)):
@@ -104,8 +104,8 @@ def main(config: EvaluateConfig) -> None:
     if not samples:
         raise UserError(f"--data {config.data}: no image can be decoded")
     captions = [caption for *_, caption in samples[: config.pictures]]
-    how = {"seed": 0, "steps": 20, "guidance": 5.0, "size": size}
-    draw = partial(render, pipe, denoiser.describe, partial(decode_latents, pipe.vae), captions, **how)
+    decoder = partial(decode_latents, pipe.vae)
+    draw = partial(render, pipe, denoiser.describe, decoder, captions, seed=0, steps=20, guidance=5.0, size=size)
     results = {}
     for name in ("base", "LoRA"):
         if name == "LoRA":

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -91,6 +91,7 @@ Triplets = tuple[Tensor, Tensor, Tensor]  # U [out, r], all of S [k], Vh [r, in]
 def smallest_rank(S: Tensor, rank: int | None, error: float | None) -> int:
     """A Cut: `rank`, or the fewest that leave at most `error` of the norm."""
     if error is None:
+        assert rank is not None
         return min(rank, len(S))
     left = S.square().flip(0).cumsum(0).flip(0)  # of the square after 0, 1, 2, …; the smallest are summed first
     return int((left > error**2 * left[0]).sum())
@@ -186,7 +187,7 @@ class Models:
     def __init__(self, tuned: Path, base: Path, device: torch.device):
         self.tuned, self.base, self.device = find_weights(tuned), find_weights(base), device
         self.shapes = {name: weight.shape for name, weight in self.tuned.items()}
-        self.metadata = {}
+        self.metadata: dict[str, str] = {}
         theirs = {name: weight.shape for name, weight in self.base.items()}
         if odd := sorted(name for name, _ in self.shapes.items() ^ theirs.items()):
             told = f"{len(set(odd))} layers are not in both or have other shapes, first {odd[0]}"
@@ -230,7 +231,8 @@ def retained(layers: list[Layer]) -> float:
 def block(name: str) -> str:
     """'unet.down_blocks.1.attentions.0.….to_q' -> 'down_blocks.1.attentions.0'; of a text encoder its name."""
     component, _, rest = name.partition(".")
-    return re.match(r"(down|up)_blocks\.\d+\.\w+\.\d+|\w+", rest)[0] if component == "unet" else component
+    match = re.match(r"(down|up)_blocks\.\d+\.\w+\.\d+|\w+", rest) if component == "unet" else None
+    return match[0] if match else component
 
 
 def table(layers: list[Layer]) -> Iterator[str]:
@@ -257,7 +259,7 @@ def main(config: ExtractConfig) -> None:
     check_writable("the folder", config.out.parent)
     device, pattern = memory.resolve_device(config.device), config.pattern
     cut = partial(smallest_rank, rank=config.rank, error=config.error)
-    source = Lora(config.source, config.model, device) if config.resize else Models(config.source, config.base, device)
+    source = Models(config.source, config.base, device) if config.base else Lora(config.source, config.model, device)
     names = sorted(source, key=lambda name: (not name.startswith("unet."), name))
     if not any(re.search(pattern, name) for name in names):
         raise UserError(f"--targets {config.targets!r} matches none of {len(names)} layers, e.g. {names[:3]}")
@@ -266,7 +268,7 @@ def main(config: ExtractConfig) -> None:
     deltas: Deltas = {}
     layers, equal, outside = [], 0, []
     for name in tqdm(names, unit="layer", leave=False):
-        delta = source.read(name)
+        delta: Any = source.read(name)
         square = source.square(delta)
         if not math.isfinite(square):
             raise UserError(f"{name} is not finite in {config.source}{f' or {config.base}' if config.base else ''}")
@@ -282,7 +284,7 @@ def main(config: ExtractConfig) -> None:
         raise UserError(f"{config.source}: nothing to extract, {equal} of {len(names)} layers have no difference")
 
     # The file.
-    told = {"source": config.source.name, "base": config.base and config.base.name}
+    told: dict[str, object] = {"source": config.source.name, "base": config.base and config.base.name}
     told |= {"rank": config.rank, "error": config.error}
     metadata = formats.LISTED | source.metadata
     metadata |= {

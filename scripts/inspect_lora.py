@@ -11,7 +11,7 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -55,7 +55,7 @@ TOLD = {  # what a header may tell -> its keys, the first that is there
 SMALLEST = 2.0**-19  # below it float16, which ends at 2^-24, keeps 5 of its 11 bits or fewer
 
 
-def span(values: list[float]) -> str:
+def span(values: Sequence[float]) -> str:
     """'8' or '4 to 16'."""
     low, high = min(values), max(values)
     return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"

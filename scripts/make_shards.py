@@ -197,7 +197,7 @@ def faults_of(folder: Path, shard: Shard, tick: Tick) -> list[str]:
 
 
 def main(config: ShardConfig) -> None:
-    if config.verify:
+    if config.out is None:  # --verify
         return verify(Path(config.source), config.workers)
     inputs, refused = open_inputs(config.source)
     check_writable("--out", config.out)

@@ -115,7 +115,7 @@ def read_header(file: Path) -> tuple[int, dict]:
         return 8 + length, json.loads(stream.read(length))
 
 
-def merged_chunks(stream: BinaryIO, start: int, header: dict, component: str, loras: list) -> Iterator[bytes]:
+def merged_chunks(stream: BinaryIO, start: int, header: dict, component: str, loras: list) -> Iterator[bytearray]:
     """The data of the new file, tensor by tensor in the order of the old one."""
     for key in tqdm(sorted(header, key=lambda key: header[key]["data_offsets"]), unit="tensor", leave=False):
         begin, end = header[key]["data_offsets"]

@@ -18,7 +18,7 @@ import memory  # noqa: F401 (readies xFormers before diffusers is imported)
 from buckets import enlarged, share_cropped
 from captions import CaptionConfig
 from checkpoint import check_writable
-from data import DataConfig, Stream
+from data import DataConfig, Stream, batch_or_raise
 from errors import UserError, check_seed, one_line_errors
 from pictures import stack
 from sdxl import BASE, split_tokens
@@ -66,11 +66,12 @@ def cell(pixels: np.ndarray, caption: str, facts: str) -> Image.Image:
 
 def contact_sheet(stream: Stream, images: int) -> tuple[Image.Image, list[str]]:
     """The first images of the stream, from left to right, row by row; and what could not be decoded: others stand in for it."""
-    cells, skipped = [], []
-    for batch in stream:
+    cells: list[Image.Image] = []
+    skipped: list[str] = []
+    for batch in map(batch_or_raise, stream):
         skipped += batch.skipped
         facts = zip(batch.size.tolist(), batch.original_size.tolist(), batch.crop.tolist(), strict=True)
-        shown = batch.images.numpy()
+        shown = list(batch.images.numpy())
         for mask in batch.mask:
             shown = [dim(pixels, one) for pixels, one in zip(shown, mask.numpy(), strict=True)]
         for pixels, caption, (size, original, crop) in zip(shown, batch.captions, facts, strict=True):

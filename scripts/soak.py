@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import ClassVar
 
 import torch
 import tyro
@@ -69,7 +70,8 @@ class Shards(BaseHTTPRequestHandler):
     """Parts of the bundled shards, or what comes from a server in trouble."""
 
     protocol_version = "HTTP/1.1"
-    pending, until, answers = 0.0, 0.0, Counter()  # seconds of a trouble that no request has met yet; when one ends
+    pending, until = 0.0, 0.0  # seconds of a trouble that no request has met yet; when one ends
+    answers: ClassVar[Counter[str]] = Counter()
 
     def do_GET(self) -> None:
         if self.pending:  # so that a trouble is felt, if not by this run, which may have all its data, then by the next
@@ -80,7 +82,7 @@ class Shards(BaseHTTPRequestHandler):
         if how == "503" or not tar.is_file():
             self.send_error(503 if how == "503" else 404)
             return
-        first, last = map(int, re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"]).groups())
+        first, last = map(int, re.findall(r"bytes=(\d+)-(\d+)", self.headers["Range"])[0])
         part = tar.read_bytes()[first : last + 1]
         if how == "silent":
             time.sleep(left)
@@ -100,10 +102,14 @@ class Shards(BaseHTTPRequestHandler):
         """They are counted."""
 
 
+class Server(ThreadingHTTPServer):
+    def handle_error(self, *_) -> None:
+        """Who was killed hangs up early."""
+
+
 def serve() -> str:
     """-> the URL of the shards, as long as this program runs."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Shards)
-    server.handle_error = lambda *_: None  # who was killed hangs up early
+    server = Server(("127.0.0.1", 0), Shards)
     Thread(target=server.serve_forever, daemon=True).start()
     return f"http://127.0.0.1:{server.server_port}/ninja-{{000000..000003}}.tar"
 
@@ -115,9 +121,10 @@ class Run:
         options = ["--data", url, "--steps", config.steps, "--save-every", config.save_every, "--keep", config.steps, "--bs", 1]
         options += ["--device", "cpu", "--caption-dropout", 0.2, "--flip", "--out", out, "--log-dir", out / "log"]
         self.told, self.bar = out.parent / "told", rf" (\d+)/{config.steps} \["
-        how = {"cwd": ROOT, "env": os.environ | {"no_proxy": "127.0.0.1"}, "start_new_session": True}
-        how |= {"stdout": self.told.open("w"), "stderr": subprocess.STDOUT}
-        self.process = subprocess.Popen([sys.executable, "train_lora.py", *map(str, options)], **how)
+        command, env = [sys.executable, "train_lora.py", *map(str, options)], os.environ | {"no_proxy": "127.0.0.1"}
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=env, start_new_session=True, stdout=self.told.open("w"), stderr=subprocess.STDOUT
+        )
 
     def step(self) -> int:
         """-1 before its loop."""
@@ -205,7 +212,8 @@ def main(config: SoakConfig) -> bool:
     if reference.end():
         raise UserError(f"the undisturbed run failed: {reference.told.read_text()[-500:]}")
     usual, began, slowest, more = time.monotonic() - began, time.monotonic(), 0.0, True
-    kinds, faults = Counter(), []
+    kinds: Counter[str] = Counter()
+    faults = []
     tally = Counter({"blows": 0, "runs finished": 0, "files compared": 0, "steps lost": 0, "files wrong": 0})
     while more:
         more = tally["blows"] < config.blows if config.minutes is None else time.monotonic() < began + 60 * config.minutes

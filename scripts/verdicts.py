@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -135,18 +136,19 @@ def names(program: str, module: str) -> set[str]:
 
 
 Hits = Callable[[LoraFile, str], bool | Iterable[str]]
+H = TypeVar("H", bound=Hits)
 Rules = dict[str, list[tuple[str, Hits]]]
 RULES: Rules = {program: [] for program in ("diffusers", *UIS)}
 REMARKS: Rules = {program: [] for program in RULES}
 
 
-def rule(says: str, *programs: str, table: Rules = RULES) -> Callable[[Hits], Hits]:
+def rule(says: str, *programs: str, table: Rules = RULES) -> Callable[[H], H]:
     """Enters a function (file, program) -> the modules that the program leaves out or gets wrong; True: all of them.
 
     `says` is the reason, with {n} for their number.
     """
 
-    def enter(hits: Hits) -> Hits:
+    def enter(hits: H) -> H:
         for program in programs:
             table[program].append((says, hits))
         return hits
