@@ -113,7 +113,7 @@ def test_several_ranks_share_the_work(script, tiny_model, shards, tmp_path):
     how = [shards, "--model", tiny_model, "--per-shard", 2, "--device", "cpu", "--bucket-step", 16, "--workers", 0]
     script("scripts/cache.py", *how, "--out", tmp_path / "one")
     process = fork_torchrun("scripts/cache.py", [*how, "--out", tmp_path / "two"], ONE_HOST, tmp_path / "told")
-    process.join(60)
+    process.join(120)
     told = (tmp_path / "told").read_text()
     assert process.exitcode == 0, told
     assert told.count("7 images in 4 shards") == 1

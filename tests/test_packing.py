@@ -379,7 +379,7 @@ def test_processes_that_start_at_once_pack_once(table, tmp_path, monkeypatch):
     for process in running:
         process.start()
     for process in running:
-        process.join(60)
+        process.join(120)
     told = [(tmp_path / str(n)).read_text() for n in range(2)]
     assert [text.splitlines()[-1] for text in told] == ["18"] * 2
     assert sum("packing" in text for text in told) == 1

@@ -86,7 +86,7 @@ def agent(train, tiny_model, shards, tmp_path):
 def statuses(processes: list[Process]) -> list[int | None]:
     """None for one that does not end."""
     for process in processes:
-        process.join(60)
+        process.join(120)
         process.terminate()
     return [process.exitcode for process in processes]
 
@@ -128,7 +128,7 @@ def test_a_rank_that_is_missing_is_named_by_all_others(end, tmp_path, monkeypatc
         process.start()
     try:
         for rank, process in enumerate(ranks[:2]):
-            process.join(60)
+            process.join(120)
             told = (tmp_path / str(rank)).read_text()
             assert process.exitcode == 1, told
             assert f"rank 2 of 3 does not answer, so rank {rank} ends too" in told

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from multiprocessing import Value
 from pathlib import Path
 
 import numpy as np
@@ -610,7 +611,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(train, tiny_model, shards, 
         time.sleep(0.01)
     for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
         os.killpg(process.pid, number)
-    process.wait(60)
+    process.wait(120)
     out = told.read_text()
     assert process.poll() == 75, out
     assert "Traceback" not in out
@@ -633,15 +634,21 @@ def test_a_signal_saves_and_the_same_command_goes_on(train, tiny_model, shards, 
 def test_a_signal_ends_the_wait_for_data(train, tmp_path, monkeypatch, workers, late, told):
     """An image does not come for a minute, but a signal does: the steps before are saved, if there are any."""
     choose, count, how, began = data.choose_caption, itertools.count(), ["--steps", 4, "--workers", workers], time.monotonic()
-    main = os.getpid()
+    refresh, main, steps = lora.Adapter.refresh, os.getpid(), Value("q", 0)
+
+    def end_step(adapter):
+        refresh(adapter)
+        steps.value += 1
 
     def stall(*given):
         if next(count) == late:
-            time.sleep(3 * workers)  # a worker is ahead of the loop
+            while steps.value < late // 2:  # a worker is ahead of the loop
+                time.sleep(0.01)
             os.kill(main, signal.SIGTERM)
             time.sleep(60)
         return choose(*given)
 
+    monkeypatch.setattr("lora.Adapter.refresh", end_step)
     monkeypatch.setattr("data.choose_caption", stall)
     assert told in train(*how, status=75)[0]
     assert time.monotonic() - began < 40
