@@ -22,14 +22,14 @@ import torch
 import tyro
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from buckets import Order, bucket_sizes, choose_bucket, enlarged, resized, share_cropped
-from captions import CaptionConfig, choose_caption
-from errors import UserError
-from images import Size, alpha_of, fit, open_image, to_rgb
-from remote import NO_CACHE, Cache, NoCache
-from shards import unpack_latents, unpack_text
-from signals import blocked_signals
-from sources import Raw, Source
+from common.errors import UserError
+from common.signals import blocked_signals
+from dataset.buckets import Order, bucket_sizes, choose_bucket, enlarged, resized, share_cropped
+from dataset.captions import CaptionConfig, choose_caption
+from dataset.disk_cache import NO_CACHE, Cache, NoCache
+from dataset.images import Size, alpha_of, fit, open_image, to_rgb
+from dataset.latents import unpack_latents, unpack_text
+from dataset.sources import Raw, Source
 
 
 @dataclass(frozen=True)

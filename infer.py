@@ -15,13 +15,21 @@ from typing import Literal
 
 import tyro
 
-import formats
-import memory  # before sdxl: it readies xFormers, which diffusers imports
-from checkpoint import check_writable
-from errors import UserError, check_seed, one_line_errors
-from lora import check_fit, layer_shapes, merge_lora
-from pictures import read_prompts, render, side_by_side, stack
-from sdxl import SAMPLERS, Denoiser, decode_latents, load_sdxl, native_resolution
+from common.errors import UserError, check_seed, one_line_errors
+from common.files import check_writable
+from common.sheets import side_by_side, stack
+from lora import merge_lora
+from lora_files.deltas import check_fit, layer_shapes
+from lora_files.read import newest_lora, read_lora, trained_on, with_strength
+from memory import (
+    DTYPES,
+    resolve_device,
+    resolve_precision,  # before sdxl: it readies xFormers, which diffusers imports
+)
+from model.load import load_sdxl, native_resolution
+from model.render import read_prompts, render
+from model.sdxl import SAMPLERS, Denoiser
+from model.vae import decode_latents
 
 PARTS = {"unet": "unet.", "te1": "text_encoder.", "te2": "text_encoder_2."}
 
@@ -74,17 +82,17 @@ class InferConfig:
 
 def main(config: InferConfig) -> None:
     # The LoRA, and the model it was trained on.
-    device = memory.resolve_device(config.device)
-    precision = memory.resolve_precision(config.precision, device)
-    loras = [(formats.find(path), strength) for path, strength in map(formats.with_strength, config.lora or ("checkpoints",))]
-    model = config.model or formats.trained_on(loras[0][0])
+    device = resolve_device(config.device)
+    precision = resolve_precision(config.precision, device)
+    loras = [(newest_lora(path), strength) for path, strength in map(with_strength, config.lora or ("checkpoints",))]
+    model = config.model or trained_on(loras[0][0])
     prompts = read_prompts(config.prompts, model)
-    pipe = load_sdxl(model, memory.DTYPES[precision], device)
+    pipe = load_sdxl(model, DTYPES[precision], device)
     denoiser = Denoiser(pipe)
     parts = tuple(PARTS[part] for part in config.lora_parts.split(","))
     chosen = []  # (ΔW, strength) of every LoRA
     for lora, strength in loras:
-        deltas = formats.read(lora, layer_shapes(denoiser))
+        deltas = read_lora(lora, layer_shapes(denoiser))
         chosen.append(({name: delta for name, delta in deltas.items() if name.startswith(parts)}, strength))
         print(f"LoRA {lora}: {len(chosen[-1][0])} of {len(deltas)} layers, strength {strength:g}")
     if config.save_merged:

@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import UserError
-
-Deltas = dict[str, tuple[Tensor, Tensor, float]]
+from common.errors import UserError
+from lora_files.deltas import Deltas, check_fit
 
 ATTENTION = r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$|\.self_attn\.(q|k|v|out)_proj$"
 EVERYTHING = ATTENTION + r"|\.ff\.net\.(0\.proj|2)$|\.proj_(in|out)$|\.mlp\.fc[12]$"
@@ -225,31 +224,6 @@ def add_lora(
     return Adapter(modules, dtype)
 
 
-def mergeable_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """{module path: layer} of every linear and convolution layer: other tools train both."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
-
-
-def layer_shapes(model: nn.Module) -> dict[str, torch.Size]:
-    """{module path: shape of the weight, unpacked} of the same layers."""
-    layers = mergeable_layers(model).items()
-    return {n: torch.Size((m.out_features, m.in_features)) if isinstance(m, nn.Linear) else m.weight.shape for n, m in layers}
-
-
-def check_fit(model: nn.Module, deltas: Deltas) -> dict[str, nn.Linear | nn.Conv2d]:
-    """The layers that `deltas` belong to. Raises UserError, naming the first that have no layer of their shape."""
-    layers = mergeable_layers(model)
-    wrong = []
-    for name, (A, B, _) in deltas.items():
-        pair = min(A.ndim, B.ndim) > 1 and B[0].numel() == len(A)
-        if not pair or name not in layers or layers[name].weight.flatten(1).shape != (len(B), A[0].numel()):
-            wrong.append(name)
-    if wrong:
-        told = "; ".join(f"{n} {list(deltas[n][1].shape)} x {list(deltas[n][0].shape)}" for n in wrong[:3])
-        raise UserError(f"the LoRA does not fit the model: {len(wrong)} of {len(deltas)} modules differ, first {told}")
-    return {name: layers[name] for name in deltas}
-
-
 @torch.no_grad()
 def merge_lora(model: nn.Module, deltas: Deltas, strength: float = 1.0) -> None:
     """W += strength · (α/r) · B · A in place: the sum in float32, cast once to the dtype of W.
@@ -266,18 +240,3 @@ def add_delta(weight: Tensor, delta: tuple[Tensor, Tensor, float], strength: flo
     A, B, alpha = delta
     A, B = (half.flatten(1).to(weight.device, torch.float32) for half in (A, B))
     return weight.flatten(1).addmm(B, A, alpha=strength * alpha / len(A)).view_as(weight)
-
-
-@torch.no_grad()
-def delta_svd(delta: tuple[Tensor, Tensor, float]) -> tuple[Tensor, Tensor, Tensor]:
-    """(A [r, in, …], B [out, r, …], α) -> the thin SVD of ΔW: U [out, k], S [k] descending and ≥ 0, Vh [k, in·…].
-
-    float64 on the device of A; k = min(r, out, in·…). ΔW = U·diag(S)·Vh is never formed: with B = Q₁·R₁ and Aᵀ = Q₂·R₂ its
-    singular values are those of the r × r core (α/r)·R₁·R₂ᵀ. A convolution's ΔW is taken as [out, in·kh·kw].
-    """
-    A, B, alpha = delta
-    A, B = (half.flatten(1).to(A.device, torch.float64) for half in (A, B))
-    Q1, R1 = torch.linalg.qr(B)
-    Q2, R2 = torch.linalg.qr(A.T)
-    U, S, Vh = torch.linalg.svd(alpha / len(A) * R1 @ R2.T, full_matrices=False)
-    return Q1 @ U, S, Vh @ Q2.T

@@ -1,42 +1,20 @@
 """What trades memory against speed or precision, each behind its own flag: half precision, gradient checkpointing, 8-bit
-Adam, the cap on the device's memory. Import this file before diffusers, which imports xFormers: see `load_cuda12_runtime`.
+Adam, the cap on the device's memory.
 """
 
-import ctypes
-import importlib.util
-import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from errors import UserError
+from common.errors import UserError
 
 GiB = 2**30
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-def load_cuda12_runtime() -> None:
-    """xFormers' wheel is linked against CUDA 12; beside a CUDA-13 PyTorch its library must be in the process beforehand."""
-    package = importlib.util.find_spec("nvidia.cuda_runtime") if importlib.util.find_spec("nvidia") else None
-    folders = package.submodule_search_locations if package and torch.cuda.is_available() else None
-    for folder in folders or ():
-        for library in Path(folder).glob("lib/libcudart.so.12"):
-            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-
-
-load_cuda12_runtime()
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # at import it warns of parts that SDXL does not use
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read at the first allocation; hardly any gaps
-for library in ("xformers", "bitsandbytes"):  # at import they warn that there is no CUDA
-    logging.getLogger(library).setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)
@@ -146,87 +124,3 @@ def memory_in_use(device: torch.device) -> float:
         return 0.0
     free, total = torch.cuda.mem_get_info(device)
     return 1 - free / total
-
-
-# Gradient checkpointing (Chen et al. 2016, arXiv:1604.06174).
-
-BLOCKS = {"BasicTransformerBlock", "ResnetBlock2D", "CLIPEncoderLayer"}
-
-
-def block_names(model: nn.Module) -> list[str]:
-    """Paths of the transformer and residual blocks of `model`: what can be recomputed, and compiled, one by one."""
-    return [name for name, module in model.named_modules() if type(module).__name__ in BLOCKS]
-
-
-def checkpoint_blocks(model: nn.Module, names: Iterable[str]) -> None:
-    """These blocks keep their input only and run again in the backward pass.
-
-    They draw no random numbers, so the state of the generators need not be kept.
-    """
-    for name in names:
-        block = model.get_submodule(name)
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-
-
-def compile_blocks(model: nn.Module, names: Iterable[str]) -> None:
-    """torch.compile of each block by itself: blocks of one kind and shape share the compiled code."""
-    torch._dynamo.config.recompile_limit = 64  # one entry for each kind and shape of block
-    for name in names:
-        block = model.get_submodule(name)
-        block.forward = torch.compile(block.forward, dynamic=False)
-
-
-# Optimiser.
-
-
-def make_optimizer(name: str, groups: list[dict]) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) with weight decay 0.01 over flat parameters.
-
-    Both kinds take part in GradScaler's protocol for fused optimisers: the skipped step of an overflow is decided on the
-    device, so that no step waits for the host.
-    """
-    if name == "adamw":
-        return torch.optim.AdamW(groups, weight_decay=0.01, fused=True)
-    import bitsandbytes
-
-    class AdamW8bit(bitsandbytes.optim.AdamW8bit):
-        """8-bit states, quantised in blocks (Dettmers et al. 2021, arXiv:2110.02861).
-
-        Unlike its parent it waits for the device nowhere. A step that overflowed is taken back on the device; the bias
-        correction, a number of the host, counts it all the same.
-        """
-
-        _step_supports_amp_scaling = True  # GradScaler then sets self.found_inf instead of reading it on the host
-
-        @torch.no_grad()
-        def step(self) -> None:
-            found_inf: Tensor | None = getattr(self, "found_inf", None)
-            for i, group in enumerate(self.param_groups):
-                for j, p in enumerate(group["params"]):
-                    if not self.state[p]:
-                        self.init_state(group, p, i, j)
-                    live = [p, *(self.state[p][name] for name in ("state1", "state2", "absmax1", "absmax2"))]
-                    kept = [t.clone() for t in live]
-                    self.update_step(group, p, i, j)
-                    if found_inf is not None:
-                        for now, before in zip(live, kept, strict=True):
-                            now.copy_(torch.where(found_inf > 0, before, now))
-
-    return AdamW8bit(groups, weight_decay=0.01, min_8bit_size=0)
-
-
-def update_scale(scaler: torch.amp.GradScaler, loss: Tensor) -> None:
-    """scaler.update(), but a loss that is not finite leaves the scale as it is: no smaller one would mend that.
-
-    `loss`: [], of the step, the same on all ranks. Does not wait for the device.
-    """
-    one = torch.ones_like(loss)
-    kept = scaler.scale(one)
-    scaler.update()
-    scaler.update(torch.where(loss.isfinite(), scaler.scale(one), kept))
-
-
-def bytes_per_trained(optimizer: str, dtype: torch.dtype) -> int:
-    """What a trained parameter takes besides the activations: itself, gradient, states, copies in `dtype` and of a step."""
-    copies = 0 if dtype == torch.float32 else 2 * dtype.itemsize
-    return 4 + 4 + copies + (2 + 10 if optimizer == "adamw8bit" else 8)

@@ -35,29 +35,54 @@ import torch
 import tyro
 from tqdm import tqdm
 
-import memory
-import sdxl  # after memory, which readies xFormers: diffusers imports it
-from accumulation import Accumulation, doing, ran_out
-from budget import ANOTHER_SHAPE, Plan, dry_run, make_plan, stand_in_kernel
-from captions import CaptionConfig
-from checkpoint import Persistence, check_writable, write_atomically
+from common.errors import LossyStream, UserError, check_seed, one_line_errors, warn, warn_of
+from common.files import Persistence, check_writable, write_atomically
 from data import Batch, DataConfig, Stream, describe_buckets, make_loader, normalise
-from diffusion import Diffusion, DiffusionConfig, area_weights
-from distributed import Ranks, join_ranks, leave_ranks
-from errors import LossyStream, UserError, check_seed, one_line_errors, warn, warn_of
-from fast import KERNELS, Shapes, choose_attention, install
-from graph import GraphedStep
-from lora import Adapter, LoRAConfig, add_lora, layer_shapes
-from memory import MemoryConfig
-from meter import Log, Meter, NoLog
-from pictures import Gallery, read_prompts
-from quantise import BASES as PACKED
-from quantise import check_quantisable, packed_bytes, quantisable, quantise_base
-from resume import CheckpointConfig, Checkpoints, Run
-from sdxl import Denoiser, ReadyText, Tokens, decode_latents, encode_pixels, sample_latents, time_ids
-from sources import open_mixture
-from stop import Stopped, StopRequest
-from watch import Watchdog, largest_values
+from dataset.captions import CaptionConfig
+from dataset.sources import open_mixture
+from lora import Adapter, LoRAConfig, add_lora
+from lora_files.deltas import layer_shapes
+from memory import (
+    DTYPES,
+    MemoryConfig,
+    limit_memory,
+    memory_in_use,
+    peak_memory,
+    resolve_device,
+    resolve_precision,
+    send,
+    visiting,
+)
+from model.diffusion import Diffusion, DiffusionConfig, area_weights
+from model.load import native_resolution, read_sdxl
+from model.render import read_prompts
+from model.sdxl import Denoiser, blueprint, text_shapes, time_ids
+from model.text import ReadyText, Tokens
+from model.vae import (
+    DECODING,
+    ENCODING,
+    decode_latents,
+    encode_pixels,
+    same_probe,
+    sample_latents,
+    vae_dtype,
+    vae_probe,  # after memory, which readies xFormers: diffusers imports it
+)
+from performance.adamw8bit import bytes_per_trained, make_optimizer, update_scale
+from performance.checkpointing import block_names, checkpoint_blocks, compile_blocks
+from performance.cuda_graph import GraphedStep
+from performance.kernels import KERNELS, Shapes, choose_attention, install
+from performance.memory_plan import ANOTHER_SHAPE, Plan, dry_run, make_plan, stand_in_kernel
+from performance.quantise import BASES as PACKED
+from performance.quantise import check_quantisable, packed_bytes, quantisable, quantise_base
+from run.accumulation import Accumulation, doing, ran_out
+from run.bad_steps import largest_values
+from run.checkpoints import CheckpointConfig, Checkpoints, Run
+from run.gallery import Gallery
+from run.ranks import Ranks, join_ranks, leave_ranks
+from run.report import Log, Meter, NoLog
+from run.stop import Stopped, StopRequest
+from run.watchdog import Watchdog
 
 LOG_EVERY = 10  # steps; the host waits for the device only then
 MAX_GRAD_NORM = 1.0
@@ -143,30 +168,36 @@ def main(config: TrainConfig) -> int:
     if config.text_encoder_lr is not None and not config.lora.train_text_encoder:
         raise UserError("--text-encoder-lr does nothing with --no-train-text-encoder")
     prompts = read_prompts(config.prompts, config.model) if config.pictures else []
-    device = memory.resolve_device(config.device)
-    asked = config.memory.base_precision if config.memory.base_precision in memory.DTYPES else config.memory.precision
-    precision = memory.resolve_precision(asked, device)
-    dtype = memory.DTYPES[precision]
+    device = resolve_device(config.device)
+    asked = config.memory.base_precision if config.memory.base_precision in DTYPES else config.memory.precision
+    precision = resolve_precision(asked, device)
+    dtype = DTYPES[precision]
     ranks = join_ranks(device, config.rank_timeout)
 
     # Data, looked at before the model is loaded: a mistake shows at once.
     source = open_mixture(config.dataset.data, config.dataset.cache)
     if source.latents and config.dataset.flip and not source.mirrored:
-        raise UserError("--flip: these latents are not there of the mirrored images: make them anew with cache.py --flip")
+        raise UserError(
+            "--flip: these latents are not there of the mirrored images: make them anew with cache_latents.py --flip"
+        )
     if source.latents and config.dataset.masked_loss and not source.masked:
-        raise UserError("--masked-loss: these latents were made without masks: make them anew with cache.py --masked-loss")
+        raise UserError(
+            "--masked-loss: these latents were made without masks: make them anew with cache_latents.py --masked-loss"
+        )
 
     # Model on the host, and what the device will have to hold.
-    pipe = sdxl.read_sdxl(config.model, dtype)
-    resolution = config.dataset.resolution or sdxl.native_resolution(pipe)
-    if source.vae and not sdxl.same_probe(source.vae, sdxl.vae_probe(pipe.vae)):
+    pipe = read_sdxl(config.model, dtype)
+    resolution = config.dataset.resolution or native_resolution(pipe)
+    if source.vae and not same_probe(source.vae, vae_probe(pipe.vae)):
         raise UserError(f"--data: these latents were made by another VAE than that of --model {config.model}")
     text_ready = bool(source.text) and not config.lora.train_text_encoder
     if text_ready and (config.captions.shuffle_tags or config.captions.caption_prefix or config.captions.max_tokens > 75):
-        raise UserError("--shuffle-tags, --caption-prefix and --max-tokens: this text was encoded already, by cache.py --text")
+        raise UserError(
+            "--shuffle-tags, --caption-prefix and --max-tokens: this text was encoded already, by cache_latents.py --text"
+        )
     stream = Stream(source, config.dataset, config.captions, resolution, config.seed, ranks.rank, ranks.world, text=text_ready)
     stream.spare(stream.bucket[0])  # at least one can be decoded
-    budget = ranks.least(memory.limit_memory(config.memory.vram_gb, device))
+    budget = ranks.least(limit_memory(config.memory.vram_gb, device))
     lengths = config.captions.max_tokens // 75
     budget -= ANOTHER_SHAPE * (len(set(stream.bucket)) * lengths - 1)
     ready = {"latents": source.latents, "text": text_ready}
@@ -179,8 +210,8 @@ def main(config: TrainConfig) -> int:
     resting = [pipe.vae] if source.latents else []  # on the host but for pictures
     if text_ready:
         denoiser, encoders = Denoiser(pipe, with_text=False), [pipe.text_encoder, pipe.text_encoder_2]
-        with memory.visiting(device, encoders):
-            if not sdxl.same_probe(source.text, whole.text_probe()):
+        with visiting(device, encoders):
+            if not same_probe(source.text, whole.text_probe()):
                 raise UserError(f"--data: its text was encoded by other encoders than those of --model {config.model}")
             tell = ReadyText(whole.empty_text())
         resting += encoders
@@ -188,13 +219,13 @@ def main(config: TrainConfig) -> int:
         check_quantisable(plan.base, device)
         quantise_base(denoiser, plan.base, device)
     denoiser.to(device)
-    pipe.vae.to("cpu" if source.latents else device, sdxl.vae_dtype(device)).use_slicing = not plan.whole_vae
+    pipe.vae.to("cpu" if source.latents else device, vae_dtype(device)).use_slicing = not plan.whole_vae
     adapter = add_lora(denoiser, config.lora, denoiser.unread, config.seed, dtype)
     attention = choose_attention(config.memory.attention, attention_shapes, device, dtype)
     install(pipe.unet, KERNELS[attention])
     if config.memory.compile:
-        memory.compile_blocks(pipe.unet, memory.block_names(pipe.unet))
-    memory.checkpoint_blocks(denoiser, plan.checkpointed)
+        compile_blocks(pipe.unet, block_names(pipe.unet))
+    checkpoint_blocks(denoiser, plan.checkpointed)
     lr = (2e-3 if config.model == "demo" else 1e-4) if config.lr is None else config.lr
     rates = {"unet": lr, "text_encoder": lr if config.text_encoder_lr is None else config.text_encoder_lr}
     resolved: dict[str, Any] = {"precision": precision, "base_precision": plan.base, "attention": attention}
@@ -210,7 +241,7 @@ def main(config: TrainConfig) -> int:
     # Objective and optimiser.
     diffusion = Diffusion(config.diffusion, pipe.scheduler.alphas_cumprod, pipe.scheduler.config.prediction_type, device)
     groups = [{"name": name, "params": [p]} for name, p in adapter.groups.items()]
-    optimizer = memory.make_optimizer(config.memory.optimizer, groups)
+    optimizer = make_optimizer(config.memory.optimizer, groups)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     generator, channels = torch.Generator(device), pipe.unet.config.in_channels
 
@@ -235,12 +266,12 @@ def main(config: TrainConfig) -> int:
         """A batch, and what is random about it in step `number`, on the device."""
         generator.manual_seed(seed_of(config.seed, ranks.rank, number, micro))
         latents_shape = (config.dataset.bs, channels, *(batch.size[0] // pipe.vae_scale_factor).tolist())
-        images = memory.send(batch.images, device)
-        text = [memory.send(one, device) for one in tell(batch.captions, batch.text)]
-        ids = memory.send(time_ids(batch.original_size, batch.crop, batch.size), device)
+        images = send(batch.images, device)
+        text = [send(one, device) for one in tell(batch.captions, batch.text)]
+        ids = send(time_ids(batch.original_size, batch.crop, batch.size), device)
         spread = torch.randn(latents_shape, generator=generator, device=device)
         noise, timesteps = diffusion.draw(latents_shape, generator)
-        area = [memory.send(area_weights(mask), device) for mask in batch.mask]
+        area = [send(area_weights(mask), device) for mask in batch.mask]
         return images, spread, noise, timesteps, ids, *text, *area
 
     step = GraphedStep(differentiate, [adapter.grad], config.memory.cuda_graph, device)
@@ -299,7 +330,7 @@ def main(config: TrainConfig) -> int:
     stream.left_out = run.left_out
     stream.start = run.samples // config.dataset.bs
     batches = make_loader(stream, pin_memory=device.type == "cuda")
-    vae_bytes = sum(p.nbytes for p in pipe.vae.parameters()) + sdxl.DECODING * resolution**2 * pipe.vae.dtype.itemsize
+    vae_bytes = sum(p.nbytes for p in pipe.vae.parameters()) + DECODING * resolution**2 * pipe.vae.dtype.itemsize
     tight = plan.weights + vae_bytes > plan.budget
     decode = partial(decode_latents, pipe.vae, tiled=tight)
     gallery = Gallery(pipe, whole.describe, decode, adapter.disabled, prompts, resolution, ranks, stop)
@@ -316,8 +347,8 @@ def main(config: TrainConfig) -> int:
         shown = {"lr": f"{optimizer.param_groups[0]['lr']:.2e}", "img_s": f"{scalars['images_per_second']:.2f}"}
         progress.set_postfix(loss=f"{scalars['loss']:.4f}", **shown)
         scalars |= {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
-        scalars |= dict(zip(("peak_memory_GiB", "peak_reserved_GiB"), memory.peak_memory(device), strict=True))
-        scalars["memory_in_use"] = memory.memory_in_use(device)
+        scalars |= dict(zip(("peak_memory_GiB", "peak_reserved_GiB"), peak_memory(device), strict=True))
+        scalars["memory_in_use"] = memory_in_use(device)
         for name, value in scalars.items():
             log.add_scalar(name, value, run.step)
         watchdog.see(scalars | {"checksum": adapter.checksum(), "recorded_again": step.recorded_again})
@@ -336,7 +367,7 @@ def main(config: TrainConfig) -> int:
     def draw() -> np.ndarray | None:
         """Base and LoRA side by side; None if it was stopped."""
         what = doing(f"drawing pictures after step {run.step}; {plan.if_short}")
-        with what, memory.visiting(device, resting), torch.compiler.set_stance("force_eager"):  # compiling would take minutes
+        with what, visiting(device, resting), torch.compiler.set_stance("force_eager"):  # compiling would take minutes
             return gallery.draw(f"LoRA, step {run.step}")
 
     weights = {name: delta[:2] for name, delta in adapter.deltas.items()}
@@ -369,7 +400,7 @@ def main(config: TrainConfig) -> int:
         # As a GradScaler tells: the step is skipped on the device.
         optimizer.found_inf = (~norms.isfinite()).any().float()  # type: ignore[attr-defined]
         scaler.step(optimizer)
-        memory.update_scale(scaler, loss)
+        update_scale(scaler, loss)
         adapter.refresh()
         meter.end_step(loss, norms, waited)
         run.step, run.samples, saved = run.step + 1, run.samples + images_per_step, False
@@ -438,20 +469,20 @@ def plan_memory(
 
     `ready`: whether latents and text come from the shards.
     """
-    asked, dtype, vae = config.memory.base_precision, memory.DTYPES[precision], sdxl.vae_dtype(device)
+    asked, dtype, vae = config.memory.base_precision, DTYPES[precision], vae_dtype(device)
     bases = [asked] if asked in PACKED else [precision, *PACKED] if asked == "auto" and device.type == "cuda" else [precision]
-    shapes = sdxl.blueprint(pipe, with_text=not ready["text"])
+    shapes = blueprint(pipe, with_text=not ready["text"])
     linears = quantisable(shapes)
     unpacked = sum(p.nbytes for p in shapes.parameters())
     unpacked += 0 if ready["latents"] else sum(p.numel() for p in pipe.vae.parameters()) * vae.itemsize
     saved = {base: sum(m.weight.nbytes - packed_bytes(m, base) for m in linears.values()) for base in PACKED}
     adapter = add_lora(shapes, config.lora, shapes.unread, dtype=dtype)
-    trained = adapter.flat.numel() * memory.bytes_per_trained(config.memory.optimizer, dtype)
+    trained = adapter.flat.numel() * bytes_per_trained(config.memory.optimizer, dtype)
     install(shapes.unet, stand_in_kernel)
-    text = sdxl.text_shapes(shapes, config.dataset.bs, config.captions.max_tokens // 75)
-    costs = dry_run(shapes, memory.block_names(shapes), text, resolution // pipe.vae_scale_factor)
+    text = text_shapes(shapes, config.dataset.bs, config.captions.max_tokens // 75)
+    costs = dry_run(shapes, block_names(shapes), text, resolution // pipe.vae_scale_factor)
     fixed = {base: unpacked - saved.get(base, 0) + trained for base in bases}
-    vae_image = 0 if ready["latents"] else sdxl.ENCODING * resolution**2 * vae.itemsize
+    vae_image = 0 if ready["latents"] else ENCODING * resolution**2 * vae.itemsize
     checkpointing = config.memory.checkpointing
     plan = make_plan(costs, fixed, config.dataset.bs, budget, checkpointing=checkpointing, vae_image=vae_image)
     piece = lambda shape: torch.Size((plan.micro, *shape[1:]))  # noqa: E731
@@ -462,7 +493,7 @@ def measured(device: torch.device) -> str:
     """What the plan has come to; waits for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    peak, reserved = memory.peak_memory(device)
+    peak, reserved = peak_memory(device)
     seconds = time.perf_counter() - STARTED
     return f"memory     measured peak {peak:.1f} GiB, {reserved:.1f} reserved; two steps done {seconds:.0f} s after the start"
 

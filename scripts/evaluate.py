@@ -21,15 +21,23 @@ from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import formats
-import memory  # before sdxl
+from common.errors import UserError, one_line_errors
 from data import decode, normalise
-from diffusion import Diffusion, DiffusionConfig
-from errors import UserError, one_line_errors
-from lora import layer_shapes, merge_lora
-from pictures import render
-from sdxl import Denoiser, decode_latents, encode_pixels, load_sdxl, native_resolution, sample_latents, time_ids, tokenize
-from sources import open_source
+from dataset.sources import open_source
+from lora import merge_lora
+from lora_files.deltas import layer_shapes
+from lora_files.read import newest_lora, read_lora, trained_on
+from memory import (
+    DTYPES,
+    resolve_device,
+    resolve_precision,  # before sdxl
+)
+from model.diffusion import Diffusion, DiffusionConfig
+from model.load import load_sdxl, native_resolution
+from model.render import render
+from model.sdxl import Denoiser, time_ids
+from model.text import tokenize
+from model.vae import decode_latents, encode_pixels, sample_latents
 
 HELD_OUT = Path(__file__).parents[1] / "assets/demo/heldout"
 
@@ -83,15 +91,15 @@ def statistics(images: list[Image.Image]) -> dict[str, np.ndarray]:
 
 
 def main(config: EvaluateConfig) -> None:
-    device = memory.resolve_device(config.device)
-    lora = formats.find(config.lora)
-    model = config.model or formats.trained_on(lora)
+    device = resolve_device(config.device)
+    lora = newest_lora(config.lora)
+    model = config.model or trained_on(lora)
     source = open_source(config.data)
     if source.latents:
         raise UserError(f"--data {config.data} holds latents: the evaluation compares pictures, so it needs images")
-    pipe = load_sdxl(model, memory.DTYPES[memory.resolve_precision("auto", device)], device)
+    pipe = load_sdxl(model, DTYPES[resolve_precision("auto", device)], device)
     denoiser, size = Denoiser(pipe), native_resolution(pipe)
-    deltas = formats.read(lora, layer_shapes(denoiser))
+    deltas = read_lora(lora, layer_shapes(denoiser))
     schedule = pipe.scheduler
     diffusion = Diffusion(DiffusionConfig(), schedule.alphas_cumprod, schedule.config.prediction_type, device)
 

@@ -21,15 +21,14 @@ import torch
 import tyro
 from PIL import Image, ImageDraw, ImageFont
 
-sys.path[:0] = [str(folder) for folder in Path(__file__).parents[:2]]
-from convert import model_shapes
-from verdicts import COMPONENTS, RULES, LoraFile, verdict
-
-import formats
-from checkpoint import check_writable, write_atomically
-from errors import UserError, one_line_errors, printable
-from lora import delta_svd
-from pictures import shorten
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from common.errors import UserError, one_line_errors, printable
+from common.files import check_writable, write_atomically
+from common.sheets import shorten
+from lora_files.base_weights import model_shapes
+from lora_files.compatibility import COMPONENTS, RULES, LoraFile, verdict
+from lora_files.deltas import delta_svd
+from lora_files.read import check_generation, layouts, scan
 
 
 @dataclass(frozen=True)
@@ -67,10 +66,10 @@ def about(file: LoraFile) -> Iterator[str]:
         sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
     dtypes = ", ".join(dtype for dtype, _ in sizes.most_common()) or "none"
     yield f"file         {file.path}, {file.path.stat().st_size / 1e6:.1f} MB, {len(file.tensors)} tensors: {dtypes}"
-    found = formats.layouts(file.tensors)
+    found = layouts(file.tensors)
     yield f"layout       {'several: ' if len(found) > 1 else ''}{', '.join(found) or 'none'}"
     try:
-        formats.check_generation(file.path, file.parts, file.shapes)
+        check_generation(file.path, file.parts, file.shapes)
     except UserError as error:
         yield f"generation   {str(error).rpartition(': ')[2]}"
     for kind, number in Counter(file.kinds.values()).items():
@@ -191,7 +190,7 @@ def main(config: InspectConfig) -> None:
     picture = config.picture or Path(f"{config.lora.stem}.norms.png")
     check_writable("--picture", picture.parent)
     shapes = model_shapes(config.model)
-    file = LoraFile(**vars(formats.survey(config.lora, shapes)), shapes=shapes)
+    file = LoraFile(**vars(scan(config.lora, shapes)), shapes=shapes)
     blocks = measure(file)
     for section in (about(file), components(file), norms(blocks) if blocks else (), weights(file) if file.deltas else ()):
         if lines := list(section):

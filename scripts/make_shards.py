@@ -24,13 +24,15 @@ from safetensors.torch import load
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from checkpoint import check_writable
-from duplicates import LIMIT, near, same
-from errors import UserError, one_line_errors, printable
-from images import dhash, open_image, to_rgb
-from packing import PER_SHARD, Inputs, ParquetRows, Row, Tick, cores, in_parallel, pack_all, parquet_tables
-from shards import Shard, read_index, survey, unfinished
-from sources import File, Source, local_shards, of_shards, scan_folder
+from common.errors import UserError, one_line_errors, printable
+from common.files import check_writable
+from dataset.duplicates import LIMIT, near, same
+from dataset.images import dhash, open_image, to_rgb
+from dataset.packing import PER_SHARD, pack_all
+from dataset.rows import Inputs, ParquetRows, Row, parquet_tables
+from dataset.shards import Shard, read_index, survey, unfinished
+from dataset.sources import File, Source, local_shards, of_shards, scan_folder
+from dataset.workers import Tick, cores, in_parallel
 
 MOST_GROUPS, MOST_NAMES = 20, 10  # that are printed: of duplicates, in a group
 

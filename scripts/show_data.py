@@ -14,15 +14,16 @@ import tyro
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import memory  # noqa: F401 (readies xFormers before diffusers is imported)
-from buckets import enlarged, share_cropped
-from captions import CaptionConfig
-from checkpoint import check_writable
+
+from common.errors import UserError, check_seed, one_line_errors
+from common.files import check_writable
+from common.sheets import stack
 from data import DataConfig, Stream, batch_or_raise
-from errors import UserError, check_seed, one_line_errors
-from pictures import stack
-from sdxl import BASE, split_tokens
-from sources import Source, open_mixture
+from dataset.buckets import enlarged, share_cropped
+from dataset.captions import CaptionConfig
+from dataset.sources import Source, open_mixture
+from model.load import BASE
+from model.text import split_tokens
 
 SIDE, COLUMNS, LINES, FONT = 256, 6, 5, 12  # pixels of a cell, cells in a row, lines of a caption, pixels of a line
 

@@ -102,14 +102,14 @@ def tiny_model(tmp_path_factory) -> Path:
 @pytest.fixture
 def pipe(tiny_model):
     """A fresh float32 pipeline of the tiny model on the CPU."""
-    from sdxl import load_sdxl
+    from model.load import load_sdxl
 
     return load_sdxl(str(tiny_model), torch.float32, torch.device("cpu"))
 
 
 @pytest.fixture
 def denoiser(pipe):
-    from sdxl import Denoiser
+    from model.sdxl import Denoiser
 
     return Denoiser(pipe)
 
@@ -236,7 +236,7 @@ ONE_HOST = ["--nproc-per-node", 2, "--rdzv-backend", "c10d", "--rdzv-endpoint", 
 @pytest.fixture
 def script(capfd):
     """script("train_lora.py", "--rank", "8", status=0) -> (stdout, stderr), by `run_main`."""
-    from signals import SIGNALS
+    from common.signals import SIGNALS
 
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
 
@@ -262,10 +262,10 @@ DRY_RUNS: dict = {}
 @pytest.fixture
 def train(script, tiny_model, shards, tmp_path, monkeypatch):
     """train("--steps", 4) runs the training script on the tiny model, without pictures; files go to a fresh folder."""
-    import budget
-    import pictures
+    from model.render import render
+    from performance.memory_plan import dry_run as budget_dry_run
 
-    run_dry = budget.dry_run  # more than half of the time of a short run, and a function of these shapes
+    run_dry = budget_dry_run  # more than half of the time of a short run, and a function of these shapes
 
     def dry_run(denoiser, block_names, text, latent_side):
         key = repr(denoiser), tuple(block_names), [(t.shape, t.dtype) for t in text], latent_side
@@ -274,11 +274,11 @@ def train(script, tiny_model, shards, tmp_path, monkeypatch):
             DRY_RUNS[key] = run_dry(denoiser, block_names, text, latent_side)
         return DRY_RUNS[key]
 
-    monkeypatch.setattr("budget.dry_run", dry_run)
+    monkeypatch.setattr("performance.memory_plan.dry_run", dry_run)
 
-    draw = pictures.render  # three pictures of 20 steps would take most of a test's time
-    monkeypatch.setattr("pictures.NARUTO_PROMPTS", ["one picture a save is enough"])
-    monkeypatch.setattr("pictures.render", lambda *given, **how: draw(*given, **{**how, "steps": 2}))
+    draw = render  # three pictures of 20 steps would take most of a test's time
+    monkeypatch.setattr("model.render.NARUTO_PROMPTS", ["one picture a save is enough"])
+    monkeypatch.setattr("run.gallery.render", lambda *given, **how: draw(*given, **{**how, "steps": 2}))
     base = ["--model", tiny_model, "--rank", 2, "--bs", 2, "--workers", 0, "--device", "cpu", "--no-pictures"]
     base += ["--out", tmp_path / "out", "--log-dir", tmp_path / "runs"]
 
@@ -292,7 +292,8 @@ def train(script, tiny_model, shards, tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def sdxl_meta() -> torch.nn.Module:
     """The Denoiser of the real SDXL base architecture on the meta device: shapes without weights."""
-    from sdxl import Denoiser, base_architecture
+    from model.load import base_architecture
+    from model.sdxl import Denoiser
 
     with torch.device("meta"):
         parts = base_architecture()

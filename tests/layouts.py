@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-import formats
+from lora_files.deltas import Deltas
+from lora_files.names import kohya_name
 
 SUFFIXES = {
     "kohya": (".lora_down.weight", ".lora_up.weight"),
@@ -31,7 +32,7 @@ def stem(path: str, layout: str) -> str:
     component, _, rest = path.partition(".")
     number = {"unet": "", "text_encoder": "1", "text_encoder_2": "2"}[component]
     if layout == "kohya SGM":
-        return formats.kohya_name(path)
+        return kohya_name(path)
     if layout == "kohya diffusers":
         prefix = "lora_unet_" if component == "unet" else f"lora_te{number}_"
         return prefix + (rest if component == "unet" else with_text_model(rest)).replace(".", "_")
@@ -48,7 +49,7 @@ def stem(path: str, layout: str) -> str:
         return f"base_model.model.{rest}"
     assert layout == "comfy"
     if component == "unet":
-        dotted = formats.kohya_name(path).removeprefix("lora_unet_")
+        dotted = kohya_name(path).removeprefix("lora_unet_")
         head = re.match(r"(input_blocks|output_blocks|middle_block|time_embed|label_emb|out)((_\d+)*)", dotted)
         below = rest.split(".", {"down_blocks": 4, "up_blocks": 4, "mid_block": 3}[rest.split(".")[0]])[-1]
         return "diffusion_model." + head[0].replace("_", ".").replace("blocks.", "blocks.").replace(
@@ -57,7 +58,7 @@ def stem(path: str, layout: str) -> str:
     return f"text_encoders.clip_{'l' if number == '1' else 'g'}.transformer.{with_text_model(rest)}"
 
 
-def named(deltas: formats.Deltas, layout: str, suffix: str, alpha: bool) -> dict[str, Tensor]:
+def named(deltas: Deltas, layout: str, suffix: str, alpha: bool) -> dict[str, Tensor]:
     """The tensors of a file, those of α only if asked for."""
     tensors = {}
     down, up = SUFFIXES[suffix]
@@ -69,5 +70,5 @@ def named(deltas: formats.Deltas, layout: str, suffix: str, alpha: bool) -> dict
     return tensors
 
 
-def write(file, deltas: formats.Deltas, layout: str, suffix: str, alpha: bool, metadata=None) -> None:
+def write(file, deltas: Deltas, layout: str, suffix: str, alpha: bool, metadata=None) -> None:
     save_file(named(deltas, layout, suffix, alpha), file, metadata)

@@ -4,7 +4,7 @@ import re
 
 import torch
 
-from formats import sgm_path
+from lora_files.names import sgm_path
 
 TEXT = {
     r"^text_model\.": "",

@@ -25,14 +25,15 @@ from PIL import Image, ImageCms
 from safetensors.torch import save
 from transformers import CLIPTokenizer
 
-from buckets import resized
-from captions import CaptionConfig
+from common.errors import UserError
 from data import DataConfig, Stream
-from errors import UserError
-from images import fit
-from sdxl import BASE, tokenize
-from shards import pack_latents
-from sources import open_mixture
+from dataset.buckets import resized
+from dataset.captions import CaptionConfig
+from dataset.images import fit
+from dataset.latents import pack_latents
+from dataset.sources import open_mixture
+from model.load import BASE
+from model.text import tokenize
 
 PHOTO = photograph(3, 90, 70)
 JPEG, PNG = encoded(PHOTO, "JPEG"), encoded(PHOTO)

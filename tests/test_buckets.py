@@ -4,7 +4,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from buckets import Order, bucket_sizes, choose_bucket, enlarged, resized, share_cropped
+from dataset.buckets import Order, bucket_sizes, choose_bucket, enlarged, resized, share_cropped
 
 
 def test_sizes_are_those_of_sdxl():

@@ -10,12 +10,13 @@ from test_lora import inputs
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import budget
-import memory
-from budget import Block, Costs, GiB, Plan, dry_run, make_plan
-from errors import UserError
-from fast import install
+from common.errors import UserError
 from lora import LoRAConfig, add_lora
+from performance import memory_plan as budget
+from performance.adamw8bit import bytes_per_trained
+from performance.checkpointing import block_names, checkpoint_blocks
+from performance.kernels import install
+from performance.memory_plan import Block, Costs, GiB, Plan, dry_run, make_plan
 
 
 def fused_on_cpu(q, k, v):
@@ -29,7 +30,7 @@ def meta_costs(model, batch: int, side=8, **lora) -> Costs:
     add_lora(model, LoRAConfig(**lora), model.unread)
     install(model.unet, budget.stand_in_kernel)
     tokens = torch.empty(batch, 2, 77, dtype=torch.int64, device="meta")
-    return dry_run(model, memory.block_names(model), (tokens,), side)
+    return dry_run(model, block_names(model), (tokens,), side)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +107,7 @@ def test_a_real_step_holds_and_peaks_as_predicted(denoiser, share):
     checkpointed = order[: round(share * len(order))]
     add_lora(denoiser, LoRAConfig(train_text_encoder=False), denoiser.unread)
     install(denoiser.unet, fused_on_cpu)
-    memory.checkpoint_blocks(denoiser, checkpointed)
+    checkpoint_blocks(denoiser, checkpointed)
     with Live() as live:
         prediction = denoiser(**inputs(4))
         assert costs.held(checkpointed, 4) == pytest.approx(live.now, rel=0.02)
@@ -145,7 +146,7 @@ def test_the_real_architecture(real, half):
     }
     unet = sum(block.flops for name, block in real.blocks.items() if name.startswith("unet.")) + real.outside.flops
     assert unet == pytest.approx(3 * 6.76e12, rel=0.01)
-    weights, each = 6.46 * GiB, memory.bytes_per_trained("adamw8bit", torch.float16)
+    weights, each = 6.46 * GiB, bytes_per_trained("adamw8bit", torch.float16)
     plan = make_plan(real, {"fp16": int(weights + each * 14_774_272)}, 3, 80 * GiB)
     assert 1.0 <= plan.predicted / GiB / 21.15 < 1.04  # never less than it took
     wide = meta_costs(half, 3, 128, targets="all")

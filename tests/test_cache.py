@@ -1,4 +1,4 @@
-"""scripts/cache.py: what it keeps, what it makes anew, how it goes on."""
+"""scripts/cache_latents.py: what it keeps, what it makes anew, how it goes on."""
 
 import re
 import shutil
@@ -11,11 +11,15 @@ from conftest import ONE_HOST, Forked, fork_torchrun
 from safetensors.torch import load_file, save_file
 from test_train import last
 
+from common.errors import UserError
 from data import DataConfig, assign_buckets, decode, normalise
-from errors import UserError
-from sdxl import Denoiser, encode_pixels, load_sdxl, tokenize
-from shards import INDEX, read_index, unpack_latents, unpack_text
-from sources import open_source
+from dataset.latents import unpack_latents, unpack_text
+from dataset.shards import INDEX, read_index
+from dataset.sources import open_source
+from model.load import load_sdxl
+from model.sdxl import Denoiser
+from model.text import tokenize
+from model.vae import encode_pixels
 
 
 def contents(folder) -> dict[str, bytes]:
@@ -24,7 +28,7 @@ def contents(folder) -> dict[str, bytes]:
 
 def test_cached_latents_are_what_the_vae_gives_for_the_same_images(script, tiny_model, shards, tmp_path):
     how = ["--model", tiny_model, "--per-shard", 4, "--device", "cpu", "--bucket-step", 16, "--flip"]
-    out, _ = script("scripts/cache.py", shards, *how, "--out", tmp_path)
+    out, _ = script("scripts/cache_latents.py", shards, *how, "--out", tmp_path)
     assert re.search(r"^7 images at 64 px: [2-5] of 5 buckets, ", out)
     assert f"7 images in 2 shards in {tmp_path}/: 7 encoded, 0 from before" in out
     pipe = load_sdxl(str(tiny_model), torch.float32, torch.device("cpu"))
@@ -40,13 +44,13 @@ def test_cached_latents_are_what_the_vae_gives_for_the_same_images(script, tiny_
             ours = encode_pixels(pipe.vae, normalise(torch.tensor(pixels)[None]))[0]
             torch.testing.assert_close(torch.from_numpy(posterior).float(), ours, atol=1e-3, rtol=1e-3)
             assert told == about
-    _, err = script("scripts/cache.py", tmp_path, "--model", tiny_model, "--out", tmp_path / "b", status=2)
-    assert err == f"cache.py: {tmp_path} holds latents already\n"
+    _, err = script("scripts/cache_latents.py", tmp_path, "--model", tiny_model, "--out", tmp_path / "b", status=2)
+    assert err == f"cache_latents.py: {tmp_path} holds latents already\n"
 
 
 def test_cached_masks_are_those_of_the_images(script, tiny_model, cutouts, tmp_path):
     how = ["--model", tiny_model, "--device", "cpu", "--bucket-step", 16, "--flip"]
-    script("scripts/cache.py", cutouts, *how, "--masked-loss", "--out", tmp_path / "latents")
+    script("scripts/cache_latents.py", cutouts, *how, "--masked-loss", "--out", tmp_path / "latents")
     images, latents = open_source(str(cutouts)), open_source(str(tmp_path / "latents"))
     sizes, bucket = assign_buckets(images, DataConfig(bucket_step=16), 64)
     pipe = load_sdxl(str(tiny_model), torch.float32, torch.device("cpu"))
@@ -64,7 +68,7 @@ def test_a_change_makes_anew_what_it_changes_and_no_more(script, tiny_model, pho
     how = ["--model", tiny_model, "--per-shard", 3, "--device", "cpu", "--bucket-step", 16, "--workers", 0]
 
     def cache(out: str = "latents", *options) -> str:
-        return script("scripts/cache.py", images, "--out", tmp_path / out, *how, *options)[0].splitlines()[-1]
+        return script("scripts/cache_latents.py", images, "--out", tmp_path / out, *how, *options)[0].splitlines()[-1]
 
     assert cache().endswith("7 encoded, 0 from before")
     first = contents(tmp_path / "latents")
@@ -75,7 +79,7 @@ def test_a_change_makes_anew_what_it_changes_and_no_more(script, tiny_model, pho
     (images / "photo3.txt").write_text("another caption")
     shutil.copy(images / "photo5.jpg", images / "photo4.jpg")
     (images / "photo2.jpg").write_bytes(b"broken")
-    out, _ = script("scripts/cache.py", images, "--out", tmp_path / "latents", *how)
+    out, _ = script("scripts/cache_latents.py", images, "--out", tmp_path / "latents", *how)
     # photo4 is photo5 now and another is photo6: of these, nothing has to be encoded
     assert "7 images in 3 shards" in out
     assert "0 encoded, 7 from before" in out
@@ -86,15 +90,15 @@ def test_a_change_makes_anew_what_it_changes_and_no_more(script, tiny_model, pho
     source = open_source(str(tmp_path / "latents"))
     assert [source.raw(n).captions for n in (0, 3)] == [["another picture"], ["another caption"]]
     assert cache("latents", "--flip").startswith("  refused")
-    out, _ = script("scripts/cache.py", images, "--out", tmp_path / "fresh", *how, "--no-buckets")
+    out, _ = script("scripts/cache_latents.py", images, "--out", tmp_path / "fresh", *how, "--no-buckets")
     assert int(re.search(r"(\d) encoded", out)[1]) >= 4  # those whose bucket was not the square
 
 
 def test_killed_in_between_it_goes_on_and_ends_the_same(script, tiny_model, photos, tmp_path):
     how = [photos, "--model", tiny_model, "--per-shard", 1, "--device", "cpu", "--bucket-step", 16, "--workers", 0]
-    script("scripts/cache.py", *how, "--out", tmp_path / "whole")
+    script("scripts/cache_latents.py", *how, "--out", tmp_path / "whole")
     wanted, folder = contents(tmp_path / "whole"), tmp_path / "latents"
-    process = Forked("scripts/cache.py", *how, "--out", folder, output=tmp_path / "told")
+    process = Forked("scripts/cache_latents.py", *how, "--out", folder, output=tmp_path / "told")
     while len(list(folder.glob("*.tar"))) < 3 and process.poll() is None:
         time.sleep(0.002)
     process.kill()
@@ -102,7 +106,7 @@ def test_killed_in_between_it_goes_on_and_ends_the_same(script, tiny_model, phot
     if not (folder / INDEX).exists():
         with pytest.raises(UserError, match="interrupted: the same command goes on with it"):
             open_source(str(folder))
-    out, _ = script("scripts/cache.py", *how, "--out", folder)
+    out, _ = script("scripts/cache_latents.py", *how, "--out", folder)
     assert int(re.search(r"(\d) from before", out)[1]) >= 3
     for path in folder.glob(".*.part"):
         path.unlink()  # of what was being written when it was killed
@@ -111,8 +115,8 @@ def test_killed_in_between_it_goes_on_and_ends_the_same(script, tiny_model, phot
 
 def test_several_ranks_share_the_work(script, tiny_model, shards, tmp_path):
     how = [shards, "--model", tiny_model, "--per-shard", 2, "--device", "cpu", "--bucket-step", 16, "--workers", 0]
-    script("scripts/cache.py", *how, "--out", tmp_path / "one")
-    process = fork_torchrun("scripts/cache.py", [*how, "--out", tmp_path / "two"], ONE_HOST, tmp_path / "told")
+    script("scripts/cache_latents.py", *how, "--out", tmp_path / "one")
+    process = fork_torchrun("scripts/cache_latents.py", [*how, "--out", tmp_path / "two"], ONE_HOST, tmp_path / "told")
     process.join(120)
     told = (tmp_path / "told").read_text()
     assert process.exitcode == 0, told
@@ -135,7 +139,7 @@ def with_text(photos, tiny_model, tmp_path_factory):
 def test_hidden_states_are_those_of_the_encoders(script, tiny_model, with_text, tmp_path):
     how = ["--model", tiny_model, "--device", "cpu", "--bucket-step", 16, "--workers", 0, "--text", 3]
     how += ["--shuffle-tags", "--keep-tags", 1, "--caption-prefix", "naruto "]
-    script("scripts/cache.py", with_text, *how, "--out", tmp_path)
+    script("scripts/cache_latents.py", with_text, *how, "--out", tmp_path)
     source = open_source(str(tmp_path))
     denoiser = Denoiser(load_sdxl(str(tiny_model), torch.float32, torch.device("cpu")))
     seen = set()
@@ -147,7 +151,7 @@ def test_hidden_states_are_those_of_the_encoders(script, tiny_model, with_text, 
             torch.testing.assert_close(kept.float(), states, atol=2e-3, rtol=1e-3)
     assert all(caption.startswith("naruto picture, ") for caption in seen)
     assert len(seen) > 14  # of 7 images
-    out, _ = script("scripts/cache.py", with_text, *how, "--out", tmp_path)
+    out, _ = script("scripts/cache_latents.py", with_text, *how, "--out", tmp_path)
     assert "0 encoded, 7 from before" in out
     (index,) = read_index(tmp_path).values()
     assert index.text == pytest.approx(denoiser.text_probe(), abs=1e-4)
@@ -155,9 +159,9 @@ def test_hidden_states_are_those_of_the_encoders(script, tiny_model, with_text, 
 
 def test_training_on_ready_made_text_is_training_on_the_captions(train, script, tiny_model, with_text, tmp_path, monkeypatch):
     how = ["--model", tiny_model, "--device", "cpu", "--bucket-step", 16, "--workers", 0]
-    script("scripts/cache.py", with_text, *how, "--out", tmp_path / "latents", "--text", 1)
+    script("scripts/cache_latents.py", with_text, *how, "--out", tmp_path / "latents", "--text", 1)
     asked = ["--data", tmp_path / "latents", "--bucket-step", 16, "--steps", 6, "--lr", 1e-2, "--caption-dropout", 0.3]
-    script("scripts/cache.py", with_text, *how, "--out", tmp_path / "plain")
+    script("scripts/cache_latents.py", with_text, *how, "--out", tmp_path / "plain")
     frozen = [*asked, "--no-train-text-encoder"]
     out, _ = train(*frozen, "--log-dir", tmp_path / "ready")
     live = ["--data", tmp_path / "plain", *frozen[2:]]
@@ -167,7 +171,7 @@ def test_training_on_ready_made_text_is_training_on_the_captions(train, script, 
     parameters = re.compile(r"U-Net and text encoders ([\d,]+) parameters")
     assert parameters.search(out)[1] == parameters.search(told)[1]
     _, err = train(*frozen, "--shuffle-tags", "--out", tmp_path / "c", status=2)
-    assert "this text was encoded already, by cache.py --text" in err
+    assert "this text was encoded already, by cache_latents.py --text" in err
     train(*asked, "--shuffle-tags", "--out", tmp_path / "d", "--log-dir", tmp_path / "trained")  # then it is not used
     other = shutil.copytree(tiny_model, tmp_path / "other")
     weights = load_file(other / "text_encoder_2/model.safetensors")
@@ -183,6 +187,6 @@ def test_mistakes(script, tmp_path):
         (["--shuffle-tags"], "--shuffle-tags and --caption-prefix do nothing here without --text: training applies them"),
         (["--text", 1, "--keep-tags", 1], "--keep-tags does nothing without --shuffle-tags"),
     ):
-        _, err = script("scripts/cache.py", "photos", "--out", tmp_path / "x", *options, status=2)
-        assert err == f"cache.py: {message}\n"
+        _, err = script("scripts/cache_latents.py", "photos", "--out", tmp_path / "x", *options, status=2)
+        assert err == f"cache_latents.py: {message}\n"
     assert not (tmp_path / "x").exists()

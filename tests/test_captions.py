@@ -2,8 +2,8 @@ import random
 
 import pytest
 
-from captions import CaptionConfig, choose_caption
-from errors import UserError
+from common.errors import UserError
+from dataset.captions import CaptionConfig, choose_caption
 
 TAGS = "naruto, orange coat, smile, leaf village"
 

@@ -6,20 +6,10 @@ import shutil
 import pytest
 import torch
 
-import formats
-from checkpoint import (
-    MANIFEST,
-    STATE,
-    Persistence,
-    check_writable,
-    digest,
-    find_state,
-    load_state,
-    read_state,
-    save_state,
-    write_atomically,
-)
-from errors import UserError
+from common.errors import UserError
+from common.files import Persistence, check_writable, digest, write_atomically
+from lora_files.read import read_metadata
+from run.state import MANIFEST, STATE, find_state, load_state, read_state, save_state
 
 
 def test_a_file_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -154,14 +144,14 @@ def test_a_folder_that_goes_while_it_is_read_back_is_refused_by_the_disk(tmp_pat
     def gone(read):
         return lambda path: (shutil.rmtree(tmp_path), read(path))
 
-    monkeypatch.setattr("checkpoint.read_state", gone(read_state))
+    monkeypatch.setattr("run.state.read_state", gone(read_state))
     assert Persistence()("the state", lambda: save_state(tmp_path, {"step": 1}, {})) is None
     lora = tmp_path / "lora.safetensors"
-    for read in (formats.read_metadata, lambda path: torch.UntypedStorage.from_file(str(path), nbytes=1)):  # a RuntimeError
+    for read in (read_metadata, lambda path: torch.UntypedStorage.from_file(str(path), nbytes=1)):  # a RuntimeError
         assert Persistence()("the file", lambda read=read: write_atomically(lora, b"", gone(read))) is None
     assert capfd.readouterr().err.count("could not be written ([Errno 2] No such file") == 3
     with pytest.raises(UserError, match="is not a readable"):
-        Persistence()("the file", lambda: write_atomically(lora, b"rubbish", formats.read_metadata))
+        Persistence()("the file", lambda: write_atomically(lora, b"rubbish", read_metadata))
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

@@ -12,12 +12,13 @@ import webdataset as wds
 from conftest import encoded, photograph
 from PIL import Image
 
-from buckets import bucket_sizes
-from captions import CaptionConfig
+from common.errors import UserError
 from data import DataConfig, Stream, decode, describe_buckets, make_loader, normalise
-from errors import UserError
-from shards import pack_latents, split_captions
-from sources import Raw, open_mixture, open_source
+from dataset.buckets import bucket_sizes
+from dataset.captions import CaptionConfig
+from dataset.latents import pack_latents
+from dataset.shards import split_captions
+from dataset.sources import Raw, open_mixture, open_source
 
 
 def stream(data, bs: int = 2, resolution: int = 64, seed: int = 0, **where) -> Stream:

@@ -3,8 +3,8 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
-from diffusion import Diffusion, DiffusionConfig, area_weights
-from errors import UserError
+from common.errors import UserError
+from model.diffusion import Diffusion, DiffusionConfig, area_weights
 
 SCHEDULE = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 

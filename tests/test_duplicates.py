@@ -5,9 +5,9 @@ import pytest
 from conftest import photograph
 from PIL import Image, ImageEnhance
 
-from duplicates import LIMIT, near, same
-from images import dhash, open_image, to_rgb
-from sources import open_source
+from dataset.duplicates import LIMIT, near, same
+from dataset.images import dhash, open_image, to_rgb
+from dataset.sources import open_source
 
 
 def saved(image: Image.Image, kind: str, quality: int) -> Image.Image:

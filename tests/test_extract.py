@@ -11,9 +11,11 @@ from test_interop import merged_like_diffusers
 from test_scripts import parts_of
 from torch import Tensor, nn
 
-import formats
-from lora import TARGETS, delta_svd, layer_shapes, merge_lora, mergeable_layers
-from sdxl import load_sdxl
+from lora import TARGETS, merge_lora
+from lora_files.deltas import Deltas, delta_svd, layer_shapes, mergeable_layers
+from lora_files.read import read_lora, read_metadata
+from lora_files.write import LISTED, serialise
+from model.load import load_sdxl
 
 FP32 = ("--save-dtype", "fp32")
 Delta = tuple[Tensor, Tensor, float]
@@ -52,7 +54,7 @@ def saved(tiny_model, folder, change) -> None:
     pipe.save_pretrained(folder)
 
 
-def random_deltas(shapes: dict[str, torch.Size], ranks: list[int], alphas: list[float]) -> formats.Deltas:
+def random_deltas(shapes: dict[str, torch.Size], ranks: list[int], alphas: list[float]) -> Deltas:
     """Ranks and alphas in turn."""
     g, deltas = torch.Generator().manual_seed(0), {}
     for i, (name, (out, *inner)) in enumerate(shapes.items()):
@@ -114,8 +116,8 @@ def test_a_planted_difference_is_found(script, tiny_model, shapes, tmp_path):
     planted = random_deltas({n: s for n, s in shapes.items() if not n.startswith("text_encoder.")}, [3], [0.6])
     saved(tiny_model, tmp_path / "tuned", lambda model: merge_lora(model, planted))
     file = tmp_path / "lora.safetensors"
-    out, _ = script("scripts/extract.py", tmp_path / "tuned", file, "--base", tiny_model, "--rank", 3, *FP32)
-    found = formats.read(file, shapes)
+    out, _ = script("scripts/extract_lora.py", tmp_path / "tuned", file, "--base", tiny_model, "--rank", 3, *FP32)
+    found = read_lora(file, shapes)
     assert found.keys() == {name for name in planted if re.search(TARGETS["all"], name)}
     for name, delta in found.items():
         assert len(delta[0]) == delta[2] == 3
@@ -127,8 +129,8 @@ def test_a_planted_difference_is_found(script, tiny_model, shapes, tmp_path):
     share = sum(others.values()) / sum(dense(delta).square().sum() for delta in planted.values())
     assert f"left out: {len(others)} layers outside of --targets, {share:.2%} of all (--targets . takes them too)\n" in out
     assert out.splitlines()[-1].startswith(f"{file}: {len(found)} layers in the kohya layout, 100.00% retained, ")
-    metadata = formats.read_metadata(file)
-    assert metadata.items() >= {**formats.LISTED, "ss_network_dim": "3", "ss_network_alpha": "3.0"}.items()
+    metadata = read_metadata(file)
+    assert metadata.items() >= {**LISTED, "ss_network_dim": "3", "ss_network_alpha": "3.0"}.items()
     assert json.loads(metadata["sdxl_lora.extracted"]) == {"source": "tuned", "base": "model", "rank": 3}
 
 
@@ -137,8 +139,8 @@ def test_each_layer_is_the_truncated_svd(script, tiny_model, trained, shapes, tm
     folder, differences = trained
     file = tmp_path / "lora.safetensors"
     how = ("--base", tiny_model, "--rank", 5, "--targets", ".", *FP32)
-    out, _ = script("scripts/extract.py", folder, file, *how)
-    found = formats.read(file, shapes)
+    out, _ = script("scripts/extract_lora.py", folder, file, *how)
+    found = read_lora(file, shapes)
     assert found.keys() == differences.keys()
     for name, delta in found.items():
         assert distance(dense(delta), truncated(differences[name], 5)) < 1e-5, name
@@ -163,8 +165,8 @@ def test_a_folder_and_a_checkpoint_are_the_same(script, tiny_model, trained, sha
     out = tmp_path / "lora.safetensors"
     for tuned, base in ((tmp_path / "tuned.safetensors", tiny_model), (folder, tmp_path / "base.safetensors")):
         out.unlink(missing_ok=True)
-        script("scripts/extract.py", tuned, out, "--base", base, "--rank", 4, "--targets", ".", *FP32)
-        found = formats.read(out, shapes)
+        script("scripts/extract_lora.py", tuned, out, "--base", base, "--rank", 4, "--targets", ".", *FP32)
+        found = read_lora(out, shapes)
         assert found.keys() == wanted.keys()
         assert all(distance(dense(delta), wanted[name]) < 1e-5 for name, delta in found.items())
 
@@ -174,17 +176,17 @@ def test_the_smallest_rank_within_an_error(script, tiny_model, trained, base, sh
     folder, differences = trained
     file, error = tmp_path / "lora.safetensors", 0.3
     targets = "^(?!.*text_projection)"  # diffusers takes the rank of this one for that of the others
-    script("scripts/extract.py", folder, file, "--base", tiny_model, "--error", error, "--targets", targets, *FP32)
-    ranks, found = set(), formats.read(file, shapes)
+    script("scripts/extract_lora.py", folder, file, "--base", tiny_model, "--error", error, "--targets", targets, *FP32)
+    ranks, found = set(), read_lora(file, shapes)
     for name, (A, *_) in found.items():
         S = torch.linalg.svdvals(differences[name])
         assert S[len(A) :].norm() <= error * S.norm() < S[len(A) - 1 :].norm(), name
         ranks.add(len(A))
     assert len(ranks) > 5
-    metadata = formats.read_metadata(file)
+    metadata = read_metadata(file)
     assert metadata["ss_network_dim"] == metadata["ss_network_alpha"] == "Dynamic"
     assert json.loads(metadata["sdxl_lora.extracted"]) == {"source": "model", "base": "model", "error": error}
-    script("scripts/merge.py", tiny_model, tmp_path / "merged", "--lora", file)
+    script("scripts/merge_lora.py", tiny_model, tmp_path / "merged", "--lora", file)
     merged = weights(tmp_path / "merged")
     assert all(distance(merged[name] - base[name], differences[name]) <= error * 1.0001 for name in found)
     assert merged_like_diffusers(tiny_model, file, tolerance=2e-6) == len(found) == len(shapes) - 1
@@ -200,7 +202,7 @@ def test_what_was_only_rounded_is_not_trained(script, tiny_model, base, tmp_path
 
     saved(tiny_model, tmp_path / "half", change)
     for i, (tuned, other) in enumerate([(tmp_path / "half", tiny_model), (tiny_model, tmp_path / "half")]):
-        out, _ = script("scripts/extract.py", tuned, tmp_path / f"{i}.safetensors", "--base", other, "--error", 0.01)
+        out, _ = script("scripts/extract_lora.py", tuned, tmp_path / f"{i}.safetensors", "--base", other, "--error", 0.01)
         assert f"left out: {len(base) - 1} layers that do not differ" in out
         assert f"{tmp_path / f'{i}.safetensors'}: 1 layers" in out
 
@@ -212,7 +214,7 @@ def big(shapes, tmp_path):
     idle = "unet.mid_block.attentions.0.proj_in"
     deltas[idle] = (deltas[idle][0], torch.zeros_like(deltas[idle][1]), 1.0)
     file = tmp_path / "big.safetensors"
-    file.write_bytes(formats.serialise(deltas, {"ss_steps": "450", "ss_network_dim": "6"}, "diffusers", torch.float32))
+    file.write_bytes(serialise(deltas, {"ss_steps": "450", "ss_network_dim": "6"}, "diffusers", torch.float32))
     deltas.pop(idle)
     return file, deltas
 
@@ -221,28 +223,28 @@ def big(shapes, tmp_path):
 def test_a_resized_lora_is_the_truncated_svd_of_its_product(script, tiny_model, shapes, big, tmp_path, rank):
     file, deltas = big
     small = tmp_path / "small.safetensors"
-    out, _ = script("scripts/extract.py", file, small, "--resize", "--rank", rank, "--model", tiny_model, *FP32)
-    resized = formats.read(small, shapes)
+    out, _ = script("scripts/extract_lora.py", file, small, "--resize", "--rank", rank, "--model", tiny_model, *FP32)
+    resized = read_lora(small, shapes)
     assert resized.keys() == deltas.keys()
     for name, delta in resized.items():
         assert len(delta[0]) == min(rank, len(deltas[name][0]), *dense(delta).shape)
         assert distance(dense(delta), truncated(dense(deltas[name]), rank)) < 1e-6, name
         assert rank < 6 or distance(dense(delta), dense(deltas[name])) < 1e-6
     assert "left out: 1 layers that do not differ" in out
-    metadata = formats.read_metadata(small)
+    metadata = read_metadata(small)
     assert metadata["ss_network_dim"] == ("Dynamic" if rank == 6 else "2")
     assert metadata["ss_steps"] == "450"
     assert json.loads(metadata["sdxl_lora.extracted"]) == {"source": "big.safetensors", "rank": rank}
-    assert metadata["sshs_model_hash"] != formats.read_metadata(file)["sshs_model_hash"]
+    assert metadata["sshs_model_hash"] != read_metadata(file)["sshs_model_hash"]
     assert "lora_adapter_metadata" not in metadata
 
 
 def test_resizing_by_error_and_targets(script, tiny_model, shapes, big, tmp_path):
     file, deltas = big
     how = ("--resize", "--error", 0.5, "--targets", r"attn2\.to_[kv]", "--format", "diffusers", "--model", tiny_model)
-    out, _ = script("scripts/extract.py", file, tmp_path / "small.safetensors", *how)
-    resized = formats.read(tmp_path / "small.safetensors", shapes)
-    assert "lora_adapter_metadata" in formats.read_metadata(tmp_path / "small.safetensors")
+    out, _ = script("scripts/extract_lora.py", file, tmp_path / "small.safetensors", *how)
+    resized = read_lora(tmp_path / "small.safetensors", shapes)
+    assert "lora_adapter_metadata" in read_metadata(tmp_path / "small.safetensors")
     assert resized.keys() == {name for name in deltas if "attn2.to_k" in name or "attn2.to_v" in name}
     for name, (A, *_) in resized.items():
         S = torch.linalg.svdvals(dense(deltas[name]))
@@ -257,7 +259,7 @@ def test_mistakes(script, tiny_model, trained, big, tmp_path):
     demo = ROOT / "assets/demo/model"
 
     def refused(message: str, source, *options, target=out):
-        _, err = script("scripts/extract.py", source, target, *options, status=2)
+        _, err = script("scripts/extract_lora.py", source, target, *options, status=2)
         assert err.count("\n") == 1
         assert message in err
         assert not out.exists()

@@ -2,10 +2,10 @@ import pytest
 import torch
 from test_lora import inputs, shake
 
-import fast
-from errors import UserError
+from common.errors import UserError
 from lora import LoRAConfig, add_lora
-from quantise import quantise_base
+from performance import kernels as fast
+from performance.quantise import quantise_base
 
 CPU = torch.device("cpu")
 SHAPES = fast.Shapes({(torch.Size((2, 32, 2, 16)), torch.Size((2, 32, 2, 16))): 3,

@@ -10,9 +10,12 @@ from safetensors.torch import load, load_file, save_file
 from test_interop import merged_like_diffusers
 from test_lora import shake
 
-import formats
-from errors import UserError
-from lora import LoRAConfig, add_lora, layer_shapes
+from common.errors import UserError
+from lora import LoRAConfig, add_lora
+from lora_files.deltas import layer_shapes
+from lora_files.names import from_sgm, kohya_name, sgm_path
+from lora_files.read import fits, newest_lora, read_lora, read_metadata, trained_on
+from lora_files.write import largest_difference, make_header, serialise
 
 CONFIG = {"model": "demo", "rank": 4, "alpha": 2.0, "targets": "all", "resolution": 64}
 
@@ -27,7 +30,7 @@ def adapter(denoiser):
 @pytest.fixture
 def file(adapter, tmp_path):
     path = tmp_path / "x.safetensors"
-    path.write_bytes(formats.serialise(adapter.deltas, formats.describe(CONFIG, images=7, step=5)))
+    path.write_bytes(serialise(adapter.deltas, make_header(CONFIG, images=7, step=5)))
     return path
 
 
@@ -44,12 +47,12 @@ def test_names_of_the_real_architecture():
         "unet.time_embedding.linear_2": "time_embed_2",
         "unet.add_embedding.linear_1": "label_emb_0_0",
     }
-    assert {path: formats.kohya_name(path) for path in names} == {p: f"lora_unet_{n}" for p, n in names.items()}
+    assert {path: kohya_name(path) for path in names} == {p: f"lora_unet_{n}" for p, n in names.items()}
     for spelling in ("text_encoder.encoder", "text_encoder.text_model.encoder"):  # transformers 5 and 4
-        assert formats.kohya_name(f"{spelling}.layers.0.mlp.fc1") == "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+        assert kohya_name(f"{spelling}.layers.0.mlp.fc1") == "lora_te1_text_model_encoder_layers_0_mlp_fc1"
     te2 = "text_encoder_2.text_model.encoder.layers.31.self_attn.q_proj"
-    assert formats.kohya_name(te2) == "lora_te2_text_model_encoder_layers_31_self_attn_q_proj"
-    assert formats.kohya_name("text_encoder_2.text_projection") == "lora_te2_text_projection"
+    assert kohya_name(te2) == "lora_te2_text_model_encoder_layers_31_self_attn_q_proj"
+    assert kohya_name("text_encoder_2.text_projection") == "lora_te2_text_projection"
 
 
 def test_names_of_stability_there_and_back(sdxl_meta):
@@ -58,8 +61,8 @@ def test_names_of_stability_there_and_back(sdxl_meta):
 
     paths = [path.removeprefix("unet.") for path in layer_shapes(sdxl_meta) if path.startswith("unet.")]
     assert len(paths) == 794
-    assert [formats.from_sgm(formats.sgm_path(path)) for path in paths] == paths
-    checkpoint = {f"model.diffusion_model.{formats.sgm_path(path)}.weight": torch.tensor(i) for i, path in enumerate(paths)}
+    assert [from_sgm(sgm_path(path)) for path in paths] == paths
+    checkpoint = {f"model.diffusion_model.{sgm_path(path)}.weight": torch.tensor(i) for i, path in enumerate(paths)}
     checkpoint |= {key.replace(".weight", ".bias"): torch.tensor(-1) for key in checkpoint}
     checkpoint |= {f"model.diffusion_model.out.0.{part}": torch.tensor(-1) for part in ("weight", "bias")}
     converted = convert_ldm_unet_checkpoint(checkpoint, sdxl_meta.unet.config)
@@ -68,12 +71,12 @@ def test_names_of_stability_there_and_back(sdxl_meta):
 
 def test_names_are_one_to_one(denoiser):
     paths = list(layer_shapes(denoiser))
-    assert len({formats.kohya_name(path) for path in paths}) == len(paths)
-    assert not any(re.search(r"down_blocks|up_blocks|mid_block|\.", formats.kohya_name(path)) for path in paths)
+    assert len({kohya_name(path) for path in paths}) == len(paths)
+    assert not any(re.search(r"down_blocks|up_blocks|mid_block|\.", kohya_name(path)) for path in paths)
 
 
 def test_round_trip(adapter, denoiser, file):
-    back = formats.read(file, layer_shapes(denoiser))
+    back = read_lora(file, layer_shapes(denoiser))
     assert len(back) > 100
     assert back.keys() == adapter.deltas.keys()
     for path, (A, B, alpha) in adapter.deltas.items():
@@ -93,14 +96,14 @@ def test_layout(file):
 
 
 def test_metadata(file):
-    metadata = formats.read_metadata(file)
+    metadata = read_metadata(file)
     assert metadata["ss_base_model_version"] == "sdxl_base_v1-0"
     assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
     assert json.loads(metadata["sdxl_lora.config"])["rank"] == 4
     data = file.read_bytes()
     body = data[8 + int.from_bytes(data[:8], "little") :]
     assert metadata["sshs_model_hash"] == hashlib.sha256(body).hexdigest()
-    assert formats.trained_on(file) == "demo"
+    assert trained_on(file) == "demo"
 
 
 def test_what_is_trained_loads_in_diffusers(file, tiny_model):
@@ -110,7 +113,7 @@ def test_what_is_trained_loads_in_diffusers(file, tiny_model):
 def test_a_missing_alpha_means_rank(denoiser, file, tmp_path):
     tensors = {key: t for key, t in load_file(file).items() if not key.endswith("alpha")}
     save_file(tensors, tmp_path / "no_alpha.safetensors")
-    assert {alpha for *_, alpha in formats.read(tmp_path / "no_alpha.safetensors", layer_shapes(denoiser)).values()} == {4.0}
+    assert {alpha for *_, alpha in read_lora(tmp_path / "no_alpha.safetensors", layer_shapes(denoiser)).values()} == {4.0}
 
 
 def test_what_does_not_fit_is_refused_by_name(denoiser, file, tmp_path):
@@ -119,7 +122,7 @@ def test_what_does_not_fit_is_refused_by_name(denoiser, file, tmp_path):
     def refused(changed: dict, match: str):
         save_file(changed, tmp_path / "bad.safetensors")
         with pytest.raises(UserError, match=match):
-            formats.read(tmp_path / "bad.safetensors", paths)
+            read_lora(tmp_path / "bad.safetensors", paths)
 
     refused({**tensors, "lora_unet_nowhere.alpha": torch.ones(1)}, "1 of .* modules match no layer, first lora_unet_nowhere")
     name = next(iter(tensors)).split(".")[0]
@@ -136,7 +139,7 @@ def test_what_does_not_fit_is_refused_by_name(denoiser, file, tmp_path):
     refused({**tensors, f"{name}.alpha": torch.tensor(float("nan"))}, f"the alpha of {name} is nan")
     (tmp_path / "bad.safetensors").write_bytes(b"rubbish")
     with pytest.raises(UserError, match="not a readable"):
-        formats.read(tmp_path / "bad.safetensors", paths)
+        read_lora(tmp_path / "bad.safetensors", paths)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +159,7 @@ def test_other_adapters_are_refused_by_their_name(denoiser, file, tmp_path, part
     tensors = load_file(file)
     save_file({**tensors, f"{next(iter(tensors)).split('.')[0]}.{part}": torch.ones(1)}, tmp_path / "bad.safetensors")
     with pytest.raises(UserError, match=f"bad.safetensors is {kind}: only LoRA of plain A and B"):
-        formats.read(tmp_path / "bad.safetensors", layer_shapes(denoiser))
+        read_lora(tmp_path / "bad.safetensors", layer_shapes(denoiser))
 
 
 # What other tools write.
@@ -177,7 +180,7 @@ def test_every_layout_is_read_alike(adapter, denoiser, tmp_path, layout):
     for suffix in SUFFIXES:
         file = tmp_path / f"{suffix}.safetensors"
         write(file, adapter.deltas, layout, suffix, alpha=True)
-        check_equal(formats.read(file, layer_shapes(denoiser)), adapter.deltas)
+        check_equal(read_lora(file, layer_shapes(denoiser)), adapter.deltas)
 
 
 @pytest.mark.parametrize("component", ["unet", "text_encoder", "text_encoder_2"])
@@ -187,7 +190,7 @@ def test_raw_peft_names_no_component(adapter, denoiser, tmp_path, component):
     write(tmp_path / "adapter_model.safetensors", mine, "raw peft", "peft", alpha=False)
     config = {"r": 4, "lora_alpha": 6, "use_rslora": True, "alpha_pattern": {}}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    ours = formats.read(tmp_path / "adapter_model.safetensors", layer_shapes(denoiser))
+    ours = read_lora(tmp_path / "adapter_model.safetensors", layer_shapes(denoiser))
     check_equal(ours, {module: (A, B, 6 * 4**0.5) for module, (A, B, _) in mine.items()})
 
 
@@ -197,13 +200,13 @@ def test_raw_peft_names_no_component(adapter, denoiser, tmp_path, component):
 def test_metadata_that_makes_no_sense_is_one_line(adapter, denoiser, tmp_path, told):
     write(tmp_path / "x.safetensors", adapter.deltas, "diffusers", "peft", False, {"lora_adapter_metadata": told})
     with pytest.raises(UserError, match=r"its PEFT configuration is not (readable|usable)"):
-        formats.read(tmp_path / "x.safetensors", layer_shapes(denoiser))
+        read_lora(tmp_path / "x.safetensors", layer_shapes(denoiser))
 
 
 def test_a_stray_configuration_beside_another_file_is_not_its_own(adapter, denoiser, tmp_path):
     write(tmp_path / "x.safetensors", adapter.deltas, "diffusers", "peft", alpha=False)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 99}))
-    assert {alpha for *_, alpha in formats.read(tmp_path / "x.safetensors", layer_shapes(denoiser)).values()} == {4.0}
+    assert {alpha for *_, alpha in read_lora(tmp_path / "x.safetensors", layer_shapes(denoiser)).values()} == {4.0}
 
 
 def test_alpha_patterns_match_as_in_peft(adapter, denoiser, tmp_path):
@@ -215,7 +218,7 @@ def test_alpha_patterns_match_as_in_peft(adapter, denoiser, tmp_path):
             (("lora_alpha", 2), ("alpha_pattern", patterns))}  # fmt: skip
     write(tmp_path / "x.safetensors", adapter.deltas, "diffusers", "peft", False, {"lora_adapter_metadata": json.dumps(told)})
     seen = set()
-    for path, (*_, alpha) in formats.read(tmp_path / "x.safetensors", layer_shapes(denoiser)).items():
+    for path, (*_, alpha) in read_lora(tmp_path / "x.safetensors", layer_shapes(denoiser)).items():
         component, _, rest = path.partition(".")
         name = rest if component == "unet" else with_text_model(rest)
         wanted = patterns.get(get_pattern_key(list(patterns), name), 2)
@@ -229,7 +232,7 @@ def test_alpha_in_the_metadata_of_diffusers(adapter, denoiser, tmp_path):
     told = {"unet.lora_alpha": 8, "unet.alpha_pattern": {"^" + special.removeprefix("unet."): 3}}
     told |= {"text_encoder.lora_alpha": 2, "text_encoder.use_rslora": True}
     write(tmp_path / "x.safetensors", adapter.deltas, "diffusers", "peft", False, {"lora_adapter_metadata": json.dumps(told)})
-    ours = formats.read(tmp_path / "x.safetensors", layer_shapes(denoiser))
+    ours = read_lora(tmp_path / "x.safetensors", layer_shapes(denoiser))
     alphas = {"unet": 8.0, "text_encoder": 4.0, "text_encoder_2": 4.0}  # rsLoRA: 2 · √4; the rank
     check_equal(ours, {m: (A, B, 3.0 if m == special else alphas[m.split(".")[0]]) for m, (A, B, _) in adapter.deltas.items()})
 
@@ -239,25 +242,25 @@ def test_nothing_that_is_not_finite_is_written(adapter, value):
     name, module = next(iter(adapter.modules.items()))
     with torch.no_grad():
         module.lora_B[0, 0] = value
-    with pytest.raises(UserError, match=formats.kohya_name(name)):
-        formats.serialise(adapter.deltas, {})
+    with pytest.raises(UserError, match=kohya_name(name)):
+        serialise(adapter.deltas, {})
 
 
 def test_the_bytes_are_a_function_of_the_weights(adapter):
-    assert formats.serialise(adapter.deltas, {}) == formats.serialise(adapter.deltas, {})
-    assert load(formats.serialise(adapter.deltas, {})).keys()
+    assert serialise(adapter.deltas, {}) == serialise(adapter.deltas, {})
+    assert load(serialise(adapter.deltas, {})).keys()
 
 
 def test_find_takes_the_newest(tmp_path):
     import os
 
     with pytest.raises(UserError, match=r"no \.safetensors"):
-        formats.find(tmp_path)
+        newest_lora(tmp_path)
     for age, name in ((30, "b"), (10, "a"), (20, "c")):
         (tmp_path / f"{name}.safetensors").touch()
         os.utime(tmp_path / f"{name}.safetensors", (0, 1000 - age))
-    assert formats.find(tmp_path).name == "a.safetensors"
-    assert formats.find(tmp_path / "c.safetensors").name == "c.safetensors"
+    assert newest_lora(tmp_path).name == "a.safetensors"
+    assert newest_lora(tmp_path / "c.safetensors").name == "c.safetensors"
 
 
 # What we write.
@@ -275,8 +278,8 @@ def test_any_adapter_returns_from_any_layout(adapter, denoiser, tmp_path, layout
             rank, (out, inner) = rng.randrange(1, 9), shapes[path]
             A, B = torch.randn(rank, inner, generator=g), torch.randn(out, rank, generator=g)
             deltas[path] = (A, B, rng.choice([0.5, 1.0, 3.0, 8.0]))
-        (tmp_path / "x.safetensors").write_bytes(formats.serialise(deltas, {}, layout, dtype))
-        back = formats.read(tmp_path / "x.safetensors", shapes)
+        (tmp_path / "x.safetensors").write_bytes(serialise(deltas, {}, layout, dtype))
+        back = read_lora(tmp_path / "x.safetensors", shapes)
         assert back.keys() == deltas.keys()
         for path, (A, B, alpha) in deltas.items():
             a, b, other = (float(x) if isinstance(x, float) else x.float() for x in back[path])
@@ -285,18 +288,18 @@ def test_any_adapter_returns_from_any_layout(adapter, denoiser, tmp_path, layout
         if layout == "kohya":
             alphas = {(path.split(".")[0], alpha) for path, (*_, alpha) in back.items()}
             assert len(alphas) == len({path.split(".")[0] for path in deltas})  # one for a component
-        assert formats.largest_difference(back, deltas) <= 16 * torch.finfo(dtype).eps * 6
+        assert largest_difference(back, deltas) <= 16 * torch.finfo(dtype).eps * 6
 
 
 def test_the_largest_difference_sees_every_part(adapter):
     deltas = adapter.deltas
-    assert formats.largest_difference(deltas, deltas) == 0
+    assert largest_difference(deltas, deltas) == 0
     path = list(deltas)[-1]
     A, B, alpha = deltas[path]
     for changed in ((A + 0.25, B, alpha), (A, B - 0.25, alpha)):
-        assert formats.largest_difference({**deltas, path: changed}, deltas) == pytest.approx(0.25)
-    assert formats.largest_difference({**deltas, path: (A, B, 2 * alpha)}, deltas) == pytest.approx(B.abs().max().item())
-    assert formats.largest_difference({p: d for p, d in deltas.items() if p != path}, deltas) == float("inf")
+        assert largest_difference({**deltas, path: changed}, deltas) == pytest.approx(0.25)
+    assert largest_difference({**deltas, path: (A, B, 2 * alpha)}, deltas) == pytest.approx(B.abs().max().item())
+    assert largest_difference({p: d for p, d in deltas.items() if p != path}, deltas) == float("inf")
 
 
 # Damaged and hostile files.
@@ -336,17 +339,17 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
 def test_two_thousand_damaged_files_end_in_one_line_or_in_finite_shapes(adapter, denoiser, tmp_path):
     few = dict(list(adapter.deltas.items())[:4])
     shapes = {name: shape for name, shape in layer_shapes(denoiser).items() if name in few}
-    data, path = formats.serialise(few, {"a": "b"}), tmp_path / "x.safetensors"
+    data, path = serialise(few, {"a": "b"}), tmp_path / "x.safetensors"
     outcomes, lines = {"read": 0, "refused": 0}, []
     for seed in range(2000):
         path.write_bytes(mutate(data, random.Random(seed)))
         try:
-            back = formats.read(path, shapes)
+            back = read_lora(path, shapes)
         except UserError as error:
             outcomes["refused"] += 1
             lines.append(str(error))
         else:
-            assert all(formats.fits(A, B, shapes[name]) for name, (A, B, _) in back.items()), seed
+            assert all(fits(A, B, shapes[name]) for name, (A, B, _) in back.items()), seed
             outcomes["read"] += 1
     assert not [line for line in lines if "\n" in line or len(line) > 1000]
     assert min(outcomes.values()) > 50  # a flipped bit of a weight is still a weight
@@ -357,4 +360,4 @@ def test_a_million_keys_are_refused_at_once(denoiser, tmp_path):
     header = ("{" + ",".join(entries) + "}").encode()
     (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(UserError, match="is no LoRA: its header alone is above 16 MiB"):
-        formats.read(tmp_path / "x.safetensors", layer_shapes(denoiser))
+        read_lora(tmp_path / "x.safetensors", layer_shapes(denoiser))

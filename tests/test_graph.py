@@ -2,12 +2,14 @@ import pytest
 import torch
 from test_lora import shake
 
-import fast
-import memory
-from errors import UserError
-from graph import GraphedStep
+from common.errors import UserError
 from lora import LoRAConfig, add_lora
-from sdxl import Denoiser, load_sdxl
+from model.load import load_sdxl
+from model.sdxl import Denoiser
+from performance.adamw8bit import make_optimizer
+from performance.checkpointing import block_names, checkpoint_blocks
+from performance.cuda_graph import GraphedStep
+from performance.kernels import KERNELS, install
 
 CPU = torch.device("cpu")
 
@@ -55,8 +57,8 @@ def training(tiny_model):
     denoiser = Denoiser(pipe)
     adapter = add_lora(denoiser, LoRAConfig(rank=4), denoiser.unread, dtype=torch.float16)
     shake(adapter)
-    fast.install(pipe.unet, fast.KERNELS["sdpa"])
-    memory.checkpoint_blocks(denoiser, memory.block_names(denoiser))
+    install(pipe.unet, KERNELS["sdpa"])
+    checkpoint_blocks(denoiser, block_names(denoiser))
     scaler = torch.amp.GradScaler("cuda", init_scale=256.0)
 
     def step(latents, timesteps, tokens, ids, target):
@@ -104,7 +106,7 @@ def test_a_skipped_step_stays_right(training):
     adapter, scaler, step, batch = training
     graphed = GraphedStep(step, [adapter.grad], "on", torch.device("cuda"))
     groups = [{"params": [p], "lr": 1e-3} for p in adapter.groups.values()]
-    optimizer = memory.make_optimizer("adamw8bit", groups)
+    optimizer = make_optimizer("adamw8bit", groups)
     _, reference = run(step, [batch(0)], adapter)
     reference /= 256
     adapter.grad.zero_()

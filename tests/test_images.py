@@ -3,7 +3,7 @@ import pytest
 from conftest import encoded, photograph
 from PIL import Image, ImageCms
 
-from images import alpha_of, fit, open_image, to_rgb, upright_size
+from dataset.images import alpha_of, fit, open_image, to_rgb, upright_size
 
 
 def opened(image: Image.Image, kind: str = "PNG", **options) -> Image.Image:

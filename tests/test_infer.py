@@ -8,10 +8,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_lora import shake
 
-import formats
-from lora import LoRAConfig, add_lora, layer_shapes, merge_lora
-from pictures import render, side_by_side
-from sdxl import Denoiser, decode_latents, load_sdxl
+from common.sheets import side_by_side
+from lora import LoRAConfig, add_lora, merge_lora
+from lora_files.deltas import layer_shapes
+from lora_files.read import read_lora, read_metadata
+from lora_files.write import make_header, serialise
+from model.load import load_sdxl
+from model.render import render
+from model.sdxl import Denoiser
+from model.vae import decode_latents
 
 PROMPTS = ["a cat", "two dogs"]
 HOW = ["--steps", 2, "--device", "cpu", "--prompts", *PROMPTS]
@@ -25,7 +30,7 @@ def lora(tiny_model, denoiser, tmp_path):
     config = {"model": str(tiny_model), "rank": 4, "alpha": 4.0, "targets": "attention", "resolution": 64}
     file = tmp_path / "checkpoints/x.safetensors"
     file.parent.mkdir()
-    file.write_bytes(formats.serialise(adapter.deltas, formats.describe(config, images=1, step=1)))
+    file.write_bytes(serialise(adapter.deltas, make_header(config, images=1, step=1)))
     return file
 
 
@@ -50,7 +55,7 @@ def test_compare_shows_base_and_merged(script, lora, tiny_model, tmp_path):
 def test_merged_pictures_equal_patched_pictures(script, lora, tiny_model, tmp_path):
     script("infer.py", "--lora", lora, "--out", tmp_path / "images", *HOW)
     denoiser = Denoiser(load_sdxl(str(tiny_model), torch.float32, torch.device("cpu")))
-    weights = formats.read(lora, layer_shapes(denoiser))
+    weights = read_lora(lora, layer_shapes(denoiser))
 
     def patch(denoiser):
         adapter = add_lora(denoiser, LoRAConfig(rank=4), denoiser.unread)
@@ -133,7 +138,7 @@ def merged(tiny_model, *parts) -> list[np.ndarray]:
 
     def prepare(denoiser):
         for file, strength, components in parts:
-            deltas = formats.read(file, layer_shapes(denoiser))
+            deltas = read_lora(file, layer_shapes(denoiser))
             merge_lora(denoiser, {n: d for n, d in deltas.items() if n.split(".")[0] in components}, strength)
 
     return pictures(tiny_model, prepare=prepare)
@@ -145,7 +150,7 @@ ALL = ("unet", "text_encoder", "text_encoder_2")
 def test_several_with_strengths_and_parts(script, lora, tiny_model, tmp_path):
     other = lora.with_name("other.safetensors")
     halved = {key: t / 2 if key.endswith("lora_down.weight") else -t for key, t in load_file(lora).items()}
-    save_file({key: t if t.ndim else -t for key, t in halved.items()}, other, formats.read_metadata(lora))
+    save_file({key: t if t.ndim else -t for key, t in halved.items()}, other, read_metadata(lora))
     how = ["--out", tmp_path / "images", "--model", tiny_model, *HOW]
     out, _ = script("infer.py", "--lora", f"{lora}:0.8", "--lora", f"{other}:-0.3", *how)
     assert f"LoRA {lora}: " in out
@@ -184,7 +189,7 @@ def test_mistakes(script, lora, tmp_path):
     tensors = load_file(lora)
     save_file(tensors, tmp_path / "anonymous.safetensors")
     refused("add --model", "--lora", tmp_path / "anonymous.safetensors")
-    metadata = formats.read_metadata(lora)
+    metadata = read_metadata(lora)
     other = {key.replace("lora_unet_", "lora_unet_other_"): tensor for key, tensor in tensors.items()}
     save_file(other, tmp_path / "other.safetensors", metadata)
     refused("first lora_unet_other_", "--lora", tmp_path / "other.safetensors")

@@ -15,18 +15,21 @@ from test_lora import shake
 
 sys.path.append(str(ROOT / "scripts"))
 import inspect_lora
-from verdicts import COMPONENTS, RULES, LoraFile, verdict
 
-import formats
-from lora import EVERYTHING, LoRAConfig, add_delta, add_lora, layer_shapes
-from sdxl import Denoiser
+from lora import EVERYTHING, LoRAConfig, add_delta, add_lora
+from lora_files.compatibility import COMPONENTS, RULES, LoraFile, verdict
+from lora_files.deltas import Deltas, layer_shapes
+from lora_files.names import kohya_name
+from lora_files.read import layouts, scan
+from lora_files.write import adapter_metadata, make_header, serialise
+from model.sdxl import Denoiser
 
 KOHYA, OTHER = ("kohya SGM", "kohya"), ("kohya diffusers", "kohya")
 PEFT, OLD = ("diffusers", "peft"), ("diffusers", "diffusers scripts")
 
 
 def verdicts(file, shapes) -> dict[str, str]:
-    seen = LoraFile(**vars(formats.survey(file, shapes)), shapes=shapes)
+    seen = LoraFile(**vars(scan(file, shapes)), shapes=shapes)
     return {program: verdict(seen, program) for program in RULES}
 
 
@@ -51,7 +54,7 @@ def real_shapes(sdxl_meta):
 
 
 @pytest.fixture(scope="module")
-def zeros(real_shapes) -> formats.Deltas:
+def zeros(real_shapes) -> Deltas:
     """Rank 1 on all layers of the real SDXL."""
     half = {"dtype": torch.float16}
     return {
@@ -126,7 +129,7 @@ def test_a1111_hides_what_it_takes_for_another_generation(real_shapes, zeros, tm
 )
 def test_layouts_are_told_apart(zeros, layout, told):
     some = {path: delta for path, delta in zeros.items() if re.search(ATTENTION + r"|self_attn", path)}
-    assert formats.layouts(named(some, *layout, alpha=True)) == told
+    assert layouts(named(some, *layout, alpha=True)) == told
 
 
 # diffusers' column against diffusers itself.
@@ -147,7 +150,7 @@ def right_in_diffusers(plain, file, shapes) -> int:
     except (ValueError, KeyError, IndexError, RuntimeError):
         return 0
     before, equal = weights(plain), 0
-    for module, delta in formats.survey(file, shapes).deltas.items():
+    for module, delta in scan(file, shapes).deltas.items():
         old, new = (found[f"{module}.weight"] for found in (before, after))
         ours = add_delta(old, delta, 1.0)
         assert (ours - old).abs().max() > 1e-3
@@ -159,7 +162,7 @@ def only(tensors, keep: str) -> dict:
     return {key: tensor for key, tensor in tensors.items() if re.search(keep, key)}
 
 
-def other_alphas(deltas: formats.Deltas) -> formats.Deltas:
+def other_alphas(deltas: Deltas) -> Deltas:
     return {path: (A, B, (1.0, 2.0, 2.0, 4.0)[i % 4]) for i, (path, (A, B, _)) in enumerate(deltas.items())}
 
 
@@ -168,9 +171,9 @@ def standing(tensors) -> dict:
     return {key: t[..., None, None] if "1_proj_in.lora" in key else t for key, t in tensors.items()}
 
 
-def header_without(deltas: formats.Deltas, key: str, keep: int = 0) -> dict[str, str]:
+def header_without(deltas: Deltas, key: str, keep: int = 0) -> dict[str, str]:
     """PEFT's header with only so many of the entries of a list."""
-    told = json.loads(formats.adapter_metadata(deltas)["lora_adapter_metadata"])
+    told = json.loads(adapter_metadata(deltas)["lora_adapter_metadata"])
     return {"lora_adapter_metadata": json.dumps({**told, key: told[key][:keep]})}
 
 
@@ -178,12 +181,12 @@ HALF = {"lora_adapter_metadata": json.dumps({"unet.r": 4, "unet.lora_alpha": 2, 
 FILES = {  # name -> (the tensors of a file, its header, how many of its modules diffusers gets right)
     "kohya": lambda d: (named(d, *KOHYA, True), {}, "all"),
     "PEFT, its alpha told nowhere": lambda d: (named(d, *PEFT, False), {}, "all"),  # and so it is the rank
-    "PEFT with its header": lambda d: (named(d, *PEFT, False), formats.adapter_metadata(other_alphas(d)), "all"),
+    "PEFT with its header": lambda d: (named(d, *PEFT, False), adapter_metadata(other_alphas(d)), "all"),
     "PEFT without targets": lambda d: (named(d, *PEFT, False), header_without(d, "text_encoder.target_modules"), "none"),
     "PEFT with few targets": lambda d: (named(d, *PEFT, False), header_without(d, "text_encoder_2.target_modules", 3), "some"),
     "PEFT with half of its header": lambda d: (named(d, *PEFT, False), HALF, "none"),
     "PEFT with alphas": lambda d: (named(d, *PEFT, True), {}, "none"),
-    "kohya with PEFT's header": lambda d: (named(d, *KOHYA, True), formats.adapter_metadata(d), "none"),
+    "kohya with PEFT's header": lambda d: (named(d, *KOHYA, True), adapter_metadata(d), "none"),
     "kohya with diffusers' names": lambda d: (named(d, *OTHER, True), {}, "some"),  # its add_embedding
     "kohya with unequal alphas": lambda d: (named(other_alphas(d), *KOHYA, True), {}, "some"),
     "kohya with an alpha here and there": lambda d: (only(named(d, *KOHYA, True), r"weight$|(to_q|fc1)\.alpha$"), {}, "some"),
@@ -213,7 +216,7 @@ def test_the_verdict_on_diffusers_is_what_diffusers_does(plain, tiny_shapes, tmp
     few = r"^unet\.(down_blocks\.1\.attentions\.0|mid_block\.attentions)|^text.*layers\.[01]"
     tensors, header, wanted = FILES[name](random_deltas(tiny_shapes, rf"({few}).*({EVERYTHING})|add_embedding", alpha=turns(2)))
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file, header)
-    modules = len(formats.survey(file, tiny_shapes).deltas)
+    modules = len(scan(file, tiny_shapes).deltas)
     told = verdicts(file, tiny_shapes)["diffusers"]
     equal = right_in_diffusers(plain, file, tiny_shapes)
     assert count(told, modules) == equal, told
@@ -224,12 +227,12 @@ def test_alpha_that_only_the_header_tells(tiny_shapes, tmp_path):
     """ComfyUI does not read diffusers' header, and nobody kohya's."""
     deltas, file = random_deltas(tiny_shapes, alpha=turns(2)), tmp_path / "x.safetensors"
     mlp = {path: delta for path, delta in deltas.items() if ".mlp." in path}
-    save_file(named(mlp, *PEFT, False), file, formats.adapter_metadata(mlp))
+    save_file(named(mlp, *PEFT, False), file, adapter_metadata(mlp))
     told = verdicts(file, tiny_shapes)
     assert told["ComfyUI"].startswith(f"not: {len(mlp)} at another strength: their alpha is in the header")
     hint = {"ss_network_alpha": "1.0", "ss_network_dim": "4"}
     same = {path: (A, B, 4.0) for path, (A, B, _) in deltas.items()}
-    save_file(named(same, *PEFT, False), file, hint | formats.adapter_metadata(same))
+    save_file(named(same, *PEFT, False), file, hint | adapter_metadata(same))
     assert verdicts(file, tiny_shapes)["diffusers"] == "loads"
     save_file(named(deltas, *KOHYA, False), file, hint)
     told = verdicts(file, tiny_shapes)
@@ -251,7 +254,7 @@ def test_alpha_that_only_the_header_tells(tiny_shapes, tmp_path):
 )
 def test_other_kinds_of_adapters(tiny_shapes, tmp_path, part, shape, kind, loads):
     deltas = random_deltas(tiny_shapes, r"^unet\.mid_block.*attn1")
-    extra = {f"{formats.kohya_name(path)}.{part}": torch.ones(shape) for path in deltas}
+    extra = {f"{kohya_name(path)}.{part}": torch.ones(shape) for path in deltas}
     save_file({**named(deltas, *KOHYA, True), **extra}, tmp_path / "x.safetensors")
     for program, told in verdicts(tmp_path / "x.safetensors", tiny_shapes).items():
         assert told.startswith("loads") == (program in loads), told
@@ -273,7 +276,7 @@ def test_dora_of_peft(tiny_shapes, tmp_path):
 
 def test_another_kind_is_reported_without_norms(script, how, tiny_shapes, tmp_path):
     deltas = random_deltas(tiny_shapes, r"^unet\.mid_block.*attn1")
-    tensors = {f"{formats.kohya_name(path)}.hada_w1_a": torch.ones(4, 4) for path in deltas}
+    tensors = {f"{kohya_name(path)}.hada_w1_a": torch.ones(4, 4) for path in deltas}
     save_file(tensors, tmp_path / "x.safetensors")
     out, _ = script("scripts/inspect_lora.py", tmp_path / "x.safetensors", *how)
     assert f"\nkind         LoHa ({len(deltas)} modules): no ΔW of plain A and B" in out
@@ -364,7 +367,7 @@ def test_the_report(script, denoiser, tiny_model, tmp_path, monkeypatch):
     shake(adapter)
     config = {"model": "demo", "rank": 4, "alpha": 2.0, "targets": "all", "resolution": 64}
     file = tmp_path / "x.safetensors"
-    file.write_bytes(formats.serialise(adapter.deltas, formats.describe(config, images=7, step=5)))
+    file.write_bytes(serialise(adapter.deltas, make_header(config, images=7, step=5)))
     monkeypatch.chdir(tmp_path)
     out, _ = script("scripts/inspect_lora.py", file, "--model", tiny_model)
     layers = layer_shapes(denoiser)

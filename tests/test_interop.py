@@ -23,10 +23,12 @@ from safetensors.torch import save_file
 from test_lora import inputs
 from torch import Tensor
 
-import formats
-from formats import Deltas
-from lora import ATTENTION, EVERYTHING, layer_shapes, merge_lora
-from sdxl import Denoiser, tokenize
+from lora import ATTENTION, EVERYTHING, merge_lora
+from lora_files.deltas import Deltas, layer_shapes
+from lora_files.read import read_lora
+from lora_files.write import make_header, serialise
+from model.sdxl import Denoiser
+from model.text import tokenize
 
 pytestmark = pytest.mark.filterwarnings("ignore:While injecting the PEFT adapters")  # metadata of more than is there
 
@@ -94,7 +96,7 @@ def merged(plain, file, strength: float = 1.0) -> dict[str, Tensor]:
     """All weights after we have read and merged it."""
     with lent(plain) as pipe:
         model = Denoiser(pipe)
-        merge_lora(model, formats.read(file, layer_shapes(model)), strength)
+        merge_lora(model, read_lora(file, layer_shapes(model)), strength)
         return weights(pipe)
 
 
@@ -281,7 +283,7 @@ def test_written_by_us_diffusers_reads_it(plain, tmp_path, row, layout):
     file = tmp_path / "x.safetensors"
     shapes = layer_shapes(Denoiser(plain))
     deltas = row.write(file, shapes)
-    file.write_bytes(formats.serialise(formats.read(file, shapes), {}, layout, torch.float32))
+    file.write_bytes(serialise(read_lora(file, shapes), {}, layout, torch.float32))
     check(plain, deltas, fused(plain, file), merged(plain, file))
 
 
@@ -320,7 +322,7 @@ PROMPTS = ["a cat", "two dogs"]
 def written(deltas: Deltas, file, layout: str) -> Deltas:
     """Writes a file as train_lora.py does and returns what is in it: float16."""
     config = {"model": "demo", "rank": 4, "alpha": 2.0, "targets": "all", "resolution": 128}
-    file.write_bytes(formats.serialise(deltas, formats.describe(config, images=1, step=1), layout))
+    file.write_bytes(serialise(deltas, make_header(config, images=1, step=1), layout))
     return {path: (A.half().float(), B.half().float(), alpha) for path, (A, B, alpha) in deltas.items()}
 
 
@@ -338,7 +340,7 @@ def outputs(pipe, scale: float | None = None) -> list[Tensor]:
 def our_outputs(plain, file, strength: float) -> list[Tensor]:
     with lent(plain) as pipe:
         model = Denoiser(pipe)
-        merge_lora(model, formats.read(file, layer_shapes(model)), strength)
+        merge_lora(model, read_lora(file, layer_shapes(model)), strength)
         tokens = tokenize(model.tokenizers, PROMPTS)
         return [*model.encode_text(tokens), model(**inputs() | {"text": (tokens,)})]
 

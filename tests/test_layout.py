@@ -1,57 +1,94 @@
-"""The house itself: two layers, no forbidden dependency, nothing that unpickles or runs foreign code."""
+"""The house itself: floors, no forbidden dependency, nothing that unpickles or runs foreign code, and files found from afar."""
 
 import ast
+from collections import defaultdict
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
-SCRIPTS = {"train_lora", "infer"}
-MODULES = {path.stem: path for path in ROOT.glob("*.py")}
-SOURCES = [*MODULES.values(), *sorted((ROOT / "scripts").glob("*.py"))]
+from common.files import suite_sources
+from dataset.sources import DEMO
+from model.load import BASE, NAMES
+from model.render import DEMO_PROMPTS
+
+# Each floor may use all below it; packages of one floor each other, but not in a circle.
+FLOORS = [
+    {"common"},
+    {"dataset", "model", "performance", "lora_files"},
+    {"lora", "data"},
+    {"memory"},
+    {"run"},
+    {"train_lora", "infer", "scripts"},
+]
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
+SOURCES = sorted(path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0].removesuffix(".py") in FLOOR)
+
+
+def room(path: Path) -> str:
+    """The module or package at the root that a file belongs to."""
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
 def imports(path: Path) -> set[str]:
+    """Dotted names of the modules that a file imports, also inside of functions."""
     nodes = list(ast.walk(ast.parse(path.read_text())))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
-    return {name.split(".")[0] for name in names}
+    return names | {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
 
 
-ROOMS = {  # leaves in several files: what each stands on
-    "shards": {"images"},
-    "packing": {"shards", "images", "signals"},
-    "remote": {"shards"},
-    "sources": {"packing", "remote", "shards", "images"},
-    "data": {"sources", "remote", "shards", "images", "buckets", "captions", "signals"},
-    "stop": {"signals"},
-    "resume": {"checkpoint", "formats", "memory"},
-}
+def top_level_names(path: Path) -> set[str]:
+    """What a file defines, imports apart."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            names |= {e.id for e in ast.walk(node) if isinstance(e, ast.Name) and isinstance(e.ctx, ast.Store)}
+    return names
 
 
-def test_leaves_import_no_sibling_but_errors():
-    leaves = MODULES.keys() - SCRIPTS
-    assert {"lora", "data", "memory", "sdxl", "diffusion", "formats", "checkpoint"} <= leaves
-    siblings = {leaf: imports(MODULES[leaf]) & MODULES.keys() - {"errors"} for leaf in leaves}
-    assert siblings == {leaf: ROOMS.get(leaf, set()) for leaf in leaves}
+def test_the_root_has_five_doors():
+    assert {path.name for path in ROOT.glob("*.py")} == {"train_lora.py", "infer.py", "lora.py", "data.py", "memory.py"}
+    assert len(SOURCES) > 50
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
-def test_no_script_is_imported_and_no_peft_or_accelerate(path):
-    assert not imports(path) & {*SCRIPTS, "peft", "accelerate"}
-
-
-def test_memory_comes_before_diffusers():
-    """memory.py readies xFormers, which diffusers imports: the scripts' sorted imports put it first."""
+def test_every_import_goes_down():
+    beside = defaultdict(set)
     for path in SOURCES:
-        lines = path.read_text().splitlines()
-        first = {name: next((i for i, line in enumerate(lines) if line.startswith((f"import {name}", f"from {name}"))), None)
-                 for name in ("memory", "sdxl")}  # fmt: skip
-        assert first["sdxl"] is None or first["memory"] < first["sdxl"], path.name
+        for name in imports(path):
+            here, there = room(path), name.split(".")[0]
+            if there in FLOOR and there != here:
+                assert FLOOR[there] <= FLOOR[here], f"{path.relative_to(ROOT)} imports {name} from a floor above"
+                if FLOOR[there] == FLOOR[here]:
+                    beside[here].add(there)
+    list(TopologicalSorter(beside).static_order())  # raises CycleError
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_modules_of_a_package_import_each_other_in_no_circle():
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in SOURCES}
+    list(TopologicalSorter({name: imports(path) & modules.keys() for name, path in modules.items()}).static_order())
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_script_is_imported_and_no_peft_or_accelerate(path):
+    helpers = {"scripts.demo_model.demo_world", "demo_world"} if path.parent.name == "demo_model" else set()
+    first = {name.split(".")[0] for name in imports(path) - helpers}
+    assert not first & {"train_lora", "infer", "scripts", "peft", "accelerate"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_nothing_foreign_is_run(path):
     text = path.read_text()
     assert "trust_remote_code" not in text
     assert text.count("torch.load(") == text.count("weights_only=True")
+
+
+def test_what_is_found_from_a_modules_own_place_is_there():
+    """These break in silence when a file moves: what a state is made with, and what the suite brings along."""
+    assert suite_sources() == [path for path in SOURCES if room(path) != "scripts"]
+    assert DEMO_PROMPTS.read_text().count("\n") > 2
+    assert list(DEMO.glob("*.tar"))
+    assert (BASE / "unet/config.json").is_file()
+    assert (Path(NAMES["demo"]) / "model_index.json").is_file()

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-import formats
-from errors import UserError
+from common.errors import UserError
 from lora import Adapter, LoRAConfig, LoRALinear, LowRank, add_lora, linear_layers, merge_lora
-from sdxl import Denoiser
+from lora_files.names import kohya_name
+from model.sdxl import Denoiser
 
 
 def inputs(batch: int = 2, seed: int = 0) -> dict:
@@ -175,7 +175,7 @@ def test_counts_on_the_real_architecture(sdxl_meta, options, layers, parameters)
 
 def test_names_on_the_real_architecture(sdxl_meta):
     paths = list(linear_layers(sdxl_meta))
-    names = {formats.kohya_name(path) for path in paths}
+    names = {kohya_name(path) for path in paths}
     assert len(names) == len(paths) == 743 + 265
     assert not any(re.search("down_blocks|up_blocks|mid_block", name) for name in names)
 

@@ -6,10 +6,12 @@ import torch
 from test_lora import inputs, shake
 from torch._dynamo.utils import counters
 
-import fast
-import memory
-from errors import UserError
+from common.errors import UserError
 from lora import LoRAConfig, add_lora
+from memory import CUDA_ITSELF, GiB, MemoryConfig, limit_memory, peak_memory, resolve_device, resolve_precision
+from performance.adamw8bit import make_optimizer
+from performance.checkpointing import BLOCKS, block_names, checkpoint_blocks, compile_blocks
+from performance.kernels import KERNELS, install
 
 CPU = torch.device("cpu")
 
@@ -31,9 +33,9 @@ def test_checkpointing_gives_equal_gradients_and_keeps_less(denoiser):
         return gradients(denoiser, adapter), sum(kept)
 
     plain, plain_bytes = measured()
-    names = memory.block_names(denoiser)
-    assert len(names) == sum(type(m).__name__ in memory.BLOCKS for m in denoiser.modules()) > 20
-    memory.checkpoint_blocks(denoiser, names)
+    names = block_names(denoiser)
+    assert len(names) == sum(type(m).__name__ in BLOCKS for m in denoiser.modules()) > 20
+    checkpoint_blocks(denoiser, names)
     recomputed, recomputed_bytes = measured()
     assert torch.equal(plain, recomputed)
     assert recomputed_bytes < 0.5 * plain_bytes
@@ -42,7 +44,7 @@ def test_checkpointing_gives_equal_gradients_and_keeps_less(denoiser):
 def test_checkpointed_blocks_still_run_without_gradients(denoiser):
     with torch.no_grad():
         before = denoiser(**inputs())
-        memory.checkpoint_blocks(denoiser, memory.block_names(denoiser))
+        checkpoint_blocks(denoiser, block_names(denoiser))
         assert torch.equal(denoiser(**inputs()), before)
 
 
@@ -50,13 +52,13 @@ def test_compiled_blocks_compute_the_same_and_compile_once(denoiser, monkeypatch
     """Without the code generator, which takes minutes: what Dynamo and AOTAutograd make of a block is what is tested."""
     adapter = add_lora(denoiser, LoRAConfig(rank=2), denoiser.unread)
     shake(adapter)
-    fast.install(denoiser.unet, fast.KERNELS["sdpa"])
+    install(denoiser.unet, KERNELS["sdpa"])
     plain = gradients(denoiser, adapter)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     counters.clear()
-    names = memory.block_names(denoiser.unet)
-    memory.compile_blocks(denoiser.unet, names)
-    memory.checkpoint_blocks(denoiser.unet, names[::2])
+    names = block_names(denoiser.unet)
+    compile_blocks(denoiser.unet, names)
+    checkpoint_blocks(denoiser.unet, names[::2])
     torch.testing.assert_close(gradients(denoiser, adapter), plain)
     compiled = counters["frames"]["ok"]
     assert 0 < compiled < len(names)  # blocks of a kind share
@@ -72,7 +74,7 @@ def flat_parameter(n: int = 5000) -> torch.nn.Parameter:
 def train(name: str, steps: int = 30) -> torch.Tensor:
     """Fits a fixed target; returns the parameter."""
     p, target = flat_parameter(), torch.randn(5000, generator=torch.Generator().manual_seed(1))
-    optimizer = memory.make_optimizer(name, [{"params": [p], "lr": 1e-2}])
+    optimizer = make_optimizer(name, [{"params": [p], "lr": 1e-2}])
     for _ in range(steps):
         p.grad = p.detach() - target
         optimizer.step()
@@ -88,7 +90,7 @@ def test_8bit_adam_follows_adam():
 
 def test_8bit_adam_has_8bit_states():
     p = flat_parameter()
-    optimizer = memory.make_optimizer("adamw8bit", [{"params": [p], "lr": 1e-2}])
+    optimizer = make_optimizer("adamw8bit", [{"params": [p], "lr": 1e-2}])
     p.grad = torch.ones_like(p)
     optimizer.step()
     assert optimizer.state[p]["state1"].dtype == optimizer.state[p]["state2"].dtype == torch.uint8
@@ -97,7 +99,7 @@ def test_8bit_adam_has_8bit_states():
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
 def test_an_overflow_changes_nothing_and_the_scaler_backs_off(name):
     p = flat_parameter()
-    optimizer = memory.make_optimizer(name, [{"params": [p], "lr": 1e-2}])
+    optimizer = make_optimizer(name, [{"params": [p], "lr": 1e-2}])
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
 
     def step(value: float):
@@ -132,10 +134,10 @@ def test_optimiser_state_returns_exactly(name):
             optimizer.step()
 
     p = flat_parameter()
-    optimizer = memory.make_optimizer(name, [{"params": [p], "lr": 1e-2}])
+    optimizer = make_optimizer(name, [{"params": [p], "lr": 1e-2}])
     steps(p, optimizer, range(3))
     q = torch.nn.Parameter(p.detach().clone())
-    other = memory.make_optimizer(name, [{"params": [q], "lr": 1e-2}])
+    other = make_optimizer(name, [{"params": [q], "lr": 1e-2}])
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     steps(p, optimizer, range(3, 6))
     steps(q, other, range(3, 6))
@@ -143,42 +145,42 @@ def test_optimiser_state_returns_exactly(name):
 
 
 def test_precision_and_device():
-    assert memory.resolve_precision("auto", CPU) == "fp32"
-    assert memory.resolve_precision("auto", torch.device("cuda")) == "fp16"
-    assert memory.resolve_precision("bf16", CPU) == "bf16"
-    assert memory.resolve_device("cpu") == CPU
+    assert resolve_precision("auto", CPU) == "fp32"
+    assert resolve_precision("auto", torch.device("cuda")) == "fp16"
+    assert resolve_precision("bf16", CPU) == "bf16"
+    assert resolve_device("cpu") == CPU
     for bad in ("cuda:99", "toaster"):
         with pytest.raises(UserError, match=f"--device {bad}"):
-            memory.resolve_device(bad)
+            resolve_device(bad)
 
 
 def test_peak_memory_is_in_gib():
-    allocated, reserved = memory.peak_memory(CPU)
+    allocated, reserved = peak_memory(CPU)
     assert 0.05 < allocated <= reserved < 50
 
 
 def test_the_budget_is_what_is_free_or_what_is_asked_for():
-    assert 0.1 * memory.GiB < memory.limit_memory(None, CPU) == memory.limit_memory(None, CPU) < 1e4 * memory.GiB
-    assert memory.limit_memory(2.5, CPU) == 2.5 * memory.GiB
+    assert 0.1 * GiB < limit_memory(None, CPU) == limit_memory(None, CPU) < 1e4 * GiB
+    assert limit_memory(2.5, CPU) == 2.5 * GiB
 
 
 def test_a_card_of_16_gb_that_has_less(monkeypatch):
-    fractions, free, total = [], 14.6 * memory.GiB, 15.6 * memory.GiB
+    fractions, free, total = [], 14.6 * GiB, 15.6 * GiB
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (free, total))
     monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", lambda fraction, device: fractions.append(fraction))
     device = torch.device("cuda")
-    assert memory.limit_memory(None, device) == memory.limit_memory(16, device) < free
-    assert memory.limit_memory(12, device) == 12 * memory.GiB - memory.CUDA_ITSELF
+    assert limit_memory(None, device) == limit_memory(16, device) < free
+    assert limit_memory(12, device) == 12 * GiB - CUDA_ITSELF
     assert fractions == [pytest.approx(14.1 / 15.6), pytest.approx(11 / 15.6)]
 
 
 @pytest.mark.gpu
 def test_the_cap_is_enforced():
-    device = memory.resolve_device("cuda")
+    device = resolve_device("cuda")
     torch.cuda.empty_cache()
-    budget = memory.limit_memory(3, device)
+    budget = limit_memory(3, device)
     try:
-        assert budget == 3 * memory.GiB - memory.CUDA_ITSELF
+        assert budget == 3 * GiB - CUDA_ITSELF
         left = budget - torch.cuda.memory_reserved(device)  # of other tests of this process
         torch.empty(left - 2**26, dtype=torch.uint8, device=device)
         with pytest.raises(torch.OutOfMemoryError):
@@ -189,7 +191,7 @@ def test_the_cap_is_enforced():
 
 def test_contradicting_precisions_are_refused():
     with pytest.raises(UserError, match="--base-precision bf16 contradicts --precision fp16"):
-        memory.MemoryConfig(precision="fp16", base_precision="bf16")
+        MemoryConfig(precision="fp16", base_precision="bf16")
     for bad in (0, -1.0, float("nan"), float("inf")):
         with pytest.raises(UserError, match="--vram-gb must lie between 0 and"):
-            memory.MemoryConfig(vram_gb=bad)
+            MemoryConfig(vram_gb=bad)

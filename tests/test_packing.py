@@ -16,11 +16,13 @@ from PIL import Image
 from pyarrow import parquet
 from tqdm import tqdm
 
-import packing
-from errors import UserError
-from packing import ParquetRows, in_parallel, pack, pack_all, read_rows
-from shards import already_there, finish, read_index, sidecar, to_line, unfinished, write_shard
-from sources import open_mixture, open_source
+from common.errors import UserError
+from dataset import packing
+from dataset.packing import pack, pack_all
+from dataset.rows import ParquetRows, read_rows
+from dataset.shards import already_there, finish, read_index, sidecar, to_line, unfinished, write_shard
+from dataset.sources import open_mixture, open_source
+from dataset.workers import in_parallel
 
 PACK = "scripts/make_shards.py"
 

@@ -5,10 +5,12 @@ import numpy as np
 from PIL import Image, ImageFont
 from test_lora import shake
 
-from distributed import Ranks
+from common.sheets import shorten, side_by_side, stack
 from lora import LoRAConfig, add_lora
-from pictures import Gallery, read_prompts, render, shorten, side_by_side, stack
-from sdxl import decode_latents
+from model.render import read_prompts, render
+from model.vae import decode_latents
+from run.gallery import Gallery
+from run.ranks import Ranks
 
 HOW = {"seed": 3, "steps": 2, "guidance": 5.0, "size": 64}
 

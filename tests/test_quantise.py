@@ -7,10 +7,11 @@ import torch
 from test_lora import inputs
 from torch import nn
 
-import memory
-import quantise
-from errors import UserError
-from quantise import BASES, QuantisedLinear, packed_bytes, quantise_base
+from common.errors import UserError
+from memory import GiB
+from performance import quantise
+from performance.checkpointing import block_names, checkpoint_blocks
+from performance.quantise import BASES, QuantisedLinear, packed_bytes, quantise_base
 
 CPU = torch.device("cpu")
 EVERY_BASE = pytest.mark.parametrize("base", BASES)
@@ -201,7 +202,7 @@ def test_checkpointing_gives_equal_gradients(denoiser):
         return torch.autograd.grad(denoiser(**given).square().sum(), given["noisy_latents"])[0]
 
     stored = gradient()
-    memory.checkpoint_blocks(denoiser, memory.block_names(denoiser))
+    checkpoint_blocks(denoiser, block_names(denoiser))
     assert stored.any()
     assert torch.equal(gradient(), stored)
 
@@ -231,7 +232,7 @@ def test_what_is_packed_is_not_packed_again(denoiser):
 
 def test_bytes_of_the_real_architecture(sdxl_meta):
     layers = quantise.quantisable(sdxl_meta)
-    sizes = {base: sum(packed_bytes(layer, base) for layer in layers.values()) / memory.GiB for base in BASES}
+    sizes = {base: sum(packed_bytes(layer, base) for layer in layers.values()) / GiB for base in BASES}
     assert len(layers) == 743 - 21 + 265
     assert sizes == pytest.approx({"int8": 2.730, "nf4": 1.446}, abs=0.001)
 

@@ -23,9 +23,9 @@ from conftest import ONE_HOST, fork_torchrun, run
 from test_train import equal, weights
 from two_ranks import gradient_and_step
 
-import lora
-from checkpoint import find_state, find_states
-from distributed import enter, join_ranks
+from lora import Adapter
+from run.ranks import enter, join_ranks
+from run.state import find_state, find_states
 
 MASTER = "10.77.0.1"
 PATIENCE = 5  # seconds
@@ -150,7 +150,7 @@ def test_a_rank_that_does_not_come(monkeypatch):
 
 def test_a_rank_that_is_killed(train, agent, tmp_path, monkeypatch):
     """torchrun starts all again, and they go on as if nothing had happened; so does then one process alone."""
-    refresh, steps = lora.Adapter.refresh, itertools.count(1)
+    refresh, steps = Adapter.refresh, itertools.count(1)
 
     def die(adapter):
         if next(steps) == 4 and (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "0"):
@@ -176,7 +176,7 @@ def test_a_rank_that_is_killed(train, agent, tmp_path, monkeypatch):
 
 
 def test_ranks_that_no_longer_hold_the_same_lora_end_before_they_save(agent, tmp_path, monkeypatch):
-    refresh, steps = lora.Adapter.refresh, itertools.count(1)
+    refresh, steps = Adapter.refresh, itertools.count(1)
 
     def flip(adapter):
         """The last bit of a weight of two modules, after the third step of rank 1; and a signal, after which all save."""

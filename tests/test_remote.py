@@ -18,13 +18,14 @@ import pytest
 import torch
 from test_train import equal, weights
 
-import remote
-from captions import CaptionConfig
+from common.errors import UserError
 from data import DataConfig, Stream, make_loader
-from errors import UserError
-from remote import NO_CACHE, Cache, RemoteFile, scheme_of
-from shards import read_index, to_line
-from sources import open_mixture, open_source, split_weight
+from dataset import remote
+from dataset.captions import CaptionConfig
+from dataset.disk_cache import NO_CACHE, Cache
+from dataset.remote import RemoteFile, scheme_of
+from dataset.shards import read_index, to_line
+from dataset.sources import open_mixture, open_source, split_weight
 
 HALF = {"short", "reset", "stall", "closed"}
 

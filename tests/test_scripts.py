@@ -17,14 +17,16 @@ from safetensors.torch import load_file, save_file
 from test_lora import shake
 from torch import nn
 
-import formats
-from buckets import bucket_sizes
-from captions import CaptionConfig
 from data import DataConfig, Stream
-from images import dhash
-from lora import LoRAConfig, add_lora, layer_shapes, merge_lora
-from sdxl import load_sdxl
-from sources import open_source
+from dataset.buckets import bucket_sizes
+from dataset.captions import CaptionConfig
+from dataset.images import dhash
+from dataset.sources import open_source
+from lora import LoRAConfig, add_lora, merge_lora
+from lora_files.deltas import layer_shapes
+from lora_files.read import read_lora, read_metadata
+from lora_files.write import LISTED, make_header, serialise
+from model.load import load_sdxl
 
 
 def members(tar) -> dict[str, bytes]:
@@ -88,14 +90,14 @@ def test_make_shards_mistakes(script, tmp_path):
 def test_bench_needs_a_gpu(script):
     if torch.cuda.is_available():
         pytest.skip("there is one: bench.py would run for minutes")
-    _, err = script("scripts/bench.py", status=2)
+    _, err = script("scripts/dev/bench.py", status=2)
     assert err == "bench.py: nothing to measure here: a GPU with CUDA is needed\n"
-    _, err = script("scripts/bench.py", "--rows", "recipe", "nonsense", status=2)
+    _, err = script("scripts/dev/bench.py", "--rows", "recipe", "nonsense", status=2)
     assert err.startswith("bench.py: --rows nonsense: choose from recipe")
 
 
 def test_bench_data_measures_every_job(script, monkeypatch):
-    out, _ = script("scripts/bench_data.py", "--rounds", 1, "--photos", 3, "--latents", 30, "--drawn", 400)
+    out, _ = script("scripts/dev/bench_data.py", "--rounds", 1, "--photos", 3, "--latents", 30, "--drawn", 400)
     rates = re.findall(r"^ +([\d.]+) a second   (.+)$", out, re.M)
     assert len(rates) == 5
     assert all(float(rate) > 0 for rate, _ in rates)
@@ -149,25 +151,25 @@ def test_converting_keeps_the_weights(script, denoiser, tiny_model, tmp_path):
     shake(adapter)
     ours, theirs, back = (tmp_path / f"{name}.safetensors" for name in ("ours", "theirs", "back"))
     config = {"model": "demo", "rank": 3, "alpha": 2.0, "targets": "all", "resolution": 64}
-    ours.write_bytes(formats.serialise(adapter.deltas, formats.describe(config, images=7, step=5), dtype=torch.float32))
+    ours.write_bytes(serialise(adapter.deltas, make_header(config, images=7, step=5), dtype=torch.float32))
     how = ["--model", tiny_model, "--save-dtype", "fp32"]
-    out, _ = script("scripts/convert.py", ours, theirs, "--format", "diffusers", *how)
+    out, _ = script("scripts/convert_lora.py", ours, theirs, "--format", "diffusers", *how)
     assert "in the diffusers layout, largest difference 0" in out
-    script("scripts/convert.py", theirs, back, *how)
+    script("scripts/convert_lora.py", theirs, back, *how)
     start = [8 + int.from_bytes(file.read_bytes()[:8], "little") for file in (back, ours)]
     assert back.read_bytes()[start[0] :] == ours.read_bytes()[start[1] :]
-    assert formats.read_metadata(back) == formats.read_metadata(ours)
+    assert read_metadata(back) == read_metadata(ours)
     bare = tmp_path / "bare.safetensors"
     save_file(load_file(theirs), bare)  # as of a tool that writes no header
-    script("scripts/convert.py", bare, tmp_path / "listed.safetensors", *how)
-    assert formats.read_metadata(tmp_path / "listed.safetensors").items() >= formats.LISTED.items()
+    script("scripts/convert_lora.py", bare, tmp_path / "listed.safetensors", *how)
+    assert read_metadata(tmp_path / "listed.safetensors").items() >= LISTED.items()
     large = {name: (A * 1e6, B, alpha) for name, (A, B, alpha) in adapter.deltas.items()}
-    bare.write_bytes(formats.serialise(large, {}, dtype=torch.float32))
-    _, err = script("scripts/convert.py", bare, tmp_path / "x.safetensors", "--model", tiny_model, status=2)
+    bare.write_bytes(serialise(large, {}, dtype=torch.float32))
+    _, err = script("scripts/convert_lora.py", bare, tmp_path / "x.safetensors", "--model", tiny_model, status=2)
     assert "is not finite in float16, so no file was written" in err
-    _, err = script("scripts/convert.py", ours, back, *how, status=2)
-    assert err == f"convert.py: {back} is there already: remove it or choose another name\n"
-    _, err = script("scripts/convert.py", ours, tmp_path / "x.safetensors", status=2)  # for the real SDXL
+    _, err = script("scripts/convert_lora.py", ours, back, *how, status=2)
+    assert err == f"convert_lora.py: {back} is there already: remove it or choose another name\n"
+    _, err = script("scripts/convert_lora.py", ours, tmp_path / "x.safetensors", status=2)  # for the real SDXL
     assert "does not fit the model: it is for a model of 80 channels, 80 channels of text and not 2048" in err
     assert not (tmp_path / "x.safetensors").exists()
 
@@ -186,9 +188,9 @@ def two_loras(denoiser, tmp_path):
     projection = denoiser.text_encoder_2.text_projection.weight
     deltas["text_encoder_2.text_projection"] = (torch.randn(3, projection.shape[1]), torch.randn(len(projection), 3), 2.0)
     files = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
-    files[0].write_bytes(formats.serialise(deltas, {}, "kohya", torch.float32))
+    files[0].write_bytes(serialise(deltas, {}, "kohya", torch.float32))
     some = {name: delta for name, delta in deltas.items() if "to_q" in name or "fc1" in name}
-    files[1].write_bytes(formats.serialise(some, {}, "diffusers", torch.float32))
+    files[1].write_bytes(serialise(some, {}, "diffusers", torch.float32))
     return files
 
 
@@ -199,13 +201,13 @@ def parts_of(pipe) -> nn.ModuleDict:
 def merged_in_memory(model, files) -> nn.ModuleDict:
     holder = parts_of(load_sdxl(str(model), torch.float32, torch.device("cpu")))
     for file, strength in zip(files, (0.8, -0.5), strict=True):
-        merge_lora(holder, formats.read(file, layer_shapes(holder)), strength)
+        merge_lora(holder, read_lora(file, layer_shapes(holder)), strength)
     return holder
 
 
 def test_merging_into_a_folder_is_merging_in_memory(script, two_loras, tiny_model, tmp_path):
     a, b = two_loras
-    script("scripts/merge.py", tiny_model, tmp_path / "merged", "--lora", f"{a}:0.8", "--lora", f"{b}:-0.5")
+    script("scripts/merge_lora.py", tiny_model, tmp_path / "merged", "--lora", f"{a}:0.8", "--lora", f"{b}:-0.5")
     wanted = merged_in_memory(tiny_model, two_loras).state_dict()
     ours = parts_of(load_sdxl(str(tmp_path / "merged"), torch.float32, torch.device("cpu"))).state_dict()
     assert ours.keys() == wanted.keys()
@@ -213,7 +215,7 @@ def test_merging_into_a_folder_is_merging_in_memory(script, two_loras, tiny_mode
     for file in tiny_model.rglob("*"):
         if file.is_file() and not re.search(r"(unet|text_encoder\w*)/.*safetensors", str(file)):
             assert (tmp_path / "merged" / file.relative_to(tiny_model)).read_bytes() == file.read_bytes()
-    told = json.loads(formats.read_metadata(next((tmp_path / "merged/unet").glob("*.safetensors")))["sdxl_lora.merged"])
+    told = json.loads(read_metadata(next((tmp_path / "merged/unet").glob("*.safetensors")))["sdxl_lora.merged"])
     assert [(one["file"], one["strength"]) for one in told] == [("a.safetensors", 0.8), ("b.safetensors", -0.5)]
 
 
@@ -223,11 +225,11 @@ def test_merging_into_one_checkpoint_file(script, two_loras, tiny_model, tmp_pat
     plain = load_sdxl(str(tiny_model), torch.float32, torch.device("cpu")).to(torch.float16).to(torch.float32)
     plain.save_pretrained(tmp_path / "rounded")  # the same weights, as float16 holds them
     save_file({key: t.half() for key, t in checkpoint_of(plain).items()}, base, {"by": "somebody"})
-    script("scripts/merge.py", base, merged, "--lora", f"{a}:0.8", "--lora", f"{b}:-0.5")
+    script("scripts/merge_lora.py", base, merged, "--lora", f"{a}:0.8", "--lora", f"{b}:-0.5")
     ours, before = load_file(merged), load_file(base)
     assert ours.keys() == before.keys()
     assert all(ours[key].dtype == torch.float16 for key in ours)
-    assert formats.read_metadata(merged)["by"] == "somebody"
+    assert read_metadata(merged)["by"] == "somebody"
     whole = checkpoint_of(merged_in_memory(tmp_path / "rounded", two_loras))
     wanted = {key: tensor.half() for key, tensor in whole.items()}
     assert all(torch.equal(ours[key], tensor) for key, tensor in wanted.items())  # both LoRA in float32, rounded once
@@ -239,7 +241,7 @@ def test_merging_into_one_checkpoint_file(script, two_loras, tiny_model, tmp_pat
 
 def test_merge_mistakes(script, two_loras, tiny_model, tmp_path):
     def refused(message: str, *options):
-        _, err = script("scripts/merge.py", *options, status=2)
+        _, err = script("scripts/merge_lora.py", *options, status=2)
         assert err.count("\n") == 1
         assert message in err
         assert not list(tmp_path.glob("m*"))

@@ -8,20 +8,12 @@ from one_file import checkpoint_of
 from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 
-import sdxl
-from errors import UserError
+from common.errors import UserError
 from lora import LoRAConfig, add_lora
-from sdxl import (
-    check_folder,
-    decode_latents,
-    encode_pixels,
-    load_sdxl,
-    native_resolution,
-    sample_latents,
-    split_tokens,
-    time_ids,
-    tokenize,
-)
+from model.load import BASE, base_architecture, check_folder, load_sdxl, native_resolution
+from model.sdxl import time_ids
+from model.text import split_tokens, tokenize
+from model.vae import decode_latents, encode_pixels, sample_latents
 
 CAPTIONS = ["a cat", "", "a long caption " * 30]
 
@@ -59,7 +51,7 @@ def test_tokens_have_one_row_for_each_text_encoder(denoiser):
 @pytest.fixture(scope="module")
 def sdxl_tokenizers() -> list[CLIPTokenizer]:
     """Those of SDXL base, bundled."""
-    return [CLIPTokenizer.from_pretrained(sdxl.BASE / name) for name in ("tokenizer", "tokenizer_2")]
+    return [CLIPTokenizer.from_pretrained(BASE / name) for name in ("tokenizer", "tokenizer_2")]
 
 
 def by_transformers(tokenizers, captions) -> torch.Tensor:
@@ -199,8 +191,8 @@ def small_base(tiny_model, tmp_path, monkeypatch):
     for part, fields in changed.items():
         file = folder / part / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | fields))
-    monkeypatch.setattr(sdxl, "BASE", folder)
-    return SimpleNamespace(**sdxl.base_architecture())
+    monkeypatch.setattr("model.load.BASE", folder)
+    return SimpleNamespace(**base_architecture())
 
 
 @pytest.mark.parametrize("accelerate", [True, False])  # not among our requirements; diffusers loads differently with it
@@ -240,7 +232,7 @@ def test_a_checkpoint_that_lacks_something_is_refused(small_base, tmp_path):
 
 def test_the_bundled_configurations_are_those_of_sdxl_base(sdxl_tokenizers):
     with torch.device("meta"):
-        sizes = {name: sum(p.numel() for p in m.parameters()) for name, m in sdxl.base_architecture().items()}
+        sizes = {name: sum(p.numel() for p in m.parameters()) for name, m in base_architecture().items()}
     assert sizes == {"unet": 2_567_463_684, "text_encoder": 123_060_480, "text_encoder_2": 694_659_840, "vae": 83_653_863}
     cat = [49406, 320, 1125, 539, 320, 2368, 49407]  # "a photo of a cat", as CLIP's own tokenizer has it
     tokens = tokenize(sdxl_tokenizers, ["a photo of a cat"])[0]

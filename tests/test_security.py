@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from test_layout import SOURCES, imports
 from test_train import weights
 
-import formats
-from checkpoint import MANIFEST, STATE, digest, find_states
+from common.errors import UserError
+from common.files import digest
+from lora_files.read import trained_on
+from run.state import MANIFEST, STATE, find_states
 
 UNPICKLERS = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "yaml"}
 RUNNERS = {"eval", "exec", "compile", "__import__", "importlib.import_module", "os.system", "os.popen", "torch.hub.load"}
@@ -96,9 +98,9 @@ def test_what_a_lora_names_is_no_path(train, script, tiny_model, tmp_path, monke
     monkeypatch.chdir(here)
     save_file(good, here / "x.safetensors", told | {"sdxl_lora.config": config, "sdxl_lora.step": CLIMBING[0]})
     before, how = below(), ["--model", tiny_model]
-    script("scripts/convert.py", "x.safetensors", "y.safetensors", *how)
-    script("scripts/extract.py", "x.safetensors", "z.safetensors", "--resize", "--rank", 1, *how)
-    script("scripts/merge.py", tiny_model, "merged", "--lora", "x.safetensors")
+    script("scripts/convert_lora.py", "x.safetensors", "y.safetensors", *how)
+    script("scripts/extract_lora.py", "x.safetensors", "z.safetensors", "--resize", "--rank", 1, *how)
+    script("scripts/merge_lora.py", tiny_model, "merged", "--lora", "x.safetensors")
     script("scripts/inspect_lora.py", "x.safetensors", *how)
     script("infer.py", "--lora", "x.safetensors", "--steps", 1, "--prompts", CLIMBING[0], "--out", "images", *how)
     _, err = script("infer.py", "--lora", "x.safetensors", status=2)  # a model that is there, but none
@@ -115,8 +117,8 @@ def test_keys_and_models_of_a_lora_file_write_nothing(script, tiny_model, tmp_pa
     save_file(down, tmp_path / "x.safetensors", {"sdxl_lora.config": json.dumps({"model": name})})
     before, how = below(), ["--model", tiny_model]
     for command in (
-        ["scripts/convert.py", tmp_path / "x.safetensors", tmp_path / "y.safetensors", *how],
-        ["scripts/merge.py", tiny_model, tmp_path / "merged", "--lora", tmp_path / "x.safetensors"],
+        ["scripts/convert_lora.py", tmp_path / "x.safetensors", tmp_path / "y.safetensors", *how],
+        ["scripts/merge_lora.py", tiny_model, tmp_path / "merged", "--lora", tmp_path / "x.safetensors"],
         ["infer.py", "--lora", tmp_path / "x.safetensors", "--out", tmp_path / "images", *how],
         ["infer.py", "--lora", tmp_path / "x.safetensors", "--out", tmp_path / "images"],
     ):
@@ -132,10 +134,10 @@ def test_the_header_of_a_lora_fetches_no_model(tmp_path):
     for model, here in (("someone/evil", False), ("demo", True), (str(ROOT), True)):
         save_file({"a": torch.zeros(1)}, file, {"sdxl_lora.config": json.dumps({"model": model})})
         if here:
-            assert formats.trained_on(file) == model
+            assert trained_on(file) == model
         else:
-            with pytest.raises(formats.UserError, match="was trained on 'someone/evil', which is not here"):
-                formats.trained_on(file)
+            with pytest.raises(UserError, match="was trained on 'someone/evil', which is not here"):
+                trained_on(file)
 
 
 # Secrets.
@@ -149,7 +151,7 @@ def test_no_secret_of_the_environment_is_written_or_told(train, script, tiny_mod
     lora, ours = tmp_path / "out/pytorch_lora_weights_2.safetensors", tmp_path / "y.safetensors"
     how = ["--steps", 1, "--prompts", "x", "--out", tmp_path / "images", "--save-merged", tmp_path / "merged"]
     told += script("infer.py", "--lora", lora, *how)
-    told += script("scripts/convert.py", lora, ours, "--model", tiny_model)
+    told += script("scripts/convert_lora.py", lora, ours, "--model", tiny_model)
     for data in (f"https://me:{secret}@host/a.tar", f"s3://bucket/a.tar?X-Amz-Signature={secret}"):
         told += train("--data", data, "--out", tmp_path / "refused", "--log-dir", tmp_path / "refused", status=2)
     assert not (tmp_path / "refused").exists()

@@ -1,4 +1,4 @@
-"""scripts/soak.py in short: a smaller model, and its runs are forks of this process, which has imported everything already."""
+"""scripts/dev/soak.py in short: a smaller model, and its runs are forks of this process, which has imported all of it."""
 
 import json
 from pathlib import Path
@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from conftest import Forked
 
-import remote
-import sdxl
 import train_lora  # noqa: F401
-from checkpoint import save_state
+from dataset import remote
+from model.load import NAMES
+from run.state import save_state
 
 
 def fork(command: list, stdout, **_) -> Forked:
@@ -21,15 +21,15 @@ def fork(command: list, stdout, **_) -> Forked:
 def soak(script, train, monkeypatch, tiny_model, tmp_path):
     """soak("--blows", 7) -> what it tells. `train` is asked for because it makes the pictures smaller."""
     (tmp_path / "prompts").write_text("one picture")
-    monkeypatch.setattr("pictures.DEMO_PROMPTS", tmp_path / "prompts")
-    monkeypatch.setitem(sdxl.NAMES, "demo", str(tiny_model))
+    monkeypatch.setattr("model.render.DEMO_PROMPTS", tmp_path / "prompts")
+    monkeypatch.setitem(NAMES, "demo", str(tiny_model))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("subprocess.Popen", fork)
     monkeypatch.setattr(remote, "TIMEOUT", 1.0)
     monkeypatch.setattr(remote, "PAUSE", 0.05)
 
     def call(*options, **how):
-        out, _ = script("scripts/soak.py", "--steps", 12, "--save-every", 3, *options, **how)
+        out, _ = script("scripts/dev/soak.py", "--steps", 12, "--save-every", 3, *options, **how)
         return json.loads(out[out.index("{\n") : out.rindex("}") + 1])
 
     return call
@@ -51,7 +51,7 @@ def test_what_is_lost_or_wrong_is_found(soak, monkeypatch):
         wrong = {"lora": state["lora"] + 1e-3, "run": state["run"] | {"step": state["run"]["step"] - 1}}
         return save_state(folder, state if state["run"]["step"] == 12 else state | wrong, beside)
 
-    monkeypatch.setattr("resume.save_state", save)
+    monkeypatch.setattr("run.checkpoints.save_state", save)
     told = soak("--blows", 1, "--seed", 12, status=1)
     assert told["kinds"] == {"SIGTERM": 1}
     assert told["steps lost"] == 1

@@ -5,10 +5,10 @@ import pytest
 import torch
 from tqdm import tqdm
 
-import sdxl
-from errors import warn
+from common.errors import warn
 from lora import LoRAConfig, add_lora
-from watch import MANY, Watchdog, flat_loss, no_change, no_gradient, no_learning_rate, slow
+from model.load import read_sdxl
+from run.watchdog import MANY, Watchdog, flat_loss, no_change, no_gradient, no_learning_rate, slow
 
 HEALTHY = {
     "loss": 0.3, "seconds_per_step": 0.5, "steps": 10, "overflows": 0, "not_finite": 0, "memory_in_use": 0.99,
@@ -90,14 +90,14 @@ def test_the_checksum_sees_a_single_bit(denoiser):
 
 def test_a_run_that_learns_nothing_goes_on_and_says_why(train, monkeypatch):
     """A U-Net whose last layer is lost."""
-    read = sdxl.read_sdxl
+    read = read_sdxl
 
     def damaged(*given):
         pipe = read(*given)
         torch.nn.init.zeros_(pipe.unet.conv_out.weight)
         return pipe
 
-    monkeypatch.setattr("sdxl.read_sdxl", damaged)
+    monkeypatch.setattr("model.load.read_sdxl", damaged)
     out, err = train("--steps", 21, "--lr", 0)
     assert "weights_21.safetensors" in out
     assert err.count("warning: ") == 2

@@ -10,10 +10,11 @@ from torch.utils._pytree import tree_map
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from test_lora import inputs, shake
 
-import memory
-from distributed import join_ranks, leave_ranks
 from lora import LoRAConfig, add_lora
-from sdxl import Denoiser, load_sdxl
+from model.load import load_sdxl
+from model.sdxl import Denoiser
+from performance.adamw8bit import make_optimizer
+from run.ranks import join_ranks, leave_ranks
 
 
 def gradient_and_step(model: str, rank: int, world: int, average) -> dict[str, torch.Tensor]:
@@ -24,7 +25,7 @@ def gradient_and_step(model: str, rank: int, world: int, average) -> dict[str, t
     mine = tree_map(lambda rows: rows[rank::world], inputs(4))
     denoiser(**mine).square().mean().backward()
     average(adapter.grad)
-    optimizer = memory.make_optimizer("adamw8bit", [{"params": [p], "lr": 1e-3} for p in adapter.groups.values()])
+    optimizer = make_optimizer("adamw8bit", [{"params": [p], "lr": 1e-3} for p in adapter.groups.values()])
     optimizer.step()
     return {"grad": adapter.grad, "flat": adapter.flat}
 

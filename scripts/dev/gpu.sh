@@ -22,4 +22,4 @@ export PYTHONUNBUFFERED=1
 $python -m pytest -m gpu -p no:cacheprovider 2>&1 | tee "$logs/tests.txt"
 passed=$?
 [ $# = 0 ] || [ -n "$1" ] || exit $passed
-$python scripts/bench.py --out "$logs/bench.json" ${1:+--rows "$@"} 2>&1 | tee "$logs/bench.txt" && exit $passed
+$python scripts/dev/bench.py --out "$logs/bench.json" ${1:+--rows "$@"} 2>&1 | tee "$logs/bench.txt" && exit $passed

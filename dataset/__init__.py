@@ -1,0 +1,1 @@
+"""Captioned images, wherever they are, as samples."""

@@ -1,0 +1,79 @@
+"""Ready-made latents and text in a shard: what one sample holds."""
+
+import json
+
+import numpy as np
+import torch
+from safetensors.torch import load, save
+
+from dataset.images import Size
+
+LATENTS = "safetensors"  # the extension of a ready-made sample
+
+
+def probe_of(told: bytes, name: str) -> tuple[float, ...]:
+    """The `vae` or `text` that cache.py writes into the .json of latents; () if there is none."""
+    try:
+        return tuple(float(value) for value in json.loads(told)[name])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ()
+
+
+def size_of_latents(encoded: bytes) -> tuple[Size, set[str]]:
+    """(height, width) in pixels and the names of the tensors, by the header of a safetensors file; (0, 0) if it is none."""
+    try:
+        header = json.loads(encoded[8 : 8 + int.from_bytes(encoded[:8], "little")])
+        _, height, width = header["posterior"]["shape"]
+        if not all(type(side) is int and 0 < side < 2**16 for side in (height, width)):
+            raise ValueError("impossible numbers")
+        return (8 * height, 8 * width), set(header)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return (0, 0), set()
+
+
+# Ready-made latents.
+PARTS = {False: ("posterior", "crop", "mask"), True: ("mirrored", "mirrored_crop", "mirrored_mask")}  # as it is, mirrored
+TEXT = ("context", "pooled")
+
+
+def pack_latents(posterior: torch.Tensor, original_size: Size, crop: Size, mirrored: tuple = (), mask: tuple = ()) -> bytes:
+    """posterior [8, h, w], mean and deviation of the latents -> the bytes of key.safetensors in a shard, float16.
+
+    `mask`: one loss mask [h, w] uint8, or none. `mirrored`: the posterior of the mirrored image, its crop, its mask if any.
+    """
+    tensors = {"original_size": torch.tensor(original_size)}
+    for flip, values in ((False, (posterior, crop, *mask)), (True, mirrored)):
+        tensors |= {name: torch.as_tensor(value) for name, value in zip(PARTS[flip], values, strict=False)}
+    return save({name: (t.half() if t.is_floating_point() else t).contiguous() for name, t in tensors.items()})
+
+
+def unpack_latents(encoded: bytes, flip: bool, masked: bool = False) -> tuple[np.ndarray, Size, Size, *tuple[np.ndarray, ...]]:
+    """-> posterior [8, h/8, w/8] float16, original (h, w), crop (top, left); `masked`: loss mask [h/8, w/8] uint8.
+
+    Raises ValueError, or what safetensors raises, if it is damaged or not finite: one NaN would be the end of a training.
+    """
+    tensors = load(encoded)
+    original = tensors["original_size"]
+    posterior, crop, *mask = (tensors[name] for name in PARTS[flip][: 3 if masked else 2])
+    _, height, width = posterior.shape
+    wanted = [(torch.float16, (8, height, width)), *[(torch.int64, (2,))] * 2, *[(torch.uint8, (height, width))] * len(mask)]
+    if [(tensor.dtype, tuple(tensor.shape)) for tensor in (posterior, original, crop, *mask)] != wanted:
+        raise ValueError("its tensors are not those of latents")
+    if not posterior.abs().max() < torch.inf:  # the fastest that a NaN does not pass
+        raise ValueError("its latents are not finite")
+    return posterior.numpy(), tuple(original.tolist()), tuple(crop.tolist()), *(m.numpy() for m in mask)
+
+
+def with_text(encoded: bytes, text: tuple[torch.Tensor, ...] | None) -> bytes:
+    """The same latents with context [K, 77, d1 + d2] and pooled [K, d2] of K captions beside them, in float16; or without."""
+    tensors = {name: tensor for name, tensor in load(encoded).items() if name not in TEXT}
+    return save(tensors | dict(zip(TEXT, (t.half().contiguous() for t in text or ()), strict=False)))
+
+
+def unpack_text(encoded: bytes) -> tuple[torch.Tensor, ...]:
+    """-> context [K, 77, d1 + d2], pooled [K, d2], float16. Raises ValueError if they are not finite."""
+    tensors = load(encoded)
+    text = tuple(tensors[name] for name in TEXT)
+    if not all(states.abs().max() < torch.inf for states in text):
+        raise ValueError("its text is not finite")
+    return text

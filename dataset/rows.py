@@ -1,0 +1,96 @@
+"""Captioned images as rows: of parquet files, or of a folder."""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any, Protocol
+
+from common.errors import UserError
+
+Row = tuple[str, bytes, list[str]]  # name, encoded image, captions; empty where they cannot be read
+
+
+class Inputs(Protocol):
+    def __len__(self) -> int: ...
+
+    def told(self, first: int, last: int) -> list:
+        """What tells the inputs first…last-1 from any others, for json."""
+
+    def name(self, n: int) -> str: ...
+
+    def rows(self, first: int, last: int) -> Iterator[Row]: ...
+
+
+# Rows of parquet files.
+
+
+def parquet_tables(path: Path) -> list[Path]:
+    """A parquet file, or those in a folder without shards; none of another place."""
+    if path.is_dir():
+        return [] if any(path.glob("*.tar")) else sorted(path.rglob("*.parquet"))
+    return [path] if path.suffix == ".parquet" and path.is_file() else []
+
+
+class ParquetRows:
+    """Rows of the layout of lambdalabs/naruto-blip-captions: image {bytes, path}, text. Raises UserError if it is another."""
+
+    def __init__(self, tables: list[Path]):
+        import pyarrow  # here, for it takes its time
+        from pyarrow.parquet import read_metadata
+
+        self.tables, self.begins = tables, [0]
+        for table in tables:
+            try:
+                about = read_metadata(table)
+            except (pyarrow.ArrowException, OSError) as error:
+                raise UserError(f"{table} is no readable parquet file: {error}") from None
+            columns = about.schema.to_arrow_schema().names
+            if not {"image", "text"} <= set(columns):
+                raise UserError(f"{table} has columns {columns}, not image and text")
+            self.begins.append(self.begins[-1] + about.num_rows)
+
+    def __len__(self) -> int:
+        return self.begins[-1]
+
+    def parts(self, first: int, last: int) -> Iterator[tuple[Path, int, int]]:
+        """Which rows of which tables these inputs are."""
+        for table, (begin, end) in zip(self.tables, pairwise(self.begins), strict=True):
+            if first < end and begin < last:
+                yield table, max(first, begin) - begin, min(last, end) - begin
+
+    def told(self, first: int, last: int) -> list:
+        parts = [(table.name, table.stat(), begin, end) for table, begin, end in self.parts(first, last)]
+        return [(name, about.st_size, about.st_mtime_ns, begin, end) for name, about, begin, end in parts]
+
+    def name(self, n: int) -> str:
+        ((table, row, _),) = self.parts(n, n + 1)
+        return f"{table.name}:{row}"
+
+    def rows(self, first: int, last: int) -> Iterator[Row]:
+        for part in self.parts(first, last):
+            yield from read_rows(*part)
+
+
+def read_rows(table: Path, first: int, last: int) -> Iterator[Row]:
+    """One at a time. Memory holds a page, not the row group, which may be the whole file; pyarrow writes 1,024 rows a page."""
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(table, pre_buffer=False, buffer_size=2**20) as file:
+        end = 0
+        for group in range(file.num_row_groups):
+            begin, end = end, end + file.metadata.row_group(group).num_rows
+            wanted = range(max(first, begin), min(last, end))
+            if not wanted:
+                continue
+            batches = file.iter_batches(batch_size=1, row_groups=[group], columns=["image", "text"], use_threads=False)
+            batches = islice(batches, wanted.start - begin, None)
+            for n in wanted:
+                row: dict[str, Any] = {"image": None, "text": None}
+                with suppress(pyarrow.ArrowException, OSError, ValueError, StopIteration):  # the rest of a damaged group
+                    row = next(batches).to_pylist()[0]
+                image = row["image"] if isinstance(row["image"], dict) else {"bytes": row["image"]}
+                texts = row["text"] if isinstance(row["text"], list) else [row["text"]]
+                captions = [text for text in texts if isinstance(text, str)]
+                yield image.get("path") or f"{table.name}:{n}", image.get("bytes") or b"", captions

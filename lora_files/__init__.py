@@ -1,0 +1,1 @@
+"""LoRA files, ours and other tools'."""

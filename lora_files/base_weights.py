@@ -1,0 +1,98 @@
+"""Which tensors of a file of SDXL weights belong to which module."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from common.errors import UserError
+from lora_files.deltas import layer_shapes
+from lora_files.names import from_sgm
+from model.load import base_architecture, load_sdxl
+
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+
+
+# Where a module of the LoRA lies in a file of weights.
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tensor, or its rows from `start` to `stop`, or its transpose."""
+
+    module: str
+    start: int = 0
+    stop: int | None = None
+    transposed: bool = False
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The module's weight: a view."""
+        rows = tensor[self.start : self.stop]
+        return rows.T if self.transposed else rows
+
+
+OPEN_CLIP = {"attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+
+
+def places(component: str, key: str, shape: list[int]) -> list[Place]:
+    """The modules in a tensor. `component` is 'unet' …, or '' for a checkpoint in which Stability's code names them all."""
+    name = key.removesuffix(".weight")
+    if component:
+        return [Place(f"{component}.{name}")] if name != key and len(shape) > 1 else []
+    if name.startswith("model.diffusion_model.") and name != key and len(shape) > 1:
+        return [Place("unet." + from_sgm(name.removeprefix("model.diffusion_model.")))]
+    if name.startswith("conditioner.embedders.0.transformer.") and name != key and len(shape) > 1:
+        return [Place("text_encoder." + name.removeprefix("conditioner.embedders.0.transformer."))]
+    if key == "conditioner.embedders.1.model.text_projection":
+        return [Place("text_encoder_2.text_projection", transposed=True)]
+    if match := re.fullmatch(r"conditioner\.embedders\.1\.model\.transformer\.resblocks\.(\d+)\.(.+)", name):
+        layer = f"text_encoder_2.text_model.encoder.layers.{match[1]}"
+        if match[2] == "attn.in_proj_weight":  # q, k and v, one under the other
+            n = shape[0] // 3
+            return [Place(f"{layer}.self_attn.{x}_proj", i * n, (i + 1) * n) for i, x in enumerate("qkv")]
+        if match[2] in OPEN_CLIP and name != key:
+            return [Place(f"{layer}.{OPEN_CLIP[match[2]]}")]
+    return []
+
+
+# Files of weights, read by their header.
+
+
+def weight_files(base: Path) -> dict[Path, str]:
+    """{file: component}: of a folder those of U-Net and text encoders; of a checkpoint itself, component ''."""
+    if base.is_file():
+        return {base: ""}
+    if not (base / "model_index.json").is_file():
+        raise UserError(f"{base} is neither a file nor a diffusers folder (it has no model_index.json)")
+    files = {file: name for name in COMPONENTS for file in sorted((base / name).glob("*.safetensors"))}
+    if missing := set(COMPONENTS) - set(files.values()):
+        raise UserError(f"{base} has no .safetensors file in {', '.join(sorted(missing))}")
+    return files
+
+
+def read_header(file: Path) -> tuple[int, dict]:
+    """(where the data begins, {key: dtype, shape, data_offsets}). Raises UserError if the file is damaged."""
+    try:
+        with safe_open(file, "pt"):  # checks every offset
+            pass
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} is not a readable .safetensors file: {error}") from None
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        return 8 + length, json.loads(stream.read(length))
+
+
+def model_shapes(model: str | None) -> dict[str, torch.Size]:
+    """{module path: shape} of every layer that a LoRA may change."""
+    names = ("unet", "text_encoder", "text_encoder_2")
+    if model is None:
+        with torch.device("meta"):
+            parts = base_architecture()
+    else:
+        parts = load_sdxl(model, torch.float32, torch.device("cpu")).components
+    return layer_shapes(torch.nn.ModuleDict({name: parts[name] for name in names}))

@@ -1,0 +1,74 @@
+"""The objective: noise a latent, predict the noise, weigh the squared error (Ho et al. 2020, arXiv:2006.11239)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    snr_gamma: float | None = None
+    """Min-SNR weighting γ, e.g. 5 (Hang et al. 2023, arXiv:2303.09556). None: every timestep weighs the same."""
+
+    def __post_init__(self) -> None:
+        if self.snr_gamma is not None and self.snr_gamma <= 0:
+            raise UserError(f"--snr-gamma must be above 0, not {self.snr_gamma}")
+
+
+def area_weights(mask: Tensor) -> Tensor:
+    """Loss mask [B, 1, h, w] in 0…1 -> the weights of the squared error, of mean 1 for each sample, or all 0 if its mask is:
+    the loss is then that of the area which counts, however small that is.
+    """
+    area = mask.mean(dim=(1, 2, 3), keepdim=True)
+    return mask / torch.where(area > 0, area, 1)
+
+
+class Diffusion:
+    """Loss of a denoiser: a callable, so that it works with the real one, a patched one and a fake.
+
+    `alphas_cumprod` [T] is ᾱ of diffusers' scheduler; `prediction_type` its 'epsilon' or 'v_prediction'.
+    """
+
+    def __init__(self, config: DiffusionConfig, alphas_cumprod: Tensor, prediction_type: str, device: torch.device):
+        self.alphas_cumprod = alphas_cumprod.to(device, torch.float32)
+        if prediction_type not in ("epsilon", "v_prediction"):
+            raise UserError(f"--model predicts {prediction_type!r}; only epsilon and v_prediction can be trained")
+        self.v_prediction = prediction_type == "v_prediction"
+        snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
+        self.weights = torch.ones_like(snr)
+        if config.snr_gamma:
+            self.weights = snr.clamp(max=config.snr_gamma) / (snr + 1 if self.v_prediction else snr)
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Noise ε of `shape` [B, 4, h, w], and timesteps t [B], uniform over the schedule."""
+        noise = torch.randn(shape, generator=generator, device=generator.device)
+        timesteps = torch.randint(len(self.alphas_cumprod), shape[:1], generator=generator, device=generator.device)
+        return noise, timesteps
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t = √ᾱ_t · x_0 + √(1 − ᾱ_t) · ε, all [B, 4, h, w]."""
+        alpha = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """ε, or v = √ᾱ_t · ε − √(1 − ᾱ_t) · x_0 (Salimans and Ho 2022, arXiv:2202.00512)."""
+        if not self.v_prediction:
+            return noise
+        alpha = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        return alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
+
+    def __call__(
+        self, denoise: Callable[[Tensor, Tensor], Tensor], latents: Tensor, noise: Tensor, timesteps: Tensor,
+        area: Tensor | float = 1.0,
+    ) -> Tensor:  # fmt: skip
+        """denoise(x_t, t) -> prediction. Returns the loss of each sample, [B] float32.
+
+        With `area`, the `area_weights` of a loss mask, it is Σ mask · error² / (Σ mask · channels).
+        """
+        prediction = denoise(self.add_noise(latents, noise, timesteps), timesteps).float()
+        error = (prediction - self.target(latents, noise, timesteps)).square() * area
+        return error.mean(dim=(1, 2, 3)) * self.weights[timesteps]

@@ -1,0 +1,89 @@
+"""Captions -> tokens of both text encoders, in chunks of 75."""
+
+from collections import Counter
+
+import torch
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+BACKTRACK = 20  # tokens: A1111's default "comma_padding_backtrack"
+
+
+def split_tokens(tokenizer: CLIPTokenizer, captions: list[str], max_tokens: int | None) -> list[tuple[list, list[int]]]:
+    """For each caption (its chunks of up to 75 tokens, what is cut off beyond `max_tokens`), without BOS, EOS and padding.
+
+    None: as many chunks as it takes. Where another follows, a chunk ends after the last comma of its last 20 tokens, so that
+    no tag is torn: A1111's modules/sd_hijack_clip.py, tokenize_line.
+    """
+    room, comma, split = tokenizer.model_max_length - 2, tokenizer.convert_tokens_to_ids(",</w>"), []
+    for rest in tokenizer(captions, add_special_tokens=False).input_ids:
+        chunks: list[list[int]] = []
+        while len(rest) > room and (max_tokens is None or (len(chunks) + 1) * room < max_tokens):
+            ends = [i + 1 for i in range(room - BACKTRACK, room + 1) if rest[i] == comma]
+            end = min(room, max(ends, default=room))
+            chunks, rest = [*chunks, rest[:end]], rest[end:]
+        split.append(([*chunks, rest[:room]], rest[room:]))
+    return split
+
+
+def tokenize(tokenizers: list[CLIPTokenizer], captions: list[str], max_tokens: int | None = 75) -> Tensor:
+    """captions -> tokens [B, 2, 77·n] int64, one row for each text encoder, in as many chunks n as the longest caption needs.
+
+    Each chunk has its own BOS and EOS, and the padding of its tokenizer; `max_tokens` as in `split_tokens`.
+    """
+    split = [[chunks for chunks, _ in split_tokens(t, captions, max_tokens)] for t in tokenizers]
+    n = max(len(chunks) for captioned in split for chunks in captioned)
+    rows = [
+        [close_chunks(t, chunks + [[]] * (n - len(chunks))) for chunks in captioned]  # of nothing: an empty caption's
+        for t, captioned in zip(tokenizers, split, strict=True)
+    ]
+    return torch.stack([torch.tensor(row) for row in rows], dim=1)
+
+
+def close_chunks(tokenizer: CLIPTokenizer, chunks: list[list[int]]) -> list[int]:
+    """Chunks of up to 75 tokens -> 77 tokens for each, one after the other."""
+    bos, eos, pad = [tokenizer.bos_token_id], [tokenizer.eos_token_id], [tokenizer.pad_token_id]
+    room = tokenizer.model_max_length - 2
+    return [token for chunk in chunks for token in bos + chunk + eos + pad * (room - len(chunk))]
+
+
+# Captions -> what the denoiser is told of them: an object that the training loop calls with every batch.
+
+
+class Tokens:
+    """Tokens, which the text encoders read in every step; counts what is cut."""
+
+    tensors = 1  # that it gives
+
+    def __init__(self, tokenizers: list[CLIPTokenizer], max_tokens: int):
+        self.tokenizers, self.max_tokens = tokenizers, max_tokens
+        self.cut: Counter[int] = Counter()
+
+    def __call__(self, captions: list[str], ready: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """-> (tokens [B, 2, 77·n],)."""
+        self.cut.update(len(rest) for _, rest in split_tokens(self.tokenizers[0], captions, self.max_tokens))
+        return (tokenize(self.tokenizers, captions, self.max_tokens),)
+
+    def advice(self) -> str | None:
+        if not (most := max(self.cut, default=0)):
+            return None
+        share = f"{1 - self.cut[0] / self.cut.total():.1%} of the captions"
+        return f"{share} have more than --max-tokens {self.max_tokens} and were cut, by up to {most} tokens"
+
+
+class ReadyText:
+    """What cache.py has kept of the text encoders; a dropped caption is told as the empty one."""
+
+    tensors = 2
+
+    def __init__(self, empty: tuple[Tensor, Tensor]):
+        self.empty = empty
+
+    def __call__(self, captions: list[str], ready: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """-> (context [B, 77, d1 + d2], pooled [B, d2])."""
+        told = torch.tensor([bool(caption) for caption in captions])
+        pairs = zip(ready, self.empty, strict=True)
+        return tuple(torch.where(told.view(-1, *(t.ndim - 1) * [1]), t.to(none.dtype), none) for t, none in pairs)
+
+    def advice(self) -> None:
+        return None

@@ -1,0 +1,1 @@
+"""A run: its ranks, its state on disk, its end, what it reports."""

@@ -1,0 +1,58 @@
+"""Rewrites a LoRA file of any tool in the kohya layout (diffusers, ComfyUI, A1111) or in diffusers' own; the same ΔW.
+
+python scripts/convert_lora.py theirs.safetensors ours.safetensors
+python scripts/convert_lora.py ours.safetensors for-diffusers.safetensors --format diffusers --save-dtype fp32
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from common.errors import UserError, one_line_errors
+from common.files import check_writable, write_atomically
+from lora_files.base_weights import model_shapes
+from lora_files.read import OF_THE_FILE, read_lora, read_metadata
+from lora_files.write import LISTED, check_written, serialise
+from memory import DTYPES
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    lora: Annotated[Path, tyro.conf.Positional]
+    """The file to read."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """The file to write."""
+    format: Literal["kohya", "diffusers"] = "kohya"
+    """Layout to write."""
+    save_dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
+    """Dtype of the weights in it."""
+    model: str | None = None
+    """The model it is for, as train_lora.py's --model. None: SDXL base's architecture, which needs no weights."""
+
+
+def main(config: ConvertConfig) -> None:
+    if config.out.exists():
+        raise UserError(f"{config.out} is there already: remove it or choose another name")
+    check_writable("the folder", config.out.parent)
+    shapes = model_shapes(config.model)
+    deltas = read_lora(config.lora, shapes)
+    metadata = {k: v for k, v in read_metadata(config.lora).items() if k not in OF_THE_FILE}
+    metadata = LISTED | metadata
+    dtype = DTYPES[config.save_dtype]
+    data = serialise(deltas, metadata, config.format, dtype)
+    errors = []
+
+    def check(written: Path) -> None:
+        errors.append(check_written(written, shapes, deltas, dtype, "it was not kept: try --save-dtype fp32"))
+
+    write_atomically(config.out, data, check)
+    print(f"{config.out}: {len(deltas)} layers in the {config.format} layout, largest difference {errors[0]:.2g}")
+
+
+if __name__ == "__main__":
+    with one_line_errors("convert_lora.py"):
+        main(tyro.cli(ConvertConfig, description=__doc__))

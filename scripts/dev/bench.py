@@ -1,0 +1,404 @@
+"""Speed and memory of the real SDXL architecture (random weights: a step costs the same) on one GPU: a table and JSON.
+
+    python scripts/dev/bench.py                          every row of the README's table, each by train_lora.py itself
+    python scripts/dev/bench.py --rows recipe images     some of them
+    python scripts/dev/bench.py --rows recipe --vram-gb 12
+    python scripts/dev/bench.py --parts                  where the time of a step goes, and inference: base, merge, merged
+    python scripts/dev/bench.py --compare-attention      every attention kernel on SDXL's shapes, forward and backward
+
+Writes a model of 7 GB to --work once. Nothing is downloaded.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import tyro
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+import webdataset as wds
+
+from common.errors import UserError, one_line_errors
+from data import DataConfig, Stream
+from dataset.buckets import bucket_sizes
+from dataset.captions import CaptionConfig
+from dataset.latents import pack_latents
+from dataset.sources import open_source
+from lora import LoRAConfig, add_lora, merge_lora
+from memory import peak_memory, resolve_device
+from model.diffusion import Diffusion, DiffusionConfig
+from model.load import BASE, base_architecture, load_sdxl
+from model.sdxl import Denoiser, blueprint, time_ids
+from model.text import tokenize
+from model.vae import decode_latents, encode_pixels
+from performance.adamw8bit import make_optimizer
+from performance.cuda_graph import GraphedStep
+from performance.kernels import KERNELS, install, why_not
+from performance.kernels import milliseconds as fast_milliseconds
+
+FORWARD = 6.76e12  # floating-point operations of the U-Net's forward pass, one image of 1024 x 1024 (counted by dry_run)
+
+LATENTS = ("--data", "{work}/latents")
+MIXED = ("--data", "{work}/mixed")
+READY = ("--data", "{work}/ready", "--no-buckets", "--no-train-text-encoder")
+IMAGES = ("--data", "{work}/photos")
+RECIPE = ("--rank", "8", "--bs", "3", "--precision", "fp16", "--optimizer", "adamw8bit")
+KOHYA = (*RECIPE, "--targets", "all")
+ROWS = {
+    "recipe": ("the recipe, latents ready, cap 16 GiB", (*RECIPE, *LATENTS, "--vram-gb", "16")),
+    "images": ("images encoded in the loop, cap 16 GiB", (*RECIPE, *IMAGES, "--vram-gb", "16")),
+    "mixed": ("latents of nine sizes, cap 16 GiB", (*RECIPE, *MIXED, "--vram-gb", "16")),
+    "unet": ("U-Net alone, latents ready, cap 16 GiB", (*RECIPE, *LATENTS, "--no-train-text-encoder", "--vram-gb", "16")),
+    "unet-ready": ("U-Net alone, latents and text ready, cap 16 GiB", (*RECIPE, *READY, "--vram-gb", "16")),
+    "kohya": ("kohya's targets, cap 16 GiB", (*KOHYA, *LATENTS, "--vram-gb", "16")),
+    "kohya-least": ("kohya's targets, least memory", (*KOHYA, *LATENTS, "--checkpointing", "all")),
+    "int8": ("cap 8 GiB, int8 base", (*RECIPE, *LATENTS, "--vram-gb", "8", "--base-precision", "int8")),
+    "nf4": ("cap 6 GiB, NF4 base", (*RECIPE, *LATENTS, "--vram-gb", "6", "--base-precision", "nf4")),
+    "free": ("no cap", (*RECIPE, *LATENTS)),
+    "free-8": ("no cap, batch 8", (*RECIPE, "--bs", "8", *LATENTS)),
+    "free-images": ("no cap, images encoded in the loop", (*RECIPE, *IMAGES)),
+    "compile": ("no cap, compiled blocks", (*RECIPE, *LATENTS, "--compile")),
+    "eager": ("no cap, no CUDA graph", (*RECIPE, *LATENTS, "--cuda-graph", "off")),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    rows: tuple[str, ...] = tuple(ROWS)
+    """Which rows to measure."""
+    vram_gb: float | None = None
+    """Another cap for these rows."""
+    steps: int = 30
+    """Steps of each row; the first ten are not timed."""
+    parts: bool = False
+    """Instead of the rows: where the time of a step goes; merging and inference."""
+    compare_attention: bool = False
+    """Instead of the rows: every attention kernel, forward and backward."""
+    work: Path = Path("/tmp/sdxl-bench")
+    """Folder for the model and the shards."""
+    out: Path = Path("bench.json")
+    """JSON file for the figures."""
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.rows) - ROWS.keys():
+            raise UserError(f"--rows {' '.join(unknown)}: choose from {' '.join(ROWS)}")
+        if self.steps < 20:
+            raise UserError(f"--steps must be at least 20, not {self.steps}")
+
+
+# What is measured: a model and shards, made on the spot.
+
+
+def make_model(folder: Path, device: torch.device) -> None:
+    """SDXL base's architecture with random weights in float16, as a diffusers folder."""
+    from diffusers import StableDiffusionXLPipeline
+
+    torch.set_default_dtype(torch.float16)
+    with device:
+        models = base_architecture()
+    torch.set_default_dtype(torch.float32)
+    StableDiffusionXLPipeline.from_pretrained(BASE, **models, add_watermarker=False).save_pretrained(folder)
+
+
+def make_shards(folder: Path, count: int = 64) -> None:
+    """photos/: JPEGs of about 1024 pixels a side; latents/: as many posteriors, ready-made; mixed/: of nine sizes."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    mixed = bucket_sizes(1024, 64)[::5]
+    for name in ("photos", "latents", "mixed"):
+        (folder / name).mkdir(parents=True)
+        with wds.TarWriter(str(folder / name / "bench-000000.tar")) as tar:
+            for i in range(count):
+                sample: dict[str, str | bytes] = {"__key__": f"{i:06d}", "txt": f"a picture with the number {i}"}
+                if name != "photos":
+                    height, width = mixed[i % len(mixed)] if name == "mixed" else (1024, 1024)
+                    mean = torch.randn(4, height // 8, width // 8)
+                    posterior = torch.cat([mean, torch.full_like(mean, 0.05)])
+                    sample["safetensors"] = pack_latents(posterior, (height, width), (0, 0))
+                else:
+                    coarse = Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))
+                    size = (1024, 1152) if i % 2 else (1216, 1024)
+                    noise = rng.normal(0, 6, (size[1], size[0], 3))
+                    photo = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC)) + noise
+                    buffer = io.BytesIO()
+                    Image.fromarray(photo.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=92)
+                    sample["jpg"] = buffer.getvalue()
+                tar.write(sample)
+
+
+def cache(work: Path) -> str:
+    """ready/: latents and text of the photos, made by scripts/cache_latents.py; returns how fast."""
+    command = [sys.executable, "scripts/cache_latents.py", str(work / "photos"), "--out", str(work / "ready")]
+    command += ["--model", str(work / "model"), "--text", "1", "--no-buckets", "--workers", "4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    rate = re.findall(r"([\d.]+\s?(?:img/s|s/img))", done.stderr)
+    return f"scripts/cache_latents.py: {rate[-1]} in float32, latents and one variant of the text"
+
+
+# The rows: train_lora.py itself, stopped after some steps.
+
+
+@dataclass
+class Row:
+    name: str
+    what: str
+    command: str
+    seconds_per_step: float | None = None
+    images_per_second: float | None = None
+    of_matmul_rate: float | None = None  # forward and input gradients, without what is computed again
+    allocated_GiB: float | None = None
+    reserved_GiB: float | None = None
+    on_card_GiB: float | None = None  # all that this process takes, CUDA's own included
+    two_steps_s: float | None = None  # after the start of the program
+    failed: str | None = None
+    told: list[str] = field(default_factory=list)  # what train_lora.py said of its plan
+
+
+def used_on_card() -> float:
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    return float(subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]) / 1024
+
+
+def measure(name: str, config: BenchConfig, matmul: float) -> Row:
+    """Runs the row and reads what train_lora.py logged."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    what, template = ROWS[name]
+    options = [option.format(work=config.work) for option in template]
+    if config.vram_gb:
+        options += ["--vram-gb", str(config.vram_gb)]
+    run = config.work / "runs" / name
+    shutil.rmtree(run, ignore_errors=True)
+    options += ["--model", str(config.work / "model"), "--steps", "100000", "--save-every", "100000", "--workers", "4"]
+    command = [sys.executable, "train_lora.py", *options, "--out", str(run / "out"), "--log-dir", str(run / "log")]
+    row, before = Row(name, what, "train_lora.py " + " ".join(options)), used_on_card()
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    told, done = "", 0
+    assert process.stderr is not None
+    while done < config.steps and (line := process.stderr.readline(400)):
+        told += line
+        done = int((re.findall(r"(\d+)/100000", line) or [done])[-1])
+    if process.poll() is None:
+        row.on_card_GiB = round(used_on_card() - before, 2)
+        process.send_signal(signal.SIGINT)
+    out, rest = process.communicate(timeout=120)
+    row.told = [line for line in (out + told + rest).replace("\r", "\n").splitlines() if re.match(r"memory|device|batch", line)]
+    if process.returncode not in (os.EX_OK, os.EX_TEMPFAIL):  # done, or stopped by the signal
+        lines = [line for line in (told + rest).splitlines() if "/100000" not in line]  # but for the progress bar
+        row.failed = (lines or ["no output"])[-1][-300:]
+        return row
+    (events,) = (run / "log").iterdir()
+    log = EventAccumulator(str(events)).Reload()
+    rates = [event.value for event in log.Scalars("images_per_second") if event.step > 10]
+    row.images_per_second = round(statistics.median(rates), 2)
+    batch = int(re.findall(r"= (\d+)", next(line for line in row.told if line.startswith("batch")))[0])
+    row.seconds_per_step = round(batch / row.images_per_second, 4)
+    row.of_matmul_rate = round(2 * FORWARD * row.images_per_second / matmul, 3)
+    row.allocated_GiB = round(log.Scalars("peak_memory_GiB")[-1].value, 2)
+    row.reserved_GiB = round(log.Scalars("peak_reserved_GiB")[-1].value, 2)
+    row.two_steps_s = float(re.findall(r"two steps done ([\d.]+) s", " ".join(row.told))[0])
+    return row
+
+
+# Parts of a step, and inference.
+
+
+def milliseconds(work, repeats: int = 3) -> float:
+    """Median over `repeats`, on the device's clock, after one run that is not counted."""
+    work()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    for event in events[:-1]:
+        event.record()
+        work()
+    events[-1].record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in pairwise(events))
+
+
+def matmul_rate(device: torch.device) -> float:
+    """Operations per second of one 8192 x 8192 x 8192 product in float16: what this card really gives."""
+    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.float16) for _ in range(2))
+    return 2 * 8192**3 / milliseconds(lambda: a @ b, 20) * 1e3
+
+
+def measure_inference(pipe, device: torch.device) -> dict[str, float]:
+    """Seconds of one denoising step of base and merged model (1024 x 1024, with guidance), of merging, and of one decoding."""
+    denoiser = Denoiser(pipe)
+    modules = add_lora(blueprint(pipe), LoRAConfig(), denoiser.unread).modules
+    deltas = {}
+    for name, m in modules.items():
+        A, B = (torch.randn(p.shape, device=device) * 1e-3 for p in (m.lora_A, m.lora_B))
+        deltas[name] = (A, B, m.alpha)
+
+    def denoise() -> None:
+        pipe("a picture", num_inference_steps=10, guidance_scale=5.0, output_type="latent")
+
+    seconds: dict[str, list[float]] = {"base": [], "merged": []}
+    for _ in range(3):  # in turn, so that a drift of the clock falls on both
+        seconds["base"].append(milliseconds(denoise) / 10)
+        torch.cuda.synchronize()
+        since = time.perf_counter()
+        merge_lora(denoiser, deltas)
+        torch.cuda.synchronize()
+        merging = time.perf_counter() - since
+        seconds["merged"].append(milliseconds(denoise) / 10)
+        merge_lora(denoiser, deltas, strength=-1.0)
+    base, merged = min(seconds["base"]), min(seconds["merged"])
+    decoding = milliseconds(lambda: decode_latents(pipe.vae, torch.randn(1, 4, 128, 128, device=device)))
+    return {
+        "denoising step, base": base,
+        "denoising step, merged": merged,
+        "merged / base": round(merged / base, 3),
+        f"merging {len(deltas)} layers": 1e3 * merging,
+        "decoding one picture": decoding,
+        "peak reserved, GiB": round(peak_memory(device)[1], 2),
+    }
+
+
+def measure_optimiser(device: torch.device, count: int = 24_500_000) -> float:
+    """Unscaling, clipping, 8-bit Adam, the scaler's update and zeroing, over one flat tensor, in milliseconds."""
+    p = torch.nn.Parameter(torch.randn(count, device=device))
+    p.grad = gradient = torch.zeros_like(p)
+    optimizer = make_optimizer("adamw8bit", [{"params": [p], "lr": 1e-4}])
+    scaler = torch.amp.GradScaler(device.type)
+    scaler.scale(torch.zeros((), device=device))  # makes its state
+
+    def step() -> None:
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_([p], 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        gradient.zero_()
+
+    return milliseconds(step, 20)
+
+
+def measure_parts(pipe, device: torch.device) -> dict[str, float]:
+    """Milliseconds of each part of a step of the recipe, batch 3, nothing checkpointed, each as a CUDA graph."""
+    bs, denoiser = 3, Denoiser(pipe)
+    adapter = add_lora(denoiser, LoRAConfig(), denoiser.unread, dtype=torch.float16)
+    install(pipe.unet, KERNELS["sdpa"])
+    diffusion = Diffusion(DiffusionConfig(), pipe.scheduler.alphas_cumprod, "epsilon", device)
+    latents = torch.randn(bs, 4, 128, 128, device=device)
+    noise, timesteps = diffusion.draw(latents.shape, torch.Generator(device).manual_seed(0))
+    tokens = tokenize(denoiser.tokenizers, ["a picture"] * bs).to(device)
+    ids = time_ids(torch.full((bs, 2), 1024), torch.zeros(bs, 2), torch.full((bs, 2), 1024)).to(device)
+    pixels = torch.rand(bs, 3, 1024, 1024, device=device) * 2 - 1
+    denoise = partial(denoiser, text=(tokens,), time_ids=ids)
+
+    def graphed(work, grad: bool) -> float:
+        def step(_) -> torch.Tensor:
+            with torch.set_grad_enabled(grad):
+                return work()
+
+        recorded = GraphedStep(step, [adapter.grad, adapter.low_grad], "on", device)
+        result = milliseconds(lambda: recorded(timesteps))
+        recorded.release()
+        return result
+
+    def differentiate() -> torch.Tensor:
+        loss = diffusion(denoise, latents, noise, timesteps).mean() * 1024
+        loss.backward()
+        adapter.gather()
+        return loss.detach()
+
+    text = graphed(lambda: denoiser.encode_text(tokens)[0], grad=False)
+    forward = graphed(lambda: denoise(latents, timesteps), grad=False)
+    whole = graphed(differentiate, grad=True)
+    times = {"text encoders, forward": text, "U-Net, forward": forward - text, "backward of all": whole - forward}
+    times["VAE encoding, image by image"] = graphed(lambda: encode_pixels(pipe.vae, pixels), grad=False)
+    pipe.vae.disable_slicing()
+    times["VAE encoding, whole batch"] = graphed(lambda: encode_pixels(pipe.vae, pixels), grad=False)
+    times["optimiser, 24.5 M parameters"] = measure_optimiser(device)
+    return times
+
+
+def measure_data(config: BenchConfig) -> dict[str, float]:
+    """Milliseconds that one worker needs for a batch of 3."""
+    times = {}
+    for name in ("photos", "latents"):
+        stream = iter(Stream(open_source(str(config.work / name)), DataConfig(bs=3), CaptionConfig(), 1024, seed=0))
+        next(stream)
+        since = time.perf_counter()
+        for _ in range(10):
+            next(stream)
+        times[f"data, {name}, one worker"] = 100 * (time.perf_counter() - since)
+    return times
+
+
+def compare_attention(device: torch.device) -> list[str]:
+    """Lines of a table: each kernel on SDXL's shapes, batch 3."""
+    lines = []
+    for tokens, heads in ((4096, 10), (1024, 20)):
+        for keys in (tokens, 77):
+            q, k = torch.Size((3, tokens, heads, 64)), torch.Size((3, keys, heads, 64))
+            for name, kernel in KERNELS.items():
+                how = (q, k, device, torch.float16)
+                told = why_not(name, *how)
+                if told is None:
+                    forward, both = (fast_milliseconds(kernel, *how, backward=back) for back in (False, True))
+                    told = f"forward {forward:.3f} ms, backward {both - forward:.3f} ms"
+                lines.append(f"{tokens:5} queries, {keys:5} keys, {heads} heads   {name:10} {told}")
+    return lines
+
+
+def main(config: BenchConfig) -> None:
+    if not torch.cuda.is_available():
+        raise UserError("nothing to measure here: a GPU with CUDA is needed")
+    device = resolve_device("cuda")
+    if not (config.work / "model").is_dir():
+        print(f"writing the model and the shards to {config.work}", flush=True)
+        make_model(config.work / "model", device)
+        make_shards(config.work)
+        torch.cuda.empty_cache()
+    if not (config.work / "ready").is_dir() and "unet-ready" in config.rows:
+        print(cache(config.work), flush=True)
+    rate = matmul_rate(device)
+    card = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
+    print(f"{card}; a matrix product of 8192³ in float16 runs at {rate / 1e12:.0f} TFLOP/s")
+    result: dict = {"card": card, "matmul_TFLOPs": rate / 1e12}
+    if config.compare_attention:
+        result["attention"] = compare_attention(device)
+        print("\n".join(result["attention"]))
+    elif config.parts:
+        pipe = load_sdxl(str(config.work / "model"), torch.float16, device)
+        result["parts"] = measure_inference(pipe, device) | measure_parts(pipe, device) | measure_data(config)
+        print("\n".join(f"{value:10.2f}  {name}" for name, value in result["parts"].items()))
+    else:
+        torch.cuda.empty_cache()
+        print("| row | s/step | img/s | of the matmul rate | allocated | reserved | on the card | two steps after |")
+        print("|---|---|---|---|---|---|---|---|", flush=True)
+        result["rows"] = []
+        for name in config.rows:
+            row = measure(name, config, rate)
+            result["rows"].append(asdict(row))
+            speed = (row.seconds_per_step, row.images_per_second, row.of_matmul_rate)
+            taken = (row.allocated_GiB, row.reserved_GiB, row.on_card_GiB)
+            cells = map(str, (*speed, *taken, row.two_steps_s))
+            print(f"| {row.what} | {row.failed or ' | '.join(cells)} |", flush=True)
+            for line in row.told:
+                print(f"    {line}", flush=True)
+            config.out.write_text(json.dumps(result, indent=1))  # now: a later row may not end
+    config.out.write_text(json.dumps(result, indent=1))
+    print(f"the same as JSON: {config.out}")
+
+
+if __name__ == "__main__":
+    with one_line_errors("bench.py"):
+        main(tyro.cli(BenchConfig, description=__doc__))
