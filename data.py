@@ -29,7 +29,7 @@ from dataset.captions import CaptionConfig, choose_caption
 from dataset.disk_cache import NO_CACHE, Cache, NoCache
 from dataset.images import Size, alpha_of, fit, open_image, to_rgb
 from dataset.latents import unpack_latents, unpack_text
-from dataset.sources import Raw, Source
+from dataset.sources import EncodedSample, Source
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,9 @@ class Batch:
 # Samples -> batches.
 
 
-def decode(raw: Raw, bucket: Size, flip: bool, masked: bool = False) -> tuple[np.ndarray, Size, Size, *tuple[np.ndarray, ...]]:
+def decode(
+    raw: EncodedSample, bucket: Size, flip: bool, masked: bool = False
+) -> tuple[np.ndarray, Size, Size, *tuple[np.ndarray, ...]]:
     """Encoded image -> pixels [h, w, 3] uint8 of the bucket, original (h, w), crop (top, left) of the resized image.
 
     `masked`: and its loss mask [h/8, w/8] uint8, the mean alpha of the 8 × 8 pixels of each latent; transparency is not put
@@ -183,7 +185,7 @@ class Stream(IterableDataset):
                 raise
             yield error  # `make_loader` raises it: DataLoader would put this process's traceback into its text
 
-    def decode(self, raw: Raw, bucket: int, flip: bool) -> tuple[np.ndarray, Size, Size, *tuple[np.ndarray, ...]]:
+    def decode(self, raw: EncodedSample, bucket: int, flip: bool) -> tuple[np.ndarray, Size, Size, *tuple[np.ndarray, ...]]:
         size, masked = self.sizes[bucket], self.config.masked_loss
         if not self.source.latents:
             return decode(raw, size, flip, masked)
@@ -192,7 +194,7 @@ class Stream(IterableDataset):
             raise ValueError("its latents are of another bucket")
         return latents
 
-    def spare(self, bucket: int) -> tuple[Raw, int]:
+    def spare(self, bucket: int) -> tuple[EncodedSample, int]:
         """What stands in for a batch of which nothing can be decoded, and its bucket. Raises UserError if there is nothing."""
         for n in [*np.flatnonzero(self.bucket == bucket), *range(self.source.samples)]:
             if self.source.names[n] in self.left_out:
@@ -203,7 +205,7 @@ class Stream(IterableDataset):
                 return raw, fits
         raise UserError(f"--data: none of the {self.source.samples} images can be decoded")
 
-    def encoded(self, raw: Raw, caption: str) -> list[torch.Tensor]:
+    def encoded(self, raw: EncodedSample, caption: str) -> list[torch.Tensor]:
         """What the text encoders made of this caption of a sample, if that is asked for; of no caption it does not matter."""
         return [states[raw.captions.index(caption) if caption else 0] for states in unpack_text(raw.image)] if self.text else []
 
@@ -212,7 +214,7 @@ class Stream(IterableDataset):
         skipped, bucket = [], self.bucket[samples[0]]
         images: np.ndarray | None = None
 
-        def keep(raw: Raw, flip: bool, caption: str) -> None:
+        def keep(raw: EncodedSample, flip: bool, caption: str) -> None:
             nonlocal images
             if raw.name in self.left_out:
                 raise ValueError(raw.name)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
+from performance.memory_plan import GiB
 
-GiB = 2**30
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -67,7 +67,7 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def send(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """CPU -> device. Through pinned memory, because a copy from ordinary memory makes the host wait for the device."""
     if device.type != "cuda":
         return tensor.to(device)
@@ -75,7 +75,7 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 @contextmanager
-def visiting(device: torch.device, modules: list[nn.Module]) -> Iterator[None]:
+def temporarily_on(device: torch.device, modules: list[nn.Module]) -> Iterator[None]:
     """These are on the device meanwhile, and on the host afterwards."""
     for module in modules:
         module.to(device)

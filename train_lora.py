@@ -36,7 +36,7 @@ import tyro
 from tqdm import tqdm
 
 from common.errors import LossyStream, UserError, check_seed, one_line_errors, warn, warn_of
-from common.files import Persistence, check_writable, write_atomically
+from common.files import TolerantWriter, check_writable, write_atomically
 from data import Batch, DataConfig, Stream, describe_buckets, make_loader, normalise
 from dataset.captions import CaptionConfig
 from dataset.sources import open_mixture
@@ -50,32 +50,32 @@ from memory import (
     peak_memory,
     resolve_device,
     resolve_precision,
-    send,
-    visiting,
+    temporarily_on,
+    to_device,
 )
 from model.diffusion import Diffusion, DiffusionConfig, area_weights
 from model.load import native_resolution, read_sdxl
 from model.render import read_prompts
 from model.sdxl import Denoiser, blueprint, text_shapes, time_ids
-from model.text import ReadyText, Tokens
+from model.text import CachedText, TokenInputs
 from model.vae import (
     DECODING,
     ENCODING,
     decode_latents,
     encode_pixels,
-    same_probe,
+    same_signature,
     sample_latents,
     vae_dtype,
-    vae_probe,  # after memory, which readies xFormers: diffusers imports it
+    vae_signature,  # after memory, which readies xFormers: diffusers imports it
 )
 from performance.adamw8bit import bytes_per_trained, make_optimizer, update_scale
 from performance.checkpointing import block_names, checkpoint_blocks, compile_blocks
 from performance.cuda_graph import GraphedStep
-from performance.kernels import KERNELS, Shapes, choose_attention, install
+from performance.kernels import KERNELS, Shapes, choose_attention, use_fast_kernels
 from performance.memory_plan import ANOTHER_SHAPE, Plan, dry_run, make_plan, stand_in_kernel
-from performance.quantise import BASES as PACKED
+from performance.quantise import PACKED_BASES as PACKED
 from performance.quantise import check_quantisable, packed_bytes, quantisable, quantise_base
-from run.accumulation import Accumulation, doing, ran_out
+from run.accumulation import Accumulation, describe_out_of_memory, note_if_out_of_memory
 from run.bad_steps import largest_values
 from run.checkpoints import CheckpointConfig, Checkpoints, Run
 from run.gallery import Gallery
@@ -188,7 +188,7 @@ def main(config: TrainConfig) -> int:
     # Model on the host, and what the device will have to hold.
     pipe = read_sdxl(config.model, dtype)
     resolution = config.dataset.resolution or native_resolution(pipe)
-    if source.vae and not same_probe(source.vae, vae_probe(pipe.vae)):
+    if source.vae and not same_signature(source.vae, vae_signature(pipe.vae)):
         raise UserError(f"--data: these latents were made by another VAE than that of --model {config.model}")
     text_ready = bool(source.text) and not config.lora.train_text_encoder
     if text_ready and (config.captions.shuffle_tags or config.captions.caption_prefix or config.captions.max_tokens > 75):
@@ -206,14 +206,14 @@ def main(config: TrainConfig) -> int:
     # Model on the device: the frozen base, with adapters on the layers that --targets names.
     whole = denoiser = Denoiser(pipe)
     total = sum(p.numel() for p in whole.parameters())
-    tell: Tokens | ReadyText = Tokens(whole.tokenizers, config.captions.max_tokens)
+    tell: TokenInputs | CachedText = TokenInputs(whole.tokenizers, config.captions.max_tokens)
     resting = [pipe.vae] if source.latents else []  # on the host but for pictures
     if text_ready:
         denoiser, encoders = Denoiser(pipe, with_text=False), [pipe.text_encoder, pipe.text_encoder_2]
-        with visiting(device, encoders):
-            if not same_probe(source.text, whole.text_probe()):
+        with temporarily_on(device, encoders):
+            if not same_signature(source.text, whole.text_probe()):
                 raise UserError(f"--data: its text was encoded by other encoders than those of --model {config.model}")
-            tell = ReadyText(whole.empty_text())
+            tell = CachedText(whole.empty_text())
         resting += encoders
     if plan.base in PACKED:
         check_quantisable(plan.base, device)
@@ -222,7 +222,7 @@ def main(config: TrainConfig) -> int:
     pipe.vae.to("cpu" if source.latents else device, vae_dtype(device)).use_slicing = not plan.whole_vae
     adapter = add_lora(denoiser, config.lora, denoiser.unread, config.seed, dtype)
     attention = choose_attention(config.memory.attention, attention_shapes, device, dtype)
-    install(pipe.unet, KERNELS[attention])
+    use_fast_kernels(pipe.unet, KERNELS[attention])
     if config.memory.compile:
         compile_blocks(pipe.unet, block_names(pipe.unet))
     checkpoint_blocks(denoiser, plan.checkpointed)
@@ -251,7 +251,7 @@ def main(config: TrainConfig) -> int:
 
     def differentiate(images, spread, noise, timesteps, ids, *others) -> torch.Tensor:
         """Adds the gradients of some samples to `adapter.grad`; returns their share of the loss."""
-        with doing("encoding images"):
+        with note_if_out_of_memory("encoding images"):
             latents = sample_latents(pipe.vae, encode(images), spread)
         text, area = others[: tell.tensors], others[tell.tensors :]
         losses = diffusion(partial(denoiser, text=text, time_ids=ids), latents, noise, timesteps, *area)
@@ -266,12 +266,12 @@ def main(config: TrainConfig) -> int:
         """A batch, and what is random about it in step `number`, on the device."""
         generator.manual_seed(seed_of(config.seed, ranks.rank, number, micro))
         latents_shape = (config.dataset.bs, channels, *(batch.size[0] // pipe.vae_scale_factor).tolist())
-        images = send(batch.images, device)
-        text = [send(one, device) for one in tell(batch.captions, batch.text)]
-        ids = send(time_ids(batch.original_size, batch.crop, batch.size), device)
+        images = to_device(batch.images, device)
+        text = [to_device(one, device) for one in tell(batch.captions, batch.text)]
+        ids = to_device(time_ids(batch.original_size, batch.crop, batch.size), device)
         spread = torch.randn(latents_shape, generator=generator, device=device)
         noise, timesteps = diffusion.draw(latents_shape, generator)
-        area = [send(area_weights(mask), device) for mask in batch.mask]
+        area = [to_device(area_weights(mask), device) for mask in batch.mask]
         return images, spread, noise, timesteps, ids, *text, *area
 
     step = GraphedStep(differentiate, [adapter.grad], config.memory.cuda_graph, device)
@@ -299,13 +299,13 @@ def main(config: TrainConfig) -> int:
     # What the run is about to do.
     images_per_step = config.dataset.bs * config.grad_accum * ranks.world
     log: Log | NoLog = NoLog()
-    disk = Persistence()
+    disk = TolerantWriter()
     if ranks.first:
         check_writable("--out", config.checkpoints.out)
         check_writable("--log-dir", Path(run.log_dir).parent)
         if not (found and checkpoints.in_out(found[0])) and (aside := checkpoints.set_aside()):
             print(f"aside      what another run has left in {config.checkpoints.out} is in {aside} now")
-        log = Log(run.log_dir, purge_step=run.step + 1, attempt=Persistence())
+        log = Log(run.log_dir, purge_step=run.step + 1, attempt=TolerantWriter())
         log.add_text("config", f"```json\n{json.dumps(flags, indent=2)}\n```", run.step)
         file, content = next(checkpoints.serialise(config.steps))
         count, layers = adapter.flat.numel(), len(adapter.modules)
@@ -366,8 +366,8 @@ def main(config: TrainConfig) -> int:
 
     def draw() -> np.ndarray | None:
         """Base and LoRA side by side; None if it was stopped."""
-        what = doing(f"drawing pictures after step {run.step}; {plan.if_short}")
-        with what, visiting(device, resting), torch.compiler.set_stance("force_eager"):  # compiling would take minutes
+        what = note_if_out_of_memory(f"drawing pictures after step {run.step}; {plan.if_short}")
+        with what, temporarily_on(device, resting), torch.compiler.set_stance("force_eager"):  # compiling would take minutes
             return gallery.draw(f"LoRA, step {run.step}")
 
     weights = {name: delta[:2] for name, delta in adapter.deltas.items()}
@@ -478,7 +478,7 @@ def plan_memory(
     saved = {base: sum(m.weight.nbytes - packed_bytes(m, base) for m in linears.values()) for base in PACKED}
     adapter = add_lora(shapes, config.lora, shapes.unread, dtype=dtype)
     trained = adapter.flat.numel() * bytes_per_trained(config.memory.optimizer, dtype)
-    install(shapes.unet, stand_in_kernel)
+    use_fast_kernels(shapes.unet, stand_in_kernel)
     text = text_shapes(shapes, config.dataset.bs, config.captions.max_tokens // 75)
     costs = dry_run(shapes, block_names(shapes), text, resolution // pipe.vae_scale_factor)
     fixed = {base: unpacked - saved.get(base, 0) + trained for base in bases}
@@ -528,7 +528,7 @@ def examine_steps(
         for name in guilty:
             run.hits[name] = run.hits.get(name, 0) + 1
         file = Path(run.log_dir) / f"nonfinite-{number + 1}" / f"rank{ranks.rank}.json"
-        Persistence()(str(file), partial(write_atomically, file, json.dumps(found, indent=1).encode()))
+        TolerantWriter()(str(file), partial(write_atomically, file, json.dumps(found, indent=1).encode()))
         if ranks.first:
             why = f"by {', '.join(sorted(guilty))}" if guilty else "which could not be repeated"
             warn(f"step {number + 1} had no finite loss or gradient and was skipped, {why}: see {file.parent}")
@@ -544,6 +544,6 @@ if __name__ == "__main__":
             sys.exit(os.EX_TEMPFAIL)
         except torch.OutOfMemoryError as error:
             helps = "; what helps: less as --vram-gb, --checkpointing all, --base-precision nf4"
-            told = ran_out(error) + (helps if not hasattr(error, "__notes__") else "")
+            told = describe_out_of_memory(error) + (helps if not hasattr(error, "__notes__") else "")
             warn(f"train_lora.py: {told}")
             sys.exit(os.EX_OSERR)

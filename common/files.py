@@ -61,7 +61,7 @@ def check_writable(flag: str, folder: Path) -> None:
         raise UserError(f"{flag} {folder} cannot be written: {error.strerror}") from None
 
 
-class Persistence:
+class TolerantWriter:
     """Writes that may fail: what the disk refuses (full, read-only, gone) is told once, and the run goes on."""
 
     failed = False  # the last attempt
@@ -82,5 +82,5 @@ class Persistence:
 # States.
 
 
-def digest(data: bytes) -> str:
+def sha256_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()

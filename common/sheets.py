@@ -2,7 +2,7 @@
 
 from PIL import Image, ImageDraw, ImageFont
 
-MARGIN = 8
+SHEET_MARGIN = 8
 
 
 def side_by_side(columns: dict[str, Image.Image], prompt: str) -> Image.Image:
@@ -13,11 +13,11 @@ def side_by_side(columns: dict[str, Image.Image], prompt: str) -> Image.Image:
     side = max(384, next(iter(columns.values())).width)
     font = ImageFont.load_default(size=side / 24)
     line = round(side / 24 * 1.6)
-    sheet = Image.new("RGB", (len(columns) * (side + MARGIN) + MARGIN, side + 2 * line + MARGIN), "white")
+    sheet = Image.new("RGB", (len(columns) * (side + SHEET_MARGIN) + SHEET_MARGIN, side + 2 * line + SHEET_MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, line // 5), shorten(prompt, sheet.width - 2 * MARGIN, font), fill="black", font=font)
+    draw.text((SHEET_MARGIN, line // 5), shorten(prompt, sheet.width - 2 * SHEET_MARGIN, font), fill="black", font=font)
     for i, (name, image) in enumerate(columns.items()):
-        x = MARGIN + i * (side + MARGIN)
+        x = SHEET_MARGIN + i * (side + SHEET_MARGIN)
         draw.text((x, line), name, fill="gray", font=font)
         sheet.paste(image.resize((side, side), Image.Resampling.LANCZOS), (x, 2 * line))
     return sheet

@@ -5,7 +5,7 @@ from itertools import count
 
 import numpy as np
 
-Size = tuple[int, int]  # (height, width) in pixels
+from dataset.images import Size
 
 
 def bucket_sizes(resolution: int, step: int) -> list[Size]:

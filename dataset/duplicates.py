@@ -10,7 +10,7 @@ BITS = 64
 LIMIT = 6  # of them: so many differ at most in copies of half the size, at JPEG quality 30, 20 % brighter; in others 8 or more
 
 
-def same(hashes: Iterable[Hashable]) -> list[list[int]]:
+def equal_images(hashes: Iterable[Hashable]) -> list[list[int]]:
     """Numbers of those that share their hash, from two up, each group and the groups in the order of the first."""
     found = defaultdict(list)
     for n, digest in enumerate(hashes):
@@ -18,7 +18,7 @@ def same(hashes: Iterable[Hashable]) -> list[list[int]]:
     return [group for group in found.values() if len(group) > 1]
 
 
-def near(hashes: np.ndarray, limit: int = LIMIT) -> list[list[int]]:
+def similar_images(hashes: np.ndarray, limit: int = LIMIT) -> list[list[int]]:
     """[N] uint64 -> numbers of those that differ in at most `limit` bits, directly or over others, as `same`."""
     values, number = np.unique(hashes, return_inverse=True)
     leader = np.arange(len(values))
@@ -30,7 +30,7 @@ def near(hashes: np.ndarray, limit: int = LIMIT) -> list[list[int]]:
 
     for one, other in close_pairs(values, limit):
         leader[lead(other)] = lead(one)
-    return same(lead(n) for n in number)
+    return equal_images(lead(n) for n in number)
 
 
 def close_pairs(values: np.ndarray, limit: int) -> Iterator[tuple[int, int]]:
@@ -49,5 +49,5 @@ def close_pairs(values: np.ndarray, limit: int) -> Iterator[tuple[int, int]]:
             at = at[band[at + step] == band[at]]  # what is no neighbour at this distance is none farther on
             if not len(at):
                 break
-            near = at[np.bitwise_count(told[at] ^ told[at + step]) <= limit]
-            yield from zip(order[near].tolist(), order[near + step].tolist(), strict=True)
+            close = at[np.bitwise_count(told[at] ^ told[at + step]) <= limit]
+            yield from zip(order[close].tolist(), order[close + step].tolist(), strict=True)

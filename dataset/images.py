@@ -7,7 +7,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 Size = tuple[int, int]  # (height, width)
 
-FILES = ("jpg", "jpeg", "png", "webp", "avif")  # what is taken for an image, by its extension
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "avif")  # what is taken for an image, by its extension
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP")  # what it may be by its content: PostScript would be run
 MOST_PIXELS = 200_000_000  # of an image before it is decoded: a file of some kilobytes can ask for all of the memory
 MOST_BYTES = 2**30  # of a file

@@ -11,7 +11,7 @@ from dataset.images import Size
 LATENTS = "safetensors"  # the extension of a ready-made sample
 
 
-def probe_of(told: bytes, name: str) -> tuple[float, ...]:
+def signature_of(told: bytes, name: str) -> tuple[float, ...]:
     """The `vae` or `text` that cache.py writes into the .json of latents; () if there is none."""
     try:
         return tuple(float(value) for value in json.loads(told)[name])
@@ -32,8 +32,8 @@ def size_of_latents(encoded: bytes) -> tuple[Size, set[str]]:
 
 
 # Ready-made latents.
-PARTS = {False: ("posterior", "crop", "mask"), True: ("mirrored", "mirrored_crop", "mirrored_mask")}  # as it is, mirrored
-TEXT = ("context", "pooled")
+LATENT_KEYS = {False: ("posterior", "crop", "mask"), True: ("mirrored", "mirrored_crop", "mirrored_mask")}  # as it is, mirrored
+TEXT_KEYS = ("context", "pooled")
 
 
 def pack_latents(posterior: torch.Tensor, original_size: Size, crop: Size, mirrored: tuple = (), mask: tuple = ()) -> bytes:
@@ -43,7 +43,7 @@ def pack_latents(posterior: torch.Tensor, original_size: Size, crop: Size, mirro
     """
     tensors = {"original_size": torch.tensor(original_size)}
     for flip, values in ((False, (posterior, crop, *mask)), (True, mirrored)):
-        tensors |= {name: torch.as_tensor(value) for name, value in zip(PARTS[flip], values, strict=False)}
+        tensors |= {name: torch.as_tensor(value) for name, value in zip(LATENT_KEYS[flip], values, strict=False)}
     return save({name: (t.half() if t.is_floating_point() else t).contiguous() for name, t in tensors.items()})
 
 
@@ -54,7 +54,7 @@ def unpack_latents(encoded: bytes, flip: bool, masked: bool = False) -> tuple[np
     """
     tensors = load(encoded)
     original = tensors["original_size"]
-    posterior, crop, *mask = (tensors[name] for name in PARTS[flip][: 3 if masked else 2])
+    posterior, crop, *mask = (tensors[name] for name in LATENT_KEYS[flip][: 3 if masked else 2])
     _, height, width = posterior.shape
     wanted = [(torch.float16, (8, height, width)), *[(torch.int64, (2,))] * 2, *[(torch.uint8, (height, width))] * len(mask)]
     if [(tensor.dtype, tuple(tensor.shape)) for tensor in (posterior, original, crop, *mask)] != wanted:
@@ -66,14 +66,14 @@ def unpack_latents(encoded: bytes, flip: bool, masked: bool = False) -> tuple[np
 
 def with_text(encoded: bytes, text: tuple[torch.Tensor, ...] | None) -> bytes:
     """The same latents with context [K, 77, d1 + d2] and pooled [K, d2] of K captions beside them, in float16; or without."""
-    tensors = {name: tensor for name, tensor in load(encoded).items() if name not in TEXT}
-    return save(tensors | dict(zip(TEXT, (t.half().contiguous() for t in text or ()), strict=False)))
+    tensors = {name: tensor for name, tensor in load(encoded).items() if name not in TEXT_KEYS}
+    return save(tensors | dict(zip(TEXT_KEYS, (t.half().contiguous() for t in text or ()), strict=False)))
 
 
 def unpack_text(encoded: bytes) -> tuple[torch.Tensor, ...]:
     """-> context [K, 77, d1 + d2], pooled [K, d2], float16. Raises ValueError if they are not finite."""
     tensors = load(encoded)
-    text = tuple(tensors[name] for name in TEXT)
+    text = tuple(tensors[name] for name in TEXT_KEYS)
     if not all(states.abs().max() < torch.inf for states in text):
         raise ValueError("its text is not finite")
     return text

@@ -30,8 +30,8 @@ SCHEMES = (*HTTP, "s3", "gs", "hf")
 
 TIMEOUT = 20.0  # seconds without a byte
 TRIES, PAUSE = 6, 1.0  # seconds of the first pause; each is twice the one before, half a minute in all
-STUBBORN = ("gs", "hf")  # their drivers try for half a minute by themselves
-NEAR = 2**16  # bytes between two parts that are loaded together: less than what a second request costs
+RETRYING_DRIVERS = ("gs", "hf")  # their drivers try for half a minute by themselves
+MERGE_GAP = 2**16  # bytes between two parts that are loaded together: less than what a second request costs
 CHUNK = 2**23  # bytes of a request for a whole shard
 AT_ONCE = 16  # requests for sizes
 
@@ -86,10 +86,10 @@ class WholeFile(Exception):
     """All of a file is sent where a part of it was asked for."""
 
 
-def ask(url: str, request: Callable[[fsspec.AbstractFileSystem], T]) -> T:
+def request_with_retries(url: str, request: Callable[[fsspec.AbstractFileSystem], T]) -> T:
     """`request` of the driver, again after a pause while it fails for reasons that pass. Raises UserError naming the URL."""
     scheme = scheme_of(url)
-    most = 2 if scheme in STUBBORN else TRIES
+    most = 2 if scheme in RETRYING_DRIVERS else TRIES
     tries = 0
     while True:
         tries += 1
@@ -184,7 +184,7 @@ class RemoteFile:
         """These parts of it; neighbours, as an image and its caption are, with one request. Raises UserError."""
         together: list[list[int]] = []
         for at, size in sorted(spans):
-            if not together or at - together[-1][1] > NEAR:
+            if not together or at - together[-1][1] > MERGE_GAP:
                 together.append([at, at])
             together[-1][1] = max(together[-1][1], at + size)
         loaded = {begin: self.part(begin, end - begin) for begin, end in together}
@@ -205,7 +205,7 @@ class RemoteFile:
                 raise EOFError
             return data
 
-        return ask(self.url, request) if size else b""
+        return request_with_retries(self.url, request) if size else b""
 
     def survey(self) -> Shard:
         """Loads all of it once, to see what lies where."""
@@ -238,7 +238,7 @@ def remote_shards(urls: list[str], cache: Cache | NoCache) -> list[tuple[RemoteF
         tars += [url] if url.endswith(".tar") else in_folder(folder, index[folder])
 
     def look(url: str) -> RemoteFile:
-        return RemoteFile(url, *ask(url, lambda driver: size_and_version(driver, url)), cache)
+        return RemoteFile(url, *request_with_retries(url, lambda driver: size_and_version(driver, url)), cache)
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         looked = tqdm(pool.map(look, tars), desc="looking for the shards", total=len(tars), unit="shard", delay=2, leave=False)
@@ -262,14 +262,14 @@ def remote_index(folder: str) -> dict[str, Shard]:
                 return b""
             raise
 
-    return read_lines(ask(url, request), f"--data {url}")
+    return read_lines(request_with_retries(url, request), f"--data {url}")
 
 
 def in_folder(folder: str, index: dict[str, Shard]) -> list[str]:
     """URLs of its shards, by its index and, where the server can, by what lies there."""
     names = {name for name, shard in index.items() if shard.bytes}
     if not folder.startswith(HTTP):
-        paths = ask(folder, lambda driver: driver.ls(folder, detail=False))
+        paths = request_with_retries(folder, lambda driver: driver.ls(folder, detail=False))
         names |= {path.rpartition("/")[2] for path in paths if path.endswith(".tar")}
     elif not index:
         how = "name the .tar files by a brace pattern, or write the index with scripts/make_shards.py"

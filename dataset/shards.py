@@ -17,8 +17,8 @@ from pathlib import Path, PurePosixPath
 import webdataset as wds
 
 from common.errors import UserError
-from dataset.images import FILES, MOST_BYTES, Size, open_image, upright_size
-from dataset.latents import LATENTS, probe_of, size_of_latents
+from dataset.images import IMAGE_SUFFIXES, MOST_BYTES, Size, open_image, upright_size
+from dataset.latents import LATENTS, signature_of, size_of_latents
 
 INDEX = "index.jsonl"
 HEAD = 2**16  # bytes in which the size of an image stands, unless other things come first
@@ -94,9 +94,9 @@ def survey(path: Path) -> Shard:
 
         for key, group in groupby(members, key=itemgetter(0)):  # neighbours of one key are a sample
             parts = {extension: (at, size) for _, extension, at, size in group}
-            kind = next((extension for extension in (*FILES, LATENTS) if extension in parts), None)
+            kind = next((extension for extension in (*IMAGE_SUFFIXES, LATENTS) if extension in parts), None)
             if kind is None:  # of photo.2.jpg the key is photo: not used, but not lost in silence either
-                shard.uncaptioned += [f"{key}.{e}" for e in parts if e.rpartition(".")[2] in FILES]
+                shard.uncaptioned += [f"{key}.{e}" for e in parts if e.rpartition(".")[2] in IMAGE_SUFFIXES]
                 continue
             texts = [(e, parts[e]) for e in ("txt", "json") if e in parts and parts[e][1] <= MOST_TEXT]
             text = next((place for e, place in texts if split_captions(read(*place), must_be_json=e == "json")), None)
@@ -110,8 +110,8 @@ def survey(path: Path) -> Shard:
                 pixels, names = size_of_latents(head)
                 also += [names] if names else []  # what cannot be read is skipped in training
                 told = read(*dict(texts)["json"]) if "json" in dict(texts) else b""
-                vaes.add(probe_of(told, "vae"))
-                encoders.add(probe_of(told, "text"))
+                vaes.add(signature_of(told, "vae"))
+                encoders.add(signature_of(told, "text"))
             else:
                 pixels = size_of(head)
                 pixels = size_of(read(at, size)) if pixels == (0, 0) and size > HEAD else pixels

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from common.errors import UserError, printable
 from common.files import ROOT
 from dataset.disk_cache import NO_CACHE, Cache, NoCache
-from dataset.images import FILES, MOST_BYTES
+from dataset.images import IMAGE_SUFFIXES, MOST_BYTES
 from dataset.packing import packed
 from dataset.remote import HTTP, RemoteFile, Span, remote_shards, scheme_of
 from dataset.rows import parquet_tables
@@ -45,7 +45,7 @@ class File:
 
 
 @dataclass
-class Raw:
+class EncodedSample:
     name: str
     image: bytes
     captions: list[str]
@@ -78,7 +78,7 @@ class Source:
     def samples(self) -> int:
         return len(self.where)
 
-    def raw(self, n: int) -> Raw:
+    def raw(self, n: int) -> EncodedSample:
         """Sample n, still encoded. What cannot be read is empty: it is then skipped and named like any broken image.
         Raises UserError if it is not here and its server fails for good.
         """
@@ -89,7 +89,7 @@ class Source:
         except OSError:
             image, text = b"", []
         captions = captions or [line for told in text for line in split_captions(told)]
-        return Raw(self.names[n], image, captions or [""])
+        return EncodedSample(self.names[n], image, captions or [""])
 
 
 def open_mixture(data: tuple[str, ...], cache: Cache | NoCache = NO_CACHE) -> Source:
@@ -171,7 +171,9 @@ def open_source(data: str, cache: Cache | NoCache = NO_CACHE) -> Source:
     if not source.samples:
         lacking = len(source.uncaptioned)
         how = f"{lacking} have none: put name.txt beside name.jpg, or a metadata.jsonl with file_name and text"
-        raise UserError(f"--data {data}: no image with a caption there ({how if lacking else 'no ' + ', '.join(FILES)})")
+        raise UserError(
+            f"--data {data}: no image with a caption there ({how if lacking else 'no ' + ', '.join(IMAGE_SUFFIXES)})"
+        )
     return source
 
 
@@ -253,7 +255,7 @@ def scan_folder(folder: Path) -> Source:
             told[metadata.parent / name] = json.dumps({"captions": text}).encode()
     files: list[Path] = []
     places, captions, uncaptioned, digest = [], [], [], hashlib.sha256()
-    named = {path for path in {*folder.rglob("*"), *told} if path.suffix.lower().lstrip(".") in FILES}
+    named = {path for path in {*folder.rglob("*"), *told} if path.suffix.lower().lstrip(".") in IMAGE_SUFFIXES}
     there = sorted(path for path in named if path.is_file() or not path.exists())  # also links to nowhere; no folders, no pipes
     for path in tqdm(there, desc="looking through the folder", unit="img", delay=2, leave=False):
         lines = split_captions(told.get(path, b"")) or split_captions(text_beside(path))

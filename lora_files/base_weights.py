@@ -15,7 +15,7 @@ from lora_files.names import from_sgm
 from model.load import base_architecture, load_sdxl
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
-DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+STORED_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
 # Where a module of the LoRA lies in a file of weights.

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from lora_files.names import diffusers_name, sgm_path
-from lora_files.read import PAIR, Contents, foreign
+from lora_files.read import A_OR_B_KEY, Contents, foreign
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-COMPONENTS = {"unet": "U-Net", "text_encoder": "text encoder 1", "text_encoder_2": "text encoder 2"}
+COMPONENT_LABELS = {"unet": "U-Net", "text_encoder": "text encoder 1", "text_encoder_2": "text encoder 2"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class LoraFile(Contents):
     def suffixes(self) -> dict[str, set[str]]:
         """{stem: what is behind it in the keys of its A and B}"""
         found: dict[str, set[str]] = {}
-        for match in filter(None, map(PAIR.fullmatch, self.tensors)):
+        for match in filter(None, map(A_OR_B_KEY.fullmatch, self.tensors)):
             found.setdefault(match[1], set()).add(match[0].removeprefix(match[1]))
         return found
 
@@ -93,7 +93,7 @@ def used(half: Tensor) -> Tensor:
 
 # What the programs do: names that they know, and rules.
 
-NAMES = [  # (component, how a module of it may be called, who knows it so); sources in the docstring of `names`
+KNOWN_NAMES = [  # (component, how a module of it may be called, who knows it so); sources in the docstring of `names`
     ("unet", "lora_unet_{sgm_}", "ComfyUI A1111 Forge"),
     ("unet", "lora_unet_{path_}", "ComfyUI A1111 Forge"),
     ("unet", "diffusion_model.{sgm}", "ComfyUI Forge"),
@@ -133,7 +133,7 @@ def names(program: str, module: str) -> set[str]:
     sgm = sgm_path(path)
     processor = re.sub(r"\.to_out\.0$", ".to_out", path).replace(".to_", ".processor.to_")
     spelled = {"path": path, "sgm": sgm, "processor": processor, "path_": path.replace(".", "_"), "sgm_": sgm.replace(".", "_")}
-    mine = [name for component, name, known in NAMES if module.startswith(f"{component}.") and program in known.split()]
+    mine = [name for component, name, known in KNOWN_NAMES if module.startswith(f"{component}.") and program in known.split()]
     return {name for name in (name.format(**spelled) for name in mine) if not re.fullmatch(UNKNOWN[program], name)}
 
 
@@ -197,7 +197,7 @@ def half_told(file: LoraFile, program: str) -> bool:
         rank, ranks, targets = (file.peft.get(f"{component}.{key}") for key in ("r", "rank_pattern", "target_modules"))
         return not targets or not (ranks or {len(file.deltas[m][0]) for m in file.within(component).values()} == {rank})
 
-    return "lora_adapter_metadata" in file.metadata and any(lacking(c) for c in COMPONENTS if file.within(c))
+    return "lora_adapter_metadata" in file.metadata and any(lacking(c) for c in COMPONENT_LABELS if file.within(c))
 
 
 SPELLINGS = {  # how the key of a down half goes on behind the module -> what the spelling is called here
@@ -231,7 +231,7 @@ def readable(file: LoraFile, component: str) -> set[str]:
 
 def unread(file: LoraFile) -> bool | list[str]:
     """The modules whose spelling diffusers drops; True: it raises."""
-    kinds = {component: readable(file, component) for component in COMPONENTS if file.within(component)}
+    kinds = {component: readable(file, component) for component in COMPONENT_LABELS if file.within(component)}
     lost = [stem for component in kinds for stem in file.within(component) if spelling(file, stem) not in kinds[component]]
     return lost if all(kinds.values()) else True
 
@@ -275,7 +275,7 @@ def misread(file: LoraFile, program: str) -> Iterable[str]:
 
 @rule("{n} with another alpha than the most of their component, which it gives to all", "diffusers")
 def unequal_alphas(file: LoraFile, program: str) -> Iterator[str]:
-    for component in COMPONENTS if file.kohya else ():
+    for component in COMPONENT_LABELS if file.kohya else ():
         mine = file.within(component)
         told = Counter(float(file.parts[stem]["alpha"]) for stem in mine if "alpha" in file.parts[stem])
         for stem, module in mine.items() if told else ():

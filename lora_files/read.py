@@ -70,8 +70,10 @@ def with_strength(lora: str) -> tuple[Path, float]:
 
 
 # Reading: whatever another tool has written.
-PAIR = re.compile(r"(.+?)[._]lora(?:_linear_layer)?[._](?:(down|A)|up|B)(?:\.default)?\.weight")  # (stem, is it the down half)
-COMPONENTS = [  # prefix of a stem -> component; the first that fits
+A_OR_B_KEY = re.compile(
+    r"(.+?)[._]lora(?:_linear_layer)?[._](?:(down|A)|up|B)(?:\.default)?\.weight"
+)  # (stem, is it the down half)
+COMPONENT_PREFIXES = [  # prefix of a stem -> component; the first that fits
     ("base_model.model.", None),
     ("diffusion_model.", "unet"),
     ("text_encoders.clip_l.transformer.", "text_encoder"),
@@ -97,7 +99,7 @@ LAYOUTS = [  # what is in a key -> the layout that it is in; the first that fits
     (r"\.lora_([AB]\.|magnitude)", "diffusers/PEFT"),
     (r"\.lora(_linear_layer)?\.(down|up)\.", "diffusers old (.lora.down)"),
 ]
-FOREIGN = {  # what is in a key -> what such a file is
+UNSUPPORTED = {  # what is in a key -> what such a file is
     r"\.(dora_scale|lora_magnitude_vector|magnitude)\b": "DoRA",
     r"\.lora_mid\b": "a LoCon with Tucker decomposition",
     r"\.hada_": "LoHa",
@@ -106,7 +108,7 @@ FOREIGN = {  # what is in a key -> what such a file is
     r"\.diff(_b)?$": "a difference of whole weights",
     r"bundle_emb": "a LoRA with embeddings in it",
 }
-OF_THE_FILE = ("lora_adapter_metadata", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "format")  # not of ΔW
+NOT_COPIED = ("lora_adapter_metadata", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "format")  # not of ΔW
 CONTEXT = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}  # channels that cross-attention reads
 
 
@@ -129,7 +131,7 @@ def spellings(path: str) -> list[tuple[str | None, str]]:
 
 def locate(stem: str) -> tuple[str | None, str]:
     """The stem of a key -> (component, flat path)."""
-    prefix, component = next((p, c) for p, c in COMPONENTS if stem.startswith(p))
+    prefix, component = next((p, c) for p, c in COMPONENT_PREFIXES if stem.startswith(p))
     rest = stem.removeprefix(prefix)
     return (component, flat(rest)) if component or prefix != "base_model.model." else locate(rest)
 
@@ -148,11 +150,11 @@ def gather(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         stem, part = key, None
-        if match := PAIR.fullmatch(key):
+        if match := A_OR_B_KEY.fullmatch(key):
             stem, part = match[1], "down" if match[2] else "up"
         elif key.endswith(".alpha") and tensor.numel() == 1:
             stem, part = key.removesuffix(".alpha"), "alpha"
-        elif match := next(filter(None, (re.search(kind, key) for kind in FOREIGN)), None):
+        elif match := next(filter(None, (re.search(kind, key) for kind in UNSUPPORTED)), None):
             stem, part = key[: match.start()] or key, key[match.start() :].removeprefix(".")
         parts.setdefault(stem, {}).update({part: tensor} if part else {})
     return parts
@@ -160,7 +162,7 @@ def gather(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 def foreign(parts: Iterable[str]) -> str | None:
     """What a module of these parts is, unless it is LoRA of plain A and B."""
-    return next((kind for pattern, kind in FOREIGN.items() for part in parts if re.search(pattern, f".{part}")), None)
+    return next((kind for pattern, kind in UNSUPPORTED.items() for part in parts if re.search(pattern, f".{part}")), None)
 
 
 @dataclass(frozen=True)

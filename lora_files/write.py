@@ -84,7 +84,7 @@ def largest_difference(read_back: Deltas, live: Deltas) -> float:
     return worst.item()
 
 
-LISTED = {  # without these A1111 and Forge take a file for one of Stable Diffusion 1 and hide it under SDXL
+A1111_HEADER = {  # without these A1111 and Forge take a file for one of Stable Diffusion 1 and hide it under SDXL
     "ss_network_module": "networks.lora",
     "ss_base_model_version": "sdxl_base_v1-0",
     "ss_v2": "False",
@@ -100,7 +100,7 @@ def make_header(config: dict, images: int, step: int) -> dict[str, str]:
     `config` holds the flags of the run: rank, alpha, targets, resolution, model, …
     """
     name, side = f"pytorch_lora_weights_{step}", config["resolution"]
-    return LISTED | {
+    return A1111_HEADER | {
         "ss_network_dim": str(config["rank"]),
         "ss_network_alpha": str(config["alpha"]),
         "ss_network_args": json.dumps({"targets": config["targets"]}),

@@ -14,7 +14,7 @@ from common.errors import UserError
 from common.files import ROOT
 from model.vae import vae_dtype
 
-NAMES = {
+MODELS = {
     "demo": str(ROOT / "assets/demo/model"),
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
 }
@@ -35,7 +35,7 @@ def read_sdxl(model: str, dtype: torch.dtype, unet: bool = True) -> StableDiffus
 
     Raises UserError in one line if there is no such model, if it is no SDXL, or if it is not here and cannot be fetched.
     """
-    source = NAMES.get(model, model)
+    source = MODELS.get(model, model)
     path = Path(source)
     options = {"dtype": dtype, "add_watermarker": False, "low_cpu_mem_usage": False, "use_safetensors": True}
     try:

@@ -50,7 +50,7 @@ def close_chunks(tokenizer: CLIPTokenizer, chunks: list[list[int]]) -> list[int]
 # Captions -> what the denoiser is told of them: an object that the training loop calls with every batch.
 
 
-class Tokens:
+class TokenInputs:
     """Tokens, which the text encoders read in every step; counts what is cut."""
 
     tensors = 1  # that it gives
@@ -71,7 +71,7 @@ class Tokens:
         return f"{share} have more than --max-tokens {self.max_tokens} and were cut, by up to {most} tokens"
 
 
-class ReadyText:
+class CachedText:
     """What cache.py has kept of the text encoders; a dropped caption is told as the empty one."""
 
     tensors = 2

@@ -26,7 +26,7 @@ def encode_pixels(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
     return torch.cat([posterior.mean, posterior.std], dim=1).float()
 
 
-def vae_probe(vae: AutoencoderKL) -> list[float]:
+def vae_signature(vae: AutoencoderKL) -> list[float]:
     """Eight numbers that tell one VAE from another, whatever their dtype: mean latents and deviations of a fixed picture.
 
     Computed in float32 by a copy, where the VAE lies.
@@ -36,13 +36,13 @@ def vae_probe(vae: AutoencoderKL) -> list[float]:
     return [round(value, 5) for value in encode_pixels(copy.deepcopy(vae).float(), pixels).mean(dim=(0, 2, 3)).tolist()]
 
 
-def same_probe(one: Sequence[float], other: Sequence[float]) -> bool:
+def same_signature(one: Sequence[float], other: Sequence[float]) -> bool:
     """Whether two probes are of the same weights, but for what a half-precision file of them has lost."""
     scale = max(map(abs, other))
     return len(one) == len(other) and all(abs(a - b) < 0.02 * scale for a, b in zip(one, other, strict=True))
 
 
-def digest(*modules: nn.Module) -> str:
+def hash_weights(*modules: nn.Module) -> str:
     """SHA-256 of weights, as they are stored."""
     whole = hashlib.sha256()
     for module in modules:

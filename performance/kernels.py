@@ -87,7 +87,7 @@ def why_not(name: str, q: torch.Size, k: torch.Size, device: torch.device, dtype
     return f"it is wrong on {device.type} in {dtype}: relative errors {', '.join(f'{error:.2g}' for error in errors)}"
 
 
-def milliseconds(
+def time_kernel(
     kernel: Kernel, q: torch.Size, k: torch.Size, device: torch.device, dtype: torch.dtype, backward: bool = True
 ) -> float:
     """Forward, and backward, on CUDA, the best of five; as a graph, because launching takes longer than the small shapes."""
@@ -119,7 +119,7 @@ def choose_attention(attention: str, shapes: Shapes, device: torch.device, dtype
         return attention
     named = [name for name in KERNELS if name != "sdpa"]  # which is one of them
     right = [name for name in named if not any(why_not(name, q, k, device, dtype) for q, k in shapes)]
-    times = {name: sum(n * milliseconds(KERNELS[name], *s, device, dtype) for s, n in shapes.items()) for name in right}
+    times = {name: sum(n * time_kernel(KERNELS[name], *s, device, dtype) for s, n in shapes.items()) for name in right}
     return min(times, key=lambda name: times[name], default="sdpa")
 
 
@@ -156,7 +156,7 @@ class Gate(torch.autograd.Function):
         return F.gelu(g).mul_(grad), torch.ops.aten.gelu_backward(grad * h, g)
 
 
-def product(linear: Any, x: Tensor, part: slice) -> Tensor:
+def forward_rows(linear: Any, x: Tensor, part: slice) -> Tensor:
     """Some of the outputs of a linear layer, in memory of their own. A LoRA or a packed layer knows how itself."""
     if hasattr(linear, "product"):
         return linear.product(x, part)
@@ -166,10 +166,10 @@ def product(linear: Any, x: Tensor, part: slice) -> Tensor:
 def geglu(self: Any, x: Tensor) -> Tensor:
     """The forward of diffusers' GEGLU: x [..., in] -> [..., d]."""
     half = self.proj.out_features // 2
-    return Gate.apply(product(self.proj, x, slice(half)), product(self.proj, x, slice(half, None)))
+    return Gate.apply(forward_rows(self.proj, x, slice(half)), forward_rows(self.proj, x, slice(half, None)))
 
 
-def install(unet: Any, kernel: Kernel) -> None:
+def use_fast_kernels(unet: Any, kernel: Kernel) -> None:
     """Every attention and every GEGLU layer of diffusers' U-Net is computed by this file from here on."""
     unet.set_attn_processor(AttentionProcessor(kernel))
     for module in unet.modules():

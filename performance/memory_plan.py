@@ -29,7 +29,7 @@ BYTES_PER_SECOND = 1.5e12
 # What shapes do not tell, calibrated on one H100 against what the allocator reserved for the real architecture (fp16, batch
 # 3, 1024 × 1024): nothing checkpointed 21.15 GiB, 82 of 131 blocks 14.46, all of them 9.38 with `--targets all`.
 GRADIENTS = 0.8  # gradients and workspaces while a checkpointed block runs backward, in units of what the block keeps
-MARGIN = int(0.3 * GiB)  # workspaces of cuBLAS and cuDNN, prediction, loss, gaps
+SAFETY_MARGIN = int(0.3 * GiB)  # workspaces of cuBLAS and cuDNN, prediction, loss, gaps
 ANOTHER_SHAPE = GiB // 16  # for the graph of every further bucket: 0.05 GiB outside of the allocator, 0.01 in the pool of all
 
 flash_attention = torch.ops.aten._scaled_dot_product_flash_attention
@@ -45,7 +45,7 @@ def stand_in_kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Block:
+class BlockCosts:
     """The forward pass of one block."""
 
     kept: int  # bytes that autograd keeps inside, save those that are kept whether the block is checkpointed or not
@@ -66,8 +66,8 @@ class Costs:
     """The forward pass of a denoiser on `batch` images."""
 
     batch: int
-    blocks: dict[str, Block]  # {module path: what can be checkpointed}
-    outside: Block  # everything else, and what several blocks read (context, embedded timestep)
+    blocks: dict[str, BlockCosts]  # {module path: what can be checkpointed}
+    outside: BlockCosts  # everything else, and what several blocks read (context, embedded timestep)
     attention: Counter  # {(shape of q, shape of k): calls}, each [B, S, H, D]
 
     def held(self, checkpointed: Collection[str], micro: int) -> int:
@@ -162,8 +162,8 @@ class Ledger(TorchDispatchMode):
                 kept[owner] += size * len(savers)
                 given[owner] += size * len(readers)
 
-        def block(name: str | None) -> Block:
-            return Block(kept[name], constant[name], given[name], self.flops[name], self.written[name])
+        def block(name: str | None) -> BlockCosts:
+            return BlockCosts(kept[name], constant[name], given[name], self.flops[name], self.written[name])
 
         return Costs(batch, {name: block(name) for name in block_names}, block(None), self.attention)
 
@@ -237,7 +237,7 @@ def plans(costs: Costs, fixed: dict[str, int], batch: int, budget: int, checkpoi
             for number in numbers:
                 training = costs.peak(order[:number], micro)
                 for whole_vae in (True, False):
-                    peak = weights + MARGIN + max(training, vae_image * (batch if whole_vae else 1))
+                    peak = weights + SAFETY_MARGIN + max(training, vae_image * (batch if whole_vae else 1))
                     yield Plan(order[:number], len(order), base, batch, micro, weights, whole_vae, peak, budget)
 
 
@@ -259,7 +259,7 @@ def make_plan(
         tried.append(plan)
     smallest = min(tried, key=lambda plan: plan.predicted)
     helps = [] if "nf4" in fixed else ["--base-precision nf4"]
-    room = budget - min(fixed.values()) - MARGIN  # beside the weights
+    room = budget - min(fixed.values()) - SAFETY_MARGIN  # beside the weights
     if room > 0:
         helps += ["a smaller --resolution"]
     if room > vae_image:  # then it is the training step that is too large

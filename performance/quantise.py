@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 
-BASES = ("int8", "nf4")
-BLOCK = 64
+PACKED_BASES = ("int8", "nf4")
+NF4_BLOCK = 64
 KEPT = r"time_emb|add_embedding"  # 1 % of SDXL's weights, yet 15 % of int8's error on the demo model: they stay as they are
 
 
-def pack(weight: Tensor, base: str) -> tuple[Tensor, Tensor]:
+def pack_weight(weight: Tensor, base: str) -> tuple[Tensor, Tensor]:
     """weight [out, in] in float16, bfloat16 or float32 -> (q, s).
 
     int8: [out, in] int8 and [out, 1] float32. nf4: [out·in/2, 1] uint8 and [out·in/64] float16, which halves what the
@@ -31,14 +31,14 @@ def pack(weight: Tensor, base: str) -> tuple[Tensor, Tensor]:
         return (weight / scale).round().to(torch.int8), scale  # 0 / 0 in a row of zeros: whatever q becomes, s is 0
     from bitsandbytes.functional import quantize_4bit
 
-    packed, state = quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
+    packed, state = quantize_4bit(weight, blocksize=NF4_BLOCK, quant_type="nf4")
     return packed, state.absmax.half()
 
 
 def packed_bytes(linear: nn.Linear, base: str) -> int:
     """Bytes that the weight of a layer will take when packed; its bias stays as it is."""
     weights = linear.in_features * linear.out_features
-    return weights + 4 * linear.out_features if base == "int8" else -(weights // -2) + 2 * -(weights // -BLOCK)
+    return weights + 4 * linear.out_features if base == "int8" else -(weights // -2) + 2 * -(weights // -NF4_BLOCK)
 
 
 class Product(torch.autograd.Function):
@@ -63,7 +63,7 @@ class QuantisedLinear(nn.Linear):
         nn.Module.__init__(self)  # not nn.Linear's: it would allocate and fill a weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.base, self.dtype, self.bias = base, linear.weight.dtype, linear.bias
-        packed, scale = pack(linear.weight.detach().to(device), base)
+        packed, scale = pack_weight(linear.weight.detach().to(device), base)
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.register_buffer("scale", scale.view(torch.uint8))  # as bytes: Module.to(dtype) casts whatever is floating
 
@@ -77,7 +77,7 @@ class QuantisedLinear(nn.Linear):
 
         absmax = self.scale.view(torch.float16).float()
         # Flat, because bitsandbytes' CPU kernel unpacks wrongly where a row is no whole number of blocks.
-        flat = QuantState(absmax, [shape[0] * shape[1]], blocksize=BLOCK, quant_type="nf4", dtype=self.dtype)
+        flat = QuantState(absmax, [shape[0] * shape[1]], blocksize=NF4_BLOCK, quant_type="nf4", dtype=self.dtype)
         return dequantize_4bit(self.weight, flat).view(shape)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ def quantise_base(model: nn.Module, base: str, device: torch.device) -> None:
 def check_quantisable(base: str, device: torch.device) -> None:
     """Packs and unpacks one small layer on `device`. Raises UserError if that cannot be done there."""
     try:
-        QuantisedLinear(nn.Linear(BLOCK, 2), base, device).dense().cpu()
+        QuantisedLinear(nn.Linear(NF4_BLOCK, 2), base, device).dense().cpu()
     except (ImportError, OSError, AttributeError, AssertionError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:150]
         raise UserError(

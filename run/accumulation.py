@@ -12,7 +12,7 @@ from common.errors import warn
 
 
 @contextmanager
-def doing(what: str) -> Iterator[None]:
+def note_if_out_of_memory(what: str) -> Iterator[None]:
     """If memory runs out inside, the error says what was being done: the innermost first."""
     try:
         yield
@@ -21,7 +21,7 @@ def doing(what: str) -> Iterator[None]:
         raise
 
 
-def ran_out(error: torch.OutOfMemoryError) -> str:
+def describe_out_of_memory(error: torch.OutOfMemoryError) -> str:
     """One line: PyTorch's first sentences, how much was asked for and of what, and what was being done."""
     told = ". ".join(" ".join(str(error).split()).split(". ")[:2])
     return ", ".join(["out of memory", *getattr(error, "__notes__", [])]) + f" ({told})"
@@ -53,7 +53,7 @@ class Accumulation:
             try:
                 return self.attempt(batches, number)
             except torch.OutOfMemoryError as error:
-                told = f"{ran_out(error)}; {self.advice}"
+                told = f"{describe_out_of_memory(error)}; {self.advice}"
             self.undo()  # out of the except block, which would keep what the attempt has allocated
             self.halvings, self.micro = self.halvings - 1, math.ceil(self.micro / 2)
             then = "tried twice in halves: the run ends" if self.failed else f"from here on in pieces of {self.micro}"
@@ -65,7 +65,7 @@ class Accumulation:
         loss: Any = 0.0
         for micro, batch in enumerate(batches):
             h, w = batch.size[0].tolist()
-            with doing(f"in step {number + 1}, {self.micro} images of {h} × {w} at once"):
+            with note_if_out_of_memory(f"in step {number + 1}, {self.micro} images of {h} × {w} at once"):
                 inputs = self.prepare(batch, number, micro)
                 for part in zip(*(tensor.split(self.micro) for tensor in inputs), strict=True):
                     loss = loss + self.step(*part)

@@ -42,7 +42,7 @@ class CheckpointConfig:
                 raise UserError(f"--{flag} must be at least 1, not {value}")
 
 
-FILES = {  # --format: {layout: what its file is called after the step}
+LAYOUT_SUFFIXES = {  # --format: {layout: what its file is called after the step}
     "kohya": {"kohya": ""},
     "diffusers": {"diffusers": ""},
     "both": {"kohya": "", "diffusers": "_diffusers"},
@@ -92,7 +92,7 @@ class Checkpoints:
     ):  # fmt: skip
         self.config, self.flags, self.source = config, flags, source
         self.adapter, self.shapes, self.optimizer, self.scaler = adapter, shapes, optimizer, scaler
-        self.made = circumstances(flags, source.fingerprint, world)
+        self.made = provenance(flags, source.fingerprint, world)
 
     def find(self) -> tuple[Path, dict] | None:
         """The state to go on from. What this command has saved before counts more than where --resume told it to begin: the
@@ -127,7 +127,7 @@ class Checkpoints:
         """Name and content of each LoRA file at `step`."""
         about = make_header(self.flags, self.source.samples, step) | {"sdxl_lora.dataset": self.source.fingerprint}
         deltas, dtype = self.adapter.deltas, DTYPES[self.config.save_dtype]
-        for layout, suffix in FILES[self.config.format].items():
+        for layout, suffix in LAYOUT_SUFFIXES[self.config.format].items():
             yield f"pytorch_lora_weights_{step}{suffix}.safetensors", serialise(deltas, about, layout, dtype)
 
     def save(self, run: Run) -> float:
@@ -183,7 +183,7 @@ class Checkpoints:
         return run, told + ("; no longer bit for bit" if "processes" in beyond else "")
 
 
-def circumstances(flags: dict[str, object], fingerprint: str, world: int) -> dict:
+def provenance(flags: dict[str, object], fingerprint: str, world: int) -> dict:
     """What a state is made with: every flag, with the content of the data in place of its path; and beyond the flags."""
     suite = hashlib.sha256(b"".join(path.read_bytes() for path in suite_sources()))
     beyond = {"processes": world, "torch": str(torch.__version__), "suite": suite.hexdigest()[:8]}

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from common.errors import UserError, warn
-from common.files import digest, sync_folder, write_atomically
+from common.files import sha256_of, sync_folder, write_atomically
 
 STATE, MANIFEST = "state.pt", "manifest.json"
 
@@ -34,14 +34,14 @@ def save_state(folder: Path, state: dict, beside: dict[str, bytes]) -> Path:
     numbered = f"state-{1 + int(older[0].name.rpartition('-')[2]) if older else 1}"
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    manifest = {STATE: digest(buffer.getvalue())} | {name: digest(content) for name, content in beside.items()}
+    manifest = {STATE: sha256_of(buffer.getvalue())} | {name: sha256_of(content) for name, content in beside.items()}
     aside, new = folder / f".{numbered}", folder / numbered
     try:
         shutil.rmtree(aside, ignore_errors=True)
         write_atomically(aside / STATE, buffer.getvalue())
         write_atomically(aside / MANIFEST, json.dumps(manifest, indent=2).encode())
         read_state(aside)
-        if wrong := [name for name in beside if digest((folder / name).read_bytes()) != manifest[name]]:
+        if wrong := [name for name in beside if sha256_of((folder / name).read_bytes()) != manifest[name]]:
             raise OSError(errno.EIO, f"{wrong[0]} does not read back as it was written")
         aside.rename(new)
         sync_folder(folder)
@@ -55,7 +55,7 @@ def save_state(folder: Path, state: dict, beside: dict[str, bytes]) -> Path:
 def read_state(path: Path) -> dict:
     """Tensors on the CPU. Raises OSError, and anything if the folder is no state of ours."""
     data, manifest = (path / STATE).read_bytes(), json.loads((path / MANIFEST).read_bytes())
-    if digest(data) != manifest[STATE]:
+    if sha256_of(data) != manifest[STATE]:
         raise OSError(errno.EIO, f"{STATE} is not what {MANIFEST} says")
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 

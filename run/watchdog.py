@@ -14,7 +14,7 @@ from common.errors import warn
 Readings = list[dict[str, float]]
 SLOW, FULL = 5, 0.95  # times the median; share of the device's memory
 FEW, MANY = 3, 10  # readings
-NEAR = 0.02  # of the loss of a network that predicts nothing
+NEAR_NOTHING = 0.02  # of the loss of a network that predicts nothing
 
 
 def slow(readings: Readings) -> str | None:
@@ -62,7 +62,7 @@ def flat_loss(nothing: float, readings: Readings) -> str | None:
     SDXL's latents have a variance of about 1.
     """
     losses = [one["loss"] for one in readings[-MANY:]]
-    if len(losses) < MANY or not abs(mean(losses) / nothing - 1) < NEAR:
+    if len(losses) < MANY or not abs(mean(losses) / nothing - 1) < NEAR_NOTHING:
         return None
     told = f"the loss stays at {mean(losses):.2f}, that of a network which predicts nothing"
     return f"{told}: is --model whole, and does it predict what its scheduler's prediction_type says?"

@@ -40,7 +40,7 @@ from memory import resolve_device
 from model.load import native_resolution, read_sdxl
 from model.sdxl import Denoiser
 from model.text import tokenize
-from model.vae import digest, encode_pixels, vae_probe
+from model.vae import encode_pixels, hash_weights, vae_signature
 from run.ranks import Ranks, join_ranks, leave_ranks
 
 FORMAT = "1"  # of an entry: another number makes all of them anew
@@ -156,7 +156,7 @@ class Encoder:
 
     def __init__(self, pipe, text: bool, device: torch.device):
         self.vae, self.text, self.device = pipe.vae.to(device), None, device
-        self.probes = {"vae": vae_probe(self.vae)}
+        self.probes = {"vae": vae_signature(self.vae)}
         if text:
             pipe.text_encoder.to(device), pipe.text_encoder_2.to(device)
             self.text = Denoiser(pipe)
@@ -233,7 +233,7 @@ def main(config: CacheConfig) -> None:
         check_writable("--out", config.out)
     ranks.from_first(None)  # the others wait for the folder
     pipe = read_sdxl(config.model, torch.float32, unet=False)
-    weights = digest(pipe.vae), digest(pipe.text_encoder, pipe.text_encoder_2) if config.text else ""
+    weights = hash_weights(pipe.vae), hash_weights(pipe.text_encoder, pipe.text_encoder_2) if config.text else ""
     encoder = Encoder(pipe, bool(config.text), device)
     resolution = config.resolution or native_resolution(pipe)
     how = DataConfig(resolution=resolution, buckets=config.buckets, bucket_step=config.bucket_step)

@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.errors import UserError, one_line_errors
 from common.files import check_writable, write_atomically
 from lora_files.base_weights import model_shapes
-from lora_files.read import OF_THE_FILE, read_lora, read_metadata
-from lora_files.write import LISTED, check_written, serialise
+from lora_files.read import NOT_COPIED, read_lora, read_metadata
+from lora_files.write import A1111_HEADER, check_written, serialise
 from memory import DTYPES
 
 
@@ -40,8 +40,8 @@ def main(config: ConvertConfig) -> None:
     check_writable("the folder", config.out.parent)
     shapes = model_shapes(config.model)
     deltas = read_lora(config.lora, shapes)
-    metadata = {k: v for k, v in read_metadata(config.lora).items() if k not in OF_THE_FILE}
-    metadata = LISTED | metadata
+    metadata = {k: v for k, v in read_metadata(config.lora).items() if k not in NOT_COPIED}
+    metadata = A1111_HEADER | metadata
     dtype = DTYPES[config.save_dtype]
     data = serialise(deltas, metadata, config.format, dtype)
     errors = []

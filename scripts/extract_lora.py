@@ -29,11 +29,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.errors import UserError, one_line_errors
 from common.files import check_writable, write_atomically
 from lora import TARGETS, LoRAConfig
-from lora_files.base_weights import DTYPES, Place, model_shapes, places, read_header, weight_files
+from lora_files.base_weights import STORED_DTYPES, Place, model_shapes, places, read_header, weight_files
 from lora_files.deltas import Deltas, delta_svd
 from lora_files.names import diffusers_name
-from lora_files.read import OF_THE_FILE, read_lora, read_metadata
-from lora_files.write import LISTED, check_written, serialise
+from lora_files.read import NOT_COPIED, read_lora, read_metadata
+from lora_files.write import A1111_HEADER, check_written, serialise
 from memory import DTYPES as memory_DTYPES
 from memory import resolve_device
 
@@ -132,7 +132,7 @@ class Lora:
     def __init__(self, file: Path, model: str | None, device: torch.device):
         self.shapes, self.device = model_shapes(model), device
         self.deltas = read_lora(file, self.shapes)
-        self.metadata = {k: v for k, v in read_metadata(file).items() if k not in OF_THE_FILE}
+        self.metadata = {k: v for k, v in read_metadata(file).items() if k not in NOT_COPIED}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.deltas)
@@ -173,8 +173,10 @@ def find_weights(model: Path) -> dict[str, Weight]:
     for file, component in weight_files(model).items():  # of two variants the last counts: x.safetensors after x.fp16.…
         for key, about in read_header(file)[1].items():
             for place in places(component, key, about.get("shape", [])):
-                if about["dtype"] not in DTYPES:
-                    raise UserError(f"{file}: {key} is {about['dtype']}, which has no difference: {', '.join(DTYPES)} have")
+                if about["dtype"] not in STORED_DTYPES:
+                    raise UserError(
+                        f"{file}: {key} is {about['dtype']}, which has no difference: {', '.join(STORED_DTYPES)} have"
+                    )
                 shape = place.of(torch.empty(about["shape"], device="meta")).shape
                 if ".embeddings." not in place.module:  # tables of words and positions are no layers
                     found[diffusers_name(place.module)] = Weight(file, key, place, shape)
@@ -288,7 +290,7 @@ def main(config: ExtractConfig) -> None:
     # The file.
     told: dict[str, object] = {"source": config.source.name, "base": config.base and config.base.name}
     told |= {"rank": config.rank, "error": config.error}
-    metadata = LISTED | source.metadata
+    metadata = A1111_HEADER | source.metadata
     metadata |= {
         "ss_network_dim": common({layer.rank for layer in layers}),
         "ss_network_alpha": common({alpha for *_, alpha in deltas.values()}),

@@ -26,7 +26,7 @@ from common.errors import UserError, one_line_errors, printable
 from common.files import check_writable, write_atomically
 from common.sheets import shorten
 from lora_files.base_weights import model_shapes
-from lora_files.compatibility import COMPONENTS, RULES, LoraFile, verdict
+from lora_files.compatibility import COMPONENT_LABELS, RULES, LoraFile, verdict
 from lora_files.deltas import delta_svd
 from lora_files.read import check_generation, layouts, scan
 
@@ -92,7 +92,7 @@ def about(file: LoraFile) -> Iterator[str]:
 def components(file: LoraFile) -> Iterator[str]:
     if file.deltas:
         yield "component        modules        rank        alpha       alpha/rank"
-    for component, label in COMPONENTS.items():
+    for component, label in COMPONENT_LABELS.items():
         mine = [file.deltas[module] for module in file.within(component).values()]
         layers = sum(module.startswith(f"{component}.") for module in file.shapes)
         ranks, alphas = [len(A) for A, *_ in mine], [alpha for *_, alpha in mine]
@@ -120,12 +120,12 @@ class Block:
     """The largest of any ΔW."""
 
 
-def measure(file: LoraFile) -> dict[str, Block]:
+def measure_layers(file: LoraFile) -> dict[str, Block]:
     """{name of the block: norms of its ΔW}, in the order in which data flows, without modules that are not finite."""
 
     def place(module: str) -> tuple[int, int]:
         component, part = module.split(".")[:2]
-        return list(COMPONENTS).index(component), FLOW.index(part) if part in FLOW else -1
+        return list(COMPONENT_LABELS).index(component), FLOW.index(part) if part in FLOW else -1
 
     blocks: dict[str, Block] = {}
     for module in sorted((m for m in file.shapes if m in file.deltas and m not in file.not_finite), key=place):
@@ -163,7 +163,7 @@ COLOURS = {"unet": "#3b6ea5", "text_encoder": "#c8762b", "text_encoder_2": "#4f8
 ROW, LABEL, BAR, NUMBER, TOP = 20, 260, 380, 80, 70  # pixels
 
 
-def draw(blocks: dict[str, Block], title: str) -> Image.Image:
+def draw_norms(blocks: dict[str, Block], title: str) -> Image.Image:
     """A bar for each block in two panels, Frobenius and spectral norm, each from 0 to its own largest."""
     width = LABEL + 2 * (BAR + NUMBER)
     image = Image.new("RGB", (width, TOP + ROW * len(blocks) + ROW // 2), "white")
@@ -191,7 +191,7 @@ def main(config: InspectConfig) -> None:
     check_writable("--picture", picture.parent)
     shapes = model_shapes(config.model)
     file = LoraFile(**vars(scan(config.lora, shapes)), shapes=shapes)
-    blocks = measure(file)
+    blocks = measure_layers(file)
     for section in (about(file), components(file), norms(blocks) if blocks else (), weights(file) if file.deltas else ()):
         if lines := list(section):
             print(*lines, "", sep="\n")
@@ -199,7 +199,7 @@ def main(config: InspectConfig) -> None:
         print(f"{program:10} {printable(verdict(file, program))}")
     if blocks:
         buffer = BytesIO()
-        draw(blocks, config.lora.name).save(buffer, "PNG")
+        draw_norms(blocks, config.lora.name).save(buffer, "PNG")
         write_atomically(picture, buffer.getvalue())
         print(f"\n{picture}: the norms as bars")
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.errors import UserError, one_line_errors, printable
 from common.files import check_writable
-from dataset.duplicates import LIMIT, near, same
+from dataset.duplicates import LIMIT, equal_images, similar_images
 from dataset.images import dhash, open_image, to_rgb
 from dataset.packing import PER_SHARD, pack_all
 from dataset.rows import Inputs, ParquetRows, Row, parquet_tables
@@ -128,11 +128,11 @@ def fetch(repository: str) -> Path:
 def report_duplicates(inputs: Inputs, shards: list[Shard]) -> None:
     """Prints the groups of equal and of nearly equal images, which all stay."""
     where = [(shard.name, key) for shard in shards for key, *_ in shard.samples]  # the key is the number of the input
-    exact = same(digest for shard in shards for digest in shard.hashes)
+    exact = equal_images(digest for shard in shards for digest in shard.hashes)
     again = {n for group in exact for n in group[1:]}
     once = [n for n in range(len(where)) if n not in again]
     looks = [int(look, 16) for shard in shards for look in shard.dhashes]
-    alike = [[once[i] for i in group] for group in near(np.array([looks[n] for n in once], np.uint64))]
+    alike = [[once[i] for i in group] for group in similar_images(np.array([looks[n] for n in once], np.uint64))]
     for what, groups in (("equal", exact), (f"nearly equal (at most {LIMIT} of 64 bits differ)", alike)):
         if groups:
             print(f"{what}: {sum(map(len, groups))} images in {len(groups)} groups, all kept")

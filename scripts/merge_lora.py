@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.errors import UserError, one_line_errors
 from common.files import check_writable
 from lora import add_delta
-from lora_files.base_weights import DTYPES, places, read_header, weight_files
+from lora_files.base_weights import STORED_DTYPES, places, read_header, weight_files
 from lora_files.read import read_lora, read_metadata, with_strength
 
 
@@ -50,7 +50,7 @@ def merged_chunks(stream: BinaryIO, start: int, header: dict, component: str, lo
         for place in places(component, key, header[key]["shape"]):
             mine = [(deltas[place.module], strength) for deltas, strength in loras if place.module in deltas]
             if mine:
-                tensor = torch.frombuffer(data, dtype=DTYPES[header[key]["dtype"]]).view(header[key]["shape"])
+                tensor = torch.frombuffer(data, dtype=STORED_DTYPES[header[key]["dtype"]]).view(header[key]["shape"])
                 weight = place.of(tensor)
                 total = weight.float()
                 for delta, strength in mine:
@@ -71,8 +71,10 @@ def main(config: MergeConfig) -> None:
         for key, about in header.items():
             for place in places(files[file], key, about.get("shape", [])):
                 shapes[place.module] = place.of(torch.empty(about["shape"], device="meta")).shape
-                if about["dtype"] not in DTYPES:
-                    raise UserError(f"{file}: {key} is {about['dtype']}, which cannot be added to: {', '.join(DTYPES)} can")
+                if about["dtype"] not in STORED_DTYPES:
+                    raise UserError(
+                        f"{file}: {key} is {about['dtype']}, which cannot be added to: {', '.join(STORED_DTYPES)} can"
+                    )
     loras, told = [], []
     for path, strength in map(with_strength, config.lora):
         deltas = read_lora(path, shapes)

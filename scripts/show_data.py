@@ -65,7 +65,7 @@ def cell(pixels: np.ndarray, caption: str, facts: str) -> Image.Image:
     return sheet
 
 
-def contact_sheet(stream: Stream, images: int) -> tuple[Image.Image, list[str]]:
+def data_sheet(stream: Stream, images: int) -> tuple[Image.Image, list[str]]:
     """The first images of the stream, from left to right, row by row; and what could not be decoded: others stand in for it."""
     cells: list[Image.Image] = []
     skipped: list[str] = []
@@ -130,7 +130,7 @@ def main(config: ShowConfig) -> None:
     print("\n".join(bucket_table(source, stream) + caption_lines(source, config.captions)))
     if source.uncaptioned:
         print(f"{len(source.uncaptioned)} images have no caption and are left out: {', '.join(source.uncaptioned[:10])}")
-    sheet, skipped = contact_sheet(stream, config.images)
+    sheet, skipped = data_sheet(stream, config.images)
     sheet.save(config.out)
     if skipped:
         print(

@@ -15,8 +15,8 @@ from lora import LoRAConfig, add_lora
 from performance import memory_plan as budget
 from performance.adamw8bit import bytes_per_trained
 from performance.checkpointing import block_names, checkpoint_blocks
-from performance.kernels import install
-from performance.memory_plan import Block, Costs, GiB, Plan, dry_run, make_plan
+from performance.kernels import use_fast_kernels
+from performance.memory_plan import BlockCosts, Costs, GiB, Plan, dry_run, make_plan
 
 
 def fused_on_cpu(q, k, v):
@@ -28,7 +28,7 @@ def meta_costs(model, batch: int, side=8, **lora) -> Costs:
     """Dry run of a copy of `model` on the meta device."""
     model = copy.deepcopy(model).to("meta")
     add_lora(model, LoRAConfig(**lora), model.unread)
-    install(model.unet, budget.stand_in_kernel)
+    use_fast_kernels(model.unet, budget.stand_in_kernel)
     tokens = torch.empty(batch, 2, 77, dtype=torch.int64, device="meta")
     return dry_run(model, block_names(model), (tokens,), side)
 
@@ -51,9 +51,9 @@ def synthetic(seed: int) -> Costs:
     """Random blocks of up to 1 GiB; some keep less than their input, some nothing."""
     rng = random.Random(seed)
 
-    def block() -> Block:
+    def block() -> BlockCosts:
         kept = rng.choice([0, rng.randrange(GiB), rng.randrange(GiB)])
-        return Block(kept, rng.randrange(2**20), rng.randrange(GiB // 8), rng.randrange(2**40), rng.randrange(2**30))
+        return BlockCosts(kept, rng.randrange(2**20), rng.randrange(GiB // 8), rng.randrange(2**40), rng.randrange(2**30))
 
     return Costs(rng.choice([1, 3, 6]), {f"unet.{i}": block() for i in range(rng.randrange(1, 20))}, block(), {})
 
@@ -65,7 +65,7 @@ def synthetic(seed: int) -> Costs:
 def test_kept_is_what_autograd_saves_on_the_cpu(denoiser, side):
     costs = meta_costs(denoiser, 2, side)
     add_lora(denoiser, LoRAConfig(), denoiser.unread)
-    install(denoiser.unet, fused_on_cpu)
+    use_fast_kernels(denoiser.unet, fused_on_cpu)
     weights = {t.untyped_storage().data_ptr() for t in (*denoiser.parameters(), *denoiser.buffers())}
     saved = []
     with sdpa_kernel(SDPBackend.MATH), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -106,7 +106,7 @@ def test_a_real_step_holds_and_peaks_as_predicted(denoiser, share):
     order = sorted(costs.blocks, key=lambda name: costs.blocks[name].worth)
     checkpointed = order[: round(share * len(order))]
     add_lora(denoiser, LoRAConfig(train_text_encoder=False), denoiser.unread)
-    install(denoiser.unet, fused_on_cpu)
+    use_fast_kernels(denoiser.unet, fused_on_cpu)
     checkpoint_blocks(denoiser, checkpointed)
     with Live() as live:
         prediction = denoiser(**inputs(4))
@@ -173,7 +173,7 @@ def test_a_plan_fits_and_gives_way_no_more_than_needed(seed):
         except UserError:
             assert before is None, "less was enough"
             continue
-        room = size - fixed[plan.base] - budget.MARGIN
+        room = size - fixed[plan.base] - budget.SAFETY_MARGIN
         assert plan.predicted <= size == plan.budget
         assert plan.batch % plan.micro == 0
         assert costs.peak(plan.checkpointed, plan.micro) <= room
@@ -188,9 +188,9 @@ def test_a_plan_fits_and_gives_way_no_more_than_needed(seed):
 def test_the_order_of_giving_way(monkeypatch):
     """Four blocks of 2 GiB on two images, one more of them while it runs again; a is run again in the least time."""
     monkeypatch.setattr(budget, "GRADIENTS", 0)
-    monkeypatch.setattr(budget, "MARGIN", 0)
-    blocks = {name: Block(2 * GiB, 0, 0, flops, 0) for name, flops in {"d": 40, "b": 20, "a": 10, "c": 30}.items()}
-    costs = Costs(2, blocks, Block(0, 0, 0, 0, 0), {})
+    monkeypatch.setattr(budget, "SAFETY_MARGIN", 0)
+    blocks = {name: BlockCosts(2 * GiB, 0, 0, flops, 0) for name, flops in {"d": 40, "b": 20, "a": 10, "c": 30}.items()}
+    costs = Costs(2, blocks, BlockCosts(0, 0, 0, 0, 0), {})
     fixed = {"fp16": 10 * GiB, "nf4": 5 * GiB}
     for size, expected in {
         18.0: ("", 2, "fp16"),
@@ -207,10 +207,10 @@ def test_the_order_of_giving_way(monkeypatch):
 
 def test_a_block_is_worth_what_it_keeps_beyond_its_input():
     """The second gives back 2 GiB for 30 units of work, the first only 1 GiB for 20."""
-    blocks = {"wide input": Block(3 * GiB, 0, 2 * GiB, 20, 0), "narrow input": Block(2 * GiB, 0, 0, 30, 0)}
+    blocks = {"wide input": BlockCosts(3 * GiB, 0, 2 * GiB, 20, 0), "narrow input": BlockCosts(2 * GiB, 0, 0, 30, 0)}
     assert blocks["wide input"].worth > blocks["narrow input"].worth
     assert replace(blocks["narrow input"], written=2**30).worth > blocks["wide input"].worth
-    assert Block(0, 0, GiB, 1, 0).worth > 1e6 * blocks["wide input"].worth  # nothing to gain: never checkpointed in vain
+    assert BlockCosts(0, 0, GiB, 1, 0).worth > 1e6 * blocks["wide input"].worth  # nothing to gain: never checkpointed in vain
 
 
 def test_checkpointing_is_obeyed(real):

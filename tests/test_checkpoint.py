@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from common.files import Persistence, check_writable, digest, write_atomically
+from common.files import TolerantWriter, check_writable, sha256_of, write_atomically
 from lora_files.read import read_metadata
 from run.state import MANIFEST, STATE, find_state, load_state, read_state, save_state
 
@@ -124,14 +124,14 @@ def test_a_state_never_runs_code(tmp_path):
         save_state(tmp_path, {"step": Attack()}, {})
     assert os.listdir(tmp_path) == [first.name]
     torch.save({"step": Attack()}, first / STATE)
-    (first / MANIFEST).write_text(json.dumps({STATE: digest((first / STATE).read_bytes())}))
+    (first / MANIFEST).write_text(json.dumps({STATE: sha256_of((first / STATE).read_bytes())}))
     with pytest.raises(UserError, match="not a readable state: UnpicklingError"):
         find_state(str(tmp_path), tmp_path)
     assert not (tmp_path / "attacked").exists()
 
 
 def test_what_the_disk_refuses_is_told_once(tmp_path, capfd):
-    disk = Persistence()
+    disk = TolerantWriter()
     for _ in range(2):
         assert disk("the file", (tmp_path / "no/file").touch) is None
     assert disk.failed
@@ -145,13 +145,13 @@ def test_a_folder_that_goes_while_it_is_read_back_is_refused_by_the_disk(tmp_pat
         return lambda path: (shutil.rmtree(tmp_path), read(path))
 
     monkeypatch.setattr("run.state.read_state", gone(read_state))
-    assert Persistence()("the state", lambda: save_state(tmp_path, {"step": 1}, {})) is None
+    assert TolerantWriter()("the state", lambda: save_state(tmp_path, {"step": 1}, {})) is None
     lora = tmp_path / "lora.safetensors"
     for read in (read_metadata, lambda path: torch.UntypedStorage.from_file(str(path), nbytes=1)):  # a RuntimeError
-        assert Persistence()("the file", lambda read=read: write_atomically(lora, b"", gone(read))) is None
+        assert TolerantWriter()("the file", lambda read=read: write_atomically(lora, b"", gone(read))) is None
     assert capfd.readouterr().err.count("could not be written ([Errno 2] No such file") == 3
     with pytest.raises(UserError, match="is not a readable"):
-        Persistence()("the file", lambda: write_atomically(lora, b"rubbish", read_metadata))
+        TolerantWriter()("the file", lambda: write_atomically(lora, b"rubbish", read_metadata))
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

@@ -18,7 +18,7 @@ from dataset.buckets import bucket_sizes
 from dataset.captions import CaptionConfig
 from dataset.latents import pack_latents
 from dataset.shards import split_captions
-from dataset.sources import Raw, open_mixture, open_source
+from dataset.sources import EncodedSample, open_mixture, open_source
 
 
 def stream(data, bs: int = 2, resolution: int = 64, seed: int = 0, **where) -> Stream:
@@ -64,18 +64,18 @@ def test_a_stream_goes_on_where_it_stopped(shards, workers):
 
 def test_pixels_sizes_and_crop():
     image = photograph(0, 300, 200)
-    pixels, original, crop = decode(Raw("x", encoded(image), []), (64, 64), flip=False)
+    pixels, original, crop = decode(EncodedSample("x", encoded(image), []), (64, 64), flip=False)
     assert (pixels.shape, pixels.dtype) == ((64, 64, 3), np.uint8)
     assert (original, crop) == ((200, 300), (0, 16))
     wanted = np.asarray(image.resize((96, 64), Image.Resampling.LANCZOS).crop((16, 0, 80, 64)))
     assert np.array_equal(pixels, wanted)
-    assert decode(Raw("x", encoded(image), []), (48, 80), flip=False)[2] == (2, 0)  # of 53 x 80
+    assert decode(EncodedSample("x", encoded(image), []), (48, 80), flip=False)[2] == (2, 0)  # of 53 x 80
     values = normalise(torch.tensor([[[[0, 255, 51]]]], dtype=torch.uint8))
     torch.testing.assert_close(values, torch.tensor([-1.0, 1, -0.6]).view(1, 3, 1, 1))
 
 
 def test_flip_mirrors_pixels_and_crop():
-    raw = Raw("x", encoded(photograph(1, 201, 100)), [])
+    raw = EncodedSample("x", encoded(photograph(1, 201, 100)), [])
     plain, _, (_, left) = decode(raw, (50, 50), flip=False)
     mirrored, _, (_, mirrored_left) = decode(raw, (50, 50), flip=True)
     assert left + mirrored_left + 50 in (100, 101)  # of a resized width of 100
@@ -315,13 +315,13 @@ def masked_photo(seed: int, width: int, height: int) -> Image.Image:
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize(("size", "bucket"), [((201, 100), (48, 64)), ((64, 64), (64, 64)), ((90, 301), (128, 32))])
 def test_the_mask_follows_the_image(size, bucket, flip):
-    raw = Raw("x", encoded(masked_photo(1, *size)), [])
+    raw = EncodedSample("x", encoded(masked_photo(1, *size)), [])
     pixels, original, crop, mask = decode(raw, bucket, flip, masked=True)
     assert (mask.shape, mask.dtype) == ((bucket[0] // 8, bucket[1] // 8), np.uint8)
     red = pixels[..., 0].reshape(bucket[0] // 8, 8, bucket[1] // 8, 8).mean(axis=(1, 3))
     assert mask.max() - mask.min() > 50
     assert np.abs(mask - red).max() <= 0.5
-    opaque = Raw("x", encoded(photograph(1, *size)), [])
+    opaque = EncodedSample("x", encoded(photograph(1, *size)), [])
     same = decode(opaque, bucket, flip, masked=True)
     assert np.array_equal(same[0], pixels)  # its own colours, not those on white
     assert (same[3] == 255).all()

@@ -5,7 +5,7 @@ import pytest
 from conftest import photograph
 from PIL import Image, ImageEnhance
 
-from dataset.duplicates import LIMIT, near, same
+from dataset.duplicates import LIMIT, equal_images, similar_images
 from dataset.images import dhash, open_image, to_rgb
 from dataset.sources import open_source
 
@@ -41,7 +41,7 @@ def numbers(hashes: list[str]) -> np.ndarray:
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_copy_is_near_and_nothing_else_is(pictures, change):
     hashes = [dhash(image) for image in pictures] + [dhash(CHANGES[change](image)) for image in pictures]
-    assert near(numbers(hashes)) == [[i, i + len(pictures)] for i in range(len(pictures))]
+    assert similar_images(numbers(hashes)) == [[i, i + len(pictures)] for i in range(len(pictures))]
 
 
 def test_near_ones_are_those_of_all_pairs():
@@ -54,12 +54,12 @@ def test_near_ones_are_those_of_all_pairs():
         close = np.bitwise_count(hashes[:, None] ^ hashes) <= limit
         reach = np.linalg.matrix_power(close.astype(float), 10) > 0  # over up to ten others
         wanted = {tuple(np.flatnonzero(row).tolist()) for row in reach if row.sum() > 1}
-        groups = near(hashes, limit)
+        groups = similar_images(hashes, limit)
         assert {*map(tuple, groups)} == wanted
         assert limit < LIMIT or groups
         assert groups == sorted(groups)
 
 
 def test_same():
-    assert same("abcabda") == [[0, 3, 6], [1, 4]]
-    assert same([]) == near(np.array([], np.uint64)) == []
+    assert equal_images("abcabda") == [[0, 3, 6], [1, 4]]
+    assert equal_images([]) == similar_images(np.array([], np.uint64)) == []

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lora import TARGETS, merge_lora
 from lora_files.deltas import Deltas, delta_svd, layer_shapes, mergeable_layers
 from lora_files.read import read_lora, read_metadata
-from lora_files.write import LISTED, serialise
+from lora_files.write import A1111_HEADER, serialise
 from model.load import load_sdxl
 
 FP32 = ("--save-dtype", "fp32")
@@ -130,7 +130,7 @@ def test_a_planted_difference_is_found(script, tiny_model, shapes, tmp_path):
     assert f"left out: {len(others)} layers outside of --targets, {share:.2%} of all (--targets . takes them too)\n" in out
     assert out.splitlines()[-1].startswith(f"{file}: {len(found)} layers in the kohya layout, 100.00% retained, ")
     metadata = read_metadata(file)
-    assert metadata.items() >= {**LISTED, "ss_network_dim": "3", "ss_network_alpha": "3.0"}.items()
+    assert metadata.items() >= {**A1111_HEADER, "ss_network_dim": "3", "ss_network_alpha": "3.0"}.items()
     assert json.loads(metadata["sdxl_lora.extracted"]) == {"source": "tuned", "base": "model", "rank": 3}
 
 

@@ -28,7 +28,7 @@ def test_same_function_as_diffusers(denoiser, targets, base):
     adapter = add_lora(denoiser, LoRAConfig(rank=2, targets=targets), denoiser.unread)
     shake(adapter)
     theirs = output_and_gradient(denoiser, adapter)
-    fast.install(denoiser.unet, fast.KERNELS["sdpa"])
+    fast.use_fast_kernels(denoiser.unet, fast.KERNELS["sdpa"])
     ours = output_and_gradient(denoiser, adapter)
     assert any(type(m).__name__ == "GEGLU" and m.forward.__func__ is fast.geglu for m in denoiser.modules())
     for mine, reference in zip(ours, theirs, strict=True):
@@ -78,5 +78,5 @@ def test_every_kernel_of_the_gpu_is_right_and_the_fastest_is_taken(monkeypatch, 
     assert {"flash", "efficient", "sdpa"} <= set(usable)
     times = {name: 1.0 + (name != "efficient") for name in fast.KERNELS}
     named = {kernel: name for name, kernel in fast.KERNELS.items()}
-    monkeypatch.setattr(fast, "milliseconds", lambda kernel, *_: times[named[kernel]])
+    monkeypatch.setattr(fast, "time_kernel", lambda kernel, *_: times[named[kernel]])
     assert fast.choose_attention("auto", big, device, dtype) == "efficient"

@@ -9,7 +9,7 @@ from model.sdxl import Denoiser
 from performance.adamw8bit import make_optimizer
 from performance.checkpointing import block_names, checkpoint_blocks
 from performance.cuda_graph import GraphedStep
-from performance.kernels import KERNELS, install
+from performance.kernels import KERNELS, use_fast_kernels
 
 CPU = torch.device("cpu")
 
@@ -57,7 +57,7 @@ def training(tiny_model):
     denoiser = Denoiser(pipe)
     adapter = add_lora(denoiser, LoRAConfig(rank=4), denoiser.unread, dtype=torch.float16)
     shake(adapter)
-    install(pipe.unet, KERNELS["sdpa"])
+    use_fast_kernels(pipe.unet, KERNELS["sdpa"])
     checkpoint_blocks(denoiser, block_names(denoiser))
     scaler = torch.amp.GradScaler("cuda", init_scale=256.0)
 

@@ -17,7 +17,7 @@ sys.path.append(str(ROOT / "scripts"))
 import inspect_lora
 
 from lora import EVERYTHING, LoRAConfig, add_delta, add_lora
-from lora_files.compatibility import COMPONENTS, RULES, LoraFile, verdict
+from lora_files.compatibility import COMPONENT_LABELS, RULES, LoraFile, verdict
 from lora_files.deltas import Deltas, layer_shapes
 from lora_files.names import kohya_name
 from lora_files.read import layouts, scan
@@ -379,7 +379,7 @@ def test_the_report(script, denoiser, tiny_model, tmp_path, monkeypatch):
         *(f"{program:10} loads" for program in RULES),
     ):
         assert f"\n{line}\n" in out, line
-    for part, label in COMPONENTS.items():
+    for part, label in COMPONENT_LABELS.items():
         mine, all_of_it = (sum(path.startswith(f"{part}.") for path in paths) for paths in (adapter.deltas, layers))
         assert re.search(rf"^{label} +{mine} of {all_of_it} +4 +2 +0\.5$", out, re.M)
     assert re.search(r"^dead .* 0 of", out, re.M)

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 from common.files import suite_sources
 from dataset.sources import DEMO
-from model.load import BASE, NAMES
+from model.load import BASE, MODELS
 from model.render import DEMO_PROMPTS
 
 # Each floor may use all below it; packages of one floor each other, but not in a circle.
@@ -71,6 +71,15 @@ def test_modules_of_a_package_import_each_other_in_no_circle():
     list(TopologicalSorter({name: imports(path) & modules.keys() for name, path in modules.items()}).static_order())
 
 
+def test_a_name_means_one_thing():
+    """No top-level name is defined in two files, but `main` of the scripts, their way to the suite, and type variables."""
+    defined = defaultdict(list)
+    for path in SOURCES:
+        for name in top_level_names(path) - {"main", "ROOT", "T"}:
+            defined[name].append(str(path.relative_to(ROOT)))
+    assert {name: files for name, files in defined.items() if len(files) > 1} == {}
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_script_is_imported_and_no_peft_or_accelerate(path):
     helpers = {"scripts.demo_model.demo_world", "demo_world"} if path.parent.name == "demo_model" else set()
@@ -91,4 +100,4 @@ def test_what_is_found_from_a_modules_own_place_is_there():
     assert DEMO_PROMPTS.read_text().count("\n") > 2
     assert list(DEMO.glob("*.tar"))
     assert (BASE / "unet/config.json").is_file()
-    assert (Path(NAMES["demo"]) / "model_index.json").is_file()
+    assert (Path(MODELS["demo"]) / "model_index.json").is_file()

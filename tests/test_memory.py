@@ -11,7 +11,7 @@ from lora import LoRAConfig, add_lora
 from memory import CUDA_ITSELF, GiB, MemoryConfig, limit_memory, peak_memory, resolve_device, resolve_precision
 from performance.adamw8bit import make_optimizer
 from performance.checkpointing import BLOCKS, block_names, checkpoint_blocks, compile_blocks
-from performance.kernels import KERNELS, install
+from performance.kernels import KERNELS, use_fast_kernels
 
 CPU = torch.device("cpu")
 
@@ -52,7 +52,7 @@ def test_compiled_blocks_compute_the_same_and_compile_once(denoiser, monkeypatch
     """Without the code generator, which takes minutes: what Dynamo and AOTAutograd make of a block is what is tested."""
     adapter = add_lora(denoiser, LoRAConfig(rank=2), denoiser.unread)
     shake(adapter)
-    install(denoiser.unet, KERNELS["sdpa"])
+    use_fast_kernels(denoiser.unet, KERNELS["sdpa"])
     plain = gradients(denoiser, adapter)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     counters.clear()

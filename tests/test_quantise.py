@@ -11,10 +11,10 @@ from common.errors import UserError
 from memory import GiB
 from performance import quantise
 from performance.checkpointing import block_names, checkpoint_blocks
-from performance.quantise import BASES, QuantisedLinear, packed_bytes, quantise_base
+from performance.quantise import PACKED_BASES, QuantisedLinear, packed_bytes, quantise_base
 
 CPU = torch.device("cpu")
-EVERY_BASE = pytest.mark.parametrize("base", BASES)
+EVERY_BASE = pytest.mark.parametrize("base", PACKED_BASES)
 EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 SHAPES = [(64, 128), (48, 80), (32, 100), (1, 64)]  # out, in; rows of whole blocks and not, a last block that is not full
 
@@ -209,13 +209,13 @@ def test_checkpointing_gives_equal_gradients(denoiser):
 
 def test_no_more_than_one_weight_is_there_twice(denoiser, monkeypatch):
     weights = [weakref.ref(m.weight) for m in quantise.quantisable(denoiser).values()]
-    alive, pack = [], quantise.pack
+    alive, pack = [], quantise.pack_weight
 
     def counting(weight, base):
         alive.append(sum(ref() is not None for ref in weights))
         return pack(weight, base)
 
-    monkeypatch.setattr(quantise, "pack", counting)
+    monkeypatch.setattr(quantise, "pack_weight", counting)
     quantise_base(denoiser, "int8", CPU)
     assert alive == list(range(len(weights), 0, -1))
     assert not any(ref() is not None for ref in weights)
@@ -232,13 +232,13 @@ def test_what_is_packed_is_not_packed_again(denoiser):
 
 def test_bytes_of_the_real_architecture(sdxl_meta):
     layers = quantise.quantisable(sdxl_meta)
-    sizes = {base: sum(packed_bytes(layer, base) for layer in layers.values()) / GiB for base in BASES}
+    sizes = {base: sum(packed_bytes(layer, base) for layer in layers.values()) / GiB for base in PACKED_BASES}
     assert len(layers) == 743 - 21 + 265
     assert sizes == pytest.approx({"int8": 2.730, "nf4": 1.446}, abs=0.001)
 
 
 def test_bad_input_says_what_to_do(monkeypatch):
-    for base in BASES:
+    for base in PACKED_BASES:
         quantise.check_quantisable(base, CPU)
 
     def without_library(*_, **__):

@@ -196,7 +196,7 @@ def test_a_sample_is_one_request_of_its_own_bytes(server, shards, monkeypatch):
     file = source.files[0]
     server.asked.clear()
     assert file.read((0, 5), (5, 0)) == [server.files["/shards/photos-000000.tar"][:5], b""]
-    monkeypatch.setattr(remote, "NEAR", 10)
+    monkeypatch.setattr(remote, "MERGE_GAP", 10)
     whole = server.files["/shards/photos-000000.tar"]
     assert file.read((16, 2), (0, 5)) == [whole[16:18], whole[:5]]
     assert len(server.asked) == 3  # too far apart for one

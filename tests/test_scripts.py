@@ -25,7 +25,7 @@ from dataset.sources import open_source
 from lora import LoRAConfig, add_lora, merge_lora
 from lora_files.deltas import layer_shapes
 from lora_files.read import read_lora, read_metadata
-from lora_files.write import LISTED, make_header, serialise
+from lora_files.write import A1111_HEADER, make_header, serialise
 from model.load import load_sdxl
 
 
@@ -162,7 +162,7 @@ def test_converting_keeps_the_weights(script, denoiser, tiny_model, tmp_path):
     bare = tmp_path / "bare.safetensors"
     save_file(load_file(theirs), bare)  # as of a tool that writes no header
     script("scripts/convert_lora.py", bare, tmp_path / "listed.safetensors", *how)
-    assert read_metadata(tmp_path / "listed.safetensors").items() >= LISTED.items()
+    assert read_metadata(tmp_path / "listed.safetensors").items() >= A1111_HEADER.items()
     large = {name: (A * 1e6, B, alpha) for name, (A, B, alpha) in adapter.deltas.items()}
     bare.write_bytes(serialise(large, {}, dtype=torch.float32))
     _, err = script("scripts/convert_lora.py", bare, tmp_path / "x.safetensors", "--model", tiny_model, status=2)

@@ -16,7 +16,7 @@ from test_layout import SOURCES, imports
 from test_train import weights
 
 from common.errors import UserError
-from common.files import digest
+from common.files import sha256_of
 from lora_files.read import trained_on
 from run.state import MANIFEST, STATE, find_states
 
@@ -71,7 +71,7 @@ def test_a_state_with_a_fitting_manifest_runs_no_code(train, tmp_path):
     train("--steps", 1)
     (state,) = find_states(tmp_path / "out")
     torch.save({"run": Attack(tmp_path / "attacked")}, state / STATE)
-    (state / MANIFEST).write_text(json.dumps({STATE: digest((state / STATE).read_bytes())}))
+    (state / MANIFEST).write_text(json.dumps({STATE: sha256_of((state / STATE).read_bytes())}))
     _, err = train("--steps", 2, status=2)
     assert f"passed over: --resume: {state} is not a readable state: UnpicklingError" in err
     assert not (tmp_path / "attacked").exists()

@@ -8,7 +8,7 @@ from conftest import Forked
 
 import train_lora  # noqa: F401
 from dataset import remote
-from model.load import NAMES
+from model.load import MODELS
 from run.state import save_state
 
 
@@ -22,7 +22,7 @@ def soak(script, train, monkeypatch, tiny_model, tmp_path):
     """soak("--blows", 7) -> what it tells. `train` is asked for because it makes the pictures smaller."""
     (tmp_path / "prompts").write_text("one picture")
     monkeypatch.setattr("model.render.DEMO_PROMPTS", tmp_path / "prompts")
-    monkeypatch.setitem(NAMES, "demo", str(tiny_model))
+    monkeypatch.setitem(MODELS, "demo", str(tiny_model))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("subprocess.Popen", fork)
     monkeypatch.setattr(remote, "TIMEOUT", 1.0)

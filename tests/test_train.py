@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 import data
 from common.errors import UserError
-from common.files import Persistence, write_atomically
+from common.files import TolerantWriter, write_atomically
 from common.signals import SIGNALS
 from data import DataConfig
 from dataset.captions import CaptionConfig
@@ -233,7 +233,7 @@ def test_what_the_disk_refuses_is_tried_again_at_the_next_save(train, tmp_path, 
 
 def test_a_log_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("threading.excepthook", threading.excepthook)
-    log, opened = Log(str(tmp_path), 0, Persistence()), []
+    log, opened = Log(str(tmp_path), 0, TolerantWriter()), []
     with monkeypatch.context() as broken:
         for method in ("write", "__init__"):
             name = f"tensorboard.summary.writer.record_writer.RecordWriter.{method}"

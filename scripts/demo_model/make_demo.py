@@ -162,7 +162,7 @@ def train_tokenizer(captions: list[str], folder: Path):
             special | {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer", "do_lower_case": True}, indent=2))
 
 
-def tokenize(captions: list[str], folder: Path) -> Tensor:
+def to_tokens(captions: list[str], folder: Path) -> Tensor:
     """captions -> tokens [N, 2, 77] int16"""
     from transformers import CLIPTokenizer
 
@@ -450,7 +450,7 @@ def main(config: Config):
     lap("draw the rest")
     if not (config.out / "tokenizer").exists():
         train_tokenizer(captions[:VAE_PICTURES], config.out)
-    tokens, empty = tokenize(captions, config.out).cuda(), tokenize([""], config.out)[0].long().cuda()
+    tokens, empty = to_tokens(captions, config.out).cuda(), to_tokens([""], config.out)[0].long().cuda()
     lap("tokenizer")
 
     # Latents, and how well the VAE shows pictures it has not seen:

@@ -45,32 +45,31 @@ from model.text import tokenize
 from model.vae import decode_latents, encode_pixels
 from performance.adamw8bit import make_optimizer
 from performance.cuda_graph import GraphedStep
-from performance.kernels import KERNELS, install, why_not
-from performance.kernels import milliseconds as fast_milliseconds
+from performance.kernels import KERNELS, time_kernel, use_fast_kernels, why_not
 
 FORWARD = 6.76e12  # floating-point operations of the U-Net's forward pass, one image of 1024 x 1024 (counted by dry_run)
 
-LATENTS = ("--data", "{work}/latents")
+LATENT_DATA = ("--data", "{work}/latents")
 MIXED = ("--data", "{work}/mixed")
 READY = ("--data", "{work}/ready", "--no-buckets", "--no-train-text-encoder")
 IMAGES = ("--data", "{work}/photos")
 RECIPE = ("--rank", "8", "--bs", "3", "--precision", "fp16", "--optimizer", "adamw8bit")
 KOHYA = (*RECIPE, "--targets", "all")
 ROWS = {
-    "recipe": ("the recipe, latents ready, cap 16 GiB", (*RECIPE, *LATENTS, "--vram-gb", "16")),
+    "recipe": ("the recipe, latents ready, cap 16 GiB", (*RECIPE, *LATENT_DATA, "--vram-gb", "16")),
     "images": ("images encoded in the loop, cap 16 GiB", (*RECIPE, *IMAGES, "--vram-gb", "16")),
     "mixed": ("latents of nine sizes, cap 16 GiB", (*RECIPE, *MIXED, "--vram-gb", "16")),
-    "unet": ("U-Net alone, latents ready, cap 16 GiB", (*RECIPE, *LATENTS, "--no-train-text-encoder", "--vram-gb", "16")),
+    "unet": ("U-Net alone, latents ready, cap 16 GiB", (*RECIPE, *LATENT_DATA, "--no-train-text-encoder", "--vram-gb", "16")),
     "unet-ready": ("U-Net alone, latents and text ready, cap 16 GiB", (*RECIPE, *READY, "--vram-gb", "16")),
-    "kohya": ("kohya's targets, cap 16 GiB", (*KOHYA, *LATENTS, "--vram-gb", "16")),
-    "kohya-least": ("kohya's targets, least memory", (*KOHYA, *LATENTS, "--checkpointing", "all")),
-    "int8": ("cap 8 GiB, int8 base", (*RECIPE, *LATENTS, "--vram-gb", "8", "--base-precision", "int8")),
-    "nf4": ("cap 6 GiB, NF4 base", (*RECIPE, *LATENTS, "--vram-gb", "6", "--base-precision", "nf4")),
-    "free": ("no cap", (*RECIPE, *LATENTS)),
-    "free-8": ("no cap, batch 8", (*RECIPE, "--bs", "8", *LATENTS)),
+    "kohya": ("kohya's targets, cap 16 GiB", (*KOHYA, *LATENT_DATA, "--vram-gb", "16")),
+    "kohya-least": ("kohya's targets, least memory", (*KOHYA, *LATENT_DATA, "--checkpointing", "all")),
+    "int8": ("cap 8 GiB, int8 base", (*RECIPE, *LATENT_DATA, "--vram-gb", "8", "--base-precision", "int8")),
+    "nf4": ("cap 6 GiB, NF4 base", (*RECIPE, *LATENT_DATA, "--vram-gb", "6", "--base-precision", "nf4")),
+    "free": ("no cap", (*RECIPE, *LATENT_DATA)),
+    "free-8": ("no cap, batch 8", (*RECIPE, "--bs", "8", *LATENT_DATA)),
     "free-images": ("no cap, images encoded in the loop", (*RECIPE, *IMAGES)),
-    "compile": ("no cap, compiled blocks", (*RECIPE, *LATENTS, "--compile")),
-    "eager": ("no cap, no CUDA graph", (*RECIPE, *LATENTS, "--cuda-graph", "off")),
+    "compile": ("no cap, compiled blocks", (*RECIPE, *LATENT_DATA, "--compile")),
+    "eager": ("no cap, no CUDA graph", (*RECIPE, *LATENT_DATA, "--cuda-graph", "off")),
 }  # fmt: skip
 
 
@@ -155,7 +154,7 @@ def cache(work: Path) -> str:
 
 
 @dataclass
-class Row:
+class BenchRow:
     name: str
     what: str
     command: str
@@ -175,7 +174,7 @@ def used_on_card() -> float:
     return float(subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]) / 1024
 
 
-def measure(name: str, config: BenchConfig, matmul: float) -> Row:
+def measure_row(name: str, config: BenchConfig, matmul: float) -> BenchRow:
     """Runs the row and reads what train_lora.py logged."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -187,7 +186,7 @@ def measure(name: str, config: BenchConfig, matmul: float) -> Row:
     shutil.rmtree(run, ignore_errors=True)
     options += ["--model", str(config.work / "model"), "--steps", "100000", "--save-every", "100000", "--workers", "4"]
     command = [sys.executable, "train_lora.py", *options, "--out", str(run / "out"), "--log-dir", str(run / "log")]
-    row, before = Row(name, what, "train_lora.py " + " ".join(options)), used_on_card()
+    row, before = BenchRow(name, what, "train_lora.py " + " ".join(options)), used_on_card()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     told, done = "", 0
     assert process.stderr is not None
@@ -293,7 +292,7 @@ def measure_parts(pipe, device: torch.device) -> dict[str, float]:
     """Milliseconds of each part of a step of the recipe, batch 3, nothing checkpointed, each as a CUDA graph."""
     bs, denoiser = 3, Denoiser(pipe)
     adapter = add_lora(denoiser, LoRAConfig(), denoiser.unread, dtype=torch.float16)
-    install(pipe.unet, KERNELS["sdpa"])
+    use_fast_kernels(pipe.unet, KERNELS["sdpa"])
     diffusion = Diffusion(DiffusionConfig(), pipe.scheduler.alphas_cumprod, "epsilon", device)
     latents = torch.randn(bs, 4, 128, 128, device=device)
     noise, timesteps = diffusion.draw(latents.shape, torch.Generator(device).manual_seed(0))
@@ -352,7 +351,7 @@ def compare_attention(device: torch.device) -> list[str]:
                 how = (q, k, device, torch.float16)
                 told = why_not(name, *how)
                 if told is None:
-                    forward, both = (fast_milliseconds(kernel, *how, backward=back) for back in (False, True))
+                    forward, both = (time_kernel(kernel, *how, backward=back) for back in (False, True))
                     told = f"forward {forward:.3f} ms, backward {both - forward:.3f} ms"
                 lines.append(f"{tokens:5} queries, {keys:5} keys, {heads} heads   {name:10} {told}")
     return lines
@@ -386,7 +385,7 @@ def main(config: BenchConfig) -> None:
         print("|---|---|---|---|---|---|---|---|", flush=True)
         result["rows"] = []
         for name in config.rows:
-            row = measure(name, config, rate)
+            row = measure_row(name, config, rate)
             result["rows"].append(asdict(row))
             speed = (row.seconds_per_step, row.images_per_second, row.of_matmul_rate)
             taken = (row.allocated_GiB, row.reserved_GiB, row.on_card_GiB)

@@ -40,7 +40,7 @@ from dataset.remote import TIMEOUT
 from dataset.sources import DEMO
 from run.state import find_state
 
-SIGNALS = {  # name: (signal, to the whole group, status that the run then ends with)
+BLOWS = {  # name: (signal, to the whole group, status that the run then ends with)
     "SIGKILL": (signal.SIGKILL, True, -signal.SIGKILL),
     "SIGKILL, workers live on": (signal.SIGKILL, False, -signal.SIGKILL),
     "SIGTERM": (signal.SIGTERM, True, os.EX_TEMPFAIL),
@@ -114,7 +114,7 @@ def serve() -> str:
     return f"http://127.0.0.1:{server.server_port}/ninja-{{000000..000003}}.tar"
 
 
-class Run:
+class TrainingRun:
     """train_lora.py in a session of its own, and the last step that it told."""
 
     def __init__(self, config: SoakConfig, url: str, out: Path):
@@ -147,7 +147,7 @@ class Run:
             resource.prlimit(self.process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-def wait_for_a_moment(run: Run, out: Path, rng: random.Random, usual: float) -> None:
+def wait_for_a_moment(run: TrainingRun, out: Path, rng: random.Random, usual: float) -> None:
     """Anywhere in the `usual` seconds of a run; every second time while it writes."""
     if rng.random() < 0.5:
         before = {*out.glob(".pytorch*"), *out.glob(".state*")}
@@ -158,10 +158,10 @@ def wait_for_a_moment(run: Run, out: Path, rng: random.Random, usual: float) -> 
         run.wait(rng.uniform(0, usual))
 
 
-def strike(run: Run, out: Path, rng: random.Random) -> tuple[str, str, float]:
+def strike(run: TrainingRun, out: Path, rng: random.Random) -> tuple[str, str, float]:
     """A signal, some seconds of a trouble, or both -> (trouble, signal, seconds that the run then took to end)."""
     trouble = rng.choice(["", "", "", "shards stall", "shards stall", *ON_DISK])
-    name = rng.choice([*SIGNALS, *([""] * len(SIGNALS) if trouble else [])])
+    name = rng.choice([*BLOWS, *([""] * len(BLOWS) if trouble else [])])
     seconds = rng.choice([rng.uniform(0, TIMEOUT / 2), 1.1 * TIMEOUT]) if trouble else 0  # less than all tries of a request
     at = rng.uniform(0, seconds)
     if trouble == "shards stall":
@@ -172,7 +172,7 @@ def strike(run: Run, out: Path, rng: random.Random) -> tuple[str, str, float]:
         shutil.rmtree(out.rename(out.with_name("deleted")))  # at once: half a state would be refused by the next run
     name = name if run.wait(at) is None else ""
     if name:
-        number, everywhere, _ = SIGNALS[name]
+        number, everywhere, _ = BLOWS[name]
         (os.killpg if everywhere else os.kill)(run.process.pid, number)
     struck = time.monotonic()
     if run.wait(seconds - at) is None:
@@ -208,7 +208,7 @@ def main(config: SoakConfig) -> bool:
     """Returns whether nothing was lost or wrong."""
     rng, work, url, began = random.Random(config.seed), Path(tempfile.mkdtemp(prefix="soak")), serve(), time.monotonic()
     whole, out = work / "whole", work / "out"
-    reference = Run(config, url, whole)
+    reference = TrainingRun(config, url, whole)
     if reference.end():
         raise UserError(f"the undisturbed run failed: {reference.told.read_text()[-500:]}")
     usual, began, slowest, more = time.monotonic() - began, time.monotonic(), 0.0, True
@@ -219,7 +219,7 @@ def main(config: SoakConfig) -> bool:
         more = tally["blows"] < config.blows if config.minutes is None else time.monotonic() < began + 60 * config.minutes
         if not (more or out.exists()):
             break
-        before, run = saved_step(out), Run(config, url, out)
+        before, run = saved_step(out), TrainingRun(config, url, out)
         if more:  # else nothing happens to it any more
             wait_for_a_moment(run, out, rng, usual * (1 - before / config.steps / 2))
         then, struck = run.step(), more and run.process.poll() is None
@@ -227,7 +227,7 @@ def main(config: SoakConfig) -> bool:
         trouble, name, seconds = strike(run, out, nth) if struck else ("", "", 0.0)
         status, told, after, wrong = run.end(), run.step(), saved_step(out), []
         lost = max(0, promised_step(config, trouble, status, before, then, told) - after)
-        ends = {os.EX_OK, *([os.EX_IOERR] if trouble in ON_DISK else []), *([SIGNALS[name][2]] if name else [])}
+        ends = {os.EX_OK, *([os.EX_IOERR] if trouble in ON_DISK else []), *([BLOWS[name][2]] if name else [])}
         young = then < 0 and (name or trouble in ON_DISK)  # before its loop it has nothing to save, and may end as any program
         if status == os.EX_TEMPFAIL:
             slowest = max(slowest, seconds)
