@@ -23,6 +23,7 @@ import tyro
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from common.errors import UserError
+from common.options import check_options, option
 from common.signals import blocked_signals
 from dataset.buckets import Order, bucket_sizes, choose_bucket, enlarged, resized, share_cropped
 from dataset.captions import CaptionConfig, choose_caption
@@ -34,42 +35,33 @@ from dataset.sources import EncodedSample, Source
 
 @dataclass(frozen=True)
 class DataConfig:
-    data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    data: tyro.conf.UseAppendAction[tuple[str, ...]] = option(())
     """'demo', a folder of tar shards (of images or of latents), a brace pattern (shards/{000000..000012}.tar), a folder of
     captioned images, or parquet files (columns image and text: packed into ~/.cache once); the shards also at http(s)://,
     s3://, gs:// or hf:// (a dataset's: hf://datasets/name/of/…). With :3 after it, its weight in a mixture. Again for another.
     None: demo."""
-    data_cache: str | None = None
+    data_cache: str | None = option(None, resume="free")
     """Folder on a disk nearby for what is loaded from elsewhere; every process of the host may use the same. None: each epoch
     loads everything again."""
-    data_cache_gb: float = 10.0
+    data_cache_gb: float = option(10.0, above=0, resume="free")
     """Gigabytes that it may take: what was not used for longest makes room."""
-    bs: int = 3
+    bs: int = option(3, at_least=1)
     """Images per step, process and accumulation."""
-    resolution: int | None = None
+    resolution: int | None = option(None, at_least=64, multiple_of=8)
     """Side in pixels of the square whose area the images get. None: the model's own (1024 for SDXL)."""
-    buckets: bool = True
+    buckets: bool = option(True)
     """Aspect-ratio buckets of that area: an image keeps its shape as far as one has it. Off: the square in its middle."""
-    bucket_step: int = 64
+    bucket_step: int = option(64, at_least=8, multiple_of=8)
     """Sides of the buckets are multiples of so many pixels."""
-    flip: bool = False
+    flip: bool = option(False)
     """Mirror every second image at random."""
-    masked_loss: bool = False
+    masked_loss: bool = option(False)
     """Alpha is a loss mask: what is transparent keeps its own colours, instead of white, and is not learned."""
-    workers: int = 2
+    workers: int = option(2, at_least=0, resume="free")
     """Processes per rank that read and decode."""
 
     def __post_init__(self) -> None:
-        if self.bs < 1:
-            raise UserError(f"--bs must be at least 1, not {self.bs}")
-        if self.resolution is not None and (self.resolution < 64 or self.resolution % 8):
-            raise UserError(f"--resolution must be a multiple of 8 from 64 up, not {self.resolution}")
-        if self.bucket_step < 8 or self.bucket_step % 8:
-            raise UserError(f"--bucket-step must be a multiple of 8, not {self.bucket_step}")
-        if self.workers < 0:
-            raise UserError(f"--workers must be at least 0, not {self.workers}")
-        if not 0 < self.data_cache_gb < float("inf"):
-            raise UserError(f"--data-cache-gb must be above 0, not {self.data_cache_gb}")
+        check_options(self)
 
     @property
     def cache(self) -> Cache | NoCache:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.options import check_options, option
 from lora_files.deltas import Deltas, check_fit
 
 ATTENTION = r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$|\.self_attn\.(q|k|v|out)_proj$"
@@ -24,20 +25,17 @@ TARGETS = {"attention": ATTENTION, "all": EVERYTHING}
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    rank: int = 8
+    rank: int = option(8, at_least=1, resume="fixed")
     """Rank r of every ΔW."""
-    alpha: float | None = None
+    alpha: float | None = option(None, above=0, resume="fixed")
     """Scale α: ΔW = (α/r)·B·A. None: equal to --rank."""
-    targets: str = "attention"
+    targets: str = option("attention", resume="fixed")
     """Which linear layers: 'attention', 'all' (attention, feed-forward, projections) or a regular expression."""
-    train_text_encoder: bool = True
+    train_text_encoder: bool = option(True, resume="fixed")
     """LoRA on both text encoders too."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise UserError(f"--rank must be at least 1, not {self.rank}")
-        if self.alpha is not None and self.alpha <= 0:
-            raise UserError(f"--alpha must be above 0, not {self.alpha}")
+        check_options(self)
         try:
             re.compile(self.pattern)
         except re.error as error:

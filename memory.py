@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.options import check_options, option
 from performance.memory_plan import GiB
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -19,27 +20,26 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    vram_gb: float | None = None
+    vram_gb: float | None = option(None, above=0, at_most=10_000, resume="free")
     """GiB of the GPU that this process may take, CUDA's own included: planned for and enforced. None, or more than is free:
     what is free."""
-    precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
+    precision: Literal["auto", "fp16", "bf16", "fp32"] = option("auto")
     """Dtype of the activations; LoRA weights stay float32. auto: fp16 on CUDA, fp32 on CPU."""
-    base_precision: Literal["auto", "fp16", "bf16", "fp32", "int8", "nf4"] = "auto"
+    base_precision: Literal["auto", "fp16", "bf16", "fp32", "int8", "nf4"] = option("auto")
     """What the frozen linear layers are stored in. auto: --precision, or fewer bits if the budget asks for it."""
-    checkpointing: Literal["auto", "all", "none"] = "auto"
+    checkpointing: Literal["auto", "all", "none"] = option("auto", resume="free")
     """Blocks that recompute their activations in the backward pass instead of keeping them. auto: as few as fit."""
-    optimizer: Literal["adamw8bit", "adamw"] = "adamw8bit"
+    optimizer: Literal["adamw8bit", "adamw"] = option("adamw8bit", resume="fixed")
     """AdamW with 8-bit states (bitsandbytes), or torch's fused one with 32-bit states."""
-    attention: Literal["auto", "cudnn", "flash", "efficient", "xformers", "sdpa"] = "auto"
+    attention: Literal["auto", "cudnn", "flash", "efficient", "xformers", "sdpa"] = option("auto", resume="free")
     """Attention kernel of the U-Net. auto: the fastest here. sdpa: PyTorch's choice."""
-    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    cuda_graph: Literal["auto", "on", "off"] = option("auto", resume="free")
     """Replay the step as one CUDA graph. auto: on CUDA, where it can be captured."""
-    compile: bool = False
+    compile: bool = option(False, resume="free")
     """torch.compile every block of the U-Net: minutes at the start for a few percent, so for long runs only."""
 
     def __post_init__(self) -> None:
-        if self.vram_gb is not None and not 0 < self.vram_gb < 1e4:
-            raise UserError(f"--vram-gb must lie between 0 and 10000, not {self.vram_gb}")
+        check_options(self)
         if self.base_precision in DTYPES and self.precision not in ("auto", self.base_precision):
             raise UserError(f"--base-precision {self.base_precision} contradicts --precision {self.precision}: leave one away")
 

@@ -24,7 +24,7 @@ import random
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -35,8 +35,9 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from common.errors import LossyStream, UserError, check_seed, one_line_errors, warn, warn_of
+from common.errors import LossyStream, UserError, one_line_errors, warn, warn_of
 from common.files import TolerantWriter, check_writable, write_atomically
+from common.options import check_options, flat_options, option, resume_policies
 from data import Batch, DataConfig, Stream, describe_buckets, make_loader, normalise
 from dataset.captions import CaptionConfig
 from dataset.sources import open_mixture
@@ -96,48 +97,41 @@ class TrainConfig:
     diffusion: DiffusionConfig = DiffusionConfig()
     memory: MemoryConfig = MemoryConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
-    model: str = "demo"
+    model: str = option("demo", resume="fixed")
     """'demo' (bundled), 'sdxl' (from the hub), a hub id, a diffusers folder or a .safetensors SDXL checkpoint."""
-    steps: int = 450
+    steps: int = option(450, at_least=1, resume="free")
     """Optimiser steps."""
-    grad_accum: int = 1
+    grad_accum: int = option(1, at_least=1)
     """Batches per optimiser step and process."""
-    lr: float | None = None
+    lr: float | None = option(None, at_least=0)
     """Learning rate. None: 1e-4; for the bundled model, which is 16 times narrower than SDXL, 2e-3."""
-    text_encoder_lr: float | None = None
+    text_encoder_lr: float | None = option(None, at_least=0)
     """Learning rate of both text encoders. None: --lr."""
-    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
+    lr_schedule: Literal["constant", "cosine", "linear"] = option("constant")
     """After the warm-up: constant, or falling to zero at the last step."""
-    warmup: int = 0
+    warmup: int = option(0, at_least=0)
     """Steps over which the learning rate rises from zero."""
-    log_dir: Path = Path("runs")
+    log_dir: Path = option(Path("runs"), resume="free")
     """Folder for TensorBoard logs."""
-    max_bad_steps: int = 20
+    max_bad_steps: int = option(20, at_least=1, resume="free")
     """Steps in a row whose loss is not a finite number; then the run ends."""
-    rank_timeout: float = 300
+    rank_timeout: float = option(300, at_least=1, resume="free")
     """Seconds to wait for a process that does not come to where all meet, which is every step; then all end."""
-    check_ranks_every: int = 100
+    check_ranks_every: int = option(100, at_least=1, resume="free")
     """Steps after which the processes compare their LoRA weights, bit by bit; also before each save."""
-    seed: int = 0
+    seed: int = option(0, at_least=0, at_most=2**63 - 1)
     """Everything random is a function of it and of the step."""
-    device: str = "auto"
+    device: str = option("auto", resume="free")
     """'auto' (CUDA if there is one), 'cuda', 'cpu'."""
-    pictures: bool = True
+    pictures: bool = option(True, resume="free")
     """Draw base and LoRA side by side at every save."""
-    prompts: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = option((), resume="free")
     """Of these: texts, or one file with a prompt on each line. None given: the evaluation prompts of the model."""
 
     def __post_init__(self) -> None:
-        counts = ("steps", "grad_accum", "max_bad_steps", "rank_timeout", "check_ranks_every")
-        for flag, least in (*((flag, 1) for flag in counts), ("warmup", 0)):
-            if getattr(self, flag) < least:
-                raise UserError(f"--{flag.replace('_', '-')} must be at least {least}, not {getattr(self, flag)}")
-        for flag in ("lr", "text_encoder_lr"):
-            if not 0 <= (getattr(self, flag) or 0) < math.inf:
-                raise UserError(f"--{flag.replace('_', '-')} must be a number from 0 up, not {getattr(self, flag)}")
+        check_options(self)
         if self.warmup > self.steps:
             raise UserError(f"--warmup {self.warmup} is longer than --steps {self.steps}")
-        check_seed(self.seed)
 
 
 def lr_factor(step: int, config: TrainConfig) -> float:
@@ -151,14 +145,6 @@ def lr_factor(step: int, config: TrainConfig) -> float:
 def seed_of(*parts: int) -> int:
     """63 random bits that are a function of (seed, rank, step, …)."""
     return random.Random(str(parts)).getrandbits(63)
-
-
-def flat_config(config: TrainConfig) -> dict:
-    """Every flag with its value: {flag: value}."""
-    flags: dict[str, object] = {}
-    for name, value in asdict(config).items():
-        flags |= value if isinstance(value, dict) else {name: value}
-    return {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
 
 
 def main(config: TrainConfig) -> int:
@@ -284,8 +270,8 @@ def main(config: TrainConfig) -> int:
 
     # Where the run stands: at its beginning, or where a saved state left it.
     run = Run(log_dir=ranks.from_first(str(config.log_dir / time.strftime("%Y%m%d-%H%M%S"))))
-    shapes, flags = layer_shapes(denoiser), flat_config(config)
-    checkpoints = Checkpoints(config.checkpoints, flags, source, ranks.world, adapter, shapes, optimizer, scaler)
+    shapes, flags, policies = layer_shapes(denoiser), flat_options(config), resume_policies(config)
+    checkpoints = Checkpoints(config.checkpoints, flags, policies, source, ranks.world, adapter, shapes, optimizer, scaler)
     found = ranks.from_first(checkpoints.find() if ranks.first else None)
     if found:
         run, changes = checkpoints.restore(*found, run.log_dir)

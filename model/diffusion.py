@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.options import check_options, option
 
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    snr_gamma: float | None = None
+    snr_gamma: float | None = option(None, above=0)
     """Min-SNR weighting γ, e.g. 5 (Hang et al. 2023, arXiv:2303.09556). None: every timestep weighs the same."""
 
     def __post_init__(self) -> None:
-        if self.snr_gamma is not None and self.snr_gamma <= 0:
-            raise UserError(f"--snr-gamma must be above 0, not {self.snr_gamma}")
+        check_options(self)
 
 
 def area_weights(mask: Tensor) -> Tensor:

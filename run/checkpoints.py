@@ -13,6 +13,7 @@ import torch
 
 from common.errors import UserError
 from common.files import suite_sources, write_atomically
+from common.options import Resume, check_options, option
 from lora_files.write import check_written, make_header, serialise
 from memory import DTYPES
 from run.state import find_state, find_states, save_state
@@ -20,26 +21,24 @@ from run.state import find_state, find_states, save_state
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    save_every: int = 150
+    save_every: int = option(150, at_least=1, resume="free")
     """Steps between checkpoints; the last step is always saved."""
-    format: Literal["kohya", "diffusers", "both"] = "kohya"
+    format: Literal["kohya", "diffusers", "both"] = option("kohya", resume="free")
     """Layout of the LoRA files. kohya is read by diffusers, ComfyUI and A1111; diffusers' own by few others."""
-    save_dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
+    save_dtype: Literal["fp16", "bf16", "fp32"] = option("fp16", resume="free")
     """Dtype of the weights in the files."""
-    keep: int | None = None
+    keep: int | None = option(None, at_least=1, resume="free")
     """Newest LoRA files of this run to keep. None: all, as the best is often not the last."""
-    out: Path = Path("checkpoints")
+    out: Path = option(Path("checkpoints"), resume="free")
     """Folder for LoRA files and the state of the run."""
-    resume: str = "auto"
+    resume: str = option("auto", resume="free")
     """'auto' (go on from the newest whole state in --out), 'none' (what is there is moved aside), or a state or the folder
     of a run."""
-    resume_override: bool = False
+    resume_override: bool = option(False, resume="free")
     """Go on although options differ from those of the state, with the new ones."""
 
     def __post_init__(self) -> None:
-        for flag, value in {"save-every": self.save_every, "keep": self.keep}.items():
-            if value is not None and value < 1:
-                raise UserError(f"--{flag} must be at least 1, not {value}")
+        check_options(self)
 
 
 LAYOUT_SUFFIXES = {  # --format: {layout: what its file is called after the step}
@@ -47,13 +46,6 @@ LAYOUT_SUFFIXES = {  # --format: {layout: what its file is called after the step
     "diffusers": {"diffusers": ""},
     "both": {"kohya": "", "diffusers": "_diffusers"},
 }
-
-# Between a run and its resumption these may not change, because the state would not fit; these may, because nothing that is
-# learnt depends on them, or only from then on. All others need --resume-override.
-NEVER = {"model", "rank", "alpha", "targets", "train_text_encoder", "optimizer"}
-FREELY = {"steps", "save_every", "keep", "format", "save_dtype", "out", "log_dir", "resume", "resume_override", "device",
-          "workers", "data_cache", "data_cache_gb", "vram_gb", "checkpointing", "attention", "cuda_graph", "compile",
-          "rank_timeout", "check_ranks_every", "max_bad_steps", "pictures", "prompts"}  # fmt: skip
 
 HITS = 3  # steps that a sample may spoil before it is left out
 
@@ -82,15 +74,15 @@ class Run:
 
 
 class Checkpoints:
-    """Of one run: `flags` are all of its options, `source` its images, `world` its processes, `shapes` those of the layers
-    that a LoRA file may have weights for.
+    """Of one run: `flags` are all of its options and `policies` what each means on resume (common/options.py), `source` its
+    images, `world` its processes, `shapes` those of the layers that a LoRA file may have weights for.
     """
 
     def __init__(
-        self, config: CheckpointConfig, flags: dict[str, object], source, world: int, adapter, shapes: dict[str, torch.Size],
-        optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+        self, config: CheckpointConfig, flags: dict[str, object], policies: dict[str, Resume], source, world: int, adapter,
+        shapes: dict[str, torch.Size], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
     ):  # fmt: skip
-        self.config, self.flags, self.source = config, flags, source
+        self.config, self.flags, self.policies, self.source = config, flags, policies, source
         self.adapter, self.shapes, self.optimizer, self.scaler = adapter, shapes, optimizer, scaler
         self.made = provenance(flags, source.fingerprint, world)
 
@@ -162,10 +154,10 @@ class Checkpoints:
             raise UserError(f"--resume {path}: this is no state of train_lora.py")
         flags = changed(state["made"]["flags"], self.made["flags"], "--")
         beyond = changed(state["made"]["beyond"], self.made["beyond"])
-        never = [told for name, told in flags.items() if name in NEVER]
+        never = [told for name, told in flags.items() if self.policies[name] == "fixed"]
         if never or state["layers"] != list(self.adapter.modules):
             raise UserError(f"{path} does not fit: {', '.join(never)}: change it back, or another --out, or --resume none")
-        differ = [told for name, told in flags.items() if name not in FREELY]
+        differ = [told for name, told in flags.items() if self.policies[name] != "free"]
         if differ and not self.config.resume_override:
             told = ", ".join(differ)
             raise UserError(f"{path} is of another run: {told}: change it back, or another --out, or --resume-override")

@@ -45,7 +45,8 @@ def top_level_names(path: Path) -> set[str]:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             names.add(node.name)
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            names |= {e.id for e in ast.walk(node) if isinstance(e, ast.Name) and isinstance(e.ctx, ast.Store)}
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {e.id for target in targets for e in ast.walk(target) if isinstance(e, ast.Name)}
     return names
 
 

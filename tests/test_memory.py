@@ -193,5 +193,5 @@ def test_contradicting_precisions_are_refused():
     with pytest.raises(UserError, match="--base-precision bf16 contradicts --precision fp16"):
         MemoryConfig(precision="fp16", base_precision="bf16")
     for bad in (0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(UserError, match="--vram-gb must lie between 0 and"):
+        with pytest.raises(UserError, match="--vram-gb must be above 0 and at most 10000, not"):
             MemoryConfig(vram_gb=bad)
