@@ -83,7 +83,7 @@ def statistics(images: list[Image.Image]) -> dict[str, np.ndarray]:
     """The distribution of colours [64] and of edge strengths [16] over all pixels of all images, each summing to 1."""
     pixels = np.stack([np.asarray(image, dtype=np.float32) for image in images])  # [N, H, W, 3] in 0…255
     bins = (pixels // 64).astype(int)
-    colours = np.bincount((bins @ (16, 4, 1)).ravel(), minlength=64)
+    colours = np.bincount((bins @ np.array([16, 4, 1])).ravel(), minlength=64)
     grey = pixels.mean(axis=3)
     edges = np.hypot(np.diff(grey, axis=1)[:, :, :-1], np.diff(grey, axis=2)[:, :-1])
     strengths, _ = np.histogram(np.log2(1 + edges), bins=16, range=(0, 8))

@@ -3,7 +3,7 @@
     python scripts/inspect_lora.py naruto.safetensors                   the report, and its norms drawn into naruto.norms.png
     python scripts/inspect_lora.py naruto-demo.safetensors --model demo
 
-The verdicts are the rules of verdicts.py.
+The verdicts are the rules of lora_files/compatibility.py.
 """
 
 import json

@@ -165,7 +165,7 @@ def test_bad_options_name_their_flag(options, flag):
     ],
 )
 def test_counts_on_the_real_architecture(sdxl_meta, options, layers, parameters):
-    """The figures of the README, at rank 8. Text encoder 1 trains 11 of its 12 layers: SDXL does not read the last."""
+    """The figures of docs/training.md, at rank 8. Text encoder 1 trains 11 of its 12 layers: SDXL does not read the last."""
     model = copy.deepcopy(sdxl_meta)
     assert sum(p.numel() for p in model.unet.parameters()) == 2_567_463_684
     adapter = add_lora(model, LoRAConfig(rank=8, **options), model.unread)
