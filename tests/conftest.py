@@ -262,23 +262,20 @@ DRY_RUNS: dict = {}
 @pytest.fixture
 def train(script, tiny_model, shards, tmp_path, monkeypatch):
     """train("--steps", 4) runs the training script on the tiny model, without pictures; files go to a fresh folder."""
-    from model.render import render
-    from performance.memory_plan import dry_run as budget_dry_run
+    from model.render import render  # three pictures of 20 steps would take most of a test's time
+    from performance.memory_plan import dry_run  # more than half of the time of a short run, and a function of these shapes
 
-    run_dry = budget_dry_run  # more than half of the time of a short run, and a function of these shapes
-
-    def dry_run(denoiser, block_names, text, latent_side):
+    def remembered(denoiser, block_names, text, latent_side):
         key = repr(denoiser), tuple(block_names), [(t.shape, t.dtype) for t in text], latent_side
         key = str((*key, [(p.dtype, p.requires_grad) for p in denoiser.parameters()]))
         if key not in DRY_RUNS:
-            DRY_RUNS[key] = run_dry(denoiser, block_names, text, latent_side)
+            DRY_RUNS[key] = dry_run(denoiser, block_names, text, latent_side)
         return DRY_RUNS[key]
 
-    monkeypatch.setattr("performance.memory_plan.dry_run", dry_run)
+    monkeypatch.setattr("performance.memory_plan.dry_run", remembered)
 
-    draw = render  # three pictures of 20 steps would take most of a test's time
     monkeypatch.setattr("model.render.NARUTO_PROMPTS", ["one picture a save is enough"])
-    monkeypatch.setattr("run.gallery.render", lambda *given, **how: draw(*given, **{**how, "steps": 2}))
+    monkeypatch.setattr("run.gallery.render", lambda *given, **how: render(*given, **{**how, "steps": 2}))
     base = ["--model", tiny_model, "--rank", 2, "--bs", 2, "--workers", 0, "--device", "cpu", "--no-pictures"]
     base += ["--out", tmp_path / "out", "--log-dir", tmp_path / "runs"]
 

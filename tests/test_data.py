@@ -1,6 +1,7 @@
 import json
 import re
 import shutil
+import signal
 import tarfile
 from collections import Counter
 from itertools import islice
@@ -13,7 +14,8 @@ from conftest import encoded, photograph
 from PIL import Image
 
 from common.errors import UserError
-from data import DataConfig, Stream, decode, describe_buckets, make_loader, normalise
+from common.signals import SIGNALS, blocked_signals
+from data import DataConfig, Stream, decode, describe_buckets, hide_lost_connection, make_loader, normalise
 from dataset.buckets import bucket_sizes
 from dataset.captions import CaptionConfig
 from dataset.latents import pack_latents
@@ -429,3 +431,18 @@ def test_damaged_latents_are_skipped_like_a_damaged_image(tmp_path):
     batch = next(iter(stream(tmp_path, bs=3)))
     assert batch.skipped == ["b.tar:x"]
     assert batch.images.shape == (3, 8, 8, 8)
+
+
+def test_a_worker_says_nothing_of_a_loop_that_is_gone_but_of_all_else(capfd):
+    for error in (EOFError(), ConnectionResetError(), BrokenPipeError(), ConnectionRefusedError()):
+        hide_lost_connection(type(error), error, None)
+    assert capfd.readouterr().err == ""
+    hide_lost_connection(ValueError, ValueError("news"), None)
+    assert "ValueError: news" in capfd.readouterr().err
+
+
+def test_signals_are_blocked_only_while_workers_are_forked():
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with blocked_signals():
+        assert set(SIGNALS) <= signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
