@@ -9,6 +9,7 @@ import random
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +32,7 @@ from dataset.captions import CaptionConfig, choose_caption
 from dataset.disk_cache import NO_CACHE, Cache, NoCache
 from dataset.images import Size, alpha_of, fit, open_image, to_rgb
 from dataset.latents import unpack_latents, unpack_text
-from dataset.sources import EncodedSample, Source
+from dataset.sources import EncodedSample, Source, open_mixture
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,29 @@ class DataConfig:
         return Cache(Path(self.data_cache), int(self.data_cache_gb * 1e9)) if self.data_cache else NO_CACHE
 
 
+def open_data(config: DataConfig) -> Source:
+    """The images of --data. Raises UserError if they cannot be read, or if ready-made latents lack what an option needs."""
+    source = open_mixture(config.data, config.cache)
+    if source.latents and config.flip and not source.mirrored:
+        raise UserError("--flip: these latents were made without mirrored images: make them anew with cache_latents.py --flip")
+    if source.latents and config.masked_loss and not source.masked:
+        raise UserError(
+            "--masked-loss: these latents were made without masks: make them anew with cache_latents.py --masked-loss"
+        )
+    return source
+
+
+class Workload(NamedTuple):
+    """What of the data decides how much memory a step takes."""
+
+    batch: int  # images
+    resolution: int  # pixels: side of the square whose area the images have
+    chunks: int  # pieces of 75 tokens in the longest caption
+    shapes: int  # of batches that differ in their bucket or in their number of chunks
+    has_latents: bool  # the shards hold latents: the VAE does not run
+    has_text: bool  # the shards hold encoded captions: the text encoders do not run
+
+
 @dataclass
 class Batch:
     images: torch.Tensor  # pixels [B, h, w, 3] uint8, or ready-made posteriors [B, 8, h/8, w/8] float16
@@ -77,8 +102,8 @@ class Batch:
     size: torch.Tensor  # [B, 2] (h, w) of the bucket
     names: list[str]
     skipped: list[str]  # images of this batch that could not be decoded, or are left out
-    mask: tuple[torch.Tensor, ...] = ()  # with --masked-loss one, [B, 1, h/8, w/8] in 0…1: what of the loss counts
-    text: tuple[torch.Tensor, ...] = ()  # if the captions are encoded: context [B, 77, d1 + d2], pooled [B, d2] float16
+    mask: torch.Tensor | None = None  # [B, 1, h/8, w/8] in 0…1 with --masked-loss: the weight of each latent in the loss
+    text: tuple[torch.Tensor, ...] = ()  # of encoded captions: context [B, 77, d1 + d2] and pooled [B, d2], float16
 
     def pin_memory(self) -> "Batch":
         self.images = self.images.pin_memory()
@@ -96,14 +121,14 @@ def decode(
     `masked`: and its loss mask [h/8, w/8] uint8, the mean alpha of the 8 × 8 pixels of each latent; transparency is not put
     on white then. Raises ValueError, or what Pillow raises, if it is broken.
     """
-    given = open_image(raw.image)
-    image = to_rgb(given, on_white=not masked)
+    encoded = open_image(raw.image)
+    image = to_rgb(encoded, on_white=not masked)
     original = (image.height, image.width)
-    how = (resized(original, bucket), bucket, flip)
-    pixels, crop = fit(image, *how)
+    covering = resized(original, bucket)
+    pixels, crop = fit(image, covering, bucket, flip)
     if not masked:
         return pixels, original, crop
-    alpha, _ = fit(alpha_of(given), *how)  # by itself: as a fourth channel it would take the colours under it away
+    alpha, _ = fit(alpha_of(encoded), covering, bucket, flip)  # alone: as a fourth channel it would erase the colours under it
     mask = alpha.reshape(bucket[0] // 8, 8, bucket[1] // 8, 8).mean(axis=(1, 3))
     return pixels, original, crop, mask.round().astype(np.uint8)
 
@@ -126,9 +151,10 @@ def assign_buckets(source: Source, config: DataConfig, resolution: int) -> tuple
         sizes = sorted(set(pixels) - {(0, 0)}) or [(resolution, resolution)]
         if foreign := set(sizes) - known:
             height, width = min(foreign)
-            told = f"{source.names[pixels.index((height, width))]} holds latents of {height} × {width} pixels"
-            asked = f"--resolution {resolution} and --bucket-step {config.bucket_step}"
-            raise UserError(f"--data: {told}, which is no bucket of {asked}")
+            raise UserError(
+                f"--data: {source.names[pixels.index((height, width))]} holds latents of {height} × {width} pixels, "
+                f"which is no bucket of --resolution {resolution} and --bucket-step {config.bucket_step}"
+            )
         choose = sizes.index
     chosen = {size: choose(size) if all(size) else 0 for size in set(pixels)}  # what cannot be read is skipped and named
     return sizes, np.array([chosen[size] for size in pixels])
@@ -143,12 +169,12 @@ def describe_buckets(source: Source, sizes: list[Size], bucket: np.ndarray) -> s
     pairs = [(size, sizes[b]) for size, b in zip(pixels, bucket, strict=True) if all(size)]
     cropped = np.mean([share_cropped(*pair) for pair in pairs]) if pairs else 0
     factors = [factor for pair in pairs if (factor := enlarged(*pair)) > 1]
-    told = f"{len(factors)} images enlarged, by up to {max(factors):.2f}" if factors else "none enlarged"
-    return f"{used}, {cropped:.1%} of the images cropped away, {told}"
+    enlargement = f"{len(factors)} images enlarged, by up to {max(factors):.2f}" if factors else "none enlarged"
+    return f"{used}, {cropped:.1%} of the images cropped away, {enlargement}"
 
 
 class Stream(IterableDataset):
-    """Endless batches for one rank, from global batch number `start` on.
+    """Endless batches for one rank, from global batch number `start` on. `text`: with the encoded captions of the shards.
 
     Batch k of the stream is a function of (seed, k); consecutive batches go to the ranks in turn, and within a rank to the
     workers in turn. A sample that cannot be decoded, or is left out, is replaced by another of its batch or, if nothing in it
@@ -160,6 +186,7 @@ class Stream(IterableDataset):
         rank: int = 0, world: int = 1, start: int = 0, text: bool = False,
     ):  # fmt: skip
         self.source, self.config, self.captions, self.seed, self.text = source, config, captions, seed, text
+        self.resolution = resolution
         self.sizes, self.bucket = assign_buckets(source, config, resolution)
         self.rank, self.world, self.start = rank, world, start
         self.left_out: set[str] = set()  # names of samples that spoil training
@@ -186,8 +213,11 @@ class Stream(IterableDataset):
             raise ValueError("its latents are of another bucket")
         return latents
 
-    def spare(self, bucket: int) -> tuple[EncodedSample, int]:
-        """What stands in for a batch of which nothing can be decoded, and its bucket. Raises UserError if there is nothing."""
+    def first_decodable(self, bucket: int) -> tuple[EncodedSample, int]:
+        """A sample for a batch of which nothing can be decoded, and its bucket: the first of `bucket`, or of the data set.
+
+        Raises UserError if there is none.
+        """
         for n in [*np.flatnonzero(self.bucket == bucket), *range(self.source.samples)]:
             if self.source.names[n] in self.left_out:
                 continue
@@ -198,44 +228,81 @@ class Stream(IterableDataset):
         raise UserError(f"--data: none of the {self.source.samples} images can be decoded")
 
     def encoded(self, raw: EncodedSample, caption: str) -> list[torch.Tensor]:
-        """What the text encoders made of this caption of a sample, if that is asked for; of no caption it does not matter."""
+        """[context, pooled] of a sample's caption, or [] without `text`. Those of the empty caption are put in later."""
         return [states[raw.captions.index(caption) if caption else 0] for states in unpack_text(raw.image)] if self.text else []
 
     def batch(self, draws: list[int], samples: list[int]) -> Batch:
-        told: list[tuple] = []
+        """The batch of these samples; the numbers of the draws decide what is random about each."""
+        rows: list[tuple] = []  # of what was decoded: original size, crop, caption, name, text, mask if there is one
         skipped, bucket = [], self.bucket[samples[0]]
         images: np.ndarray | None = None
 
-        def keep(raw: EncodedSample, flip: bool, caption: str) -> None:
+        def add(raw: EncodedSample, flip: bool, caption: str) -> None:
             nonlocal images
             if raw.name in self.left_out:
                 raise ValueError(raw.name)
             (pixels, original, crop, *mask), text = self.decode(raw, bucket, flip), self.encoded(raw, caption)
-            if told and [states.shape for states in text] != [states.shape for states in told[0][4]]:
+            if rows and [states.shape for states in text] != [states.shape for states in rows[0][4]]:
                 raise ValueError("its text is of another shape")
             if images is None:
                 images = np.empty((len(samples), *pixels.shape), pixels.dtype)
-            images[len(told)] = pixels  # at once: memory that is given back while it is warm makes the next image faster
-            told.append((original, crop, caption, raw.name, text, *mask))
+            images[len(rows)] = pixels  # at once: memory that is given back while it is warm makes the next image faster
+            rows.append((original, crop, caption, raw.name, text, *mask))
 
         for draw, n in zip(draws, samples, strict=True):
             rng, raw = random.Random(f"{self.seed} draw {draw}"), self.source.raw(n)
             flip, caption = rng.random() < 0.5 * self.config.flip, choose_caption(raw.captions, self.captions, rng)
             try:
-                keep(raw, flip, caption)
+                add(raw, flip, caption)
             except Exception:  # whatever a broken file makes Pillow raise: it is named at the end of the run
                 skipped.append(raw.name)
-        if not told:
-            raw, bucket = self.spare(bucket)
-            keep(raw, False, raw.captions[0])
-        again = [i % len(told) for i in range(len(samples))]
+        if not rows:
+            raw, bucket = self.first_decodable(bucket)
+            add(raw, False, raw.captions[0])
+        repeated = [i % len(rows) for i in range(len(samples))]  # a sample takes the place of one that was skipped
         assert images is not None  # made with the first
-        pixels = torch.from_numpy(images if len(told) == len(samples) else images[again])
-        original, crop, captions, names, text, *masks = zip(*(told[i] for i in again), strict=True)
+        pixels = torch.from_numpy(images if len(rows) == len(samples) else images[repeated])
+        original, crop, captions, names, text, *masks = zip(*(rows[i] for i in repeated), strict=True)
         text = tuple(torch.stack(states) for states in zip(*text, strict=True))
-        mask = tuple(torch.from_numpy(np.stack(one))[:, None] / 255 for one in masks)
+        mask = torch.from_numpy(np.stack(masks[0]))[:, None] / 255 if masks else None
         size = torch.tensor([self.sizes[bucket]] * len(samples))
         return Batch(pixels, list(captions), torch.tensor(original), torch.tensor(crop), size, list(names), skipped, mask, text)
+
+    @property
+    def workload(self) -> Workload:
+        chunks = self.captions.max_tokens // 75
+        shapes = len(set(self.bucket)) * chunks
+        return Workload(self.config.bs, self.resolution, chunks, shapes, self.source.latents, self.text)
+
+    def describe(self) -> str:
+        return describe_buckets(self.source, self.sizes, self.bucket)
+
+
+class Loader:
+    """Batches of one rank for the training loop, from `position` on, a number of samples over all ranks."""
+
+    def __init__(self, stream: Stream, position: int, left_out: set[str], pin_memory: bool):
+        self.stream, self.pin_memory = stream, pin_memory
+        self.waited = 0.0  # seconds, of the last `take`
+        self.error: UserError | None = None  # why the data can no longer be read
+        self.skipped = set(stream.source.uncaptioned)  # names of images that training did not see
+        self.restart(position, left_out)
+
+    def restart(self, position: int, left_out: set[str]) -> None:
+        """Goes on at `position` without the samples named in `left_out`. Batches that were read ahead are dropped."""
+        self.stream.left_out, self.stream.start = left_out, position // self.stream.config.bs
+        self.batches = make_loader(self.stream, self.pin_memory)
+
+    def take(self, count: int, wait: Callable[..., list[Batch] | None]) -> list[Batch]:
+        """The next `count` batches; [] if a signal ends `wait` (StopRequest.wait) before they come, or on an `error`."""
+        begin, batches = time.perf_counter(), None
+        try:
+            batches = wait(list, islice(self.batches, count))
+        except UserError as error:
+            self.error = error
+        self.waited = time.perf_counter() - begin
+        self.skipped.update(*(batch.skipped for batch in batches or []))
+        return batches or []
 
 
 def make_loader(stream: Stream, pin_memory: bool) -> Iterator[Batch]:
@@ -245,7 +312,7 @@ def make_loader(stream: Stream, pin_memory: bool) -> Iterator[Batch]:
     """
     workers = stream.config.workers
     options = {"pin_memory": pin_memory, "prefetch_factor": 4} if workers else {}
-    return map(batch_or_raise, read_by_workers(stream, workers, **options))
+    return map(batch_or_raise, read_by_workers(stream, workers, **options))  # not a generator: the workers start now
 
 
 def read_by_workers(dataset: Dataset, workers: int, **options) -> Iterator:

@@ -1,19 +1,27 @@
 """What trades memory against speed or precision, each behind its own flag: half precision, gradient checkpointing, 8-bit
-Adam, the cap on the device's memory.
+Adam, the cap on the device's memory, and the plan by which a step fits under it.
 """
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
 from common.options import check_options, option
-from performance.memory_plan import GiB
+from data import Workload
+from lora import LoRAConfig, add_lora
+from model.sdxl import Denoiser, blueprint, text_shapes
+from model.vae import ENCODING, vae_dtype
+from performance.adamw8bit import bytes_per_trained
+from performance.checkpointing import block_names, checkpoint_blocks, compile_blocks
+from performance.kernels import KERNELS, Shapes, choose_attention, use_fast_kernels
+from performance.memory_plan import ANOTHER_SHAPE, GiB, Plan, dry_run, make_plan, stand_in_kernel
+from performance.quantise import PACKED_BASES, packed_bytes, quantisable
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -42,6 +50,16 @@ class MemoryConfig:
         check_options(self)
         if self.base_precision in DTYPES and self.precision not in ("auto", self.base_precision):
             raise UserError(f"--base-precision {self.base_precision} contradicts --precision {self.precision}: leave one away")
+
+    def resolved(self, device: torch.device) -> "MemoryConfig":
+        """With the precision that it means on `device`: that of an unpacked base, if one is named."""
+        precision = self.base_precision if self.base_precision in DTYPES else self.precision
+        return replace(self, precision=resolve_precision(precision, device))  # type: ignore[arg-type]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations, once `resolved`."""
+        return DTYPES[self.precision]
 
 
 # Precision.
@@ -76,7 +94,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 @contextmanager
 def temporarily_on(device: torch.device, modules: list[nn.Module]) -> Iterator[None]:
-    """These are on the device meanwhile, and on the host afterwards."""
+    """Moves `modules` to `device`, and back to the CPU on exit."""
     for module in modules:
         module.to(device)
     try:
@@ -124,3 +142,70 @@ def memory_in_use(device: torch.device) -> float:
         return 0.0
     free, total = torch.cuda.mem_get_info(device)
     return 1 - free / total
+
+
+@contextmanager
+def note_if_out_of_memory(activity: str) -> Iterator[None]:
+    """If memory runs out inside, the error says during which activity; of nested ones the innermost comes first."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        error.add_note(activity)
+        raise
+
+
+def describe_out_of_memory(error: torch.OutOfMemoryError) -> str:
+    """One line: the activities in which it happened, and PyTorch's first sentences: how much was asked for, and of what."""
+    reason = ". ".join(" ".join(str(error).split()).split(". ")[:2])
+    return ", ".join(["out of memory", *getattr(error, "__notes__", [])]) + f" ({reason})"
+
+
+# The plan.
+
+
+def plan_memory(
+    pipe: Any, lora: LoRAConfig, memory: MemoryConfig, workload: Workload, device: torch.device, budget: int
+) -> Plan:
+    """How a step of `workload` fits into `budget` bytes, by a dry run on shapes without weights. `memory` is resolved.
+
+    Raises UserError, which says what would help, if it does not fit.
+    """
+    budget -= ANOTHER_SHAPE * (workload.shapes - 1)  # the first shape's graph is in what was calibrated
+    shapes = blueprint(pipe, with_text=not workload.has_text)
+    vae = vae_dtype(device)
+    unpacked = sum(p.nbytes for p in shapes.parameters())
+    unpacked += 0 if workload.has_latents else sum(p.numel() for p in pipe.vae.parameters()) * vae.itemsize
+    linears = quantisable(shapes).values()
+    saved = {base: sum(m.weight.nbytes - packed_bytes(m, base) for m in linears) for base in PACKED_BASES}
+    adapter = add_lora(shapes, lora, shapes.unused, dtype=memory.dtype)
+    trained = adapter.flat.numel() * bytes_per_trained(memory.optimizer, memory.dtype)
+    use_fast_kernels(shapes.unet, stand_in_kernel)
+    text = text_shapes(shapes, workload.batch, workload.chunks)
+    costs = dry_run(shapes, block_names(shapes), text, workload.resolution // pipe.vae_scale_factor)
+    fixed = {base: unpacked - saved.get(base, 0) + trained for base in possible_bases(memory, device)}
+    vae_image = 0 if workload.has_latents else ENCODING * workload.resolution**2 * vae.itemsize
+    plan = make_plan(costs, fixed, workload.batch, budget, checkpointing=memory.checkpointing, vae_image=vae_image)
+
+    def of_micro_batch(shape: torch.Size) -> torch.Size:
+        return torch.Size((plan.micro, *shape[1:]))
+
+    attention = {(of_micro_batch(q), of_micro_batch(k)): calls for (q, k), calls in costs.attention.items()}
+    return replace(plan, attention=Shapes(attention))
+
+
+def possible_bases(memory: MemoryConfig, device: torch.device) -> list[str]:
+    """What --base-precision leaves to choose from, in the order of preference."""
+    if memory.base_precision in PACKED_BASES:
+        return [memory.base_precision]
+    automatic = memory.base_precision == "auto" and device.type == "cuda"
+    return [memory.precision, *PACKED_BASES] if automatic else [memory.precision]
+
+
+def apply_plan(denoiser: Denoiser, plan: Plan, memory: MemoryConfig, device: torch.device) -> str:
+    """Kernels, compiling, checkpointing, each around what the one before has put in place. Returns the attention kernel."""
+    attention = choose_attention(memory.attention, plan.attention, device, memory.dtype)
+    use_fast_kernels(denoiser.unet, KERNELS[attention])
+    if memory.compile:
+        compile_blocks(denoiser.unet, block_names(denoiser.unet))
+    checkpoint_blocks(denoiser, plan.checkpointed)
+    return attention

@@ -1,6 +1,5 @@
 """The objective: noise a latent, predict the noise, weigh the squared error (Ho et al. 2020, arXiv:2006.11239)."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +27,7 @@ def area_weights(mask: Tensor) -> Tensor:
 
 
 class Diffusion:
-    """Loss of a denoiser: a callable, so that it works with the real one, a patched one and a fake.
+    """Noise for latents, and the loss of what a denoiser predicts from them.
 
     `alphas_cumprod` [T] is ᾱ of diffusers' scheduler; `prediction_type` its 'epsilon' or 'v_prediction'.
     """
@@ -42,6 +41,11 @@ class Diffusion:
         self.weights = torch.ones_like(snr)
         if config.snr_gamma:
             self.weights = snr.clamp(max=config.snr_gamma) / (snr + 1 if self.v_prediction else snr)
+
+    @property
+    def mean_weight(self) -> float:
+        """The expected loss of a prediction that is 0."""
+        return self.weights.mean().item()
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Noise ε of `shape` [B, 4, h, w], and timesteps t [B], uniform over the schedule."""
@@ -61,14 +65,12 @@ class Diffusion:
         alpha = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         return alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
 
-    def __call__(
-        self, denoise: Callable[[Tensor, Tensor], Tensor], latents: Tensor, noise: Tensor, timesteps: Tensor,
-        area: Tensor | float = 1.0,
-    ) -> Tensor:  # fmt: skip
-        """denoise(x_t, t) -> prediction. Returns the loss of each sample, [B] float32.
+    def loss(self, prediction: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor, area: Tensor | None = None) -> Tensor:
+        """The loss of each sample, [B] float32. `prediction` of x_t, latents and noise are [B, 4, h, w].
 
         With `area`, the `area_weights` of a loss mask, it is Σ mask · error² / (Σ mask · channels).
         """
-        prediction = denoise(self.add_noise(latents, noise, timesteps), timesteps).float()
-        error = (prediction - self.target(latents, noise, timesteps)).square() * area
+        error = (prediction.float() - self.target(latents, noise, timesteps)).square()
+        if area is not None:
+            error = error * area
         return error.mean(dim=(1, 2, 3)) * self.weights[timesteps]

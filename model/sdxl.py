@@ -83,8 +83,8 @@ class Denoiser(nn.Module):
         self.zero_empty = pipe.config.force_zeros_for_empty_prompt
 
     @property
-    def unread(self) -> list[str]:
-        """Path prefixes that the prediction does not depend on: text encoder 1 is read at its penultimate layer."""
+    def unused(self) -> list[str]:
+        """Path prefixes of layers that do not reach the prediction: text encoder 1 is read at its penultimate layer."""
         if self.text_encoder is None:
             return []
         last = self.text_encoder.config.num_hidden_layers - 1
@@ -110,7 +110,7 @@ class Denoiser(nn.Module):
         return context, pooled
 
     @torch.no_grad()
-    def text_probe(self) -> list[float]:
+    def text_signature(self) -> list[float]:
         """Numbers that tell one pair of text encoders from another: some of what they make of a fixed caption."""
         tokens = tokenize(self.tokenizers, ["a picture of a cat"]).to(self.text_encoder.device)
         context, pooled = (states.float() for states in self.encode_text(tokens))

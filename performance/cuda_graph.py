@@ -11,40 +11,43 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from common.errors import UserError, warn
+from performance.memory_plan import tensors
 
 T = TypeVar("T")
 
 
 class GraphedStep:
-    """`step(*tensors) -> tensor`, replayed. What it returns is overwritten by the next call.
+    """`step(inputs) -> tensor`, replayed. `inputs` is a tensor, or a (nested, named) tuple of tensors and None. What it
+    returns is overwritten by the next call.
 
-    `accumulators` are the tensors that a step adds to: the run that warms it up must not count.
+    `accumulators` are the tensors that a step adds to and that outlive it: the run that warms it up must not count.
     The graphs of several shapes share one memory pool: they run one after the other and hand nothing on in it.
     With --cuda-graph off, and for auto on the CPU or where capture fails, it is the step as it is.
 
     Raises UserError for --cuda-graph on where that is not possible.
     """
 
-    def __init__(self, step: Callable[..., Tensor], accumulators: list[Tensor], cuda_graph: str, device: torch.device):
-        self.step, self.accumulators, self.must = step, accumulators, cuda_graph == "on"
+    def __init__(self, step: Callable[[Any], Tensor], accumulators: list[Tensor], cuda_graph: str, device: torch.device):
+        self.step, self.accumulators, self.required = step, accumulators, cuda_graph == "on"
         self.graphs: dict = {}
         self.known: set = set()  # shapes that were recorded
-        self.recorded_again = 0  # how often one of them was lost and had to be
+        self.recorded_again = 0  # shapes whose graph was given up and recorded once more
         self.pool: Any = None  # of memory
         self.stream: torch.cuda.Stream | None = None
         self.eager = cuda_graph == "off" or device.type != "cuda"
-        if self.must and self.eager:
+        if self.required and self.eager:
             raise UserError(f"--cuda-graph on needs a CUDA device, not {device.type}: use --cuda-graph auto")
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, inputs: Any) -> Tensor:
         if self.eager:
-            return self.step(*inputs)
-        shapes = tuple((t.shape, t.dtype) for t in inputs)
+            return self.step(inputs)
+        shapes = tuple((t.shape, t.dtype) for t in tensors(inputs))
         if shapes not in self.graphs:
             try:
-                self.graphs[shapes] = self.one_more(inputs)
+                self.graphs[shapes] = self.capture(inputs)
                 self.recorded_again += shapes in self.known
                 self.known.add(shapes)
             except torch.OutOfMemoryError:
@@ -52,22 +55,24 @@ class GraphedStep:
             except RuntimeError as error:
                 cause = error.__context__ or error  # not that the capture then ended badly
                 reason = (str(cause).splitlines() or [type(cause).__name__])[0]
-                if self.must:
+                if self.required:
                     raise UserError(f"--cuda-graph on: the step cannot be captured: {reason}") from None
                 warn(f"no CUDA graph, every kernel is launched by itself: {reason}")
                 self.eager = True
         if self.eager:  # out of the except block, which would keep what the capture has allocated
             self.release()
-            return self.step(*inputs)
+            return self.step(inputs)
         graph, static, output = self.graphs[shapes]
-        for ours, given in zip(static, inputs, strict=True):
-            ours.copy_(given)
+        for recorded, new in zip(tensors(static), tensors(inputs), strict=True):
+            recorded.copy_(new)
         graph.replay()
         return output
 
-    def one_more(self, inputs: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
-        """A recording beside those of other shapes; instead of them if that fails: something has to be compiled, or memory is
-        too little. A shape that is not the first needs no warm-up, which would take the memory of a step outside of the pool.
+    def capture(self, inputs: Any) -> tuple[torch.cuda.CUDAGraph, Any, Tensor]:
+        """`record`, keeping the graphs of other shapes if that succeeds. It fails where something has to be compiled, or where
+        memory is too little: then those graphs are given up first.
+
+        A shape that is not the first needs no warm-up, which would take the memory of a step outside of the pool.
         """
         if self.graphs:
             with suppress(RuntimeError):
@@ -75,39 +80,39 @@ class GraphedStep:
             self.release()
         return self.record(inputs, warm_up=True)
 
-    def warm_up(self, inputs: list[Tensor]) -> None:
+    def warm_up(self, inputs: Any) -> None:
         """A step that does not count: libraries choose their kernels, and compilers compile, on the first call."""
-        kept = [t.clone() for t in self.accumulators]
+        before = [t.clone() for t in self.accumulators]
         self.stream = self.stream or torch.cuda.Stream()  # one for good: cuBLAS keeps a workspace for every stream it has seen
         self.stream.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(self.stream):
-                self.step(*inputs)
+                self.step(inputs)
         finally:  # where memory runs out, too: what was launched until then still adds to the accumulators
             torch.cuda.current_stream().wait_stream(self.stream)
-        for ours, before in zip(self.accumulators, kept, strict=True):
-            ours.copy_(before)
+        for accumulator, value in zip(self.accumulators, before, strict=True):
+            accumulator.copy_(value)
 
-    def record(self, inputs: tuple[Tensor, ...], warm_up: bool) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
+    def record(self, inputs: Any, warm_up: bool) -> tuple[torch.cuda.CUDAGraph, Any, Tensor]:
         """(graph, its inputs, its output). torch.cuda.graph frees what the warm-up took before the pool takes it again."""
-        static = [t.clone() for t in inputs]
+        static = tree_map_only(Tensor, Tensor.clone, inputs)
         if warm_up:
             self.warm_up(static)
         graph = torch.cuda.CUDAGraph()
         self.pool = self.pool or torch.cuda.graph_pool_handle()
-        generator = torch.cuda.default_generators[static[0].device.index]
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
         before, current = generator.clone_state(), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-                output = self.step(*static)  # the loader's and NCCL's threads may call CUDA meanwhile: thread_local
+                output = self.step(static)  # the loader's and NCCL's threads may call CUDA meanwhile: thread_local
         except RuntimeError:
             generator.graphsafe_set_state(before)  # a capture that failed leaves it refusing to draw
             torch.cuda.set_stream(current)  # ... and leaves its own stream, for which bitsandbytes' optimizer would not wait
             raise
         return graph, static, output
 
-    def beside(self, work: Callable[[], T]) -> T:
-        """What `work` returns, done between steps: if memory runs out, once more with that of the graphs."""
+    def retry_without_graphs(self, work: Callable[[], T]) -> T:
+        """What `work` returns, done between steps. If memory runs out, the graphs are given up, and `work` is done again."""
         try:
             return work()
         except torch.OutOfMemoryError:

@@ -9,7 +9,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -205,6 +205,7 @@ class Plan:
     whole_vae: bool  # the VAE encodes the whole batch at once, not image by image
     predicted: int  # peak of the memory that the allocator reserves, bytes
     budget: int  # bytes
+    attention: Counter = field(default_factory=Counter)  # {(shape of q, shape of k): calls} of `micro` images
 
     @property
     def measures(self) -> str:
@@ -213,7 +214,7 @@ class Plan:
         return f"{len(self.checkpointed)} of {self.blocks} blocks checkpointed, {self.base} base, batch in {pieces}{vae}"
 
     @property
-    def if_short(self) -> str:
+    def oom_advice(self) -> str:
         """What to say where memory runs out all the same: the prediction, and what would need less, by the order of `plans`."""
         helps = [
             *(["--checkpointing all"] if len(self.checkpointed) < self.blocks else []),

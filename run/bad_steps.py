@@ -1,17 +1,99 @@
-"""Where a number that is not finite comes from."""
+"""Steps whose loss or gradient is not a finite number. They have changed nothing: what made them so is looked for."""
 
+import copy
+import json
+import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
+import torch
 from torch import Tensor, nn
+
+from common.errors import UserError, warn
+from common.files import TolerantWriter, write_atomically
+from common.options import check_options, option
+from data import Stream
+from run.accumulation import GraphedBackward, Step, rows_of
+from run.checkpoints import Run
+from run.ending import RunFailed
+from run.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class BadStepsConfig:
+    max_bad_steps: int = option(20, at_least=1, resume="free")
+    """Steps in a row whose loss is not a finite number; then the run ends."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+class BadSteps:
+    """Repeats bad steps sample by sample, and counts which samples spoil them."""
+
+    def __init__(
+        self, config: BadStepsConfig, grad_accum: int, run: Run, stream: Stream, step: Step, backward: GraphedBackward,
+        ranks: Ranks,
+    ):  # fmt: skip
+        self.config, self.grad_accum, self.run, self.stream = config, grad_accum, run, stream
+        self.step, self.backward, self.ranks = step, backward, ranks
+
+    def examine(self, spoilt: list[bool]) -> None:
+        """`spoilt`: for each of the last steps, whether it was bad.
+
+        Adds to `run.hits` and `run.bad_steps`, and writes what it finds to nonfinite-{step}/ in the folder of the log. Raises
+        RunFailed if too many steps in a row were bad.
+        """
+        if any(spoilt):
+            self.backward.release()  # a step outside of the graphs needs their memory
+        for number, bad in enumerate(spoilt, self.run.step - len(spoilt)):
+            self.run.bad_steps = self.run.bad_steps + 1 if bad else 0
+            if bad:
+                self.report(number, self.repeat(number))
+        if self.run.bad_steps >= self.config.max_bad_steps:
+            raise RunFailed(
+                f"stopped: {self.run.bad_steps} steps in a row had no finite loss, see {self.run.log_dir}/nonfinite-*"
+            )
+
+    def repeat(self, number: int) -> list[dict]:
+        """Makes this rank's share of the step after `number` others once more, sample by sample. The gradient is zero after."""
+        adapter, again, found = self.step.adapter, copy.copy(self.stream), []
+        global_batches = (self.run.step - number) * self.grad_accum * self.ranks.world  # since the beginning of that step
+        again.start = self.run.samples // self.stream.config.bs - global_batches
+        with suppress(torch.OutOfMemoryError, UserError):  # without memory, or data: what was found by then
+            for micro, batch in zip(range(self.grad_accum), again, strict=False):
+                inputs = self.step.inputs(batch, number, micro)
+                for n, (name, caption) in enumerate(zip(batch.names, batch.captions, strict=True)):
+                    sample = rows_of(inputs, slice(n, n + 1))
+                    with largest_values(self.step.model.denoiser) as modules:
+                        loss = self.step.backward(sample).item()
+                    finite = math.isfinite(loss + adapter.grad.sum().item())
+                    facts = {"sample": name, "caption": caption, "timestep": sample.timesteps.item(), "modules": modules}
+                    found.append({"finite": finite, **facts})
+                    adapter.refresh()
+        adapter.undo()
+        return found
+
+    def report(self, number: int, found: list[dict]) -> None:
+        """Counts the samples that were not finite again, on any rank, and names them."""
+        guilty = self.ranks.union({sample["sample"] for sample in found if not sample["finite"]})
+        for name in guilty:
+            self.run.hits[name] = self.run.hits.get(name, 0) + 1
+        file = Path(self.run.log_dir) / f"nonfinite-{number + 1}" / f"rank{self.ranks.rank}.json"
+        TolerantWriter()(str(file), partial(write_atomically, file, json.dumps(found, indent=1).encode()))
+        if self.ranks.is_first:
+            reason = f"by {', '.join(sorted(guilty))}" if guilty else "which could not be repeated"
+            warn(f"step {number + 1} had no finite loss or gradient and was skipped, {reason}: see {file.parent}")
 
 
 @contextmanager
 def largest_values(model: nn.Module) -> Iterator[dict[str, list[float]]]:
     """{path: [largest |activation|, largest |its gradient|]} of every module without children, as the model runs inside.
 
-    NaN where there was one. Every value is read by the host, so this is for looking into a step, not for every step.
+    NaN where there was one. The host reads every value, so this is for looking into a step, not for every step.
     """
     seen: dict[str, list[float]] = {}
 
@@ -20,7 +102,7 @@ def largest_values(model: nn.Module) -> Iterator[dict[str, list[float]]]:
         if not new <= old[which] and old[which] == old[which]:  # a NaN takes the place of any number, and keeps it
             old[which] = new
 
-    def hook(name: str, module: nn.Module, given: tuple, output: object) -> None:
+    def hook(name: str, module: nn.Module, inputs: tuple, output: object) -> None:
         if isinstance(output, Tensor) and output.is_floating_point():
             note(name, 0, output)
             if output.requires_grad:

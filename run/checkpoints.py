@@ -1,4 +1,4 @@
-"""Where a run stands: its LoRA files, its state, and what may have changed when it goes on from there."""
+"""The progress of a run: its LoRA files, its state, and what may have changed when it resumes from there."""
 
 import hashlib
 import itertools
@@ -6,16 +6,22 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from common.errors import UserError
-from common.files import suite_sources, write_atomically
+from common.files import TolerantWriter, check_writable, suite_sources, write_atomically
 from common.options import Resume, check_options, option
+from dataset.sources import Source
+from lora import Adapter
 from lora_files.write import check_written, make_header, serialise
 from memory import DTYPES
+from run.ending import Ending, RunFailed
+from run.optimiser import Optimiser
+from run.ranks import Ranks, leave_ranks
 from run.state import find_state, find_states, save_state
 
 
@@ -32,16 +38,16 @@ class CheckpointConfig:
     out: Path = option(Path("checkpoints"), resume="free")
     """Folder for LoRA files and the state of the run."""
     resume: str = option("auto", resume="free")
-    """'auto' (go on from the newest whole state in --out), 'none' (what is there is moved aside), or a state or the folder
-    of a run."""
+    """'auto' (from the newest whole state in --out, if there is one), 'none' (what is in --out is moved aside), or a state,
+    or the folder of a run."""
     resume_override: bool = option(False, resume="free")
-    """Go on although options differ from those of the state, with the new ones."""
+    """Resume although options differ from those of the state, with the new ones."""
 
     def __post_init__(self) -> None:
         check_options(self)
 
 
-LAYOUT_SUFFIXES = {  # --format: {layout: what its file is called after the step}
+LAYOUT_SUFFIXES = {  # --format: {layout of a file: what its name ends in, after the step}
     "kohya": {"kohya": ""},
     "diffusers": {"diffusers": ""},
     "both": {"kohya": "", "diffusers": "_diffusers"},
@@ -52,7 +58,7 @@ HITS = 3  # steps that a sample may spoil before it is left out
 
 @dataclass
 class Run:
-    """Where a run stands; stored with its state."""
+    """The progress of a run; stored with its state, so these names are those of every saved state."""
 
     log_dir: str
     step: int = 0
@@ -62,10 +68,14 @@ class Run:
     hits: dict[str, int] = field(default_factory=dict)  # {sample: how many steps it has spoilt}
     left_out: set[str] = field(default_factory=set)
 
-    def leave_out(self, samples: int) -> bool:
-        """Leaves out those of all `samples` that have spoilt too many steps. Are there more now?
+    def advance(self, samples: int) -> None:
+        """One step on `samples` samples of all ranks was made."""
+        self.step, self.samples = self.step + 1, self.samples + samples
 
-        Not if that is all of them: then it is not theirs.
+    def leave_out(self, samples: int) -> bool:
+        """Leaves out those of all `samples` that have spoilt too many steps. Returns whether there are more than before.
+
+        If that would be all of them, none: then the samples are not the cause.
         """
         before = self.left_out
         spoilers = {name for name, count in self.hits.items() if count >= HITS}
@@ -74,25 +84,57 @@ class Run:
 
 
 class Checkpoints:
-    """Of one run: `flags` are all of its options and `policies` what each means on resume (common/options.py), `source` its
-    images, `world` its processes, `shapes` those of the layers that a LoRA file may have weights for.
-    """
+    """Saves and resumes one run. What the disk refuses to store is reported once, and tried again at the next save."""
 
     def __init__(
-        self, config: CheckpointConfig, flags: dict[str, object], policies: dict[str, Resume], source, world: int, adapter,
-        shapes: dict[str, torch.Size], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+        self, config: CheckpointConfig, flags: dict[str, object], policies: dict[str, Resume], source: Source, ranks: Ranks,
+        adapter: Adapter, shapes: dict[str, torch.Size], optimiser: Optimiser,
     ):  # fmt: skip
-        self.config, self.flags, self.policies, self.source = config, flags, policies, source
-        self.adapter, self.shapes, self.optimizer, self.scaler = adapter, shapes, optimizer, scaler
-        self.made = provenance(flags, source.fingerprint, world)
+        """`flags`: {name: value} of every option, and `policies` what each means on resume (common/options.py); `shapes`:
+        {module path: shape of W} of the layers that a LoRA file may have weights for.
+        """
+        self.config, self.flags, self.policies, self.source, self.ranks = config, flags, policies, source, ranks
+        self.adapter, self.shapes, self.optimiser = adapter, shapes, optimiser
+        self.made = provenance(flags, source.fingerprint, ranks.world)
+        self.disk = TolerantWriter()
+        self.saved_step = 0  # or the step that was resumed from
+        self.resumed = ""  # one line: from which state, and what has changed since
+        self.state: Path | None = None  # that was resumed from
+
+    def start_or_resume(self, log_dir: str) -> Run:
+        """The beginning of a run with its log in `log_dir`, or what a saved state left. Rank 0 looks for the state."""
+        found = self.ranks.broadcast(self.find() if self.ranks.is_first else None)
+        if not found:
+            return Run(log_dir)
+        self.state, state = found
+        run, changes = self.restore(self.state, state, log_dir)
+        self.saved_step, self.resumed = run.step, f"step {run.step} of {self.state}{changes}"
+        return run
+
+    def nothing_to_do(self, run: Run) -> Ending:
+        """The state has made all steps already."""
+        if self.ranks.is_first:
+            print(f"{self.state} is at step {run.step} already: raise --steps, or start anew with --resume none")
+        leave_ranks()
+        return Ending.FINISHED
+
+    def claim_out(self) -> Path | None:
+        """Checks that --out can be written, and moves what another run has left there aside: returns the folder that it is in.
+
+        Raises UserError.
+        """
+        check_writable("--out", self.config.out)
+        return None if self.state and self.in_out(self.state) else self.set_aside()
 
     def find(self) -> tuple[Path, dict] | None:
-        """The state to go on from. What this command has saved before counts more than where --resume told it to begin: the
-        state in --out if that began with the same --resume PATH, or none, and torchrun or Slurm starts it again.
+        """The state to resume from.
+
+        If torchrun or Slurm starts a command again, or --resume names a path, then what this very command has saved in --out
+        comes first: its state says that it began with the same --resume.
         """
         resume, out = self.config.resume, self.config.out
-        again = any(int(os.environ.get(count, 0)) for count in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-        if resume != "auto" and (again or resume != "none"):
+        restarted = any(int(os.environ.get(count, 0)) for count in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+        if resume != "auto" and (restarted or resume != "none"):
             with suppress(UserError):  # nothing whole there
                 own = find_state("auto", out)
                 if own and own[1].get("made", {}).get("flags", {}).get("resume") == resume:
@@ -100,89 +142,113 @@ class Checkpoints:
         return find_state(resume, out)
 
     def in_out(self, state: Path) -> bool:
-        """Else it is another run's, whose files and log are not ours."""
+        """Whether a state is of a run in --out. Files and log of any other run are not ours to write."""
         return state.parent.resolve() == self.config.out.resolve()
 
     def set_aside(self) -> Path | None:
-        """Moves what another run has left in --out to a folder there, as files of this one would take the place of it."""
+        """Moves what another run has left in --out to a folder there, so that this one overwrites nothing of it."""
         out = self.config.out
-        left = [*find_states(out), *sorted(out.glob("pytorch_lora_weights_*"))]
-        if not left:
+        paths = [*find_states(out), *sorted(out.glob("pytorch_lora_weights_*"))]
+        if not paths:
             return None
-        aside = next(folder for n in itertools.count(1) if not (folder := out / f"before-{n}").exists())
+        folders = (out / f"before-{n}" for n in itertools.count(1))
+        aside = next(folder for folder in folders if not folder.exists())
         aside.mkdir()
-        for path in left:
+        for path in paths:
             path.rename(aside / path.name)
         return aside
 
     def serialise(self, step: int) -> Iterator[tuple[str, bytes]]:
         """Name and content of each LoRA file at `step`."""
-        about = make_header(self.flags, self.source.samples, step) | {"sdxl_lora.dataset": self.source.fingerprint}
+        header = make_header(self.flags, self.source.samples, step) | {"sdxl_lora.dataset": self.source.fingerprint}
         deltas, dtype = self.adapter.deltas, DTYPES[self.config.save_dtype]
         for layout, suffix in LAYOUT_SUFFIXES[self.config.format].items():
-            yield f"pytorch_lora_weights_{step}{suffix}.safetensors", serialise(deltas, about, layout, dtype)
+            yield f"pytorch_lora_weights_{step}{suffix}.safetensors", serialise(deltas, header, layout, dtype)
 
-    def save(self, run: Run) -> float:
+    def describe_file(self, step: int) -> str:
+        """Name and size that the LoRA file will have."""
+        name, content = next(self.serialise(step))
+        return f"{self.config.out / name}, {len(content) / 1e6:.2f} MB"
+
+    def check_ranks(self, run: Run) -> None:
+        """Raises RunFailed if the ranks no longer hold the same LoRA."""
+        weights = {name: (A, B) for name, (A, B, _) in self.adapter.deltas.items()}
+        if name := self.ranks.first_difference(weights):
+            raise RunFailed(
+                f"step {run.step}: the ranks no longer hold the same LoRA, {name} is the first that differs: not saved"
+            )
+
+    def save(self, run: Run) -> float | None:
+        """Compares the ranks, then rank 0 writes. Returns the largest difference of a file's weights from the live ones; None
+        if the disk refused, and on the other ranks. Raises RunFailed if the ranks differ.
+        """
+        self.check_ranks(run)
+        self.saved_step = run.step
+        return self.disk("the checkpoint", partial(self.write, run)) if self.ranks.is_first else None
+
+    def save_if_needed(self, run: Run) -> float | None:
+        """`save`, if the last step is not saved or the disk refused it."""
+        return self.save(run) if self.ranks.any(run.step != self.saved_step or self.disk.failed) else None
+
+    def write(self, run: Run) -> float:
         """Writes the LoRA files, checks them, and writes the state of the run; then removes what this run wrote beyond the
         --keep newest. Returns the largest difference of a file's weights from the live ones. Raises OSError.
         """
         out, files, errors = self.config.out, dict(self.serialise(run.step)), []
-        dtype, otherwise = DTYPES[self.config.save_dtype], "the last one was kept"
+        dtype, consequence = DTYPES[self.config.save_dtype], "the last one was kept"
 
         def check(written: Path) -> None:
-            errors.append(check_written(written, self.shapes, self.adapter.deltas, dtype, otherwise))
+            errors.append(check_written(written, self.shapes, self.adapter.deltas, dtype, consequence))
 
         for name, content in files.items():
             write_atomically(out / name, content, check)
         run.saved = (*(name for name in run.saved if name not in files), *files)
-        state = {"lora": self.adapter.flat, "layers": list(self.adapter.modules), "optimizer": self.optimizer.state_dict()}
-        state |= {"scaler": self.scaler.state_dict(), "run": asdict(run), "made": self.made}
-        save_state(out, state, files)  # with the names of those that go now: killed here, the next save removes them
+        state = {"lora": self.adapter.flat, "layers": list(self.adapter.modules), **self.optimiser.state_dict()}
+        state |= {"run": asdict(run), "made": self.made}
+        save_state(out, state, files)  # with the names of files that are removed below: killed here, the next save does it
         kept = run.saved[-self.config.keep * len(files) :] if self.config.keep else run.saved
-        for old in (*(out / name for name in run.saved if name not in kept), *out.glob(".pytorch_lora_weights_*")):
-            old.unlink(missing_ok=True)  # and what a killed write has left
+        partly_written = out.glob(".pytorch_lora_weights_*")  # by a process that was killed
+        for old in (*(out / name for name in run.saved if name not in kept), *partly_written):
+            old.unlink(missing_ok=True)
         run.saved = kept
         return max(errors)
 
     def restore(self, path: Path, state: dict, log_dir: str) -> tuple[Run, str]:
-        """Puts a saved state back. Returns it with a line on what has changed since it was made. It goes on with its log, or
-        with a new one in `log_dir` if --log-dir or --out have changed.
+        """Loads a saved state. Returns the run, and what has changed since the state was made. The run continues its log, or
+        has a new one in `log_dir` if --log-dir or --out have changed.
 
-        Raises UserError if it is not ours, or of a run that this one cannot go on from.
+        Raises UserError if it is not ours, or of a run that this one cannot continue.
         """
         if not {"lora", "layers", "optimizer", "scaler", "run", "made"} <= state.keys():
             raise UserError(f"--resume {path}: this is no state of train_lora.py")
         flags = changed(state["made"]["flags"], self.made["flags"], "--")
         beyond = changed(state["made"]["beyond"], self.made["beyond"])
-        never = [told for name, told in flags.items() if self.policies[name] == "fixed"]
-        if never or state["layers"] != list(self.adapter.modules):
-            raise UserError(f"{path} does not fit: {', '.join(never)}: change it back, or another --out, or --resume none")
-        differ = [told for name, told in flags.items() if self.policies[name] != "free"]
-        if differ and not self.config.resume_override:
-            told = ", ".join(differ)
-            raise UserError(f"{path} is of another run: {told}: change it back, or another --out, or --resume-override")
+        fixed = ", ".join(change for name, change in flags.items() if self.policies[name] == "fixed")
+        if fixed or state["layers"] != list(self.adapter.modules):
+            raise UserError(f"{path} does not fit: {fixed}: change it back, or another --out, or --resume none")
+        not_free = ", ".join(change for name, change in flags.items() if self.policies[name] != "free")
+        if not_free and not self.config.resume_override:
+            raise UserError(f"{path} is of another run: {not_free}: change it back, or another --out, or --resume-override")
         self.adapter.flat.copy_(state["lora"])
         self.adapter.refresh()
-        self.optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:  # empty if the run so far was not in fp16
-            self.scaler.load_state_dict(state["scaler"])
+        self.optimiser.load_state_dict(state)
         run = Run(**state["run"])
         if not self.in_out(path):
             run.saved = ()
         if not self.in_out(path) or "log_dir" in flags:
             run.log_dir = log_dir
-        told = "".join(f"; {change}" for change in [*flags.values(), *beyond.values()])
-        return run, told + ("; no longer bit for bit" if "processes" in beyond else "")
+        changes = "".join(f"; {change}" for change in [*flags.values(), *beyond.values()])
+        return run, changes + ("; no longer bit for bit" if "processes" in beyond else "")
 
 
 def provenance(flags: dict[str, object], fingerprint: str, world: int) -> dict:
-    """What a state is made with: every flag, with the content of the data in place of its path; and beyond the flags."""
+    """What a state was made with: every flag, with the content of the data in place of its path; and what is no flag."""
     suite = hashlib.sha256(b"".join(path.read_bytes() for path in suite_sources()))
     beyond = {"processes": world, "torch": str(torch.__version__), "suite": suite.hexdigest()[:8]}
     return {"flags": flags | {"data": f"files {fingerprint[:8]}"}, "beyond": beyond}
 
 
-def changed(was: dict, now: dict, flag: str = "") -> dict[str, str]:
-    """{name: 'name was -> now'} of what differs; a name that an older state does not know has not changed."""
-    differ = {name: value for name, value in now.items() if name in was and was[name] != value}
-    return {name: f"{flag}{name.replace('_', '-')} {was[name]} -> {value}" for name, value in differ.items()}
+def changed(old: dict, new: dict, prefix: str = "") -> dict[str, str]:
+    """{name: 'name old -> new'} of what differs; a name that an older state does not know has not changed."""
+    differ = {name: value for name, value in new.items() if name in old and old[name] != value}
+    return {name: f"{prefix}{name.replace('_', '-')} {old[name]} -> {value}" for name, value in differ.items()}

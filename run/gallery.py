@@ -1,41 +1,78 @@
 """Pictures that people look at: rendered with diffusers' pipeline, base and LoRA side by side with the prompt above."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import torch
 from PIL import Image
-from torch import Tensor
 
+from common.options import check_options, option
 from common.sheets import side_by_side, stack
-from model.render import render
+from lora import Adapter
+from memory import note_if_out_of_memory, temporarily_on
+from model.render import read_prompts, render
+from model.vae import DECODING, decode_latents
+from performance.memory_plan import Plan
+from run.ranks import Ranks
+from run.setup import TrainingModel
+from run.stop import StopRequest
+
+
+@dataclass(frozen=True)
+class GalleryConfig:
+    pictures: bool = option(True, resume="free")
+    """Draw base and LoRA side by side at every save."""
+    prompts: tuple[str, ...] = option((), resume="free")
+    """What to draw: texts, or one file with a prompt on each line. None given: the evaluation prompts of the model."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def read(self, model: str) -> list[str]:
+        """The prompts for --model. Raises UserError if their file cannot be read."""
+        return read_prompts(self.prompts, model) if self.pictures else []
 
 
 class Gallery:
     """The evaluation prompts during training, base beside LoRA, from the live modules: no second model in memory.
 
-    Inside `disabled()` the pipeline is the base; its pictures are rendered once. Each of the ranks draws its share.
-    `stop.asked` is looked at before every prompt.
+    With the adapter disabled the pipeline is the base; its pictures are rendered once. Each of the ranks draws its share.
     """
 
     def __init__(
-        self, pipe, describe: Callable[[str, str | None], dict], decode: Callable[[Tensor], Tensor],
-        disabled: Callable[[], AbstractContextManager], prompts: list[str], size: int, ranks, stop,
-    ):  # fmt: skip
-        self.disabled, self.prompts, self.ranks, self.stop = disabled, prompts, ranks, stop
+        self, model: TrainingModel, adapter: Adapter, prompts: list[str], size: int, ranks: Ranks, stop: StopRequest, plan: Plan
+    ):
+        """`size`: pixels a side. Where the VAE has no room beside the weights it decodes in tiles."""
+        self.model, self.adapter, self.prompts = model, adapter, prompts
+        self.ranks, self.stop, self.advice = ranks, stop, plan.oom_advice
+        vae_bytes = sum(p.nbytes for p in model.vae.parameters()) + DECODING * size**2 * model.vae.dtype.itemsize
+        decode = partial(decode_latents, model.vae, tiled=plan.weights + vae_bytes > plan.budget)
+        self.render = partial(render, model.pipe, model.full_denoiser.describe, decode, steps=20, guidance=5.0, size=size)
         self.base: dict[int, Image.Image] = {}
-        self.render = partial(render, pipe, describe, decode, steps=20, guidance=5.0, size=size)
 
-    def draw(self, name: str) -> np.ndarray | None:
-        """One sheet, a row for each prompt: [H, W, 3] uint8; None if it was stopped."""
-        mine = {}
+    def draw(self, step: int) -> np.ndarray | None:
+        """One sheet after `step`, a row for each prompt: [H, W, 3] uint8; None without prompts, or if a signal came before."""
+        if not self.prompts:
+            return None
+        with (
+            note_if_out_of_memory(f"drawing pictures after step {step}; {self.advice}"),
+            temporarily_on(self.model.device, self.model.kept_on_host),
+            torch.compiler.set_stance("force_eager"),  # compiling for these shapes would take minutes
+        ):
+            rows = self.draw_rows(f"LoRA, step {step}")
+        rows = {i: row for part in self.ranks.gather(rows) for i, row in part.items()}
+        return np.asarray(stack([rows[i] for i in sorted(rows)])) if len(rows) == len(self.prompts) else None
+
+    def draw_rows(self, name: str) -> dict[int, Image.Image]:
+        """{number of the prompt: base and LoRA side by side} of this rank's prompts, until a signal comes."""
+        rows = {}
         for i in range(self.ranks.rank, len(self.prompts), self.ranks.world):
             if self.stop.asked:
                 break
             if i not in self.base:
-                with self.disabled():
-                    self.base[i] = self.render([self.prompts[i]], seed=i)[0]
-            mine[i] = side_by_side({"base": self.base[i], name: self.render([self.prompts[i]], seed=i)[0]}, self.prompts[i])
-        rows = {i: sheet for part in self.ranks.gather(mine) for i, sheet in part.items()}
-        return np.asarray(stack([rows[i] for i in sorted(rows)])) if len(rows) == len(self.prompts) else None
+                with self.adapter.disabled():
+                    self.base[i] = self.render(prompts=[self.prompts[i]], seed=i)[0]
+            pictures = {"base": self.base[i], name: self.render(prompts=[self.prompts[i]], seed=i)[0]}
+            rows[i] = side_by_side(pictures, self.prompts[i])
+        return rows

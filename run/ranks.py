@@ -17,107 +17,118 @@ import torch.distributed as dist
 from torch import Tensor
 
 from common.errors import warn
+from common.options import check_options, option
 
 T = TypeVar("T")
 
-APART = 60.0  # seconds that ranks may at least be apart at their start
+START_TIMEOUT = 60.0  # seconds: at their start ranks may always be this far apart
 ROLL_CALL = 2.0  # seconds in which the ranks of the other hosts notice that one is cut off
+
+
+@dataclass(frozen=True)
+class RanksConfig:
+    rank_timeout: float = option(300, at_least=1, resume="free")
+    """Seconds a collective may wait, which is every step; if a process has not arrived by then, all processes exit."""
+    check_ranks_every: int = option(100, at_least=1, resume="free")
+    """Steps after which the processes compare their LoRA weights, bit by bit; also before each save."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 @dataclass
 class Ranks:
-    """Who this process is among how many. With one process every method is a no-op.
+    """Which process this is, of how many. With one process every method is a no-op.
 
-    If a rank dies, or does not come to where the others wait for it, they end with one line that names it.
+    If a rank dies, or does not arrive at a collective, the others exit with one line that names it.
     """
 
     rank: int
     world: int
-    patience: float = 300.0  # seconds
+    timeout: float = 300.0  # seconds
     store: dist.Store | None = None
-    host: dist.ProcessGroup | None = None  # gloo, for what lies in the host's memory
-    met: int = 0  # how often this rank has come to where all meet
+    host: dist.ProcessGroup | None = None  # gloo, for tensors and objects in the host's memory
+    collectives: int = 0  # that this rank has arrived at
 
     @property
-    def first(self) -> bool:
+    def is_first(self) -> bool:
         """Rank 0 alone prints and writes."""
         return self.rank == 0
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def collective(self) -> Iterator[None]:
         """Around whatever all ranks do together. Ends the process with status 1 if one of them is missing."""
         assert self.store is not None  # as there are others
-        self.met += 1
+        self.collectives += 1
         try:
-            self.store.set(f"met {self.rank}", str(self.met))
+            self.store.set(f"collectives of {self.rank}", str(self.collectives))
             yield
         except RuntimeError as error:
-            why = str(error).splitlines()[0]
-            told = f"{self.missing()} does not answer, so rank {self.rank} ends too; the same command goes on: {why}"
-            warn(told)
-            time.sleep(self.first)  # it may keep the list that the others look at now
+            reason = str(error).splitlines()[0]
+            warn(f"{self.missing()} does not answer, so rank {self.rank} ends too; the same command goes on: {reason}")
+            time.sleep(self.is_first)  # rank 0 may hold the store that the others look into now
             os._exit(1)  # an orderly exit would wait for the device, and that for the missing rank
 
     def missing(self) -> str:
-        """The ranks that have not come as far as this one; if all have, as when a host is cut off where all meet, those that
-        do not notice it, too. Of those one may still be waiting for another that has died.
-        """
-        asked = ThreadPoolExecutor(1).submit(self.late)
+        """Names the ranks that do not answer, as far as the store knows."""
+        looking = ThreadPoolExecutor(1).submit(self.late)
         try:
-            late = asked.result(2 * ROLL_CALL)  # over a cable that was cut the store itself would wait for minutes
+            late = looking.result(2 * ROLL_CALL)  # over a cable that was cut the store itself would wait for minutes
         except (RuntimeError, TimeoutError):
             return "rank 0, or the host that keeps the list of ranks,"
         return f"rank {', '.join(late)} of {self.world}" if late else f"one of {self.world} ranks"
 
     def late(self) -> list[str]:
+        """The ranks that have arrived at fewer collectives than this one. If there is none, a host was cut off during a
+        collective: then those that do not notice that it failed. Such a one may also be waiting for another that has died.
+        """
         assert self.store is not None
         self.store.set(f"noticed {self.rank}", "")
-        known = {str(rank): f"met {rank}" for rank in range(self.world)}
-        met = {rank: int(self.store.get(key)) if self.store.check([key]) else 0 for rank, key in known.items()}
-        if late := [rank for rank, count in met.items() if count < self.met]:
+        keys = {str(rank): f"collectives of {rank}" for rank in range(self.world)}
+        counts = {rank: int(self.store.get(key)) if self.store.check([key]) else 0 for rank, key in keys.items()}
+        if late := [rank for rank, count in counts.items() if count < self.collectives]:
             return late
         time.sleep(ROLL_CALL)
-        return [rank for rank in known if not self.store.check([f"noticed {rank}"])]
+        return [rank for rank in keys if not self.store.check([f"noticed {rank}"])]
 
     def average(self, tensor: Tensor) -> None:
         """tensor <- mean over all ranks, in place."""
         if self.world > 1:
-            with self.together():
+            with self.collective():
                 dist.all_reduce(tensor, group=None if tensor.is_cuda else self.host)
             tensor /= self.world
 
     def any(self, flag: bool) -> bool:
-        """True on every rank if it is true on one. Between hosts only: the accelerator is not waited for.
+        """True on every rank if it is true on one. Does not wait for the device."""
+        return self.min(-int(flag)) < 0
 
-        Before what ranks do on their accelerators: there a missing rank would stop the host, too, and longer.
+    def min(self, number: int) -> int:
+        """The smallest of all ranks' numbers. Does not wait for the device: in a collective of the hosts a missing rank is
+        noticed after `timeout`, in one of the devices after twice that.
         """
-        return flag if self.world == 1 else -self.least(-int(flag)) > 0
-
-    def least(self, number: int) -> int:
-        """The smallest of all ranks' numbers."""
         if self.world > 1:
             numbers = torch.tensor(number)
-            with self.together():
+            with self.collective():
                 dist.all_reduce(numbers, dist.ReduceOp.MIN, group=self.host)
             return int(numbers)
         return number
 
-    def from_first(self, value: T) -> T:
-        """What rank 0 passed, on every rank: it alone reads the disk that it writes."""
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value, on every rank: it alone reads the disk that it writes."""
         if self.world == 1:
             return value
         values = [value]
-        with self.together():
+        with self.collective():
             dist.broadcast_object_list(values, src=0, group=self.host)
         return values[0]
 
     def gather(self, value: object) -> list:
-        """What every rank passed, on every rank."""
-        everyone = [value] * self.world
+        """The values of all ranks, on every rank."""
+        values = [value] * self.world
         if self.world > 1:
-            with self.together():
-                dist.all_gather_object(everyone, value, group=self.host)
-        return everyone
+            with self.collective():
+                dist.all_gather_object(values, value, group=self.host)
+        return values
 
     def union(self, names: set[str]) -> set[str]:
         """The names of all ranks together."""
@@ -125,36 +136,42 @@ class Ranks:
 
     def first_difference(self, parts: Mapping[str, tuple[Tensor, ...]]) -> str | None:
         """The first part whose tensors are not the same on all ranks, bit for bit. Copies them to the host."""
-        digest = lambda tensors: hashlib.sha256(b"".join(t.detach().cpu().numpy().tobytes() for t in tensors)).digest()[:8]  # noqa: E731
-        everyone = self.gather([digest(tensors) for tensors in parts.values()] if self.world > 1 else [])
-        return next((name for name, *held in zip(parts, *everyone, strict=False) if len(set(held)) > 1), None)
+        if self.world == 1:
+            return None
+        digests = self.gather([digest(tensors) for tensors in parts.values()])
+        return next((name for name, *of_ranks in zip(parts, *digests, strict=True) if len(set(of_ranks)) > 1), None)
 
 
-def join_ranks(device: torch.device, patience: float = 300.0) -> Ranks:
-    """Reads torchrun's variables and opens the groups if there are more: gloo for CPU tensors, nccl for CUDA's.
+def digest(tensors: tuple[Tensor, ...]) -> bytes:
+    """Eight bytes that differ if one bit of the tensors does."""
+    return hashlib.sha256(b"".join(t.detach().cpu().numpy().tobytes() for t in tensors)).digest()[:8]
 
-    A rank that does not come to where all meet is waited for `patience` seconds: by the host first, and then by the device.
+
+def join_ranks(device: torch.device, timeout: float = 300.0) -> Ranks:
+    """Reads torchrun's variables. With several processes opens the groups: gloo for CPU tensors, nccl for CUDA's.
+
+    A collective waits `timeout` seconds for a rank; one of the devices twice that, so that the hosts notice first.
     """
-    ranks = Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), patience)
+    ranks = Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), timeout)
     if ranks.world > 1:
-        ranks.store = enter(ranks.rank, ranks.world, max(patience, APART))
-        backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=2 * patience)
-        with ranks.together():
-            dist.init_process_group(backend, timeout=timeout, world_size=ranks.world, rank=ranks.rank, store=ranks.store)
-            ranks.host = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
+        ranks.store = enter(ranks.rank, ranks.world, max(timeout, START_TIMEOUT))
+        backend, longer = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=2 * timeout)
+        with ranks.collective():
+            dist.init_process_group(backend, timeout=longer, world_size=ranks.world, rank=ranks.rank, store=ranks.store)
+            ranks.host = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
     return ranks
 
 
-def enter(rank: int, world: int, patience: float) -> dist.Store:
+def enter(rank: int, world: int, timeout: float) -> dist.Store:
     """A part of the store for this attempt alone: after a restart torchrun's still holds the addresses of dead processes.
 
-    Rank 0 opens an attempt under a new name and answers the others by name; what is left of an attempt before answers nobody.
-    Ends the process with status 1 if one of them does not come.
+    Rank 0 opens an attempt under a new name and answers each of the others by name; nobody answers for an earlier attempt.
+    Ends the process with status 1 if one of the ranks does not come within `timeout` seconds.
     """
-    name, until = uuid.uuid4().hex, time.monotonic() + patience
+    name, until = uuid.uuid4().hex, time.monotonic() + timeout
     awaited = "rank 0" if rank else "a rank"
     with suppress(dist.DistError):
-        store = next(dist.rendezvous("env://", timeout=timedelta(seconds=patience)))[0]
+        store = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))[0]
         if rank == 0:
             store.set("attempt", name)
             for other in range(1, world):
@@ -167,7 +184,7 @@ def enter(rank: int, world: int, patience: float) -> dist.Store:
             with suppress(dist.DistStoreError):
                 store.wait([f"{attempt} {rank} {name}"], timedelta(seconds=1))
                 return dist.PrefixStore(attempt, store)
-    sys.exit(f"{awaited} of {world} did not come within {patience:g} seconds, so rank {rank} ends too")
+    sys.exit(f"{awaited} of {world} did not come within {timeout:g} seconds, so rank {rank} ends too")
 
 
 def leave_ranks() -> None:

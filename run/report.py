@@ -1,15 +1,171 @@
-"""What a run tells of itself: readings of the loop, and TensorBoard, to which they go."""
+"""What a run reports of itself: lines on the terminal, a progress bar, and scalars and pictures for TensorBoard."""
 
+import json
 import math
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
+from common.errors import warn, warn_of
+from common.files import TolerantWriter, check_writable
+from common.options import check_options, option
+from data import Loader, Stream
+from lora import Adapter
+from memory import memory_in_use, peak_memory
+from performance.cuda_graph import GraphedStep
+from performance.memory_plan import Plan
+from run.checkpoints import Checkpoints, Run
+from run.ending import Ending
+from run.optimiser import Optimiser
+from run.ranks import Ranks
+from run.setup import TrainingModel
+from run.watchdog import Watchdog
+
+LOG_EVERY = 10  # steps; the host waits for the device only then
 AGAIN = 60  # seconds until a log that could not be written is tried again
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    log_dir: Path = option(Path("runs"), resume="free")
+    """Folder for TensorBoard logs."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def new_log(self) -> str:
+        """A folder named after the time."""
+        return str(self.log_dir / time.strftime("%Y%m%d-%H%M%S"))
+
+
+class Report:
+    """Of one run, by rank 0; the other ranks measure as well, and warn of their own device."""
+
+    def __init__(
+        self, run: Run, steps: int, images_per_step: int, ranks: Ranks, adapter: Adapter, optimiser: Optimiser,
+        backward: GraphedStep, loss_of_nothing: float, started: float,
+    ):  # fmt: skip
+        """`steps`: the last one; `loss_of_nothing`: of a prediction that is 0; `started`: time.perf_counter() of the script."""
+        self.run, self.steps, self.images_per_step, self.ranks = run, steps, images_per_step, ranks
+        self.adapter, self.optimiser, self.backward, self.started = adapter, optimiser, backward, started
+        self.device, self.first_step = adapter.flat.device, run.step
+        self.log: Log | NoLog = NoLog()
+        self.watchdog = Watchdog(loss_of_nothing, ranks.rank)
+        self.meter = Meter(self.device, adapter.groups, LOG_EVERY)
+        self.progress = tqdm(disable=True)
+
+    def opening(self, model: TrainingModel, stream: Stream, plan: Plan, checkpoints: Checkpoints) -> None:
+        """Prints what the run is about to do, and begins to measure. Raises UserError for a folder that cannot be written."""
+        if self.ranks.is_first:
+            check_writable("--log-dir", Path(self.run.log_dir).parent)
+            aside = checkpoints.claim_out()
+            self.log = Log(self.run.log_dir, self.run.step + 1, TolerantWriter())
+            self.log.add_text("config", f"```json\n{json.dumps(checkpoints.flags, indent=2)}\n```", self.run.step)
+            lines = {"aside": f"what another run has left in {checkpoints.config.out} is in {aside} now" if aside else ""}
+            for name, line in (lines | self.summary(model, stream, plan, checkpoints)).items():
+                if line:
+                    print(f"{name:10} {line}", flush=True)
+        self.progress = tqdm(total=self.steps, initial=self.run.step, unit="step", disable=not self.ranks.is_first)
+        self.meter.restart()
+
+    def summary(self, model: TrainingModel, stream: Stream, plan: Plan, checkpoints: Checkpoints) -> dict[str, str]:
+        """{name: what the run is about to do}, in the order of printing; "" is left out."""
+        flags, source = checkpoints.flags, stream.source
+        total, trained, layers = model.parameters, self.adapter.flat.numel(), len(self.adapter.modules)
+        processes, samples = self.ranks.world, self.images_per_step
+        epochs = self.steps * samples / source.samples
+        launching = "every kernel launched" if self.backward.eager else "CUDA graph"
+        return {
+            "resume": checkpoints.resumed,
+            "model": f"{flags['model']}: U-Net and text encoders {total:,} parameters, frozen; {stream.resolution} px",
+            "LoRA": f"rank {flags['rank']} on {layers} layers, {trained:,} parameters trained: {100 * trained / total:.2f} %",
+            "data": f"{source.samples} images with a caption, {len(source.uncaptioned)} without",
+            "cut short": f"{', '.join(source.cut)}: the samples before the cut are used" if source.cut else "",
+            "buckets": stream.describe(),
+            "batch": f"{flags['bs']} × {flags['grad_accum']} accumulated × {processes} processes = {samples}",
+            "steps": f"{self.steps}: each image {epochs:.3g} times, on average",
+            "device": f"{self.device}, {flags['precision']}, {flags['attention']} attention, {launching}",
+            "memory": str(plan),
+            "optimiser": str(self.optimiser),
+            "file": checkpoints.describe_file(self.steps),
+        }
+
+    def after_step(self, loss: torch.Tensor, norms: torch.Tensor, waited: float) -> None:
+        """`loss` [] and `norms` [groups] on the device, as for the meter; `waited`: seconds, for data."""
+        self.meter.end_step(loss, norms, waited)
+        self.progress.update()
+        if self.run.step == self.first_step + 2 and self.ranks.is_first:
+            tqdm.write(self.measured())
+
+    def measured(self) -> str:
+        """What has become of the plan. The host waits for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        peak, reserved = peak_memory(self.device)
+        seconds = time.perf_counter() - self.started
+        return (
+            f"memory     measured peak {peak:.1f} GiB, {reserved:.1f} reserved; two steps done {seconds:.0f} s after the start"
+        )
+
+    def read(self) -> list[bool]:
+        """Logs what was measured since the last reading. Returns for each step since then whether it was bad: its loss or its
+        gradient was not finite. The host waits for the device.
+        """
+        if not self.meter.steps:
+            return []
+        scalars, spoilt = self.meter.read(self.images_per_step, self.optimiser.scale)
+        rates = dict(self.optimiser.learning_rates())
+        shown = {"lr": f"{next(iter(rates.values())):.2e}", "img_s": f"{scalars['images_per_second']:.2f}"}
+        self.progress.set_postfix(loss=f"{scalars['loss']:.4f}", **shown)
+        scalars |= {f"lr/{name}": rate for name, rate in rates.items()}
+        scalars |= dict(zip(("peak_memory_GiB", "peak_reserved_GiB"), peak_memory(self.device), strict=True))
+        scalars["memory_in_use"] = memory_in_use(self.device)
+        for name, value in scalars.items():
+            self.log.add_scalar(name, value, self.run.step)
+        checks = {"checksum": self.adapter.checksum(), "recorded_again": self.backward.recorded_again}
+        self.watchdog.see(scalars | checks)
+        return spoilt
+
+    def saved(self, error: float | None) -> None:
+        """After a save; `error` as Checkpoints.save returns it."""
+        if error is not None:
+            self.log.add_scalar("largest_error_of_the_file", error, self.run.step)
+
+    def pictures(self, sheet: np.ndarray | None) -> None:
+        """[H, W, 3] uint8. The time that saving and drawing took counts for no step."""
+        if sheet is not None:
+            self.log.add_image("compare", sheet, self.run.step, dataformats="HWC")
+        self.meter.restart()
+
+    def closing(self, ending: Ending, checkpoints: Checkpoints, loader: Loader, advice: str | None) -> None:
+        """Prints what has become of the run, and `advice` for the next one."""
+        self.progress.close()
+        if loader.error and self.run.step > self.first_step:
+            warn_of("train_lora.py", loader.error)
+        names = sorted(self.ranks.union(loader.skipped))
+        if not self.ranks.is_first:
+            return
+        command = "the same command" + (" without --resume none" if checkpoints.config.resume == "none" else "")
+        if ending is Ending.NOT_SAVED:
+            warn(f"step {self.run.step} could not be saved")
+        elif self.run.saved:
+            next_time = f": {ending.reason}, {command} goes on from there" if ending.reason else ""
+            print(f"wrote {checkpoints.config.out / self.run.saved[-1]}{next_time}")
+        else:
+            print(f"{ending.reason} before a step was made: nothing to save")
+        self.log.close()
+        for line in filter(None, (self.meter.advice(), advice)):
+            print(line)
+        if names:
+            print(f"skipped {len(names)} images, broken, left out or without a caption: {', '.join(names)}")
 
 
 class Meter:
@@ -34,13 +190,15 @@ class Meter:
         self.steps, self.waited = self.steps + 1, self.waited + waited
 
     def read(self, images_per_step: int, scale: float) -> tuple[dict[str, float], list[bool]]:
-        """Mean loss over the finite ones and images/s of all ranks, what this one waited; and which steps were spoilt."""
+        """({name: value for the log}, for each step whether it was spoilt). The loss is the mean of the finite ones; what was
+        waited is this rank's; images are those of all.
+        """
         losses, norms = self.losses[: self.steps].tolist(), self.norms[: self.steps].norm(dim=1).tolist()
         largest = self.norms[: self.steps].amax(dim=0).tolist()
         finite, seconds = list(filter(math.isfinite, losses)), time.perf_counter() - self.since
         self.shares.append(self.waited / seconds)
         spoilt = not_finite(losses, norms, scale)
-        told = {
+        scalars = {
             "loss": sum(finite) / len(finite) if finite else math.nan,
             "grad_norm": norms[-1],
             **dict(zip((f"grad_norm/{name}" for name in self.groups), largest, strict=True)),
@@ -53,7 +211,7 @@ class Meter:
             "not_finite": sum(spoilt),
         }
         self.restart()
-        return told, spoilt
+        return scalars, spoilt
 
     def advice(self) -> str | None:
         """What to do where data is the bottleneck. The first reading does not count: the workers had just been started."""
@@ -65,16 +223,18 @@ class Meter:
 
 
 def not_finite(losses: list[float], norms: list[float], scale: float) -> list[bool]:
-    """For each step whether it is spoilt. An overflow of the gradient alone is not, while a smaller loss scale can mend it."""
+    """For each step whether it is spoilt. A finite loss with an overflow of the gradient is not, while the loss scale is above
+    1: a smaller one mends that. At a scale of 1 or less there is nothing to mend: then the gradient counts, too.
+    """
     return [not math.isfinite(loss + (norm if scale <= 1 else 0.0)) for loss, norm in zip(losses, norms, strict=True)]
 
 
 class Log:
-    """TensorBoard's writer. `attempt` (a Persistence) makes each call, so that what the disk refuses is told once and does not
-    end the run; a new file is begun a minute later.
+    """TensorBoard's writer. `attempt` makes each call, so that what the disk refuses is reported once and does not end the run;
+    a new file is begun a minute later. Scalars from `purge_step` on, of a run that was killed, are hidden.
     """
 
-    def __init__(self, folder: str, purge_step: int, attempt: Callable):
+    def __init__(self, folder: str, purge_step: int, attempt: TolerantWriter):
         self.folder, self.attempt, self.tried = folder, attempt, -math.inf
         self.writer: SummaryWriter | None = SummaryWriter(folder, purge_step=purge_step)
         threading.excepthook = not_of_the_disk
@@ -91,14 +251,14 @@ class Log:
         return lambda *args, **kwargs: self.attempt(f"TensorBoard's {self.folder}", partial(self.call, name, *args, **kwargs))
 
 
-def not_of_the_disk(told: threading.ExceptHookArgs) -> None:
-    """Of a thread that ends: the writer's does so with what the disk refuses, which the log's next call tells."""
-    if not isinstance(told.exc_value, OSError):
-        threading.__excepthook__(told)
+def not_of_the_disk(args: threading.ExceptHookArgs) -> None:
+    """threading.excepthook, but for errors of the disk: the writer's thread ends with them, and the log's next call reports."""
+    if not isinstance(args.exc_value, OSError):
+        threading.__excepthook__(args)
 
 
 class NoLog:
-    """Stands in for it on every rank but the first."""
+    """The log of every rank but the first: each call does nothing."""
 
     def __getattr__(self, name: str):
         return lambda *args, **kwargs: None

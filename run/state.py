@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and the states of a run: folders beside its LoRA files.
+"""The saved states of a run: folders beside its LoRA files, written so that a crash leaves a whole one.
 
 checkpoints/state-7/state.pt         everything that --resume needs
 checkpoints/state-7/manifest.json    {file: SHA-256} of it, and of the LoRA files of that step
@@ -19,29 +19,30 @@ STATE, MANIFEST = "state.pt", "manifest.json"
 
 
 def find_states(folder: Path, prefix: str = "") -> list[Path]:
-    """The folders {prefix}state-{number} there, the newest first."""
+    """The folders {prefix}state-{number} in `folder`, the newest first."""
     known = {p: p.name.removeprefix(f"{prefix}state-") for p in folder.glob(f"{prefix}state-*")}
     return sorted((p for p, number in known.items() if number.isdecimal()), key=lambda p: int(known[p]), reverse=True)
 
 
-def save_state(folder: Path, state: dict, beside: dict[str, bytes]) -> Path:
-    """`state` holds tensors, numbers, strings and containers of them; `beside` are the files in `folder` that go with it.
+def save_state(folder: Path, state: dict, files: dict[str, bytes]) -> Path:
+    """Writes a state; returns its folder. `state` holds tensors, numbers, strings and containers of them; `files` are {name:
+    content} of the LoRA files in `folder` that belong to it.
 
-    Written aside, fsynced, read back with the files beside it, and renamed; only then the older ones are removed: killed at
-    any moment, it leaves a whole one. Raises OSError, also if it does not read back; the older state is then there.
+    It is written under another name, fsynced, read back together with `files`, and renamed; only then older states are removed:
+    killed at any moment, this leaves a whole one. Raises OSError, also if it does not read back; the older state is then kept.
     """
     older = find_states(folder)
     numbered = f"state-{1 + int(older[0].name.rpartition('-')[2]) if older else 1}"
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    manifest = {STATE: sha256_of(buffer.getvalue())} | {name: sha256_of(content) for name, content in beside.items()}
+    manifest = {STATE: sha256_of(buffer.getvalue())} | {name: sha256_of(content) for name, content in files.items()}
     aside, new = folder / f".{numbered}", folder / numbered
     try:
         shutil.rmtree(aside, ignore_errors=True)
         write_atomically(aside / STATE, buffer.getvalue())
         write_atomically(aside / MANIFEST, json.dumps(manifest, indent=2).encode())
         read_state(aside)
-        if wrong := [name for name in beside if sha256_of((folder / name).read_bytes()) != manifest[name]]:
+        if wrong := [name for name in files if sha256_of((folder / name).read_bytes()) != manifest[name]]:
             raise OSError(errno.EIO, f"{wrong[0]} does not read back as it was written")
         aside.rename(new)
         sync_folder(folder)
@@ -61,12 +62,12 @@ def read_state(path: Path) -> dict:
 
 
 def load_state(path: Path) -> dict:
-    """A state that may be damaged, or not ours. Raises UserError then."""
+    """Reads a state. Raises UserError if it is damaged, or not ours."""
     try:
         return read_state(path)
     except Exception as error:  # a damaged file makes the unpickler raise anything
-        told = (str(error).splitlines() or [""])[0]
-        raise UserError(f"--resume: {path} is not a readable state: {type(error).__name__}: {told}") from None
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"--resume: {path} is not a readable state: {type(error).__name__}: {reason}") from None
 
 
 def find_state(resume: str, folder: Path) -> tuple[Path, dict] | None:

@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable
+from enum import IntEnum
 from queue import SimpleQueue
 from threading import Thread
 from typing import TypeVar
@@ -15,9 +16,22 @@ class Stopped(BaseException):
     """Raised by a signal during set-up. Passes every `except Exception` on its way out of what was interrupted."""
 
 
+class Upcoming(IntEnum):
+    """What a rank can do next. The ranks do what the least of them can."""
+
+    NO_STEP = 0  # no data, or no memory
+    LAST_STEP = 1  # a signal came: this step is finished, then the run ends
+    MORE_STEPS = 2
+
+    @classmethod
+    def of(cls, loss: object | None, stop: "StopRequest") -> "Upcoming":
+        """`loss` of the step under way; None: there is no gradient."""
+        return cls.NO_STEP if loss is None else cls.LAST_STEP if stop.asked else cls.MORE_STEPS
+
+
 class StopRequest:
-    """Ctrl-C, SIGTERM, SIGUSR1, or a terminal that is closed. The step under way is made to its end; set-up, and a wait for
-    data, end at once. A Ctrl-C after that ends the process at once.
+    """Ctrl-C, SIGTERM, SIGUSR1, or a terminal that is closed. The loop finishes the step under way; set-up, and a wait for
+    data, end at once. A second Ctrl-C ends the process at once.
     """
 
     def __init__(self):

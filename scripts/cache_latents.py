@@ -160,7 +160,7 @@ class Encoder:
         if text:
             pipe.text_encoder.to(device), pipe.text_encoder_2.to(device)
             self.text = Denoiser(pipe)
-            self.probes["text"] = self.text.text_probe()
+            self.probes["text"] = self.text.text_signature()
 
     def latents(self, pictures: list[tuple]) -> bytes:
         """Raises ValueError if they are not finite in float16."""
@@ -225,20 +225,20 @@ def usable(pictures: Iterator, numbers: range, keys: dict, old: Old, encoder: En
 def main(config: CacheConfig) -> None:
     # Data and model.
     device = resolve_device(config.device)
-    ranks = join_ranks(device, patience=7 * 86400)  # one may be done long before another
+    ranks = join_ranks(device, timeout=7 * 86400)  # one may be done long before another
     source = open_source(config.data)
     if source.latents:
         raise UserError(f"{config.data} holds latents already")
-    if ranks.first:
+    if ranks.is_first:
         check_writable("--out", config.out)
-    ranks.from_first(None)  # the others wait for the folder
+    ranks.broadcast(None)  # the others wait for the folder
     pipe = read_sdxl(config.model, torch.float32, unet=False)
     weights = hash_weights(pipe.vae), hash_weights(pipe.text_encoder, pipe.text_encoder_2) if config.text else ""
     encoder = Encoder(pipe, bool(config.text), device)
     resolution = config.resolution or native_resolution(pipe)
     how = DataConfig(resolution=resolution, buckets=config.buckets, bucket_step=config.bucket_step)
     sizes, bucket = assign_buckets(source, how, resolution)
-    if ranks.first:
+    if ranks.is_first:
         print(f"{source.samples} images at {resolution} px: {describe_buckets(source, sizes, bucket)}", flush=True)
 
     # What is to be done: this rank's shards, but for those that are there.
@@ -247,7 +247,7 @@ def main(config: CacheConfig) -> None:
     runs = [range(n, min(n + config.per_shard, source.samples)) for n in range(0, source.samples, config.per_shard)]
     mine = {number: runs[number] for number in range(ranks.rank, len(runs), ranks.world)}
     numbers = [n for run in mine.values() for n in run]
-    looked_at = tqdm(ahead(entries, numbers, config.workers), "looking at the images", len(numbers), disable=not ranks.first)
+    looked_at = tqdm(ahead(entries, numbers, config.workers), "looking at the images", len(numbers), disable=not ranks.is_first)
     keys = dict(zip(numbers, looked_at, strict=True))
     made_of = {number: sha256([keys[n] for n in run], config.text) for number, run in mine.items()}
     names = {number: f"{config.name}-{number:06d}-{made_of[number][:8]}.tar" for number in mine}
@@ -256,7 +256,7 @@ def main(config: CacheConfig) -> None:
     # Encoding.
     numbers = [n for number in todo for n in mine[number]]
     pictures = Pictures(entries, {n for n in numbers if keys[n][0] in old.place})
-    bar = tqdm(ahead(pictures, numbers, config.workers), "encoding", len(numbers), unit="img", disable=not ranks.first)
+    bar = tqdm(ahead(pictures, numbers, config.workers), "encoding", len(numbers), unit="img", disable=not ranks.is_first)
     pictures = iter(bar)
     for number in todo:
         refused: list[str] = []
@@ -269,7 +269,7 @@ def main(config: CacheConfig) -> None:
 
 def finish_all(config: CacheConfig, names: set[str], old: set[str], ranks: Ranks) -> None:
     """When every rank is done, the first makes the index and tells what was done."""
-    if not ranks.first:
+    if not ranks.is_first:
         return
     there = already_there(config.out)
     shards = [there[name] for name in sorted(names)]

@@ -75,7 +75,8 @@ def denoising_loss(denoiser: Denoiser, diffusion: Diffusion, vae: Any, samples: 
         t = ((torch.arange(timesteps, device=device) + 0.5) * len(diffusion.alphas_cumprod) / timesteps).long()
         tokens = tokenize(denoiser.tokenizers, [caption] * timesteps, None).to(device)
         ids = time_ids(*(torch.tensor([size] * timesteps) for size in (original, crop, pixels.shape[:2]))).to(device)
-        losses.append(diffusion(partial(denoiser, text=(tokens,), time_ids=ids), latents, noise, t).mean().item())
+        prediction = denoiser(diffusion.add_noise(latents, noise, t), t, (tokens,), ids)
+        losses.append(diffusion.loss(prediction, latents, noise, t).mean().item())
     return sum(losses) / len(losses)
 
 

@@ -73,8 +73,8 @@ def data_sheet(stream: Stream, images: int) -> tuple[Image.Image, list[str]]:
         skipped += batch.skipped
         facts = zip(batch.size.tolist(), batch.original_size.tolist(), batch.crop.tolist(), strict=True)
         shown = list(batch.images.numpy())
-        for mask in batch.mask:
-            shown = [dim(pixels, one) for pixels, one in zip(shown, mask.numpy(), strict=True)]
+        if batch.mask is not None:
+            shown = [dim(pixels, mask) for pixels, mask in zip(shown, batch.mask.numpy(), strict=True)]
         for pixels, caption, (size, original, crop) in zip(shown, batch.captions, facts, strict=True):
             told = "{1} x {0} of {3} x {2}, cut left {5}, top {4}".format(*size, *original, *crop)
             cells.append(cell(pixels, caption, told))

@@ -272,10 +272,10 @@ def train(script, tiny_model, shards, tmp_path, monkeypatch):
             DRY_RUNS[key] = dry_run(denoiser, block_names, text, latent_side)
         return DRY_RUNS[key]
 
-    monkeypatch.setattr("performance.memory_plan.dry_run", remembered)
+    monkeypatch.setattr("memory.dry_run", remembered)
 
     monkeypatch.setattr("model.render.NARUTO_PROMPTS", ["one picture a save is enough"])
-    monkeypatch.setattr("run.gallery.render", lambda *given, **how: render(*given, **{**how, "steps": 2}))
+    monkeypatch.setattr("run.gallery.render", lambda *args, **options: render(*args, **{**options, "steps": 2}))
     base = ["--model", tiny_model, "--rank", 2, "--bs", 2, "--workers", 0, "--device", "cpu", "--no-pictures"]
     base += ["--out", tmp_path / "out", "--log-dir", tmp_path / "runs"]
 

@@ -27,7 +27,7 @@ def fused_on_cpu(q, k, v):
 def meta_costs(model, batch: int, side=8, **lora) -> Costs:
     """Dry run of a copy of `model` on the meta device."""
     model = copy.deepcopy(model).to("meta")
-    add_lora(model, LoRAConfig(**lora), model.unread)
+    add_lora(model, LoRAConfig(**lora), model.unused)
     use_fast_kernels(model.unet, budget.stand_in_kernel)
     tokens = torch.empty(batch, 2, 77, dtype=torch.int64, device="meta")
     return dry_run(model, block_names(model), (tokens,), side)
@@ -64,7 +64,7 @@ def synthetic(seed: int) -> Costs:
 @pytest.mark.parametrize("side", [8, (8, 16)])
 def test_kept_is_what_autograd_saves_on_the_cpu(denoiser, side):
     costs = meta_costs(denoiser, 2, side)
-    add_lora(denoiser, LoRAConfig(), denoiser.unread)
+    add_lora(denoiser, LoRAConfig(), denoiser.unused)
     use_fast_kernels(denoiser.unet, fused_on_cpu)
     weights = {t.untyped_storage().data_ptr() for t in (*denoiser.parameters(), *denoiser.buffers())}
     saved = []
@@ -105,7 +105,7 @@ def test_a_real_step_holds_and_peaks_as_predicted(denoiser, share):
     costs = meta_costs(denoiser, 4, train_text_encoder=False)
     order = sorted(costs.blocks, key=lambda name: costs.blocks[name].worth)
     checkpointed = order[: round(share * len(order))]
-    add_lora(denoiser, LoRAConfig(train_text_encoder=False), denoiser.unread)
+    add_lora(denoiser, LoRAConfig(train_text_encoder=False), denoiser.unused)
     use_fast_kernels(denoiser.unet, fused_on_cpu)
     checkpoint_blocks(denoiser, checkpointed)
     with Live() as live:

@@ -154,7 +154,7 @@ def test_hidden_states_are_those_of_the_encoders(script, tiny_model, with_text, 
     out, _ = script("scripts/cache_latents.py", with_text, *how, "--out", tmp_path)
     assert "0 encoded, 7 from before" in out
     (index,) = read_index(tmp_path).values()
-    assert index.text == pytest.approx(denoiser.text_probe(), abs=1e-4)
+    assert index.text == pytest.approx(denoiser.text_signature(), abs=1e-4)
 
 
 def test_training_on_ready_made_text_is_training_on_the_captions(train, script, tiny_model, with_text, tmp_path, monkeypatch):

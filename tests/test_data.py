@@ -337,10 +337,10 @@ def test_a_batch_has_a_mask_only_if_asked(photos, tmp_path):
     shutil.copy(photos / "photo1.txt", tmp_path)
     (tmp_path / "broken.png").write_bytes(b"no picture")
     (tmp_path / "broken.txt").write_text("broken")
-    assert next(iter(stream(tmp_path, buckets=False))).mask == ()
+    assert next(iter(stream(tmp_path, buckets=False))).mask is None
     how = DataConfig(bs=3, buckets=False, masked_loss=True)
     (batch,) = islice(Stream(open_source(str(tmp_path)), how, CaptionConfig(), 64, 0), 1)
-    (mask,) = batch.mask
+    mask = batch.mask
     assert (mask.shape, mask.dtype) == ((3, 1, 8, 8), torch.float32)
     for caption, image, one in zip(batch.captions, batch.images, mask, strict=True):
         red = image[..., 0].float().unflatten(0, (8, 8)).unflatten(2, (8, 8)).mean(dim=(1, 3)) / 255
@@ -401,10 +401,10 @@ def test_latents_with_masks(tmp_path):
     seen = set()
     for batch in islice(Stream(source, DataConfig(bs=1, flip=True, masked_loss=True), CaptionConfig(), 64, 0), 20):
         flipped = bool(batch.images.any())
-        assert torch.equal(batch.mask[0][0, 0], torch.from_numpy(other if flipped else plain) / 255)
+        assert torch.equal(batch.mask[0, 0], torch.from_numpy(other if flipped else plain) / 255)
         seen.add(flipped)
     assert seen == {False, True}
-    assert next(iter(stream(tmp_path / "a", bs=1))).mask == ()
+    assert next(iter(stream(tmp_path / "a", bs=1))).mask is None
     latent_shard(tmp_path / "b.tar")
     assert not open_source(str(tmp_path / "b.tar")).masked
     assert not open_mixture((str(tmp_path / "a"), str(tmp_path / "b.tar"))).masked

@@ -23,8 +23,8 @@ def test_schedule_noising_and_targets_equal_ddpm_scheduler(pipe):
 
 def test_perfect_prediction_has_no_loss_and_zero_prediction_the_noise():
     x0, noise, t = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([1, 500, 900])
-    assert torch.equal(make()(lambda x, t: noise, x0, noise, t), torch.zeros(3))
-    loss = make()(lambda x, t: torch.zeros_like(x), x0, noise, t)
+    assert torch.equal(make().loss(noise, x0, noise, t), torch.zeros(3))
+    loss = make().loss(torch.zeros_like(x0), x0, noise, t)
     torch.testing.assert_close(loss, noise.square().mean(dim=(1, 2, 3)))
 
 
@@ -43,7 +43,7 @@ def test_min_snr_weights_equal_diffusers(prediction_type):
 def masked_loss(mask: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
     """Loss of predictions that are wrong by `error` [B, 4, h, w]."""
     t = torch.full((len(error),), 500)
-    return make()(lambda x, t: error, torch.zeros_like(error), torch.zeros_like(error), t, area_weights(mask))
+    return make().loss(error, torch.zeros_like(error), torch.zeros_like(error), t, area_weights(mask))
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 9), (104, 152)])
@@ -52,8 +52,8 @@ def test_a_mask_of_ones_changes_no_bit(prediction_type, size):
     x0, noise, t = torch.randn(3, 4, *size), torch.randn(3, 4, *size), torch.tensor([1, 500, 900])
     guess = torch.randn(3, 4, *size)
     diffusion = make(prediction_type, snr_gamma=5.0)
-    plain = diffusion(lambda x, t: guess, x0, noise, t)
-    assert torch.equal(diffusion(lambda x, t: guess, x0, noise, t, area_weights(torch.ones(3, 1, *size))), plain)
+    plain = diffusion.loss(guess, x0, noise, t)
+    assert torch.equal(diffusion.loss(guess, x0, noise, t, area_weights(torch.ones(3, 1, *size))), plain)
 
 
 def test_the_masked_loss_is_that_of_the_area_which_counts():

@@ -25,7 +25,7 @@ def test_same_function_as_diffusers(denoiser, targets, base):
     """Plain, LoRA and packed projections through our attention and GEGLU, against diffusers' own code."""
     if base != "fp32":
         quantise_base(denoiser, base, CPU)
-    adapter = add_lora(denoiser, LoRAConfig(rank=2, targets=targets), denoiser.unread)
+    adapter = add_lora(denoiser, LoRAConfig(rank=2, targets=targets), denoiser.unused)
     shake(adapter)
     theirs = output_and_gradient(denoiser, adapter)
     fast.use_fast_kernels(denoiser.unet, fast.KERNELS["sdpa"])

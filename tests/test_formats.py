@@ -22,7 +22,7 @@ CONFIG = {"model": "demo", "rank": 4, "alpha": 2.0, "targets": "all", "resolutio
 
 @pytest.fixture
 def adapter(denoiser):
-    adapter = add_lora(denoiser, LoRAConfig(rank=4, alpha=2, targets="all"), denoiser.unread)
+    adapter = add_lora(denoiser, LoRAConfig(rank=4, alpha=2, targets="all"), denoiser.unused)
     shake(adapter)
     return adapter
 

@@ -38,11 +38,11 @@ def test_work_between_steps_gets_the_memory_of_the_graphs_only_if_it_needs_it():
         return "pictures"
 
     step.graphs = {"a shape": ()}
-    assert step.beside(lambda: work(1)) == "pictures"
-    assert step.beside(lambda: work(0)) == "pictures"
+    assert step.retry_without_graphs(lambda: work(1)) == "pictures"
+    assert step.retry_without_graphs(lambda: work(0)) == "pictures"
     assert tries == [1, 1, 0]
     with pytest.raises(torch.OutOfMemoryError):
-        step.beside(lambda: work(-1))
+        step.retry_without_graphs(lambda: work(-1))
     assert tries == [1, 1, 0, 0]
 
 
@@ -55,31 +55,32 @@ def training(tiny_model):
     device = torch.device("cuda")
     pipe = load_sdxl(str(tiny_model), torch.float16, device)
     denoiser = Denoiser(pipe)
-    adapter = add_lora(denoiser, LoRAConfig(rank=4), denoiser.unread, dtype=torch.float16)
+    adapter = add_lora(denoiser, LoRAConfig(rank=4), denoiser.unused, dtype=torch.float16)
     shake(adapter)
     use_fast_kernels(pipe.unet, KERNELS["sdpa"])
     checkpoint_blocks(denoiser, block_names(denoiser))
     scaler = torch.amp.GradScaler("cuda", init_scale=256.0)
 
-    def step(latents, timesteps, tokens, ids, target):
+    def step(inputs):
+        latents, timesteps, tokens, ids, target = inputs
         loss = (denoiser(latents, timesteps, (tokens,), ids).float() - target).square().mean()
         scaler.scale(loss).backward()
         adapter.gather()
         return loss.detach()
 
-    def batch(seed: int, size: int = 2, side: int = 8) -> list[torch.Tensor]:
+    def batch(seed: int, size: int = 2, side: int = 8) -> tuple[torch.Tensor, ...]:
         g = torch.Generator().manual_seed(seed)
         latents, target = (torch.randn(size, 4, side, side, generator=g) for _ in range(2))
         timesteps, tokens = torch.randint(1000, (size,), generator=g), torch.randint(1, 180, (size, 2, 77), generator=g)
         ids = torch.tensor([[64.0, 64, 0, 0, 64, 64]]).repeat(size, 1)
-        return [t.to(device) for t in (latents, timesteps, tokens, ids, target)]
+        return tuple(t.to(device) for t in (latents, timesteps, tokens, ids, target))
 
     return adapter, scaler, step, batch
 
 
 def run(step, batches, adapter) -> tuple[list[float], torch.Tensor]:
     adapter.grad.zero_()
-    losses = [step(*batch).item() for batch in batches]
+    losses = [step(batch).item() for batch in batches]
     return losses, adapter.grad.clone()
 
 
@@ -114,7 +115,7 @@ def test_a_skipped_step_stays_right(training):
     def update(scale_grows_to: float | None = None) -> torch.Tensor:
         if scale_grows_to:
             scaler._scale.fill_(scale_grows_to)
-        graphed(*batch(0))
+        graphed(batch(0))
         scaler.unscale_(optimizer)
         gradient = adapter.grad.clone()
         scaler.step(optimizer)

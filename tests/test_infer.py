@@ -25,7 +25,7 @@ HOW = ["--steps", 2, "--device", "cpu", "--prompts", *PROMPTS]
 @pytest.fixture
 def lora(tiny_model, denoiser, tmp_path):
     """A LoRA file that changes the tiny model visibly."""
-    adapter = add_lora(denoiser, LoRAConfig(rank=4), denoiser.unread)
+    adapter = add_lora(denoiser, LoRAConfig(rank=4), denoiser.unused)
     shake(adapter)
     config = {"model": str(tiny_model), "rank": 4, "alpha": 4.0, "targets": "attention", "resolution": 64}
     file = tmp_path / "checkpoints/x.safetensors"
@@ -58,7 +58,7 @@ def test_merged_pictures_equal_patched_pictures(script, lora, tiny_model, tmp_pa
     weights = read_lora(lora, layer_shapes(denoiser))
 
     def patch(denoiser):
-        adapter = add_lora(denoiser, LoRAConfig(rank=4), denoiser.unread)
+        adapter = add_lora(denoiser, LoRAConfig(rank=4), denoiser.unused)
         with torch.no_grad():
             for name, module in adapter.modules.items():
                 module.lora_A.copy_(weights[name][0])

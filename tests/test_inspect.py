@@ -363,7 +363,7 @@ def test_planted_faults_are_counted(script, how, tiny_shapes, tmp_path):
 
 
 def test_the_report(script, denoiser, tiny_model, tmp_path, monkeypatch):
-    adapter = add_lora(denoiser, LoRAConfig(rank=4, alpha=2, targets="all"), denoiser.unread)
+    adapter = add_lora(denoiser, LoRAConfig(rank=4, alpha=2, targets="all"), denoiser.unused)
     shake(adapter)
     config = {"model": "demo", "rank": 4, "alpha": 2.0, "targets": "all", "resolution": 64}
     file = tmp_path / "x.safetensors"

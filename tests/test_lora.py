@@ -31,13 +31,13 @@ def shake(adapter: Adapter) -> None:
 def test_identity_at_start_bit_for_bit(denoiser):
     with torch.no_grad():
         before = denoiser(**inputs())
-        add_lora(denoiser, LoRAConfig(rank=4), denoiser.unread)
+        add_lora(denoiser, LoRAConfig(rank=4), denoiser.unused)
         assert torch.equal(denoiser(**inputs()), before)
 
 
 def test_one_step_changes_the_adapter_and_not_the_base(denoiser):
     base = {name: p.detach().clone() for name, p in denoiser.named_parameters()}
-    adapter = add_lora(denoiser, LoRAConfig(rank=4), denoiser.unread)
+    adapter = add_lora(denoiser, LoRAConfig(rank=4), denoiser.unused)
     start = adapter.flat.clone()
     optimizer = torch.optim.AdamW(adapter.groups.values(), lr=1e-2)
     for _ in range(2):  # in the first step B is zero, so A gets no gradient
@@ -55,7 +55,7 @@ def test_one_step_changes_the_adapter_and_not_the_base(denoiser):
 
 @pytest.mark.parametrize("targets", ["attention", "all"])
 def test_merged_equals_patched(denoiser, targets):
-    adapter = add_lora(denoiser, LoRAConfig(rank=4, alpha=2, targets=targets), denoiser.unread)
+    adapter = add_lora(denoiser, LoRAConfig(rank=4, alpha=2, targets=targets), denoiser.unused)
     shake(adapter)
     with torch.no_grad():
         patched = denoiser(**inputs())
@@ -97,7 +97,7 @@ def test_layer_stays_float32_on_a_half_precision_base():
 
 
 def test_flat_buffers_are_the_parameters_and_their_gradients(denoiser):
-    adapter = add_lora(denoiser, LoRAConfig(rank=2), denoiser.unread)
+    adapter = add_lora(denoiser, LoRAConfig(rank=2), denoiser.unused)
     denoiser(**inputs()).sum().backward()
     parameters = [p for m in adapter.modules.values() for p in (m.lora_A, m.lora_B)]
     assert adapter.flat.numel() == sum(p.numel() for p in parameters)
@@ -110,7 +110,7 @@ def test_flat_buffers_are_the_parameters_and_their_gradients(denoiser):
 
 def test_every_adapter_gets_a_gradient(denoiser):
     """In particular none sits on the last layer of text encoder 1, which SDXL does not read."""
-    adapter = add_lora(denoiser, LoRAConfig(rank=2, targets="all"), denoiser.unread)
+    adapter = add_lora(denoiser, LoRAConfig(rank=2, targets="all"), denoiser.unused)
     shake(adapter)
     denoiser(**inputs()).square().sum().backward()
     assert [name for name, m in adapter.modules.items() if not m.lora_B.grad.any()] == []
@@ -120,7 +120,7 @@ def test_every_adapter_gets_a_gradient(denoiser):
 
 def test_targets(denoiser):
     names = list(linear_layers(denoiser))
-    unet_only = add_lora(denoiser, LoRAConfig(targets="all", train_text_encoder=False), denoiser.unread)
+    unet_only = add_lora(denoiser, LoRAConfig(targets="all", train_text_encoder=False), denoiser.unused)
     assert list(unet_only.groups) == ["unet"]
     left = [n for n in names if n.startswith("unet.") and n not in unet_only.modules]
     assert all("time_emb" in n or "embedding" in n for n in left), left
@@ -131,7 +131,7 @@ def test_targets(denoiser):
 def test_disabled_is_the_base(denoiser):
     with torch.no_grad():
         base = denoiser(**inputs())
-        adapter = add_lora(denoiser, LoRAConfig(), denoiser.unread)
+        adapter = add_lora(denoiser, LoRAConfig(), denoiser.unused)
         shake(adapter)
         with adapter.disabled():
             assert torch.equal(denoiser(**inputs()), base)
@@ -168,7 +168,7 @@ def test_counts_on_the_real_architecture(sdxl_meta, options, layers, parameters)
     """The figures of docs/training.md, at rank 8. Text encoder 1 trains 11 of its 12 layers: SDXL does not read the last."""
     model = copy.deepcopy(sdxl_meta)
     assert sum(p.numel() for p in model.unet.parameters()) == 2_567_463_684
-    adapter = add_lora(model, LoRAConfig(rank=8, **options), model.unread)
+    adapter = add_lora(model, LoRAConfig(rank=8, **options), model.unused)
     assert len(adapter.modules) == layers
     assert adapter.flat.numel() == parameters
 
@@ -197,7 +197,7 @@ def test_half_precision_layers_beside_float32_masters(pipe):
     """Gradients of several backward passes add up in float32; the layers see the masters after a refresh, rounded once."""
     pipe.to(torch.bfloat16)
     denoiser = Denoiser(pipe)
-    adapter = add_lora(denoiser, LoRAConfig(rank=2), denoiser.unread, dtype=torch.bfloat16)
+    adapter = add_lora(denoiser, LoRAConfig(rank=2), denoiser.unused, dtype=torch.bfloat16)
     shake(adapter)
     assert adapter.flat.dtype == adapter.grad.dtype == torch.float32
     for name, module in adapter.modules.items():

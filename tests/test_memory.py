@@ -23,7 +23,7 @@ def gradients(denoiser, adapter) -> torch.Tensor:
 
 
 def test_checkpointing_gives_equal_gradients_and_keeps_less(denoiser):
-    adapter = add_lora(denoiser, LoRAConfig(rank=2), denoiser.unread)
+    adapter = add_lora(denoiser, LoRAConfig(rank=2), denoiser.unused)
     shake(adapter)
 
     def measured():
@@ -50,7 +50,7 @@ def test_checkpointed_blocks_still_run_without_gradients(denoiser):
 
 def test_compiled_blocks_compute_the_same_and_compile_once(denoiser, monkeypatch):
     """Without the code generator, which takes minutes: what Dynamo and AOTAutograd make of a block is what is tested."""
-    adapter = add_lora(denoiser, LoRAConfig(rank=2), denoiser.unread)
+    adapter = add_lora(denoiser, LoRAConfig(rank=2), denoiser.unused)
     shake(adapter)
     use_fast_kernels(denoiser.unet, KERNELS["sdpa"])
     plain = gradients(denoiser, adapter)

@@ -2,6 +2,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 from PIL import Image, ImageFont
 from test_lora import shake
 
@@ -27,8 +28,6 @@ def test_a_picture_depends_on_its_own_seed_only(pipe, denoiser):
 
 def test_render_equals_the_pipeline(pipe, denoiser):
     """Our own decoding gives the picture that diffusers' pipeline would give."""
-    import torch
-
     ours = render(pipe, denoiser.describe, partial(decode_latents, pipe.vae), ["a cat"], **HOW)[0]
     options = {"num_inference_steps": 2, "guidance_scale": 5.0, "generator": torch.Generator().manual_seed(3)}
     theirs = pipe("a cat", **options).images[0]
@@ -36,16 +35,16 @@ def test_render_equals_the_pipeline(pipe, denoiser):
 
 
 def test_gallery_shows_base_and_adapter(pipe, denoiser):
-    adapter = add_lora(denoiser, LoRAConfig(), denoiser.unread)
-    stop = SimpleNamespace(asked=False)
-    decode = partial(decode_latents, pipe.vae)
-    gallery = Gallery(pipe, denoiser.describe, decode, adapter.disabled, ["a"], 64, Ranks(0, 1), stop)
-    stop.asked = True
-    assert gallery.draw("LoRA") is None
+    adapter = add_lora(denoiser, LoRAConfig(), denoiser.unused)
+    stop = SimpleNamespace(asked=True)
+    plan = SimpleNamespace(oom_advice="", weights=0, budget=2**40)
+    facts = {"pipe": pipe, "vae": pipe.vae, "device": torch.device("cpu"), "kept_on_host": [], "full_denoiser": denoiser}
+    gallery = Gallery(SimpleNamespace(**facts), adapter, ["a"], 64, Ranks(0, 1), stop, plan)
+    assert gallery.draw(7) is None
     stop.asked = False
-    same = gallery.draw("LoRA")
+    same = gallery.draw(7)
     shake(adapter)
-    changed = gallery.draw("LoRA")
+    changed = gallery.draw(7)
     middle = same.shape[1] // 2
     assert np.array_equal(same[:, : middle - 8], changed[:, : middle - 8])
     assert not np.array_equal(same[:, middle + 8 :], changed[:, middle + 8 :])

@@ -356,7 +356,7 @@ def test_what_fails_in_a_worker_reaches_the_user_as_it_is(server, shards, worker
     with pytest.raises(UserError, match=r"^--data http://\S+\.tar: is not there$"):
         batches(source, workers=workers)
     with pytest.raises(UserError, match="is not there"):
-        Stream(source, DataConfig(workers=0), CaptionConfig(), 64, 0).spare(0)
+        Stream(source, DataConfig(workers=0), CaptionConfig(), 64, 0).first_decodable(0)
 
 
 # What is refused.

@@ -139,15 +139,15 @@ def test_the_contact_sheet_fades_what_a_mask_hides(script, cutouts, tmp_path):
     config = DataConfig(bs=1, buckets=False, masked_loss=True)
     batch = next(iter(Stream(open_source(str(cutouts)), config, CaptionConfig(), 128, 0)))
     shown = sheet[70 : 70 + 128, 70 : 70 + 128]
-    pixels, seen = batch.images[0].numpy().astype(int), (batch.mask[0][0, 0] == 1).numpy().repeat(8, 0).repeat(8, 1)
+    pixels, seen = batch.images[0].numpy().astype(int), (batch.mask[0, 0] == 1).numpy().repeat(8, 0).repeat(8, 1)
     assert 0.2 < seen.mean() < 0.8
     assert np.array_equal(shown[seen], pixels[seen])
-    hidden = (batch.mask[0][0, 0] == 0).numpy().repeat(8, 0).repeat(8, 1)
+    hidden = (batch.mask[0, 0] == 0).numpy().repeat(8, 0).repeat(8, 1)
     assert np.abs(shown[hidden] - 160).mean() < 0.3 * np.abs(pixels[hidden] - 160).mean()
 
 
 def test_converting_keeps_the_weights(script, denoiser, tiny_model, tmp_path):
-    adapter = add_lora(denoiser, LoRAConfig(rank=3, alpha=2, targets="all"), denoiser.unread)
+    adapter = add_lora(denoiser, LoRAConfig(rank=3, alpha=2, targets="all"), denoiser.unused)
     shake(adapter)
     ours, theirs, back = (tmp_path / f"{name}.safetensors" for name in ("ours", "theirs", "back"))
     config = {"model": "demo", "rank": 3, "alpha": 2.0, "targets": "all", "resolution": 64}
@@ -180,7 +180,7 @@ def test_converting_keeps_the_weights(script, denoiser, tiny_model, tmp_path):
 @pytest.fixture
 def two_loras(denoiser, tmp_path):
     """Files of two LoRA for the tiny model: every kind of linear layer and a convolution, and some of them again."""
-    adapter = add_lora(denoiser, LoRAConfig(rank=3, alpha=2, targets="all"), denoiser.unread)
+    adapter = add_lora(denoiser, LoRAConfig(rank=3, alpha=2, targets="all"), denoiser.unused)
     shake(adapter)
     deltas = {name: (A.clone(), B.clone(), alpha) for name, (A, B, alpha) in adapter.deltas.items()}
     conv = denoiser.unet.down_blocks[0].resnets[0].conv1.weight

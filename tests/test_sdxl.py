@@ -151,9 +151,9 @@ def test_unet_call_equals_the_pipeline(pipe, denoiser):
 def test_text_gradient_follows_the_parameters(denoiser):
     tokens = tokenize(denoiser.tokenizers, ["a cat"])
     assert not denoiser.encode_text(tokens)[0].requires_grad
-    add_lora(denoiser, LoRAConfig(train_text_encoder=False), denoiser.unread)
+    add_lora(denoiser, LoRAConfig(train_text_encoder=False), denoiser.unused)
     assert not denoiser.encode_text(tokens)[0].requires_grad
-    add_lora(denoiser, LoRAConfig(targets="self_attn"), denoiser.unread)
+    add_lora(denoiser, LoRAConfig(targets="self_attn"), denoiser.unused)
     context, pooled = denoiser.encode_text(tokens)
     assert context.requires_grad
     assert pooled.requires_grad

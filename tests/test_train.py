@@ -26,26 +26,26 @@ import data
 from common.errors import UserError
 from common.files import TolerantWriter, write_atomically
 from common.signals import SIGNALS
-from data import DataConfig
-from dataset.captions import CaptionConfig
+from data import Workload
 from dataset.latents import pack_latents
 from dataset.sources import Source, open_source
 from lora import Adapter, LoRAConfig
 from lora_files.deltas import layer_shapes
 from lora_files.read import read_lora, read_metadata
 from lora_files.write import largest_difference, serialise
-from memory import MemoryConfig
+from memory import MemoryConfig, plan_memory
 from model.load import read_sdxl
 from model.sdxl import Denoiser
 from model.vae import sample_latents
 from performance.cuda_graph import GraphedStep
 from run.checkpoints import Run
+from run.optimiser import OptimiserConfig, lr_factor
 from run.report import Log, Meter
 from run.state import find_state, find_states, save_state
 from run.stop import StopRequest
-from train_lora import TrainConfig, lr_factor, plan_memory
 
-READY = {"latents": True, "text": False}
+CPU = torch.device("cpu")
+READY = Workload(batch=3, resolution=64, chunks=1, shapes=1, has_latents=True, has_text=False)
 
 
 def weights(folder, step: int) -> dict[str, torch.Tensor]:
@@ -260,7 +260,7 @@ def spoilt(monkeypatch):
         latents = sample(*given)
         return latents * torch.where(latents.abs().amax(dim=(1, 2, 3), keepdim=True) > 1e3, torch.nan, 1)
 
-    monkeypatch.setattr("model.vae.sample_latents", spoil)
+    monkeypatch.setattr("run.setup.sample_latents", spoil)
 
 
 def far_latents(file: Path, broken: set[int]) -> Path:
@@ -303,8 +303,8 @@ def test_steps_without_a_finite_loss_change_nothing_and_end_the_run(train, spoil
     train(*how, "--steps", 2)
     assert not any(t.any() for key, t in weights(tmp_path / "out", 2).items() if "lora_up" in key)
     (log,) = (tmp_path / "runs").iterdir()
-    told = f"stopped: 10 steps in a row had no finite loss, see {log}/nonfinite-*"
-    train(*how, "--steps", 99, "--max-bad-steps", 9, status=told)
+    _, err = train(*how, "--steps", 99, "--max-bad-steps", 9, status=1)
+    assert f"stopped: 10 steps in a row had no finite loss, see {log}/nonfinite-*" in err
     assert sorted(os.listdir(tmp_path / "out")) == ["pytorch_lora_weights_2.safetensors", "state-1"]
     run = Run("", hits={"a": 3, "b": 3, "c": 2})
     assert not run.leave_out(2)  # it is not theirs
@@ -335,8 +335,8 @@ def test_data_that_goes_ends_the_run_after_a_save(train, spoilt, tmp_path, monke
 
 
 def test_learning_rates(train, tmp_path):
-    factor = {name: [lr_factor(s, TrainConfig(lr_schedule=name, warmup=4, steps=24)) for s in range(24)] for name in
-              ("constant", "cosine", "linear")}  # fmt: skip
+    configs = {name: OptimiserConfig(lr_schedule=name, warmup=4) for name in ("constant", "cosine", "linear")}
+    factor = {name: [lr_factor(step, 24, config) for step in range(24)] for name, config in configs.items()}
     assert all(f[:4] == [0.2, 0.4, 0.6, 0.8] and f[4] == 1 for f in factor.values())
     assert set(factor["constant"][4:]) == {1.0}
     assert factor["linear"][14] == factor["cosine"][14] == pytest.approx(0.5)
@@ -380,7 +380,7 @@ def test_ready_made_latents_train_without_the_vae(train, latents, tmp_path, monk
     train("--data", latents, "--steps", 2)
     assert weights(tmp_path / "out", 2)
     _, err = train("--data", latents, "--flip", "--out", tmp_path / "b", status=2)
-    assert err.startswith("train_lora.py: --flip: these latents are not there of the mirrored images")
+    assert err.startswith("train_lora.py: --flip: these latents were made without mirrored images")
     assert not (tmp_path / "b").exists()
 
 
@@ -484,11 +484,10 @@ def test_long_captions_are_cut_and_counted_or_told_in_chunks(train, photos, tiny
     train("--steps", 1, "--out", tmp_path / "c")
     train("--steps", 1, "--out", tmp_path / "d", "--max-tokens", 225)
     assert equal(weights(tmp_path / "c", 1), weights(tmp_path / "d", 1))  # every caption fits into one chunk
-    config = TrainConfig(captions=CaptionConfig(max_tokens=225))
-    pipe = read_sdxl(str(tiny_model), torch.float32)
-    plan, shapes = plan_memory(config, pipe, 64, READY, "fp32", torch.device("cpu"), 2**34)
-    assert {k[1] for q, k in shapes if k[1] != q[1]} == {3 * 77}  # the memory for the longest
-    assert plan.predicted > plan_memory(TrainConfig(), pipe, 64, READY, "fp32", torch.device("cpu"), 2**34)[0].predicted
+    pipe, memory = read_sdxl(str(tiny_model), torch.float32), MemoryConfig().resolved(CPU)
+    short, long = (plan_memory(pipe, LoRAConfig(), memory, READY._replace(chunks=n), CPU, 2**34) for n in (1, 3))
+    assert {k[1] for q, k in long.attention if k[1] != q[1]} == {3 * 77}  # the memory for the longest
+    assert long.predicted > short.predicted
 
 
 def test_waiting_for_data_is_told_with_what_to_do(train, tmp_path, monkeypatch):
@@ -506,10 +505,9 @@ def test_waiting_for_data_is_told_with_what_to_do(train, tmp_path, monkeypatch):
 
 def test_a_batch_in_pieces_is_the_same_run(train, latents, tiny_model, tmp_path):
     """A budget just too small for the whole batch: one image at a time, and the same weights but for rounding."""
-    memory = MemoryConfig(checkpointing="none", optimizer="adamw")
-    config = TrainConfig(lora=LoRAConfig(rank=2), dataset=DataConfig(bs=2), memory=memory)
+    memory = MemoryConfig(checkpointing="none", optimizer="adamw").resolved(CPU)
     pipe = read_sdxl(str(tiny_model), torch.float32)
-    whole, _ = plan_memory(config, pipe, 64, READY, "fp32", torch.device("cpu"), 2**34)
+    whole = plan_memory(pipe, LoRAConfig(rank=2), memory, READY._replace(batch=2), CPU, 2**34)
     how = ["--data", latents, "--steps", 2, "--checkpointing", "none", "--optimizer", "adamw"]
     short = f"{(whole.predicted - 1) / 2**30:.12f}"
     out, _ = train(*how, "--log-dir", tmp_path / "whole")
@@ -745,11 +743,11 @@ def test_a_gpu_that_gets_full_makes_its_steps_in_halves(train, tmp_path, monkeyp
     train(*how, "--out", tmp_path / "whole", "--log-dir", tmp_path / "undisturbed")
     step, gather, count, samples = GraphedStep.__call__, Adapter.gather, itertools.count(), []
 
-    def make(self, *inputs):
-        samples.append(len(inputs[0]))
+    def make(self, inputs):
+        samples.append(len(inputs.images))
         if next(count) >= 2 and samples[-1] == 4:
             self.release()
-        return step(self, *inputs)
+        return step(self, inputs)
 
     def ask(adapter):
         if len(samples) > 2 and samples[-1] == 4 and torch.cuda.is_current_stream_capturing() == (cuda_graph == "on"):

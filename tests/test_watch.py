@@ -81,7 +81,7 @@ def test_a_warning_is_not_written_behind_the_progress_bar(capfd):
 
 
 def test_the_checksum_sees_a_single_bit(denoiser):
-    adapter = add_lora(denoiser, LoRAConfig(rank=2), denoiser.unread)
+    adapter = add_lora(denoiser, LoRAConfig(rank=2), denoiser.unused)
     before = adapter.checksum()
     assert adapter.checksum() == before
     adapter.flat[5] = torch.nextafter(adapter.flat[5], torch.tensor(9.0))

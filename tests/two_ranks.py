@@ -20,7 +20,7 @@ from run.ranks import join_ranks, leave_ranks
 def gradient_and_step(model: str, rank: int, world: int, average) -> dict[str, torch.Tensor]:
     """The mean gradient over this rank's rows of a batch of four, averaged over ranks, and the weights after a step."""
     denoiser = Denoiser(load_sdxl(model, torch.float32, torch.device("cpu")))
-    adapter = add_lora(denoiser, LoRAConfig(rank=2), denoiser.unread)
+    adapter = add_lora(denoiser, LoRAConfig(rank=2), denoiser.unused)
     shake(adapter)
     mine = tree_map(lambda rows: rows[rank::world], inputs(4))
     denoiser(**mine).square().mean().backward()
@@ -44,6 +44,6 @@ if __name__ == "__main__":
         "other": (torch.ones(3), torch.tensor([0.0, -0.0])[ranks.rank]),
     }  # equal, but not in bits
     result["first difference"] = [ranks.first_difference(parts), ranks.first_difference({"same": parts["same"]})]
-    if ranks.first:
+    if ranks.is_first:
         torch.save(result, out)
     leave_ranks()

@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -239,7 +238,7 @@ def matmul_rate(device: torch.device) -> float:
 def measure_inference(pipe, device: torch.device) -> dict[str, float]:
     """Seconds of one denoising step of base and merged model (1024 x 1024, with guidance), of merging, and of one decoding."""
     denoiser = Denoiser(pipe)
-    modules = add_lora(blueprint(pipe), LoRAConfig(), denoiser.unread).modules
+    modules = add_lora(blueprint(pipe), LoRAConfig(), denoiser.unused).modules
     deltas = {}
     for name, m in modules.items():
         A, B = (torch.randn(p.shape, device=device) * 1e-3 for p in (m.lora_A, m.lora_B))
@@ -291,7 +290,7 @@ def measure_optimiser(device: torch.device, count: int = 24_500_000) -> float:
 def measure_parts(pipe, device: torch.device) -> dict[str, float]:
     """Milliseconds of each part of a step of the recipe, batch 3, nothing checkpointed, each as a CUDA graph."""
     bs, denoiser = 3, Denoiser(pipe)
-    adapter = add_lora(denoiser, LoRAConfig(), denoiser.unread, dtype=torch.float16)
+    adapter = add_lora(denoiser, LoRAConfig(), denoiser.unused, dtype=torch.float16)
     use_fast_kernels(pipe.unet, KERNELS["sdpa"])
     diffusion = Diffusion(DiffusionConfig(), pipe.scheduler.alphas_cumprod, "epsilon", device)
     latents = torch.randn(bs, 4, 128, 128, device=device)
@@ -299,7 +298,9 @@ def measure_parts(pipe, device: torch.device) -> dict[str, float]:
     tokens = tokenize(denoiser.tokenizers, ["a picture"] * bs).to(device)
     ids = time_ids(torch.full((bs, 2), 1024), torch.zeros(bs, 2), torch.full((bs, 2), 1024)).to(device)
     pixels = torch.rand(bs, 3, 1024, 1024, device=device) * 2 - 1
-    denoise = partial(denoiser, text=(tokens,), time_ids=ids)
+
+    def denoise(noisy: torch.Tensor) -> torch.Tensor:
+        return denoiser(noisy, timesteps, (tokens,), ids)
 
     def graphed(work, grad: bool) -> float:
         def step(_) -> torch.Tensor:
@@ -312,13 +313,14 @@ def measure_parts(pipe, device: torch.device) -> dict[str, float]:
         return result
 
     def differentiate() -> torch.Tensor:
-        loss = diffusion(denoise, latents, noise, timesteps).mean() * 1024
+        prediction = denoise(diffusion.add_noise(latents, noise, timesteps))
+        loss = diffusion.loss(prediction, latents, noise, timesteps).mean() * 1024
         loss.backward()
         adapter.gather()
         return loss.detach()
 
     text = graphed(lambda: denoiser.encode_text(tokens)[0], grad=False)
-    forward = graphed(lambda: denoise(latents, timesteps), grad=False)
+    forward = graphed(lambda: denoise(latents), grad=False)
     whole = graphed(differentiate, grad=True)
     times = {"text encoders, forward": text, "U-Net, forward": forward - text, "backward of all": whole - forward}
     times["VAE encoding, image by image"] = graphed(lambda: encode_pixels(pipe.vae, pixels), grad=False)

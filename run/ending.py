@@ -1,0 +1,73 @@
+"""How a run ends: decided here, with one exit status and one sentence for each way."""
+
+import os
+import sys
+from collections.abc import Callable
+from enum import Enum
+from typing import TypeVar
+
+import torch
+import tyro
+
+from common.errors import LossyStream, one_line_errors, warn
+from memory import describe_out_of_memory
+from run.ranks import Ranks
+from run.stop import Stopped
+
+T = TypeVar("T")
+
+
+class Ending(Enum):
+    """(exit status, why the run ended before its last step).
+
+    A mistake in the command is a UserError: status 2 (common/errors.py).
+    """
+
+    FINISHED = os.EX_OK, ""
+    STOPPED = os.EX_TEMPFAIL, "stopped by a signal"
+    OUT_OF_MEMORY = os.EX_OSERR, "memory ran out"
+    DATA_LOST = os.EX_IOERR, "the data cannot be read"
+    NOT_SAVED = os.EX_IOERR, "it could not be saved"
+    FAILED = 1, "training went wrong"  # RunFailed
+
+    @property
+    def status(self) -> int:
+        return self.value[0]
+
+    @property
+    def reason(self) -> str:
+        return self.value[1]
+
+
+class RunFailed(Exception):
+    """What training itself cannot mend. Its text is the whole message; nothing more is saved."""
+
+
+def agree_on_ending(ranks: Ranks, *, finished: bool, out_of_memory: bool, data_lost: bool, not_saved: bool) -> Ending:
+    """The same on every rank: the worst of what happened to one of them."""
+    happened = {Ending.NOT_SAVED: not_saved, Ending.DATA_LOST: data_lost, Ending.OUT_OF_MEMORY: out_of_memory}
+    for ending, here in happened.items():
+        if ranks.any(here):
+            return ending
+    return Ending.FINISHED if finished else Ending.STOPPED
+
+
+def run_script(name: str, main: Callable[[T], Ending], config: type[T], description: str | None) -> int:
+    """Parses the command line into `config`, runs `main`, and returns the exit status. A full disk behind the output does no
+    harm.
+    """
+    sys.stdout, sys.stderr = LossyStream(sys.stdout), LossyStream(sys.stderr)
+    with one_line_errors(name):
+        try:
+            ending = main(tyro.cli(config, description=description, config=(tyro.conf.OmitArgPrefixes,)))
+        except Stopped:
+            ending = Ending.STOPPED
+            print(f"{ending.reason} before a step was made: nothing to save")
+        except RunFailed as error:
+            ending = Ending.FAILED
+            warn(str(error))
+        except torch.OutOfMemoryError as error:
+            ending = Ending.OUT_OF_MEMORY
+            advice = "; what helps: less as --vram-gb, --checkpointing all, --base-precision nf4"
+            warn(f"{name}: {describe_out_of_memory(error)}{advice if not hasattr(error, '__notes__') else ''}")
+    return ending.status
