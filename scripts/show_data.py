@@ -108,7 +108,7 @@ def bucket_table(source: Source, stream: Stream) -> list[str]:
 
 def caption_lines(source: Source, config: CaptionConfig) -> list[str]:
     """Lines of text: how many captions there are, and how many are longer than --max-tokens."""
-    from transformers import CLIPTokenizer  # here, as the import is slow
+    from transformers import CLIPTokenizer  # here: `model` has to quiet it first
 
     tokenizer = CLIPTokenizer.from_pretrained(BASE / "tokenizer")
     captions = [config.caption_prefix + caption for n in range(source.samples) for caption in source.read_sample(n).captions]
