@@ -198,7 +198,7 @@ def test_a_truncated_tar_gives_every_complete_sample(shards, tmp_path, end):
     source = open_source(str(tmp_path))
     assert source.truncated == ("photos-000000.tar",)
     assert source.names == [f"photos-000000.tar:{key}" for key in samples]
-    assert not open_source(str(shards)).cut
+    assert not open_source(str(shards)).truncated
 
 
 def test_the_scan_counts_what_the_stream_yields(shards, tmp_path):
