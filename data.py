@@ -29,7 +29,7 @@ from common.options import check_options, option
 from common.signals import blocked_signals
 from dataset.buckets import Order, bucket_sizes, choose_bucket, enlarged, resized, share_cropped
 from dataset.captions import CaptionConfig, choose_caption
-from dataset.disk_cache import NO_CACHE, Cache, NoCache
+from dataset.disk_cache import Cache
 from dataset.images import Size, alpha_of, fit, open_image, to_rgb
 from dataset.latents import unpack_latents, unpack_text
 from dataset.sources import EncodedSample, Source, open_mixture
@@ -66,16 +66,16 @@ class DataConfig:
         check_options(self)
 
     @property
-    def cache(self) -> Cache | NoCache:
-        return Cache(Path(self.data_cache), int(self.data_cache_gb * 1e9)) if self.data_cache else NO_CACHE
+    def cache(self) -> Cache | None:
+        return Cache(Path(self.data_cache), int(self.data_cache_gb * 1e9)) if self.data_cache else None
 
 
 def open_data(config: DataConfig) -> Source:
     """The images of --data. Raises UserError if they cannot be read, or if ready-made latents lack what an option needs."""
     source = open_mixture(config.data, config.cache)
-    if source.latents and config.flip and not source.mirrored:
+    if source.has_latents and config.flip and not source.has_mirrored:
         raise UserError("--flip: these latents were made without mirrored images: make them anew with cache_latents.py --flip")
-    if source.latents and config.masked_loss and not source.masked:
+    if source.has_latents and config.masked_loss and not source.has_masks:
         raise UserError(
             "--masked-loss: these latents were made without masks: make them anew with cache_latents.py --masked-loss"
         )
@@ -143,10 +143,10 @@ def assign_buckets(source: Source, config: DataConfig, resolution: int) -> tuple
 
     Raises UserError if latents are of another resolution.
     """
-    pixels = list(zip(source.where["height"].tolist(), source.where["width"].tolist(), strict=True))
+    pixels = list(zip(source.places["height"].tolist(), source.places["width"].tolist(), strict=True))
     sizes = bucket_sizes(resolution, config.bucket_step) if config.buckets else [(resolution, resolution)]
     choose: Callable[[Size], int] = partial(choose_bucket, sizes=sizes)
-    if source.latents:
+    if source.has_latents:
         known = {(resolution, resolution), *bucket_sizes(resolution, config.bucket_step)}
         sizes = sorted(set(pixels) - {(0, 0)}) or [(resolution, resolution)]
         if foreign := set(sizes) - known:
@@ -163,9 +163,9 @@ def assign_buckets(source: Source, config: DataConfig, resolution: int) -> tuple
 def describe_buckets(source: Source, sizes: list[Size], bucket: np.ndarray) -> str:
     """One line: how many buckets are in use, the share of the images that is cropped away, and how many are enlarged."""
     used = f"{len(np.unique(bucket))} of {len(sizes)} buckets"
-    if source.latents:
+    if source.has_latents:
         return used
-    pixels = zip(source.where["height"].tolist(), source.where["width"].tolist(), strict=True)
+    pixels = zip(source.places["height"].tolist(), source.places["width"].tolist(), strict=True)
     pairs = [(size, sizes[b]) for size, b in zip(pixels, bucket, strict=True) if all(size)]
     cropped = np.mean([share_cropped(*pair) for pair in pairs]) if pairs else 0
     factors = [factor for pair in pairs if (factor := enlarged(*pair)) > 1]
@@ -206,7 +206,7 @@ class Stream(IterableDataset):
 
     def decode(self, raw: EncodedSample, bucket: int, flip: bool) -> tuple[np.ndarray, Size, Size, *tuple[np.ndarray, ...]]:
         size, masked = self.sizes[bucket], self.config.masked_loss
-        if not self.source.latents:
+        if not self.source.has_latents:
             return decode(raw, size, flip, masked)
         latents = unpack_latents(raw.image, flip, masked)
         if latents[0].shape[1:] != (size[0] // 8, size[1] // 8):
@@ -221,7 +221,7 @@ class Stream(IterableDataset):
         for n in [*np.flatnonzero(self.bucket == bucket), *range(self.source.samples)]:
             if self.source.names[n] in self.left_out:
                 continue
-            raw, fits = self.source.raw(n), self.bucket[n] if self.source.latents else bucket
+            raw, fits = self.source.read_sample(n), self.bucket[n] if self.source.has_latents else bucket
             with suppress(Exception):
                 self.decode(raw, fits, flip=False)
                 return raw, fits
@@ -250,7 +250,7 @@ class Stream(IterableDataset):
             rows.append((original, crop, caption, raw.name, text, *mask))
 
         for draw, n in zip(draws, samples, strict=True):
-            rng, raw = random.Random(f"{self.seed} draw {draw}"), self.source.raw(n)
+            rng, raw = random.Random(f"{self.seed} draw {draw}"), self.source.read_sample(n)
             flip, caption = rng.random() < 0.5 * self.config.flip, choose_caption(raw.captions, self.captions, rng)
             try:
                 add(raw, flip, caption)
@@ -272,7 +272,7 @@ class Stream(IterableDataset):
     def workload(self) -> Workload:
         chunks = self.captions.max_tokens // 75
         shapes = len(set(self.bucket)) * chunks
-        return Workload(self.config.bs, self.resolution, chunks, shapes, self.source.latents, self.text)
+        return Workload(self.config.bs, self.resolution, chunks, shapes, self.source.has_latents, self.text)
 
     def describe(self) -> str:
         return describe_buckets(self.source, self.sizes, self.bucket)

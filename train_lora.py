@@ -158,7 +158,7 @@ def main(config: TrainConfig) -> Ending:
     pipe = read_sdxl(config.model, config.memory.resolved(device).dtype)
     resolution = config.dataset.resolution or native_resolution(pipe)
     config = config.resolved(device, resolution)
-    cached_text = bool(source.text) and not config.lora.train_text_encoder
+    cached_text = bool(source.text_signature) and not config.lora.train_text_encoder
     check_together(source, pipe, config.model, config.captions, cached_text)
     stream = Stream(source, config.dataset, config.captions, resolution, config.seed, ranks.rank, ranks.world, text=cached_text)
     stream.first_decodable(stream.bucket[0])  # raises UserError if there is none

@@ -1,1 +1,1 @@
-"""The ground floor: what every other package may use."""
+"""The lowest layer: every other package may import it, and it imports none of them."""

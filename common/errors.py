@@ -1,6 +1,6 @@
-"""A user's mistake: one line on stderr that names the flag or file and what to do, exit status 2, no traceback.
+"""How a script reports a user's mistake: one line on stderr that names the flag or file and what to do, exit status 2.
 
-The ground floor: every other file may import this one. Anything that is not a UserError is a bug and keeps its traceback.
+Any exception that is not a UserError is a bug and keeps its traceback.
 """
 
 import sys
@@ -12,13 +12,13 @@ from tqdm import tqdm
 
 
 class UserError(Exception):
-    """Something the user can mend. Its text is the whole message."""
+    """A mistake that the user can correct. Its text is the whole message."""
 
 
 def printable(text: str) -> str:
-    """Text of a foreign file, which may hold anything, in one line that leaves the terminal as it is.
+    """`text` with its unprintable characters escaped: one from a file of unknown origin could control the terminal.
 
-    An escape becomes the four characters \\x1b, and so does a byte of a file's name that is no UTF-8.
+    The escape character becomes the four characters \\x1b; a byte of a file name that is not UTF-8 is written likewise.
     """
     if text.isprintable():
         return text
@@ -26,7 +26,7 @@ def printable(text: str) -> str:
 
 
 class LossyStream:
-    """Standard output or error: what a full disk behind it refuses is lost, and the program goes on."""
+    """Wraps standard output or error: text that cannot be written, to a full disk for example, is dropped without an error."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
@@ -45,24 +45,24 @@ class LossyStream:
 
 
 def warn(text: str) -> None:
-    """A line on stderr, above the progress bar if there is one."""
+    """Prints a line on stderr, above the progress bar if there is one."""
     tqdm.write(text, file=sys.stderr)
 
 
 def warn_of(program: str, error: UserError) -> None:
-    """A user's mistake in one line, whatever of a foreign file stands in it."""
+    """Prints the error in one line, even if it quotes line breaks or control characters from a file."""
     warn(f"{program}: {printable(' '.join(str(error).split()))}")
 
 
 def check_seed(seed: int) -> None:
-    """Raises UserError for a number that NumPy or PyTorch would not be seeded with."""
+    """Raises UserError unless NumPy and PyTorch both accept the seed."""
     if not 0 <= seed < 2**63:
-        raise UserError(f"--seed must be a number of 63 bits from 0 up, not {seed}")
+        raise UserError(f"--seed must be at least 0 and below 2^63, not {seed}")
 
 
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """Wraps the body of a script: a UserError ends it with one line and status 2."""
+    """Wraps the body of a script: a UserError ends it with one line and status 2, Ctrl-C with status 130."""
     try:
         yield
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written aside, read back, renamed."""
+"""Atomic writes: a file is written under a temporary name, checked and renamed, so it is complete or absent."""
 
 import hashlib
 import os
@@ -8,11 +8,11 @@ from typing import TypeVar
 
 from common.errors import UserError, warn
 
-ROOT = Path(__file__).parents[1]  # of the suite: what it brings along is found from here
+ROOT = Path(__file__).parents[1]  # root folder of the suite, which holds its bundled files
 
 
 def suite_sources() -> list[Path]:
-    """The modules of the suite, by path: those at its root and those of its packages, but neither scripts nor tests."""
+    """Paths of all modules at the root of the suite and in its packages, sorted. Scripts and tests are not among them."""
     packages = [init.parent for init in ROOT.glob("*/__init__.py")]
     return sorted(path for folder in [ROOT, *packages] for path in folder.glob("*.py"))
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 def write_atomically(path: Path, data: bytes, check: Callable[[Path], None] = lambda written: None) -> None:
     """Temporary file, fsync, rename, fsync of the folder: a crash leaves the old file or the new one, never half of one.
 
-    `check` looks at the temporary file; what it raises leaves the old file in its place.
+    `check` reads the temporary file; if it raises, the old file stays in place.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -34,8 +34,8 @@ def write_atomically(path: Path, data: bytes, check: Callable[[Path], None] = la
             os.fsync(file.fileno())
         try:
             check(temporary)
-        except Exception:  # whatever a reader makes of a file that is gone, with its folder or its disk
-            temporary.stat()
+        except Exception:
+            temporary.stat()  # if the file is gone, with its folder or disk: raises OSError instead of the reader's error
             raise
         temporary.replace(path)
     finally:
@@ -44,7 +44,7 @@ def write_atomically(path: Path, data: bytes, check: Callable[[Path], None] = la
 
 
 def sync_folder(folder: Path) -> None:
-    """What was created, renamed or removed in it is on the disk."""
+    """Waits until files created, renamed or removed in the folder are so on the disk too."""
     opened = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(opened)
@@ -62,24 +62,21 @@ def check_writable(flag: str, folder: Path) -> None:
 
 
 class TolerantWriter:
-    """Writes that may fail: what the disk refuses (full, read-only, gone) is told once, and the run goes on."""
+    """Calls functions that write files. If the disk fails (full, read-only, gone) it warns once, and the run goes on."""
 
-    failed = False  # the last attempt
+    failed = False  # whether the last attempt failed
 
     def __call__(self, what: str, write: Callable[[], T]) -> T | None:
-        """What `write` returns, or None if it raised OSError."""
+        """Returns what `write` returns, or None if it raised OSError; the warning then names `what`."""
         try:
             result = write()
-        except OSError as refused:
+        except OSError as error:
             if not self.failed:
-                warn(f"{what} could not be written ({refused}): training goes on, and it is tried again the next time")
+                warn(f"{what} could not be written ({error}): training goes on and tries again the next time")
             self.failed = True
             return None
         self.failed = False
         return result
-
-
-# States.
 
 
 def sha256_of(data: bytes) -> str:

@@ -1,4 +1,4 @@
-"""An option is declared once: a dataclass field with its default, its bounds and what it means when a run resumes.
+"""An option is declared once: a dataclass field with its default, its bounds and whether it may change on resume.
 
 Its docstring is its help, and its flag follows from its name: `max_bad_steps` is --max-bad-steps.
 """
@@ -18,10 +18,10 @@ def option(
     default: Any, *, at_least: float | None = None, above: float | None = None, at_most: float | None = None,
     multiple_of: int | None = None, resume: Resume = "ask",
 ) -> Any:  # fmt: skip
-    """A field of a frozen dataclass whose `__post_init__` calls `check_options`. None, if it is the default, has no bounds.
+    """A field of a frozen dataclass whose `__post_init__` calls `check_options`. The value None is not checked.
 
-    `resume`: may it change when a run goes on? 'fixed': no, the saved state would not fit. 'free': yes, as nothing that is
-    learned depends on it, or only from then on. 'ask': with --resume-override.
+    `resume`: may the option change when a run is resumed? 'fixed': no, the saved state would not fit. 'free': yes, it affects
+    the result not at all or only from then on. 'ask': only with --resume-override.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "multiple_of": multiple_of}
     return field(default=default, metadata={"bounds": bounds, "resume": resume})
@@ -32,14 +32,14 @@ def flag_of(name: str) -> str:
 
 
 def check_options(config: Any) -> None:
-    """Raises UserError for the first value of a dataclass, the dataclasses in it apart, that is out of its bounds."""
-    for one in fields(config):
-        value = getattr(config, one.name)
-        if value is None or "bounds" not in one.metadata:
+    """Raises UserError for the first value that is out of its bounds. Nested dataclasses are skipped: they check themselves."""
+    for spec in fields(config):
+        value = getattr(config, spec.name)
+        if value is None or "bounds" not in spec.metadata:
             continue
-        bounds = {name: bound for name, bound in one.metadata["bounds"].items() if bound is not None}
+        bounds = {name: bound for name, bound in spec.metadata["bounds"].items() if bound is not None}
         if bounds and not within(value, **bounds):
-            raise UserError(f"{flag_of(one.name)} must {describe_bounds(**bounds)}, not {value}")
+            raise UserError(f"{flag_of(spec.name)} must {describe_bounds(**bounds)}, not {value}")
 
 
 def within(
@@ -49,7 +49,7 @@ def within(
     at_most: float = math.inf,
     multiple_of: int | None = None,
 ) -> bool:
-    """No bound holds for NaN or an infinite number."""
+    """Whether `value` keeps all the bounds. NaN and infinite values never do."""
     inside = math.isfinite(value) and value >= at_least and value > above and value <= at_most
     return inside and (multiple_of is None or value % multiple_of == 0)
 
@@ -57,7 +57,7 @@ def within(
 def describe_bounds(
     at_least: float | None = None, above: float | None = None, at_most: float | None = None, multiple_of: int | None = None
 ) -> str:
-    """Goes after 'must'."""
+    """The bounds in words that continue a sentence after 'must'."""
     if multiple_of is not None:
         return f"be a multiple of {multiple_of}" + ("" if at_least is None else f" from {at_least} up")
     if at_most is not None:
@@ -67,19 +67,19 @@ def describe_bounds(
 
 def leaves(config: Any) -> Iterator[tuple[Field, Any]]:
     """Every field of a dataclass and of the dataclasses in it, with its value."""
-    for one in fields(config):
-        value = getattr(config, one.name)
+    for spec in fields(config):
+        value = getattr(config, spec.name)
         if is_dataclass(value):
             yield from leaves(value)
         else:
-            yield one, value
+            yield spec, value
 
 
 def flat_options(config: Any) -> dict[str, Any]:
     """{name: value} of every option; paths as text."""
-    return {one.name: str(value) if isinstance(value, Path) else value for one, value in leaves(config)}
+    return {spec.name: str(value) if isinstance(value, Path) else value for spec, value in leaves(config)}
 
 
 def resume_policies(config: Any) -> dict[str, Resume]:
-    """{name: what it means on resume} of every option."""
-    return {one.name: one.metadata["resume"] for one, _ in leaves(config)}
+    """{name: its `resume` policy} of every option."""
+    return {spec.name: spec.metadata["resume"] for spec, _ in leaves(config)}

@@ -6,7 +6,7 @@ SHEET_MARGIN = 8
 
 
 def side_by_side(columns: dict[str, Image.Image], prompt: str) -> Image.Image:
-    """The pictures of one prompt from left to right, each with its name above, and the prompt over all of them.
+    """Square pictures of one prompt from left to right, each with its name above it, and the prompt on top.
 
     Small pictures are enlarged to at least 384 pixels, so that the text can be read.
     """
@@ -33,10 +33,10 @@ def shorten(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.Imag
 
 
 def stack(sheets: list[Image.Image]) -> Image.Image:
-    """Sheets of equal width, one under the other."""
-    whole = Image.new("RGB", (sheets[0].width, sum(s.height for s in sheets)), "white")
+    """Sheets of equal width, one below the other."""
+    stacked = Image.new("RGB", (sheets[0].width, sum(sheet.height for sheet in sheets)), "white")
     y = 0
     for sheet in sheets:
-        whole.paste(sheet, (0, y))
+        stacked.paste(sheet, (0, y))
         y += sheet.height
-    return whole
+    return stacked

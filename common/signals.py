@@ -1,4 +1,4 @@
-"""Which signals ask a program to end, and how a process is forked while they may come."""
+"""The signals that ask a program to end, and a context that holds them back while processes are forked."""
 
 import signal
 from collections.abc import Iterator
@@ -9,9 +9,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 @contextmanager
 def blocked_signals() -> Iterator[None]:
-    """Signals wait until the end of the body. A process forked inside begins with all of them blocked.
+    """Blocks all signals; those that arrive are delivered after the body. A process forked in the body starts with all blocked.
 
-    Until it has set its own handlers it has those of its parent, and a signal to the whole group would run them in it, too.
+    Otherwise a signal to the whole process group would also run the parent's handlers in the child, until it sets its own.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:

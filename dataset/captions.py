@@ -1,4 +1,4 @@
-"""Captions: several for an image, shuffled tags, a prefix, dropout."""
+"""Picks one of the captions of an image and applies dropout, shuffling of tags and a prefix."""
 
 import random
 from dataclasses import dataclass
@@ -12,13 +12,14 @@ class CaptionConfig:
     caption_dropout: float = option(0.0, at_least=0, at_most=1)
     """Share of captions replaced by the empty one."""
     shuffle_tags: bool = option(False)
-    """Put the parts of a caption, between commas, in another order each time."""
+    """Shuffle the parts of a caption that commas separate, each time anew."""
     keep_tags: int = option(0, at_least=0)
-    """So many of the first parts stay in front."""
+    """With --shuffle-tags: number of first parts that keep their places."""
     caption_prefix: str = option("")
     """Put before every caption, for example a trigger word."""
     max_tokens: int = option(75, at_least=75, multiple_of=75)
-    """What is longer is cut. 150, 225, …: told in pieces of 75 that are encoded one by one, as A1111 does."""
+    """Longer captions are truncated. Above 75 (150, 225, …) a caption is split into chunks of 75 tokens that are encoded one by
+    one, as A1111 does."""
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -27,7 +28,7 @@ class CaptionConfig:
 
 
 def choose_caption(captions: list[str], config: CaptionConfig, rng: random.Random) -> str:
-    """One of an image's captions, as this draw of it is told to the model. Every call draws the same numbers from `rng`."""
+    """Picks a caption and applies dropout, shuffling and prefix. Always consumes the same number of random draws from `rng`."""
     caption, dropped, order = rng.choice(captions), rng.random(), rng.random()
     if dropped < config.caption_dropout:
         return ""

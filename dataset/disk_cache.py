@@ -1,4 +1,4 @@
-"""A cache on a disk nearby for what is loaded from elsewhere, shared by the processes of a host."""
+"""A cache on a local disk for what is loaded from a server, shared by the processes of a host."""
 
 import fcntl
 import os
@@ -11,27 +11,13 @@ from pathlib import Path
 from common.errors import UserError
 from dataset.shards import Shard, read_lines, to_line
 
-# A cache on disk.
-
-
-class NoCache:
-    """Every epoch loads everything again."""
-
-    def part(self, key: str, size: int, load: Callable[[], bytes]) -> bytes:
-        return load()
-
-    def survey(self, key: str, look: Callable[[], Shard]) -> Shard:
-        return look()
-
-
-NO_CACHE = NoCache()
-
 
 @dataclass(frozen=True)
 class Cache:
-    """Files named by their keys, never more than `limit` bytes, for all processes of a host at once.
+    """Files in `folder` named by their keys, together at most `limit` bytes, whichever processes of the host write them.
 
-    What is written counts before it is there, under a lock: only a process that is killed then leaves a part of one more.
+    The file .bytes holds the total. Under a lock on it, a file is added to the total before it is written: only a process that
+    is killed in between leaves up to one partial file more on the disk.
     """
 
     folder: Path
@@ -52,33 +38,34 @@ class Cache:
             yield file
 
     def part(self, key: str, size: int, load: Callable[[], bytes]) -> bytes:
-        """From the cache, if it is there whole; otherwise loaded, and kept."""
+        """The `size` bytes of `key`: from the cache if it has them all, otherwise from `load`, which are then added to it."""
         path = self.folder / key
         with suppress(OSError):
             data = path.read_bytes()
             if len(data) == size:
-                os.utime(path)  # what was not used for longest goes first
+                os.utime(path)  # make_room removes the least recently used files first
                 return data
         data = load()
         self.keep(path, data)
         return data
 
-    def survey(self, key: str, look: Callable[[], Shard]) -> Shard:
-        """As `part`; kept as long as the cache, since it costs loading a whole shard."""
+    def survey(self, key: str, scan: Callable[[], Shard]) -> Shard:
+        """As `part`, for the index line of a shard. It is never removed to make room, as `scan` loads the whole shard."""
         path = self.folder / f"{key}.json"
-        with self.locked(".surveys"):  # the other ranks wait for the first, and find it
+        with self.locked(".surveys"):  # the other ranks wait for the first, and then find its result
             with suppress(OSError, UserError, ValueError):
                 (shard,) = read_lines(path.read_bytes(), str(path)).values()
                 return shard
-            shard = look()
+            shard = scan()
             self.keep(path, to_line(shard).encode())
             return shard
 
     def keep(self, path: Path, data: bytes) -> None:
-        with suppress(OSError), self.locked(".bytes") as counter:  # a full disk costs time, but does not end the run
+        """Writes the file, unless it is larger than the whole cache or the disk refuses it."""
+        with suppress(OSError), self.locked(".bytes") as counter:  # without the cache the run is slower, but goes on
             counter.seek(0)
-            told = counter.read()
-            total = (int(told) if told.isdigit() else self.limit) + len(data)  # unknown: as if it were full
+            text = counter.read()
+            total = (int(text) if text.isdigit() else self.limit) + len(data)  # no total: make_room counts anew
             if total > self.limit:
                 total = self.make_room(len(data)) + len(data)
             if total > self.limit:
@@ -86,14 +73,17 @@ class Cache:
             counter.truncate(0)
             counter.write(b"%d" % total)
             counter.flush()
-            part = self.folder / ".part"  # of who holds the lock
+            part = self.folder / ".part"  # one name for all processes: only the holder of the lock writes it
             part.write_bytes(data)
             part.rename(path)
 
     def make_room(self, size: int) -> int:
-        """Removes what was not used for longest, a tenth at a time: looking takes long. Returns the bytes that are left."""
-        ours = [entry for entry in os.scandir(self.folder) if re.fullmatch(r"[0-9a-f]{64}(\.json)?", entry.name)]
-        oldest = sorted((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path) for entry in ours)
+        """Removes the least recently used files until a tenth of `limit` is free: listing the folder is slow, so do it rarely.
+
+        Returns the bytes that are left.
+        """
+        cached = [entry for entry in os.scandir(self.folder) if re.fullmatch(r"[0-9a-f]{64}(\.json)?", entry.name)]
+        oldest = sorted((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path) for entry in cached)
         total = sum(bytes for _, bytes, _ in oldest)
         for _, bytes, path in oldest:
             if total + size > 0.9 * self.limit and not path.endswith(".json"):

@@ -1,4 +1,4 @@
-"""Ready-made latents and text in a shard: what one sample holds."""
+"""Cached latents and hidden states of text: the key.safetensors of one sample in a shard."""
 
 import json
 
@@ -8,19 +8,19 @@ from safetensors.torch import load, save
 
 from dataset.images import Size
 
-LATENTS = "safetensors"  # the extension of a ready-made sample
+LATENTS = "safetensors"  # the extension of a sample of cached latents
 
 
-def signature_of(told: bytes, name: str) -> tuple[float, ...]:
-    """The `vae` or `text` that cache.py writes into the .json of latents; () if there is none."""
+def signature_of(metadata: bytes, name: str) -> tuple[float, ...]:
+    """The signature 'vae' or 'text' that cache_latents.py writes into the .json of latents; () if there is none."""
     try:
-        return tuple(float(value) for value in json.loads(told)[name])
+        return tuple(float(value) for value in json.loads(metadata)[name])
     except (ValueError, KeyError, TypeError, RecursionError):
         return ()
 
 
 def size_of_latents(encoded: bytes) -> tuple[Size, set[str]]:
-    """(height, width) in pixels and the names of the tensors, by the header of a safetensors file; (0, 0) if it is none."""
+    """((height, width) in pixels, names of the tensors) by the header of a safetensors file; (0, 0) if it holds no latents."""
     try:
         header = json.loads(encoded[8 : 8 + int.from_bytes(encoded[:8], "little")])
         _, height, width = header["posterior"]["shape"]
@@ -31,15 +31,15 @@ def size_of_latents(encoded: bytes) -> tuple[Size, set[str]]:
         return (0, 0), set()
 
 
-# Ready-made latents.
-LATENT_KEYS = {False: ("posterior", "crop", "mask"), True: ("mirrored", "mirrored_crop", "mirrored_mask")}  # as it is, mirrored
+# Names of the tensors, by whether the image was mirrored.
+LATENT_KEYS = {False: ("posterior", "crop", "mask"), True: ("mirrored", "mirrored_crop", "mirrored_mask")}
 TEXT_KEYS = ("context", "pooled")
 
 
 def pack_latents(posterior: torch.Tensor, original_size: Size, crop: Size, mirrored: tuple = (), mask: tuple = ()) -> bytes:
-    """posterior [8, h, w], mean and deviation of the latents -> the bytes of key.safetensors in a shard, float16.
+    """posterior [8, h, w], mean and standard deviation of the latents -> the bytes of key.safetensors in a shard, float16.
 
-    `mask`: one loss mask [h, w] uint8, or none. `mirrored`: the posterior of the mirrored image, its crop, its mask if any.
+    `mask`: (loss mask [h, w] uint8,) or (). `mirrored`: (posterior, crop) or (posterior, crop, mask) of the mirrored image.
     """
     tensors = {"original_size": torch.tensor(original_size)}
     for flip, values in ((False, (posterior, crop, *mask)), (True, mirrored)):
@@ -48,9 +48,9 @@ def pack_latents(posterior: torch.Tensor, original_size: Size, crop: Size, mirro
 
 
 def unpack_latents(encoded: bytes, flip: bool, masked: bool = False) -> tuple[np.ndarray, Size, Size, *tuple[np.ndarray, ...]]:
-    """-> posterior [8, h/8, w/8] float16, original (h, w), crop (top, left); `masked`: loss mask [h/8, w/8] uint8.
+    """-> posterior [8, h/8, w/8] float16, original (h, w), crop (top, left) and, if `masked`, loss mask [h/8, w/8] uint8.
 
-    Raises ValueError, or what safetensors raises, if it is damaged or not finite: one NaN would be the end of a training.
+    Raises ValueError, or what safetensors raises, if it is damaged or not finite: one NaN would spoil the whole training.
     """
     tensors = load(encoded)
     original = tensors["original_size"]
@@ -59,13 +59,15 @@ def unpack_latents(encoded: bytes, flip: bool, masked: bool = False) -> tuple[np
     wanted = [(torch.float16, (8, height, width)), *[(torch.int64, (2,))] * 2, *[(torch.uint8, (height, width))] * len(mask)]
     if [(tensor.dtype, tuple(tensor.shape)) for tensor in (posterior, original, crop, *mask)] != wanted:
         raise ValueError("its tensors are not those of latents")
-    if not posterior.abs().max() < torch.inf:  # the fastest that a NaN does not pass
+    if not posterior.abs().max() < torch.inf:  # false for NaN too, and faster than isfinite().all()
         raise ValueError("its latents are not finite")
     return posterior.numpy(), tuple(original.tolist()), tuple(crop.tolist()), *(m.numpy() for m in mask)
 
 
 def with_text(encoded: bytes, text: tuple[torch.Tensor, ...] | None) -> bytes:
-    """The same latents with context [K, 77, d1 + d2] and pooled [K, d2] of K captions beside them, in float16; or without."""
+    """Replaces the hidden states of text in packed latents: by context [K, 77, d1 + d2] and pooled [K, d2] of K captions, which
+    are stored in float16, or by nothing.
+    """
     tensors = {name: tensor for name, tensor in load(encoded).items() if name not in TEXT_KEYS}
     return save(tensors | dict(zip(TEXT_KEYS, (t.half().contiguous() for t in text or ()), strict=False)))
 

@@ -1,7 +1,7 @@
-"""Captioned images -> tar shards, by several processes; what is interrupted goes on, and the result is the same.
+"""Packs captioned images into tar shards, by several processes. An interrupted run can be continued, with the same result.
 
-The inputs are cut into runs of equal length. Each run is a job and makes a shard of its own, or no file if nothing in it is
-usable. A job whose shard is there, made of the same inputs, is not done again.
+The inputs are cut into runs of equal length. Each run is a job and makes one shard, or no file if none of its inputs is usable.
+A job whose shard exists and was made of the same inputs is not done again.
 """
 
 import fcntl
@@ -24,16 +24,16 @@ from dataset.rows import Inputs, ParquetRows
 from dataset.shards import Shard, already_there, finish, read_index, unfinished, write_shard
 from dataset.workers import Tick, cores, in_parallel
 
-VERSION = 1  # of what a shard holds for given inputs: another number, and all are made anew
+VERSION = 1  # of the contents of a shard: with another number all shards are made anew
 PER_SHARD = 500
-SUFFIX = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "AVIF": "avif"}  # go in byte for byte
+SUFFIX = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "AVIF": "avif"}  # these are stored as they are
 
 
 # A row -> a sample.
 
 
 def pack(name: str, encoded: bytes, captions: list[str]) -> tuple[dict, str, str]:
-    """(a sample without its key, SHA-256 and `dhash` of its image). Raises ValueError, with the reason, if it is not usable."""
+    """-> (a sample without its key, SHA-256 and `dhash` of its image). Raises ValueError, with the reason, if unusable."""
     if not encoded:
         raise ValueError("cannot be read")
     lines = [" ".join(caption.split()) for caption in captions if caption.strip()]
@@ -48,38 +48,38 @@ def pack(name: str, encoded: bytes, captions: list[str]) -> tuple[dict, str, str
         buffer = io.BytesIO()
         rgb.save(buffer, "JPEG", quality=95, subsampling=0)
         encoded = buffer.getvalue()
-    digest, look = hashlib.sha256(encoded).hexdigest(), dhash(rgb)
-    about = {"width": rgb.width, "height": rgb.height, "source": name, "sha256": digest, "dhash": look}
-    told = "\n".join(lines).encode(errors="replace")  # json can hold half a character
-    return {SUFFIX.get(image.format or "", "jpg"): encoded, "txt": told, "json": json.dumps(about)}, digest, look
+    digest, difference_hash = hashlib.sha256(encoded).hexdigest(), dhash(rgb)
+    metadata = {"width": rgb.width, "height": rgb.height, "source": name, "sha256": digest, "dhash": difference_hash}
+    text = "\n".join(lines).encode(errors="replace")  # a string from JSON may hold half of a surrogate pair
+    return {SUFFIX.get(image.format or "", "jpg"): encoded, "txt": text, "json": json.dumps(metadata)}, digest, difference_hash
 
 
 @dataclass(frozen=True)
 class Job:
     name: str  # of the shard
     first: int  # number of the first input
-    last: int  # of the first that is another's
-    made_of: str  # SHA-256
+    end: int  # number after the last one
+    made_of: str  # SHA-256 of what identifies the inputs
 
 
 def jobs_of(inputs: Inputs, name: str, per_shard: int) -> list[Job]:
     jobs: list[Job] = []
     for first in range(0, len(inputs), per_shard):
-        last = min(first + per_shard, len(inputs))
-        told = json.dumps([VERSION, first, inputs.told(first, last)])
-        jobs.append(Job(f"{name}-{len(jobs):06d}.tar", first, last, hashlib.sha256(told.encode()).hexdigest()))
+        end = min(first + per_shard, len(inputs))
+        identity = json.dumps([VERSION, first, inputs.identity(first, end)])
+        jobs.append(Job(f"{name}-{len(jobs):06d}.tar", first, end, hashlib.sha256(identity.encode()).hexdigest()))
     return jobs
 
 
 def pack_job(inputs: Inputs, folder: Path, job: Job, tick: Tick) -> Shard:
-    """Its shard: of each usable row a sample, whose key is the number of the input."""
+    """Writes the shard of a job. Each usable row is a sample whose key is the number of the input."""
     refused, dhashes = [], []
 
     def samples() -> Iterator[tuple[str, dict, str]]:
-        for number, row in enumerate(inputs.rows(job.first, job.last), job.first):
+        for number, row in enumerate(inputs.rows(job.first, job.end), job.first):
             try:
-                sample, digest, look = pack(*row)
-                dhashes.append(look)
+                sample, digest, difference_hash = pack(*row)
+                dhashes.append(difference_hash)
                 yield f"{number:07d}", sample, digest
             except ValueError as error:
                 refused.append(f"{row[0]} ({error})")
@@ -89,26 +89,28 @@ def pack_job(inputs: Inputs, folder: Path, job: Job, tick: Tick) -> Shard:
 
 
 def pack_all(inputs: Inputs, folder: Path, name: str, per_shard: int, workers: int, title: str = "") -> tuple[list[Shard], int]:
-    """Rows -> folder/name-000000.tar, … and their index: (all shards, how many of them were made now).
+    """Packs rows into folder/name-000000.tar, … and writes their index -> (all shards, number of those that were made now).
 
     Raises UserError if the folder cannot be written or holds shards of that name that were made of something else.
     """
     ours, jobs = re.compile(re.escape(name) + r"-\d{6,}\.tar"), jobs_of(inputs, name, per_shard)
     try:
         with alone_in(folder):
-            begun, index, there = [path.stem for path in unfinished(folder)], read_index(folder), already_there(folder)
+            begun, index, existing = [path.stem for path in unfinished(folder)], read_index(folder), already_there(folder)
             if others := [tar for tar in begun if not ours.fullmatch(tar)]:
-                raise UserError(f"{folder}: the writing of {others[0]} was interrupted: finish that first, or take another")
-            done = {job for job in jobs if job.name in there and there[job.name].made_of == job.made_of}
+                raise UserError(
+                    f"{folder}: the writing of {others[0]} was interrupted: finish that first, or choose another folder"
+                )
+            done = {job for job in jobs if job.name in existing and existing[job.name].made_of == job.made_of}
             tars = {path.name for path in folder.glob("*.tar") if ours.fullmatch(path.name)}
-            if tars - {*begun, *index} or (tars & there.keys() and not begun and not done):
+            if tars - {*begun, *index} or (tars & existing.keys() and not begun and not done):
                 raise UserError(f"{folder} holds shards of something else ({min(tars)}): remove them or choose another --name")
             todo, replaced = [job for job in jobs if job not in done], {*begun, *filter(ours.fullmatch, index)}
-            before = sum(job.last - job.first for job in done)
+            before = sum(job.end - job.first for job in done)
             bar = tqdm(total=len(inputs), initial=before, desc=title, unit="img", disable=not todo)
             made = in_parallel(lambda job, tick: pack_job(inputs, folder, job, tick), todo, workers, bar)
-            there |= {shard.name: shard for shard in made}
-            shards = [there[job.name] for job in jobs]
+            existing |= {shard.name: shard for shard in made}
+            shards = [existing[job.name] for job in jobs]
             if made or begun or replaced - {job.name for job in jobs}:
                 finish(folder, shards, replaced)
             return shards, len(made)
@@ -120,9 +122,9 @@ def pack_all(inputs: Inputs, folder: Path, name: str, per_shard: int, workers: i
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Creates the folder, and waits until no other process is in here.
+    """Creates the folder and holds a lock on it; waits for it if another process holds it.
 
-    Processes forked inside share the lock: it ends with the last of them, however the first did.
+    Processes forked in the body share the lock. It is released when the last of them has ended, even if the parent was killed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
@@ -134,14 +136,14 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
 
 
-def packed(tables: list[Path]) -> tuple[Path, list[str]]:
-    """Parquet files -> (a folder of shards, what was refused with the reason): made once, by one process of a host.
+def pack_tables(tables: list[Path]) -> tuple[Path, list[str]]:
+    """Parquet files -> (a folder of shards, refused inputs with the reason). Packed once, by one process of a host.
 
-    It stays in $XDG_CACHE_HOME or ~/.cache. Training reads samples in any order, which parquet cannot give at this speed.
+    The folder stays in $XDG_CACHE_HOME or ~/.cache. Training reads samples in random order, for which parquet is too slow.
     """
     inputs = ParquetRows(tables)
-    told = json.dumps([VERSION, [str(table.resolve()) for table in tables], inputs.told(0, len(inputs))])
+    identity = json.dumps([VERSION, [str(table.resolve()) for table in tables], inputs.identity(0, len(inputs))])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdxl_lora/parquet"
-    folder = cache / hashlib.sha256(told.encode()).hexdigest()[:16]
+    folder = cache / hashlib.sha256(identity.encode()).hexdigest()[:16]
     shards, _ = pack_all(inputs, folder, "parquet", PER_SHARD, cores(), f"packing {tables[0]} into {folder}")
     return folder, [line for shard in shards for line in shard.refused]

@@ -1,7 +1,7 @@
-"""Shards on a server or in a bucket, http(s)://, s3://, gs://, hf://: looked up once, then each sample is a request of its own.
+"""Shards on a server or in a bucket, http(s)://, s3://, gs://, hf://: located once, then read with one request per sample.
 
-fsspec's drivers do the transport. Credentials come from where each of them looks, the environment above all: a URL that could
-hold some is refused, and of a driver's error only the kind is told, since its text could hold them too.
+fsspec's drivers do the transport. Credentials come from where each driver looks, above all the environment. A URL that could
+hold credentials is refused, and error messages name only the kind of a driver's error, since its text could hold them too.
 """
 
 import hashlib
@@ -22,27 +22,27 @@ import fsspec
 from tqdm import tqdm
 
 from common.errors import UserError
-from dataset.disk_cache import Cache, NoCache
+from dataset.disk_cache import Cache
 from dataset.shards import INDEX, Shard, read_lines, survey
 
 HTTP = ("http", "https")  # they cannot list a folder
 SCHEMES = (*HTTP, "s3", "gs", "hf")
 
 TIMEOUT = 20.0  # seconds without a byte
-TRIES, PAUSE = 6, 1.0  # seconds of the first pause; each is twice the one before, half a minute in all
-RETRYING_DRIVERS = ("gs", "hf")  # their drivers try for half a minute by themselves
-MERGE_GAP = 2**16  # bytes between two parts that are loaded together: less than what a second request costs
+TRIES, PAUSE = 6, 1.0  # PAUSE: seconds before the second try; then twice the last pause each time, half a minute in all
+RETRYING_DRIVERS = ("gs", "hf")  # these drivers repeat a request themselves for half a minute
+MERGE_GAP = 2**16  # parts up to so many bytes apart are loaded together: that is faster than a second request
 CHUNK = 2**23  # bytes of a request for a whole shard
-AT_ONCE = 16  # requests for sizes
+AT_ONCE = 16  # concurrent requests for sizes
 
-Span = tuple[int, int]  # where it begins, how many bytes
+Span = tuple[int, int]  # (offset, number) of bytes in a file
 T = TypeVar("T")
 
 
 def scheme_of(data: str) -> str | None:
-    """'s3' of s3://bucket/shards/; None for what is on disk.
+    """'s3' for s3://bucket/shards/; None for a local path.
 
-    Raises UserError for other schemes, and without repeating it for a URL that could hold a password.
+    Raises UserError for other schemes, and for a URL that could hold a password, which the message does not repeat.
     """
     scheme, found, rest = data.partition("://")
     if not found and not data.startswith(("pipe:", "file:")):
@@ -55,7 +55,7 @@ def scheme_of(data: str) -> str | None:
     return scheme
 
 
-# Asking a server.
+# Requests.
 
 
 @lru_cache
@@ -69,9 +69,9 @@ def connect(scheme: str, process: int) -> fsspec.AbstractFileSystem:
     if scheme == "hf":
         return driver(skip_instance_cache=True)
     if scheme == "s3":
-        once = {"connect_timeout": TIMEOUT, "read_timeout": TIMEOUT, "retries": {"total_max_attempts": 1}}
-        bucket = driver(config_kwargs=once, skip_instance_cache=True)
-        bucket.retries = 1
+        options = {"connect_timeout": TIMEOUT, "read_timeout": TIMEOUT, "retries": {"total_max_attempts": 1}}
+        bucket = driver(config_kwargs=options, skip_instance_cache=True)
+        bucket.retries = 1  # request_with_retries repeats requests, not the driver
         return bucket
     from aiohttp import ClientTimeout
 
@@ -83,13 +83,13 @@ def connect(scheme: str, process: int) -> fsspec.AbstractFileSystem:
 
 
 class WholeFile(Exception):
-    """All of a file is sent where a part of it was asked for."""
+    """A server sent a whole file where a part of it was requested."""
 
 
 def request_with_retries(url: str, request: Callable[[fsspec.AbstractFileSystem], T]) -> T:
-    """`request` of the driver, again after a pause while it fails for reasons that pass. Raises UserError naming the URL."""
+    """Calls `request` with the driver, again after a pause if the error may be temporary. Raises UserError naming the URL."""
     scheme = scheme_of(url)
-    most = 2 if scheme in RETRYING_DRIVERS else TRIES
+    most_tries = 2 if scheme in RETRYING_DRIVERS else TRIES
     tries = 0
     while True:
         tries += 1
@@ -97,17 +97,17 @@ def request_with_retries(url: str, request: Callable[[fsspec.AbstractFileSystem]
             return request(connect(scheme, os.getpid()))
         except UserError:
             raise
-        except Exception as error:  # drivers let through whatever theirs below them raise
-            told, passes = what_failed(error)
-            if not passes:
-                raise UserError(f"--data {url}: {told}") from None
-            if tries == most:
-                raise UserError(f"--data {url}: {told}, {most} times over") from None
-        time.sleep(PAUSE * 2 ** (tries - 1) * random.uniform(0.75, 1.25))  # the workers that failed together come back apart
+        except Exception as error:  # the drivers let through errors of many libraries
+            reason, temporary = describe_failure(error)
+            if not temporary:
+                raise UserError(f"--data {url}: {reason}") from None
+            if tries == most_tries:
+                raise UserError(f"--data {url}: {reason}, {tries} times over") from None
+        time.sleep(PAUSE * 2 ** (tries - 1) * random.uniform(0.75, 1.25))  # random, so that workers do not all return at once
 
 
-def what_failed(error: Exception) -> tuple[str, bool]:
-    """(what to tell of it, whether it is worth another try)."""
+def describe_failure(error: Exception) -> tuple[str, bool]:
+    """(the reason in words, whether the request is worth another try)."""
     status, kind = status_of(error), type(error).__name__
     if status == 404:
         return "is not there", False
@@ -129,28 +129,28 @@ def what_failed(error: Exception) -> tuple[str, bool]:
 
 
 def status_of(error: Exception) -> int:
-    """The HTTP status behind a driver's error; 0 if there is none. Each tells it in its own way."""
+    """The HTTP status behind a driver's error, 0 if there is none. Each driver reports it in another attribute."""
     if isinstance(error, FileNotFoundError):
         return 404
     if isinstance(error, PermissionError) or str(error).startswith("Forbidden"):  # gcsfs' OSError
         return 403
-    response = getattr(error.__cause__ or error, "response", None)  # of botocore a dict, of huggingface_hub an object
+    response = getattr(error.__cause__ or error, "response", None)  # a dict in botocore, an object in huggingface_hub
     if isinstance(response, dict):
         return response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    told = [getattr(error, "status", 0), getattr(error, "code", 0), getattr(response, "status_code", 0)]
-    return next((int(status) for status in told if str(status).isdigit() and int(status)), 0)
+    candidates = [getattr(error, "status", 0), getattr(error, "code", 0), getattr(response, "status_code", 0)]
+    return next((int(status) for status in candidates if str(status).isdigit() and int(status)), 0)
 
 
 def size_and_version(driver: fsspec.AbstractFileSystem, url: str) -> tuple[int, str]:
-    """Bytes of a file, and what changes when it does, as far as it is told.
+    """(bytes of a file, a text that changes with its contents if the server sends one).
 
-    Of a web server by asking for the first byte: not all tell the size otherwise, and who sends all of it is found at once.
+    A web server is asked for the first byte: some send the size only then, and a server that ignores ranges is noticed at once.
     """
     if not url.startswith(HTTP):
-        told = driver.info(url)
-        if told["type"] != "file":
+        info = driver.info(url)
+        if info["type"] != "file":
             raise FileNotFoundError
-        return told["size"], str(told.get("ETag") or told.get("etag") or told.get("blob_id"))
+        return info["size"], str(info.get("ETag") or info.get("etag") or info.get("blob_id"))
 
     async def first_byte() -> tuple[int, str]:
         session = await driver.set_session()
@@ -169,36 +169,38 @@ def size_and_version(driver: fsspec.AbstractFileSystem, url: str) -> tuple[int, 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """As sources.File, in the place of a local one."""
+    """A file on a server, with the same `read` as `sources.File`."""
 
     url: str
     size: int
     version: str
-    cache: Cache | NoCache
+    cache: Cache | None
 
     def key(self, *span: int) -> str:
-        """SHA-256 of which bytes of which file."""
+        """Key in the cache: SHA-256 of URL, size, version and span (offset, bytes), if any."""
         return hashlib.sha256(" ".join(map(str, (self.url, self.size, self.version, *span))).encode()).hexdigest()
 
     def read(self, *spans: Span) -> list[bytes]:
-        """These parts of it; neighbours, as an image and its caption are, with one request. Raises UserError."""
-        together: list[list[int]] = []
+        """The bytes of each span. Spans close together, as of an image and its caption, take one request. Raises UserError."""
+        merged: list[list[int]] = []  # [begin, end]
         for at, size in sorted(spans):
-            if not together or at - together[-1][1] > MERGE_GAP:
-                together.append([at, at])
-            together[-1][1] = max(together[-1][1], at + size)
-        loaded = {begin: self.part(begin, end - begin) for begin, end in together}
+            if not merged or at - merged[-1][1] > MERGE_GAP:
+                merged.append([at, at])
+            merged[-1][1] = max(merged[-1][1], at + size)
+        loaded = {begin: self.part(begin, end - begin) for begin, end in merged}
         origin = [max(begin for begin in loaded if begin <= at) for at, _ in spans]
         return [loaded[begin][at - begin : at - begin + size] for begin, (at, size) in zip(origin, spans, strict=True)]
 
     def part(self, at: int, size: int) -> bytes:
+        if self.cache is None:
+            return self.load(at, size)
         return self.cache.part(self.key(at, size), size, lambda: self.load(at, size))
 
     def load(self, at: int, size: int) -> bytes:
-        how = {"cache_type": "none"} if self.url.startswith("hf:") else {}  # which would read ahead
+        options = {"cache_type": "none"} if self.url.startswith("hf:") else {}  # else this driver reads ahead
 
         def request(driver: fsspec.AbstractFileSystem) -> bytes:
-            data = driver.cat_file(self.url, start=at, end=at + size, **how)
+            data = driver.cat_file(self.url, start=at, end=at + size, **options)
             if len(data) > size:
                 raise WholeFile
             if len(data) < size:
@@ -208,7 +210,7 @@ class RemoteFile:
         return request_with_retries(self.url, request) if size else b""
 
     def survey(self) -> Shard:
-        """Loads all of it once, to see what lies where."""
+        """Loads the whole shard once, to list its samples."""
         with TemporaryDirectory() as folder:
             path, starts = Path(folder) / name_of(self.url), range(0, self.size, CHUNK)
             with path.open("wb") as file, tqdm(desc=path.name, total=self.size, unit="B", unit_scale=True, leave=False) as bar:
@@ -224,34 +226,36 @@ def name_of(url: str) -> str:
     return (unquote(url) if url.startswith(HTTP) else url).rpartition("/")[2]
 
 
-def remote_shards(urls: list[str], cache: Cache | NoCache) -> list[tuple[RemoteFile, Shard]]:
-    """Tar files and folders of them -> what is in each: what an index beside them tells, where the size agrees; others are
-    loaded once.
+def remote_shards(urls: list[str], cache: Cache | None) -> list[tuple[RemoteFile, Shard]]:
+    """URLs of tar files and of folders of them -> the contents of each shard: from the index next to it if the size agrees,
+    otherwise by loading it once.
 
-    Raises UserError if one is not there, cannot be read or trusted, or a folder can neither be listed nor has an index.
+    Raises UserError if one does not exist, cannot be read or trusted, or a folder can neither be listed nor has an index.
     """
     index, tars = {}, []
     for url in urls:
         folder = url.rpartition("/")[0] + "/" if url.endswith(".tar") else url.rstrip("/") + "/"
         if folder not in index:
             index[folder] = remote_index(folder)
-        tars += [url] if url.endswith(".tar") else in_folder(folder, index[folder])
+        tars += [url] if url.endswith(".tar") else shard_urls(folder, index[folder])
 
-    def look(url: str) -> RemoteFile:
+    def locate(url: str) -> RemoteFile:
         return RemoteFile(url, *request_with_retries(url, lambda driver: size_and_version(driver, url)), cache)
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        looked = tqdm(pool.map(look, tars), desc="looking for the shards", total=len(tars), unit="shard", delay=2, leave=False)
-        files = list(looked)
+        bar = tqdm(pool.map(locate, tars), desc="looking for the shards", total=len(tars), unit="shard", delay=2, leave=False)
+        files = list(bar)
     shards = []
     for file in files:
-        known = index[file.url.rpartition("/")[0] + "/"].get(name_of(file.url))
-        shards.append((file, known if known and known.bytes == file.size else cache.survey(file.key(), file.survey)))
+        shard = index[file.url.rpartition("/")[0] + "/"].get(name_of(file.url))
+        if shard is None or shard.bytes != file.size:
+            shard = cache.survey(file.key(), file.survey) if cache else file.survey()
+        shards.append((file, shard))
     return shards
 
 
 def remote_index(folder: str) -> dict[str, Shard]:
-    """{name: shard}; empty without one. A bucket that may not be listed calls forbidden what is not there."""
+    """{name: shard} by the index of a folder, {} without one. Buckets that may not be listed answer 403 for a missing file."""
     url = folder + INDEX
 
     def request(driver: fsspec.AbstractFileSystem) -> bytes:
@@ -265,15 +269,15 @@ def remote_index(folder: str) -> dict[str, Shard]:
     return read_lines(request_with_retries(url, request), f"--data {url}")
 
 
-def in_folder(folder: str, index: dict[str, Shard]) -> list[str]:
-    """URLs of its shards, by its index and, where the server can, by what lies there."""
+def shard_urls(folder: str, index: dict[str, Shard]) -> list[str]:
+    """URLs of the shards in a folder: those in its index and, unless it is on a web server, those that a listing shows."""
     names = {name for name, shard in index.items() if shard.bytes}
     if not folder.startswith(HTTP):
         paths = request_with_retries(folder, lambda driver: driver.ls(folder, detail=False))
         names |= {path.rpartition("/")[2] for path in paths if path.endswith(".tar")}
     elif not index:
-        how = "name the .tar files by a brace pattern, or write the index with scripts/make_shards.py"
-        raise UserError(f"--data {folder}: no {INDEX} there, and a web server cannot list a folder: {how}")
+        advice = "name the .tar files by a brace pattern, or write the index with scripts/make_shards.py"
+        raise UserError(f"--data {folder}: no {INDEX} there, and a web server cannot list a folder: {advice}")
     if not names:
         raise UserError(f"--data {folder}: no .tar files there")
     return [folder + (quote(name) if folder.startswith(HTTP) else name) for name in sorted(names)]

@@ -1,4 +1,4 @@
-"""Captioned images as rows: of parquet files, or of a folder."""
+"""Captioned images as rows that are packed into shards: the interface, and the rows of parquet files."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,8 +14,8 @@ Row = tuple[str, bytes, list[str]]  # name, encoded image, captions; empty where
 class Inputs(Protocol):
     def __len__(self) -> int: ...
 
-    def told(self, first: int, last: int) -> list:
-        """What tells the inputs first…last-1 from any others, for json."""
+    def identity(self, first: int, last: int) -> list:
+        """JSON values that change if the inputs first … last - 1 are replaced by others: names, sizes, times."""
 
     def name(self, n: int) -> str: ...
 
@@ -26,42 +26,42 @@ class Inputs(Protocol):
 
 
 def parquet_tables(path: Path) -> list[Path]:
-    """A parquet file, or those in a folder without shards; none of another place."""
+    """The file itself if it is a parquet file, or those in a folder without shards; else none."""
     if path.is_dir():
         return [] if any(path.glob("*.tar")) else sorted(path.rglob("*.parquet"))
     return [path] if path.suffix == ".parquet" and path.is_file() else []
 
 
 class ParquetRows:
-    """Rows of the layout of lambdalabs/naruto-blip-captions: image {bytes, path}, text. Raises UserError if it is another."""
+    """Rows of the columns image {bytes, path} and text, as in lambdalabs/naruto-blip-captions. Raises UserError for others."""
 
     def __init__(self, tables: list[Path]):
-        import pyarrow  # here, for it takes its time
+        import pyarrow  # here, as the import is slow
         from pyarrow.parquet import read_metadata
 
         self.tables, self.begins = tables, [0]
         for table in tables:
             try:
-                about = read_metadata(table)
+                metadata = read_metadata(table)
             except (pyarrow.ArrowException, OSError) as error:
                 raise UserError(f"{table} is no readable parquet file: {error}") from None
-            columns = about.schema.to_arrow_schema().names
+            columns = metadata.schema.to_arrow_schema().names
             if not {"image", "text"} <= set(columns):
                 raise UserError(f"{table} has columns {columns}, not image and text")
-            self.begins.append(self.begins[-1] + about.num_rows)
+            self.begins.append(self.begins[-1] + metadata.num_rows)
 
     def __len__(self) -> int:
         return self.begins[-1]
 
     def parts(self, first: int, last: int) -> Iterator[tuple[Path, int, int]]:
-        """Which rows of which tables these inputs are."""
+        """(table, first row, end row) of every table that holds some of these inputs."""
         for table, (begin, end) in zip(self.tables, pairwise(self.begins), strict=True):
             if first < end and begin < last:
                 yield table, max(first, begin) - begin, min(last, end) - begin
 
-    def told(self, first: int, last: int) -> list:
+    def identity(self, first: int, last: int) -> list:
         parts = [(table.name, table.stat(), begin, end) for table, begin, end in self.parts(first, last)]
-        return [(name, about.st_size, about.st_mtime_ns, begin, end) for name, about, begin, end in parts]
+        return [(name, stat.st_size, stat.st_mtime_ns, begin, end) for name, stat, begin, end in parts]
 
     def name(self, n: int) -> str:
         ((table, row, _),) = self.parts(n, n + 1)
@@ -73,7 +73,9 @@ class ParquetRows:
 
 
 def read_rows(table: Path, first: int, last: int) -> Iterator[Row]:
-    """One at a time. Memory holds a page, not the row group, which may be the whole file; pyarrow writes 1,024 rows a page."""
+    """Rows first … last - 1, one at a time: memory then holds a page (pyarrow writes 1,024 rows to one), not a row group,
+    which may be the whole file. A row that cannot be read is empty.
+    """
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
@@ -88,7 +90,7 @@ def read_rows(table: Path, first: int, last: int) -> Iterator[Row]:
             batches = islice(batches, wanted.start - begin, None)
             for n in wanted:
                 row: dict[str, Any] = {"image": None, "text": None}
-                with suppress(pyarrow.ArrowException, OSError, ValueError, StopIteration):  # the rest of a damaged group
+                with suppress(pyarrow.ArrowException, OSError, ValueError, StopIteration):  # damage empties the rest of a group
                     row = next(batches).to_pylist()[0]
                 image = row["image"] if isinstance(row["image"], dict) else {"bytes": row["image"]}
                 texts = row["text"] if isinstance(row["text"], list) else [row["text"]]

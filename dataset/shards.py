@@ -1,7 +1,7 @@
-"""Tar shards in WebDataset's layout: what lies where in one, their index, and writing them so that it can be interrupted.
+"""Tar shards in WebDataset's layout: where each sample is in one, their index, and writing that can be interrupted.
 
-Neighbours of one key are a sample, key.jpg, key.txt, key.json; key.safetensors, latents made ready, stands for an image.
-`index.jsonl` beside the shards has a line for each: with it none has to be opened to know what there is.
+Consecutive files with the same key are a sample: key.jpg, key.txt, key.json; or key.safetensors, cached latents, in place of an
+image. `index.jsonl` next to the shards has a line for each of them, so that no shard has to be opened to list its samples.
 """
 
 import hashlib
@@ -21,50 +21,58 @@ from dataset.images import IMAGE_SUFFIXES, MOST_BYTES, Size, open_image, upright
 from dataset.latents import LATENTS, signature_of, size_of_latents
 
 INDEX = "index.jsonl"
-HEAD = 2**16  # bytes in which the size of an image stands, unless other things come first
-MOST_TEXT = 2**20  # bytes of a caption's file: what is longer is none
+HEAD = 2**16  # bytes from the start of an image that usually include its size
+MOST_TEXT = 2**20  # bytes of a caption's file: a longer one is ignored
 
 
 @dataclass
 class Shard:
-    """What one look at a shard tells: a line of the index."""
+    """What is known of a shard: a line of the index."""
 
     name: str
     bytes: int  # of the tar file
     samples: list[tuple] = field(default_factory=list)
-    """(key, where its image or latents begin, their bytes, where its caption begins, its bytes, upright height, width); 0 × 0
-    pixels: an image that cannot be read."""
+    """(key, offset of the image or latents, their bytes, offset of the caption, its bytes, upright height, width). Offsets are
+    in bytes; a height and width of 0: the image cannot be read."""
     uncaptioned: list[str] = field(default_factory=list)  # keys
-    cut: bool = False  # the file ends before its end: these are the samples before
-    latents: bool = False  # instead of images
-    mirrored: bool = False  # latents, all of them also of the mirrored image
-    masked: bool = False  # latents, all of them with a loss mask
-    vae: list[float] = field(default_factory=list)  # that made the latents: its `sdxl.vae_probe`
-    text: list[float] = field(default_factory=list)  # encoders whose hidden states are with them: their `text_probe`
-    sha256: str = ""  # from here on what only who wrote it knows: of the tar file
-    hashes: list[str] = field(default_factory=list)  # of each sample: SHA-256 of the image, or of what its latents depend on
-    made_of: str = ""  # SHA-256 of what went into it
-    refused: list[str] = field(default_factory=list)  # what could not go into it, with the reason
-    dhashes: list[str] = field(default_factory=list)  # of each sample: `images.dhash`, if who wrote it took it
+    truncated: bool = False  # the file ends too early: `samples` are those before the end
+    has_latents: bool = False  # instead of images
+    has_mirrored: bool = False  # every sample also has latents of the mirrored image
+    has_masks: bool = False  # every sample of latents has a loss mask
+    vae_signature: list[float] = field(default_factory=list)  # `model.vae.vae_signature` of the VAE that made the latents
+    text_signature: list[float] = field(default_factory=list)  # signature of the text encoders, if their hidden states are here
+    # The rest is known only if `write_shard` made the shard.
+    sha256: str = ""  # of the tar file
+    hashes: list[str] = field(default_factory=list)  # of each sample: SHA-256 of the image, or of what made its latents
+    made_of: str = ""  # SHA-256 of what identifies its inputs
+    refused: list[str] = field(default_factory=list)  # inputs that are not in it, with the reason
+    dhashes: list[str] = field(default_factory=list)  # `images.dhash` of each sample, of images only
 
 
-# Looking into one.
+# Keys in the index that are not the names of the attributes.
+INDEX_KEYS = {
+    "truncated": "cut", "has_latents": "latents", "has_mirrored": "mirrored", "has_masks": "masked", "vae_signature": "vae",
+    "text_signature": "text",
+}  # fmt: skip
+
+
+# Reading a shard.
 
 
 def members_of(path: Path) -> tuple[list[tuple[str, str, int, int]], bool]:
-    """((key, extension, where the data begins, its size) of a tar's files, by their headers; whether it is cut short).
+    """Reads the headers of a tar -> ([(key, extension, offset of the data, its bytes) of each file], whether it is truncated).
 
-    Raises UserError if it is no tar file, or holds links, devices, a name twice or names that lead out of it.
+    Raises UserError if it is no tar file, or holds links, devices, a name twice or names that lead out of the folder.
     """
     files, length, member, end = [], path.stat().st_size, None, 0
     try:
-        with tarfile.open(path, "r:", errors="backslashreplace") as tar:  # names that can be printed
+        with tarfile.open(path, "r:", errors="backslashreplace") as tar:  # so that names can be printed
             for member in tar:
                 name, plain = PurePosixPath(member.name), member.isdir() or (member.isfile() and not member.issparse())
                 if not plain or name.is_absolute() or ".." in name.parts:
-                    raise UserError(f"--data: {path} holds {member.name!r}, which is no plain file or leads out of it")
+                    raise UserError(f"{path} holds {member.name!r}, which is no plain file or leads out of it")
                 if member.size < 0:
-                    raise UserError(f"--data: {path} holds {member.name!r} of a size below zero")
+                    raise UserError(f"{path} holds {member.name!r} of a size below zero")
                 end = member.offset_data + (member.size + 511) // 512 * 512
                 if member.offset_data + member.size > length:
                     break
@@ -73,99 +81,110 @@ def members_of(path: Path) -> tuple[list[tuple[str, str, int, int]], bool]:
                     files.append((key, extension.lower(), member.offset_data, member.size))
     except (tarfile.TarError, OSError, ValueError) as error:
         if member is None:
-            raise UserError(f"--data: {path} is no tar file: {error}") from None
+            raise UserError(f"{path} is no tar file: {error}") from None
     if len({(key, extension) for key, extension, *_ in files}) < len(files):
-        raise UserError(f"--data: {path} holds two files of the same name")
+        raise UserError(f"{path} holds two files of the same name")
     with path.open("rb") as file:
         file.seek(min(end, length))
         rest = file.read(HEAD)
-    return files, len(rest) < 512 or any(rest)  # at least the first block of the end-of-archive mark, and nothing behind it
+    # Complete if the end-of-archive mark follows, at least its first block of 512 zeros, and nothing but zeros after it.
+    return files, len(rest) < 512 or any(rest)
 
 
 def survey(path: Path) -> Shard:
-    """Reads headers only, of the tar's members and of the images. Raises UserError as `members_of`."""
-    members, cut = members_of(path)
-    shard, kinds, also, vaes, encoders = Shard(path.name, path.stat().st_size, cut=cut), set(), [], set(), set()
+    """Reads only the headers of the tar file and of the images, and the captions. Raises UserError as `members_of`."""
+    members, truncated = members_of(path)
+    shard = Shard(path.name, path.stat().st_size, truncated=truncated)
+    kinds: set[bool] = set()  # whether samples are latents
+    tensor_names: list[set[str]] = []  # of each sample of latents
+    vae_signatures: set[tuple[float, ...]] = set()
+    text_signatures: set[tuple[float, ...]] = set()
     with path.open("rb") as file:
 
         def read(at: int, size: int) -> bytes:
             file.seek(at)
             return file.read(size)
 
-        for key, group in groupby(members, key=itemgetter(0)):  # neighbours of one key are a sample
+        for key, group in groupby(members, key=itemgetter(0)):
             parts = {extension: (at, size) for _, extension, at, size in group}
             kind = next((extension for extension in (*IMAGE_SUFFIXES, LATENTS) if extension in parts), None)
-            if kind is None:  # of photo.2.jpg the key is photo: not used, but not lost in silence either
+            if kind is None:  # photo.2.jpg has the key photo and the extension 2.jpg: not used, but reported
                 shard.uncaptioned += [f"{key}.{e}" for e in parts if e.rpartition(".")[2] in IMAGE_SUFFIXES]
                 continue
             texts = [(e, parts[e]) for e in ("txt", "json") if e in parts and parts[e][1] <= MOST_TEXT]
-            text = next((place for e, place in texts if split_captions(read(*place), must_be_json=e == "json")), None)
+            text = next((place for e, place in texts if split_captions(read(*place), must_be_json=(e == "json"))), None)
             if text is None:
                 shard.uncaptioned.append(key)
                 continue
             at, size = parts[kind]
-            size *= size <= MOST_BYTES  # else it is skipped
+            if size > MOST_BYTES:
+                size = 0  # training skips it, as an image that cannot be read
             head = read(at, min(size, HEAD))
             if kind == LATENTS:
                 pixels, names = size_of_latents(head)
-                also += [names] if names else []  # what cannot be read is skipped in training
-                told = read(*dict(texts)["json"]) if "json" in dict(texts) else b""
-                vaes.add(signature_of(told, "vae"))
-                encoders.add(signature_of(told, "text"))
+                if names:  # else they cannot be read, and training skips them
+                    tensor_names.append(names)
+                metadata = read(*dict(texts)["json"]) if "json" in dict(texts) else b""
+                vae_signatures.add(signature_of(metadata, "vae"))
+                text_signatures.add(signature_of(metadata, "text"))
             else:
                 pixels = size_of(head)
                 pixels = size_of(read(at, size)) if pixels == (0, 0) and size > HEAD else pixels
             kinds.add(kind == LATENTS)
             shard.samples.append((key, at, size, *text, *pixels))
     if len(kinds) > 1:
-        raise UserError(f"--data: {path} holds both images and latents: train on one kind")
-    if max(len(vaes), len(encoders)) > 1:
-        raise UserError(
-            f"--data: the latents of {path} were made by several models: make them anew with scripts/cache_latents.py"
-        )
-    shard.latents, (shard.vae, shard.text) = kinds == {True}, (list(next(iter(probes), ())) for probes in (vaes, encoders))
-    shard.mirrored, shard.masked = (bool(also) and all(name in names for names in also) for name in ("mirrored", "mask"))
+        raise UserError(f"{path} holds both images and latents: train on one kind")
+    if max(len(vae_signatures), len(text_signatures)) > 1:
+        raise UserError(f"the latents of {path} were made by several models: make them anew with scripts/cache_latents.py")
+    shard.has_latents = kinds == {True}
+    shard.vae_signature = list(next(iter(vae_signatures), ()))
+    shard.text_signature = list(next(iter(text_signatures), ()))
+    shard.has_mirrored = bool(tensor_names) and all("mirrored" in names for names in tensor_names)
+    shard.has_masks = bool(tensor_names) and all("mask" in names for names in tensor_names)
     return shard
 
 
-def split_captions(text: bytes, must_be_json: bool = False) -> list[str]:
-    """The lines of a .txt file, or the list `captions` of a .json file: each is a caption of its image."""
-    told = text.decode("utf-16" if text.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig", "replace").strip()
-    if must_be_json or re.match(r'\{\s*["}]', told):  # "{red|blue} coat" is a caption
+def split_captions(encoded: bytes, must_be_json: bool = False) -> list[str]:
+    """The captions of an image: the lines of its .txt file, or the list `captions` of its .json file."""
+    text = encoded.decode("utf-16" if encoded.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig", "replace").strip()
+    captions: object = text
+    if must_be_json or re.match(r'\{\s*["}]', text):  # "{red|blue} coat" is a caption
         try:
-            told = json.loads(told)["captions"]
+            captions = json.loads(text)["captions"]
         except (ValueError, KeyError, TypeError, RecursionError):
             return []
-    lines = told.splitlines() if isinstance(told, str) else told if isinstance(told, list) else []
+    lines = captions.splitlines() if isinstance(captions, str) else captions if isinstance(captions, list) else []
     lines = [line.encode("utf-8", "replace").decode().strip() for line in lines if isinstance(line, str)]  # "\ud800" is no text
     return [line for line in lines if line]
 
 
 def size_of(encoded: bytes) -> Size:
-    """Upright (height, width) by the first bytes of an image; (0, 0) if they are none."""
+    """Upright (height, width) by the first bytes of an image; (0, 0) if they cannot be read."""
     try:
         return upright_size(open_image(encoded))
     except Exception:  # whatever a broken file makes Pillow raise
         return 0, 0
 
 
-# Their index.
+# The index of a folder of shards.
 
 
 def to_line(shard: Shard) -> str:
-    return json.dumps(asdict(shard), separators=(",", ":"))  # in ASCII: names of files need be no UTF-8
+    entry = {INDEX_KEYS.get(name, name): value for name, value in asdict(shard).items()}
+    return json.dumps(entry, separators=(",", ":"))  # in ASCII, as names of files need not be UTF-8
 
 
 def read_lines(text: bytes, where: str) -> dict[str, Shard]:
-    """The lines of an index -> {name: shard}. Raises UserError, naming `where`, if they are none of ours."""
-    shards, known = {}, {f.name for f in fields(Shard)}
+    """The lines of an index -> {name: shard}. Raises UserError, naming the file `where`, if one is not valid."""
+    shards, attributes = {}, {INDEX_KEYS.get(f.name, f.name): f.name for f in fields(Shard)}
     for number, line in enumerate(text.splitlines(), 1):
         try:
-            told = json.loads(line)
-            shard = Shard(**{name: value for name, value in told.items() if name in known})
+            entry = json.loads(line)
+            shard = Shard(**{attributes[key]: value for key, value in entry.items() if key in attributes})
             shard.samples = [(str(key), *map(int, numbers)) for key, *numbers in shard.samples]
-            shard.uncaptioned, shard.latents = list(map(str, shard.uncaptioned)), bool(shard.latents)
-            shard.vae, shard.text = ([float(value) for value in probe] for probe in (shard.vae, shard.text))
+            shard.uncaptioned, shard.has_latents = list(map(str, shard.uncaptioned)), bool(shard.has_latents)
+            shard.vae_signature = [float(value) for value in shard.vae_signature]
+            shard.text_signature = [float(value) for value in shard.text_signature]
             for _, at, size, text_at, text_size, *pixels in shard.samples:
                 beyond = max(at + size, text_at + text_size) > shard.bytes or size > MOST_BYTES or text_size > MOST_TEXT
                 if beyond or min(at, size, text_at, text_size, *pixels) < 0 or max(pixels) >= 2**31 or len(pixels) != 2:
@@ -173,7 +192,8 @@ def read_lines(text: bytes, where: str) -> dict[str, Shard]:
             if PurePosixPath(shard.name).name != shard.name:
                 raise ValueError(f"{shard.name!r} leads out of the folder")
         except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise UserError(f"{where} line {number} is no line of an index ({error}): make it anew") from None
+            reason = f"is no line of an index ({error}): delete the index or write it anew"
+            raise UserError(f"{where} line {number} {reason}") from None
         shards[shard.name] = shard
     return shards
 
@@ -184,7 +204,8 @@ def read_index(folder: Path) -> dict[str, Shard]:
     return read_lines(path.read_bytes(), str(path)) if path.is_file() else {}
 
 
-# Writing them. Until all are there each has a line of its own beside it, name.tar.json: what is interrupted goes on from there.
+# Writing shards. Until all are written, the index line of each is in a file of its own, name.tar.json: an interrupted run finds
+# there which shards are done.
 
 
 def sidecar(folder: Path, name: str) -> Path:
@@ -192,12 +213,12 @@ def sidecar(folder: Path, name: str) -> Path:
 
 
 def unfinished(folder: Path) -> list[Path]:
-    """What tells that the writing of shards was interrupted."""
+    """The name.tar.json of shards whose writing was interrupted, or is going on; none once the index is written."""
     return sorted(folder.glob("*.tar.json"))
 
 
 def already_there(folder: Path) -> dict[str, Shard]:
-    """{name: shard} of those that were written whole, by the index and by an interrupted run."""
+    """{name: shard} of those that are complete, by the index and by the name.tar.json of an interrupted run."""
     lines = b"".join(path.read_bytes() + b"\n" for path in unfinished(folder))
     known = read_index(folder) | read_lines(lines, str(folder))
     size = {path.name: path.stat().st_size for path in folder.glob("*.tar")}
@@ -212,9 +233,10 @@ def write_shard(
     made_of: str = "",
     dhashes: Sequence[str] = (),
 ) -> Shard:
-    """Samples (key, {extension: content}, hash) -> folder/name, written aside and renamed when it is whole; no file for none.
+    """Samples (key, {extension: content}, hash) -> folder/name, written under a temporary name and renamed when it is complete.
+    Without samples no tar file is written.
 
-    `refused` and `dhashes` are looked at when all samples have been taken.
+    `refused` and `dhashes` may be filled while the samples are read: they are used after the last one.
     """
     path, hashes = folder / name, []
     part = path.with_name(f".{name}.part")
@@ -230,8 +252,8 @@ def write_shard(
     shard.hashes, shard.refused, shard.made_of, shard.dhashes = hashes, list(refused), made_of, list(dhashes)
     aside = path.with_name(f".{name}.json.part")
     aside.write_text(to_line(shard))
-    path.unlink(missing_ok=True)  # the old one must not pass for what the sidecar tells
-    aside.rename(sidecar(folder, name))  # before the shard: one without it may be somebody else's
+    path.unlink(missing_ok=True)  # an older shard must not be taken for the one that the sidecar describes
+    aside.rename(sidecar(folder, name))  # before the shard: without it the shard would look like one of unknown origin
     if hashes:
         part.rename(path)
     else:
@@ -252,15 +274,15 @@ def write_shards(folder: Path, name: str, samples: Iterable[dict], per_shard: in
 
 
 def finish(folder: Path, shards: list[Shard], replaced: Iterable[str]) -> None:
-    """Makes these the index, and removes those that they replace: from here on the folder can be read.
+    """Writes the index of `shards` and removes those named in `replaced` that are not among them: the folder is then complete.
 
-    Shards of other names that the index knows stay in it.
+    Other shards that are in the index stay in it.
     """
     new, replaced = {shard.name: shard for shard in shards}, set(replaced)
     others = {name: shard for name, shard in read_index(folder).items() if name not in replaced | new.keys()}
     lines = [to_line(shard) for _, shard in sorted((others | new).items())]
     for name in replaced - {shard.name for shard in shards if shard.samples}:
-        (folder / name).unlink(missing_ok=True)  # while the index knows it: later nobody would know whose it is
+        (folder / name).unlink(missing_ok=True)  # while it is in the index: afterwards its origin would be unknown
     aside = folder / f".{INDEX}.part"
     aside.write_text("\n".join(lines) + "\n")
     aside.rename(folder / INDEX)

@@ -1,4 +1,4 @@
-"""Where captioned images lie, in tar shards (remote.py: elsewhere) or a plain folder: looked up once, then read one by one."""
+"""Data sets of captioned images, in tar shards, local or remote, or in a plain folder: listed once, then read one by one."""
 
 import hashlib
 import json
@@ -14,28 +14,28 @@ from tqdm import tqdm
 
 from common.errors import UserError, printable
 from common.files import ROOT
-from dataset.disk_cache import NO_CACHE, Cache, NoCache
+from dataset.disk_cache import Cache
 from dataset.images import IMAGE_SUFFIXES, MOST_BYTES
-from dataset.packing import packed
+from dataset.packing import pack_tables
 from dataset.remote import HTTP, RemoteFile, Span, remote_shards, scheme_of
 from dataset.rows import parquet_tables
 from dataset.shards import HEAD, MOST_TEXT, Shard, read_index, size_of, split_captions, survey, unfinished
 
 DEMO = ROOT / "assets/demo/train"
 
-NO_NAME = re.compile("[\x00-\x1f\ud800-\udc7f\udd00-\udfff]")  # control characters; halves that stand for no byte of a name
+NO_NAME = re.compile("[\x00-\x1f\ud800-\udc7f\udd00-\udfff]")  # control characters; surrogates that encode no byte
 
 PLACE = np.dtype([(name, "i8") for name in ("file", "at", "size", "text_at", "text_size", "height", "width")])
 
 
 @dataclass(frozen=True)
 class File:
-    """One on disk; remote.RemoteFile is its like for others."""
+    """A local file; `remote.RemoteFile` is its counterpart on a server."""
 
     path: Path
 
     def read(self, *spans: Span) -> list[bytes]:
-        """These parts of it, short or empty where it ends before. Raises OSError."""
+        """The bytes of each span, fewer or none where the file ends too early. Raises OSError."""
         parts = []
         with self.path.open("rb") as file:
             for at, size in spans:
@@ -53,83 +53,85 @@ class EncodedSample:
 
 @dataclass
 class Source:
-    """A data set: for each usable sample the file that it lies in, where there, and its upright size in pixels (0: it cannot be
-    read); and the names of those without a caption.
+    """A data set. `places` has for every captioned sample its file, byte offset and upright height × width.
 
-    `fingerprint` is a SHA-256 of the names and sizes of its files, which a LoRA file then tells; their bytes are not read.
+    `fingerprint` is a SHA-256 of the names and sizes of the samples, without their bytes; LoRA files record it.
     """
 
     files: list[File | RemoteFile]
-    where: np.ndarray  # [N] PLACE
+    places: np.ndarray  # [N] PLACE; "file" is an index into `files`, a height and width of 0: the image cannot be read
     names: list[str]
-    captions: list[list[str]]  # [N] of a folder; empty for a shard's: they are read where they lie
-    uncaptioned: list[str]
+    captions: list[list[str]]  # [N] for a folder; empty for shards, whose captions are read with the images
+    uncaptioned: list[str]  # names of images without a caption
     fingerprint: str
-    cut: tuple[str, ...] = ()  # shards that end before their end
-    latents: bool = False  # ready-made, so that the VAE is not needed
-    mirrored: bool = False  # latents, each with those of the mirrored image
-    masked: bool = False  # latents, each with its loss mask
-    vae: tuple[float, ...] = ()  # of latents, if they tell it: the `vae_probe` of what made them
-    text: tuple[float, ...] = ()  # of latents with hidden states of the text encoders: the `text_probe` of these
+    truncated: tuple[str, ...] = ()  # names of shards whose file ends too early
+    has_latents: bool = False  # cached latents instead of images: the VAE is not needed
+    has_mirrored: bool = False  # every sample also has latents of the mirrored image
+    has_masks: bool = False  # every sample of latents has a loss mask
+    vae_signature: tuple[float, ...] = ()  # `model.vae.vae_signature` of the VAE that made the latents, if known
+    text_signature: tuple[float, ...] = ()  # signature of the text encoders, if their hidden states are cached too
     part: np.ndarray | None = None  # [N] number of the data set in a mixture
-    shares: tuple[float, ...] = ()  # of each in the draws of an epoch, in all 1
+    shares: tuple[float, ...] = ()  # of each data set in the draws of an epoch; they add up to 1
 
     @property
     def samples(self) -> int:
-        return len(self.where)
+        return len(self.places)
 
-    def raw(self, n: int) -> EncodedSample:
-        """Sample n, still encoded. What cannot be read is empty: it is then skipped and named like any broken image.
-        Raises UserError if it is not here and its server fails for good.
+    def read_sample(self, n: int) -> EncodedSample:
+        """Sample n, still encoded. If a local file cannot be read its image is empty, and is skipped like a broken one.
+
+        Raises UserError if a server fails after all tries.
         """
-        place, captions = self.where[n], self.captions[n] if self.captions else []
+        place, captions = self.places[n], self.captions[n] if self.captions else []
         spans = [(place["at"], place["size"])] + ([] if captions else [(place["text_at"], place["text_size"])])
         try:
             image, *text = self.files[place["file"]].read(*((int(at), int(size)) for at, size in spans))
         except OSError:
             image, text = b"", []
-        captions = captions or [line for told in text for line in split_captions(told)]
+        captions = captions or [line for encoded in text for line in split_captions(encoded)]
         return EncodedSample(self.names[n], image, captions or [""])
 
 
-def open_mixture(data: tuple[str, ...], cache: Cache | NoCache = NO_CACHE) -> Source:
-    """Every --data -> one source. 'a/:3' and 'b/:1' are drawn from three to one, whatever their sizes; without weights, each
-    sample once per epoch. Raises UserError as `open_source`, and for mistaken weights or a mixture of images and latents.
+def open_mixture(data: tuple[str, ...], cache: Cache | None = None) -> Source:
+    """The values of all --data -> one source. With weights ('a/:3' 'b/:1') three samples of a/ are drawn for each of b/,
+    whatever their sizes; without weights each sample is drawn once per epoch.
+
+    Raises UserError as `open_source`, and for invalid weights or a mixture of images and latents.
     """
-    pairs = [split_weight(one) for one in data or ("demo",)]
+    pairs = [split_weight(value) for value in data or ("demo",)]
     weights = [weight for _, weight in pairs if weight is not None]
     if weights and len(weights) < len(pairs):
         raise UserError(f"--data {' '.join(data)}: give all of them a weight (:3 at the end), or none")
-    sources = [open_source(one, cache) for one, _ in pairs]
-    if len({source.latents for source in sources}) > 1:
+    sources = [open_source(name, cache) for name, _ in pairs]
+    if len({source.has_latents for source in sources}) > 1:
         raise UserError(f"--data {' '.join(data)}: these hold both images and latents: train on one kind")
-    if len({(source.vae, source.text) for source in sources}) > 1:
+    if len({(source.vae_signature, source.text_signature) for source in sources}) > 1:
         raise UserError(f"--data {' '.join(data)}: these latents were made by several models")
     first, *others = sources
     if not others:
         return first
-    captions = [lines for source in sources for lines in source.captions or [[]] * source.samples]  # none: in the shard
-    where = [source.where.copy() for source in sources]
-    for n, places in enumerate(where):
-        places["file"] += sum(len(source.files) for source in sources[:n])
+    captions = [lines for source in sources for lines in source.captions or [[]] * source.samples]
+    places = [source.places.copy() for source in sources]
+    for n, part in enumerate(places):
+        part["file"] += sum(len(source.files) for source in sources[:n])
     return replace(
         first,
         files=[file for source in sources for file in source.files],
-        where=np.concatenate(where),
+        places=np.concatenate(places),
         names=[name for source in sources for name in source.names],
         captions=captions,
         uncaptioned=[name for source in sources for name in source.uncaptioned],
-        cut=tuple(name for source in sources for name in source.cut),
+        truncated=tuple(name for source in sources for name in source.truncated),
         fingerprint=hashlib.sha256(" ".join(source.fingerprint for source in sources).encode()).hexdigest(),
-        mirrored=all(source.mirrored for source in sources),
-        masked=all(source.masked for source in sources),
+        has_mirrored=all(source.has_mirrored for source in sources),
+        has_masks=all(source.has_masks for source in sources),
         part=np.repeat(range(len(sources)), [source.samples for source in sources]),
         shares=tuple(weight / sum(weights) for weight in weights),
     )
 
 
 def split_weight(data: str) -> tuple[str, float | None]:
-    """'shards/:3' -> ('shards/', 3.0); None where there is none. Raises UserError if it is 0, or as `scheme_of`."""
+    """'shards/:3' -> ('shards/', 3.0), 'shards/' -> ('shards/', None). Raises UserError if it is 0, or as `scheme_of`."""
     scheme = scheme_of(data)
     name, colon, weight = data.rpartition(":")
     try:
@@ -144,13 +146,13 @@ def split_weight(data: str) -> tuple[str, float | None]:
     return name, value
 
 
-def open_source(data: str, cache: Cache | NoCache = NO_CACHE) -> Source:
-    """--data -> its source, after one look at every file's header. Parquet files are packed into shards first; `cache` is for
-    what is loaded from elsewhere.
+def open_source(data: str, cache: Cache | None = None) -> Source:
+    """One value of --data -> its source, after reading the header of every file. Parquet files are packed into shards first.
 
-    Raises UserError if there is nothing there, a shard cannot be trusted or no image has a caption.
+    `cache` keeps what is loaded from a server. Raises UserError if nothing is there, a shard cannot be trusted or no image has
+    a caption.
     """
-    if not data:  # as an unset variable of a shell gives it; Path("") would be the working directory
+    if not data:  # from an unset shell variable; Path("") would be the working directory
         raise UserError("--data is empty")
     path = DEMO if data == "demo" else Path(data)
     refused: list[str] = []
@@ -162,22 +164,22 @@ def open_source(data: str, cache: Cache | NoCache = NO_CACHE) -> Source:
             shards = remote_shards(expand(data), cache)
         else:
             if tables := parquet_tables(path):
-                path, refused = packed(tables)
+                path, refused = pack_tables(tables)
             shards = [(File(tar), shard) for tar, shard in local_shards(path)]
         source = of_shards(shards) if shards else scan_folder(path)
     except OSError as error:
         raise UserError(f"--data {data}: {error}") from None
     source.uncaptioned.extend(refused)
     if not source.samples:
-        lacking = len(source.uncaptioned)
-        how = f"{lacking} have none: put name.txt beside name.jpg, or a metadata.jsonl with file_name and text"
-        raise UserError(
-            f"--data {data}: no image with a caption there ({how if lacking else 'no ' + ', '.join(IMAGE_SUFFIXES)})"
-        )
+        reason = "no " + ", ".join(IMAGE_SUFFIXES)
+        if lacking := len(source.uncaptioned):
+            reason = f"{lacking} have none: put name.txt beside name.jpg, or a metadata.jsonl with file_name and text"
+        raise UserError(f"--data {data}: no image with a caption there ({reason})")
     return source
 
 
 def expand(pattern: str) -> list[str]:
+    """'{0..2}.tar' -> ['0.tar', '1.tar', '2.tar']. Raises UserError if a brace is not closed."""
     try:
         return list(braceexpand(pattern))
     except UnbalancedBracesError:
@@ -185,9 +187,9 @@ def expand(pattern: str) -> list[str]:
 
 
 def local_shards(path: Path) -> list[tuple[Path, Shard]]:
-    """The tar files of a folder or of a brace pattern and what is in them; none for a folder of images.
+    """The tar files of a folder or of a brace pattern, with the contents of each; none for a folder of images.
 
-    What the index beside them tells is taken for it where the size of the file agrees.
+    The contents are those in the index next to the file if it has the file's size, otherwise the file's headers are read.
     """
     tars = sorted(path.glob("*.tar")) if path.is_dir() else [Path(name) for name in expand(str(path))]
     index = {folder: read_index(folder) for folder in {tar.parent for tar in tars}}
@@ -201,71 +203,77 @@ def local_shards(path: Path) -> list[tuple[Path, Shard]]:
             raise UserError(f"--data {path}: the writing of these shards was interrupted: the same command goes on with it")
     shards = []
     for tar in tqdm(tars, desc="looking through the shards", unit="shard", delay=2, leave=False):
-        known = index[tar.parent].get(tar.name)
-        shards.append((tar, known if known and known.bytes == tar.stat().st_size else survey(tar)))
+        shard = index[tar.parent].get(tar.name)
+        if shard is None or shard.bytes != tar.stat().st_size:
+            shard = survey(tar)
+        shards.append((tar, shard))
     return shards
 
 
 def of_shards(shards: Sequence[tuple[File | RemoteFile, Shard]]) -> Source:
-    """Raises UserError if some hold images and others latents, or latents of several VAEs."""
-    shards = [(file, shard) for file, shard in shards if shard.samples or shard.uncaptioned or shard.cut]
+    """One source of several shards. Raises UserError for both images and latents, or for latents that several models made."""
+    shards = [(file, shard) for file, shard in shards if shard.samples or shard.uncaptioned or shard.truncated]
     full = [shard for _, shard in shards if shard.samples]
-    if len({shard.latents for shard in full}) > 1:
-        raise UserError("--data: these shards hold both images and latents: train on one kind")
-    if len({(tuple(shard.vae), tuple(shard.text)) for shard in full}) > 1:
-        raise UserError("--data: these latents were made by several models: make them anew with scripts/cache_latents.py")
+    by_kind = {shard.has_latents: shard.name for shard in full}
+    if len(by_kind) > 1:
+        raise UserError(f"{by_kind[False]} and {by_kind[True]} hold both images and latents: train on one kind")
+    by_model = {(tuple(shard.vae_signature), tuple(shard.text_signature)): shard.name for shard in full}
+    if len(by_model) > 1:
+        names = " and ".join(list(by_model.values())[:2])
+        raise UserError(f"the latents of {names} were made by several models: make them anew with scripts/cache_latents.py")
     digest = hashlib.sha256()
     for shard in full:
         digest.update(json.dumps([(key, size, text_size) for key, _, size, _, text_size, *_ in shard.samples]).encode())
     places = [(number, *sample[1:]) for number, (_, shard) in enumerate(shards) for sample in shard.samples]
     return Source(
         files=[file for file, _ in shards],
-        where=np.array(places, PLACE),
+        places=np.array(places, PLACE),
         names=[printable(f"{shard.name}:{key}") for shard in full for key, *_ in shard.samples],
         captions=[],
         uncaptioned=[printable(f"{shard.name}:{key}") for _, shard in shards for key in shard.uncaptioned],
         fingerprint=digest.hexdigest(),
-        cut=tuple(printable(shard.name) for _, shard in shards if shard.cut),
-        latents=all(shard.latents for shard in full) and bool(full),
-        mirrored=all(shard.mirrored for shard in full) and bool(full),
-        masked=all(shard.masked for shard in full) and bool(full),
-        vae=tuple(full[0].vae) if full else (),
-        text=tuple(full[0].text) if full else (),
+        truncated=tuple(printable(shard.name) for _, shard in shards if shard.truncated),
+        has_latents=all(shard.has_latents for shard in full) and bool(full),
+        has_mirrored=all(shard.has_mirrored for shard in full) and bool(full),
+        has_masks=all(shard.has_masks for shard in full) and bool(full),
+        vae_signature=tuple(full[0].vae_signature) if full else (),
+        text_signature=tuple(full[0].text_signature) if full else (),
     )
 
 
 def scan_folder(folder: Path) -> Source:
     """name.jpg with name.txt beside it, or a metadata.jsonl of {"file_name": …, "text": …} (Hugging Face imagefolder).
 
-    Images that cannot be read are among them, without a size. Raises UserError for lines of metadata.jsonl that are none.
+    Images that cannot be read are included, with a height and width of 0. Raises UserError for invalid lines of metadata.jsonl.
     """
-    told = {}
+    listed = {}  # path: captions by metadata.jsonl, encoded for `split_captions`
     for metadata in filter(Path.is_file, folder.rglob("metadata.jsonl")):
         text = metadata.read_text("utf-8-sig", "replace")
-        for number, line in enumerate(text.split("\n"), 1):  # splitlines() would take characters of JSON for ends too
+        for number, line in enumerate(text.split("\n"), 1):  # splitlines() would also split at U+2028 in a text
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
                 name, text = PurePosixPath(row["file_name"]), row["text"] or ""
             except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise UserError(f"--data: {metadata} line {number}: needs file_name and text ({error})") from None
+                raise UserError(f"{metadata} line {number}: needs file_name and text ({error})") from None
             if name.is_absolute() or ".." in name.parts or NO_NAME.search(str(name)):
-                raise UserError(f"--data: {metadata} line {number}: {str(name)!r} is no name in this folder")
-            told[metadata.parent / name] = json.dumps({"captions": text}).encode()
+                raise UserError(f"{metadata} line {number}: {str(name)!r} is no name in this folder")
+            listed[metadata.parent / name] = json.dumps({"captions": text}).encode()
     files: list[Path] = []
     places, captions, uncaptioned, digest = [], [], [], hashlib.sha256()
-    named = {path for path in {*folder.rglob("*"), *told} if path.suffix.lower().lstrip(".") in IMAGE_SUFFIXES}
-    there = sorted(path for path in named if path.is_file() or not path.exists())  # also links to nowhere; no folders, no pipes
-    for path in tqdm(there, desc="looking through the folder", unit="img", delay=2, leave=False):
-        lines = split_captions(told.get(path, b"")) or split_captions(text_beside(path))
+    named = {path for path in {*folder.rglob("*"), *listed} if path.suffix.lower().lstrip(".") in IMAGE_SUFFIXES}
+    paths = sorted(path for path in named if path.is_file() or not path.exists())  # also broken links; no folders, no pipes
+    for path in tqdm(paths, desc="looking through the folder", unit="img", delay=2, leave=False):
+        lines = split_captions(listed.get(path, b"")) or split_captions(text_beside(path))
         try:
             size = path.stat().st_size
-            size *= size <= MOST_BYTES  # else it is skipped
+            if size > MOST_BYTES:
+                size = 0  # training skips it, as an image that cannot be read
             with path.open("rb") as file:
                 pixels = size_of(file.read(min(size, HEAD)))
             pixels = size_of(path.read_bytes()) if pixels == (0, 0) and size > HEAD else pixels
-        except OSError:  # a link to nowhere, or not ours to read: it is skipped and named
+        except OSError:  # a broken link, or no permission: training skips it and reports its name
             size, pixels = 0, (0, 0)
         digest.update(json.dumps([str(path.relative_to(folder)), size, lines]).encode())
         if lines:
@@ -279,7 +287,7 @@ def scan_folder(folder: Path) -> Source:
 
 
 def text_beside(image: Path) -> bytes:
-    """Of name.jpg that of name.txt; none if there is no such file of up to MOST_TEXT bytes."""
+    """The bytes of name.txt for name.jpg; none without such a file of up to MOST_TEXT bytes."""
     path = image.with_suffix(".txt")
     try:
         return path.read_bytes() if path.is_file() and path.stat().st_size <= MOST_TEXT else b""

@@ -1,4 +1,4 @@
-"""Work done by several forked processes."""
+"""Runs jobs in several forked processes."""
 
 import ctypes
 import multiprocessing
@@ -15,54 +15,57 @@ from common.signals import blocked_signals
 Tick = Callable[[], None]  # moves the progress bar by one image
 
 
-# Several processes.
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
-FORKED: tuple  # of a worker: what it was forked with
+FORKED: tuple  # in a worker: (work, jobs, counter), inherited through the fork
 
 
 def cores() -> int:
-    """That this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def enter_worker(parent: int, *forked: object) -> None:
+    """Prepares a worker process. It is killed when its parent, of process id `parent`, ends."""
     global FORKED
     FORKED = forked
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the parent decides
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # an orphan would wait for work for ever
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # an orphan would wait for work forever
     if os.getppid() != parent:
         os._exit(1)
 
 
 def run_forked(number: int) -> Any:
-    work, jobs, count = FORKED
+    work, jobs, counter = FORKED
 
     def tick() -> None:
-        with count.get_lock():
-            count.value += 1
+        with counter.get_lock():
+            counter.value += 1
 
     return work(jobs[number], tick)
 
 
 def in_parallel(work: Callable[[Any, Tick], Any], jobs: Sequence, workers: int, bar: tqdm) -> list:
-    """[work(job, tick) for job in jobs] by forked processes, so that only results are pickled. The first error ends it."""
+    """[work(job, tick) for job in jobs], by up to `workers` processes. As they are forked, only results need to be picklable.
+
+    The first error ends all of them and is raised.
+    """
     context, before = multiprocessing.get_context("fork"), bar.n
-    count = context.Value("q", 0)
-    executor = ProcessPoolExecutor(min(workers, len(jobs)) or 1, context, enter_worker, (os.getpid(), work, jobs, count))
+    counter = context.Value("q", 0)
+    executor = ProcessPoolExecutor(min(workers, len(jobs)) or 1, context, enter_worker, (os.getpid(), work, jobs, counter))
     with bar, executor:
-        with blocked_signals():  # the first call forks all workers
+        with blocked_signals():  # the first submit() forks all workers
             results = [executor.submit(run_forked, number) for number in range(len(jobs))]
             pending = set(results)
         try:
             while pending:
                 done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
-                bar.update(before + count.value - bar.n)
-                for one in done:
-                    one.result()
-        except BaseException:  # Ctrl-C too: what is being written is not waited for
+                bar.update(before + counter.value - bar.n)
+                for future in done:
+                    future.result()
+        except BaseException:  # also Ctrl-C: jobs in progress are killed
             executor.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
                 process.kill()
             raise
-    return [one.result() for one in results]
+    return [future.result() for future in results]

@@ -88,7 +88,7 @@ class Report:
             "model": f"{flags['model']}: U-Net and text encoders {total:,} parameters, frozen; {stream.resolution} px",
             "LoRA": f"rank {flags['rank']} on {layers} layers, {trained:,} parameters trained: {100 * trained / total:.2f} %",
             "data": f"{source.samples} images with a caption, {len(source.uncaptioned)} without",
-            "cut short": f"{', '.join(source.cut)}: the samples before the cut are used" if source.cut else "",
+            "cut short": f"{', '.join(source.truncated)}: the samples before the cut are used" if source.truncated else "",
             "buckets": stream.describe(),
             "batch": f"{flags['bs']} × {flags['grad_accum']} accumulated × {processes} processes = {samples}",
             "steps": f"{self.steps}: each image {epochs:.3g} times, on average",

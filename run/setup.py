@@ -28,7 +28,7 @@ def check_together(source: Source, pipe: Any, name: str, captions: CaptionConfig
 
     `name`: --model. `cached_text`: the text is read from the shards.
     """
-    if source.vae and not same_signature(source.vae, vae_signature(pipe.vae)):
+    if source.vae_signature and not same_signature(source.vae_signature, vae_signature(pipe.vae)):
         raise UserError(f"--data: these latents were made by another VAE than that of --model {name}")
     if cached_text and (captions.shuffle_tags or captions.caption_prefix or captions.max_tokens > 75):
         raise UserError(
@@ -57,7 +57,7 @@ class TrainingModel:
             encoders = [pipe.text_encoder, pipe.text_encoder_2]
             self.kept_on_host += encoders
             with temporarily_on(device, encoders):
-                if not same_signature(source.text, self.full_denoiser.text_signature()):
+                if not same_signature(source.text_signature, self.full_denoiser.text_signature()):
                     raise UserError(f"--data: its text was encoded by other encoders than those of --model {name}")
                 self.text_inputs = CachedText(self.full_denoiser.empty_text())
         else:

@@ -1,14 +1,13 @@
-"""Encodes images once: shards of latents, which training reads instead of them and then needs no VAE.
+"""Encodes images once into shards of latents. Training reads these instead of the images and needs no VAE.
 
     python scripts/cache_latents.py shards/ --out latents/ --model sdxl
     torchrun train_lora.py --model sdxl --data latents/ --rank 8 --bs 3
-    torchrun --nproc-per-node 2 scripts/cache_latents.py shards/ --out latents/ --model sdxl    a part for each GPU
+    torchrun --nproc-per-node 2 scripts/cache_latents.py shards/ --out latents/ --model sdxl    shared by 2 GPUs
     python scripts/cache_latents.py shards/ --out latents/ --model sdxl --text 4 --shuffle-tags  for --no-train-text-encoder
 
-Mean and deviation of every posterior are kept, in float16, so that each epoch draws its own sample of it; with them go the
-captions, the original size and the crop. What was interrupted goes on with the same command. Run again after a change, it
-encodes anew what has changed and takes the rest from what is there: an entry is known by the SHA-256 of its image, bucket
-and weights.
+Mean and standard deviation of every posterior are kept, in float16, so that each epoch can draw a new sample from it; and the
+captions, the original size and the crop. Run the same command again after an interruption: it continues. After a change of the
+images or options it encodes only what has changed: an entry is identified by the SHA-256 of its image, bucket and weights.
 """
 
 import hashlib
@@ -31,6 +30,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.errors import UserError, one_line_errors
 from common.files import check_writable
+from common.options import check_options, option
 from data import DataConfig, assign_buckets, decode, describe_buckets, normalise, read_by_workers
 from dataset.captions import CaptionConfig, choose_caption
 from dataset.latents import LATENTS, pack_latents, unpack_text, with_text
@@ -43,19 +43,19 @@ from model.text import tokenize
 from model.vae import encode_pixels, hash_weights, vae_signature
 from run.ranks import Ranks, join_ranks, leave_ranks
 
-FORMAT = "1"  # of an entry: another number makes all of them anew
+FORMAT = "1"  # of an entry: with another number all entries are made anew
 
 
 @dataclass(frozen=True)
 class CacheConfig:
     data: Annotated[str, tyro.conf.Positional]
-    """Images, as train_lora.py's --data."""
+    """The images: one value of train_lora.py's --data."""
     out: Path
     """Folder for the shards."""
     name: str = "latents"
     """Shards are called name-000000-….tar, name-000001-….tar, …"""
     model: str = "demo"
-    """Whose VAE and text encoders; as train_lora.py's --model."""
+    """The model whose VAE and text encoders are used, as train_lora.py's --model."""
     resolution: int | None = None
     """Side in pixels of the square whose area the images get. None: the model's own."""
     buckets: bool = True
@@ -65,19 +65,19 @@ class CacheConfig:
     flip: bool = False
     """Encode every image mirrored too, so that training may use --flip: twice the work and the size."""
     masked_loss: bool = False
-    """As train_lora.py's --masked-loss, which needs it here too: the masks are kept beside the latents."""
-    text: int = 0
-    """Keep also what the text encoders make of so many variants of the captions: with --no-train-text-encoder training then
-    needs neither encoder on the card. 0: none. A variant of SDXL takes 0.3 MB, latents of 1024 × 1024 0.25."""
+    """Also keep the loss masks, which train_lora.py's --masked-loss then needs."""
+    text: int = option(0, at_least=0)
+    """Also keep the hidden states of so many variants of the captions: with --no-train-text-encoder training then needs neither
+    text encoder on the GPU. 0: none. With SDXL a variant takes 0.3 MB, the latents of 1024 × 1024 pixels 0.25 MB."""
     shuffle_tags: bool = False
-    """As train_lora.py's, for each variant."""
+    """As train_lora.py's --shuffle-tags, for each variant."""
     keep_tags: int = 0
-    """As train_lora.py's, for each variant."""
+    """As train_lora.py's --keep-tags, for each variant."""
     caption_prefix: str = ""
-    """As train_lora.py's, for each variant."""
-    per_shard: int = 500
+    """As train_lora.py's --caption-prefix, for each variant."""
+    per_shard: int = option(500, at_least=1)
     """Images in a shard."""
-    workers: int = 2
+    workers: int = option(2, at_least=0)
     """Processes per rank that read and decode."""
     device: str = "auto"
     """'auto', 'cuda', 'cpu'."""
@@ -85,9 +85,7 @@ class CacheConfig:
     def __post_init__(self) -> None:
         if Path(self.name).name != self.name:
             raise UserError(f"--name {self.name!r} must be a plain file name")
-        for flag, least in (("per_shard", 1), ("workers", 0), ("text", 0)):
-            if getattr(self, flag) < least:
-                raise UserError(f"--{flag.replace('_', '-')} must be at least {least}, not {getattr(self, flag)}")
+        check_options(self)
         if not self.text and (self.shuffle_tags or self.caption_prefix):
             raise UserError("--shuffle-tags and --caption-prefix do nothing here without --text: training applies them")
         CaptionConfig(shuffle_tags=self.shuffle_tags, keep_tags=self.keep_tags)  # checks them
@@ -101,50 +99,52 @@ def sha256(*parts: object) -> str:
 
 
 @dataclass
-class Entries(Dataset):
-    """What entry n of the cache is made of."""
+class Keys(Dataset):
+    """Item n: the keys of entry n of the cache, which change with everything that its latents or its text depend on."""
 
     source: Source
-    buckets: list[tuple[int, int]]  # [N] size for each
+    buckets: list[tuple[int, int]]  # [N] size of each image's bucket
     config: CacheConfig
     weights: tuple[str, str]  # digests of the VAE and of the text encoders
 
-    def captions(self, image: str, given: list[str]) -> list[str]:
-        """What is told of it: those given, or their variants; a function of the image's SHA-256 and of these."""
-        asked = self.config
-        how = CaptionConfig(shuffle_tags=asked.shuffle_tags, keep_tags=asked.keep_tags, caption_prefix=asked.caption_prefix)
-        turns = [(given[k % len(given)], random.Random(f"{image} variant {k}")) for k in range(asked.text)]
-        return list(dict.fromkeys(filter(None, (choose_caption([one], how, rng) for one, rng in turns)))) or given
+    def captions(self, image: str, captions: list[str]) -> list[str]:
+        """The captions that are kept: with --text, variants drawn by a generator that the image's SHA-256 `image` seeds."""
+        c = self.config
+        options = CaptionConfig(shuffle_tags=c.shuffle_tags, keep_tags=c.keep_tags, caption_prefix=c.caption_prefix)
+        drawn = [
+            choose_caption([captions[k % len(captions)]], options, random.Random(f"{image} variant {k}")) for k in range(c.text)
+        ]
+        return list(dict.fromkeys(filter(None, drawn))) or captions  # without repetitions and empty ones
 
     def __getitem__(self, n: int) -> tuple[str, str]:
-        """(SHA-256 of all that its latents depend on, SHA-256 of all that its text does)."""
-        raw, asked = self.source.raw(n), self.config
+        """(SHA-256 of all that the latents depend on, SHA-256 of all that the text depends on)."""
+        raw, config = self.source.read_sample(n), self.config
         image = hashlib.sha256(raw.image).hexdigest()
-        latents = sha256(FORMAT, image, self.buckets[n], asked.flip, asked.masked_loss, self.weights[0])
-        return latents, sha256(FORMAT, self.captions(image, raw.captions), self.weights[1] if asked.text else "")
+        latents = sha256(FORMAT, image, self.buckets[n], config.flip, config.masked_loss, self.weights[0])
+        return latents, sha256(FORMAT, self.captions(image, raw.captions), self.weights[1] if config.text else "")
 
 
 @dataclass
 class Pictures(Dataset):
-    """Sample n: (name, captions, its pictures as `data.decode` gives them, as it is and mirrored; or why there are none)."""
+    """Item n: (name, captions, results of `data.decode` for the image and, with --flip, its mirror image; or why it failed)."""
 
-    entries: Entries
-    skip: set[int]  # whose pictures are not needed
+    keys: Keys
+    skip: set[int]  # numbers of samples whose pictures are not needed
 
     def __getitem__(self, n: int) -> tuple[str, list[str], list[tuple] | str]:
-        entries, raw = self.entries, self.entries.source.raw(n)
-        captions = entries.captions(hashlib.sha256(raw.image).hexdigest(), raw.captions)
+        keys, raw = self.keys, self.keys.source.read_sample(n)
+        captions = keys.captions(hashlib.sha256(raw.image).hexdigest(), raw.captions)
         if n in self.skip:
             return raw.name, captions, []
         try:
-            flips = (False, True) if entries.config.flip else (False,)
-            return raw.name, captions, [decode(raw, entries.buckets[n], flip, entries.config.masked_loss) for flip in flips]
+            flips = (False, True) if keys.config.flip else (False,)
+            return raw.name, captions, [decode(raw, keys.buckets[n], flip, keys.config.masked_loss) for flip in flips]
         except Exception as error:  # whatever a broken file makes Pillow raise
             return raw.name, captions, str(error)
 
 
-def ahead(dataset: Dataset, numbers: list[int], workers: int) -> Iterator:
-    """These items, in this order."""
+def read_in_order(dataset: Dataset, numbers: list[int], workers: int) -> Iterator:
+    """dataset[n] for n in `numbers`, by worker processes. As `collate_fn` does nothing, NumPy arrays do not become tensors."""
     return read_by_workers(dataset, workers, sampler=numbers, collate_fn=lambda item: item)
 
 
@@ -152,18 +152,21 @@ def ahead(dataset: Dataset, numbers: list[int], workers: int) -> Iterator:
 
 
 class Encoder:
-    """The model's half: pictures -> latents, captions -> hidden states, both in float32 as it is done once."""
+    """Pictures -> latents, captions -> hidden states, by the model in float32: the time is spent only once."""
 
     def __init__(self, pipe, text: bool, device: torch.device):
         self.vae, self.text, self.device = pipe.vae.to(device), None, device
-        self.probes = {"vae": vae_signature(self.vae)}
+        self.signatures = {"vae": vae_signature(self.vae)}
         if text:
             pipe.text_encoder.to(device), pipe.text_encoder_2.to(device)
             self.text = Denoiser(pipe)
-            self.probes["text"] = self.text.text_signature()
+            self.signatures["text"] = self.text.text_signature()
 
     def latents(self, pictures: list[tuple]) -> bytes:
-        """Raises ValueError if they are not finite in float16."""
+        """`data.decode`'s results for an image, and its mirror image if any -> packed latents.
+
+        Raises ValueError if they are not finite in float16.
+        """
         encoded = [(self.posterior(pixels), crop, *mask) for pixels, _, crop, *mask in pictures]
         if not all(posterior.half().isfinite().all() for posterior, *_ in encoded):
             raise ValueError("its latents are not finite in float16")
@@ -171,11 +174,12 @@ class Encoder:
         return pack_latents(posterior, pictures[0][1], crop, mirrored[0] if mirrored else (), tuple(mask))
 
     def posterior(self, pixels: np.ndarray) -> torch.Tensor:
+        """Pixels [h, w, 3] uint8 -> mean and standard deviation [8, h/8, w/8], float32, on the CPU."""
         return encode_pixels(self.vae, normalise(torch.tensor(pixels)[None].to(self.device)))[0].cpu()
 
     @torch.no_grad()
     def states(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Context [K, 77, d1 + d2] and pooled [K, d2]; None where text is not asked for."""
+        """Context [K, 77, d1 + d2] and pooled [K, d2]; None without --text."""
         if self.text is None:
             return None
         tokens = tokenize(self.text.tokenizers, captions).to(self.device)
@@ -183,41 +187,43 @@ class Encoder:
         return context, pooled
 
 
-class Old:
-    """Entries that are there from before, by the SHA-256 of what their latents depend on."""
+class Cached:
+    """Entries in existing shards, by the key of their latents."""
 
-    def __init__(self, folder: Path, there: dict[str, Shard]):
-        shards = there.values()
-        self.place = {h: (folder / s.name, sample) for s in shards for h, sample in zip(s.hashes, s.samples, strict=True)}
+    def __init__(self, folder: Path, existing: dict[str, Shard]):
+        shards = existing.values()
+        self.places = {h: (folder / s.name, sample) for s in shards for h, sample in zip(s.hashes, s.samples, strict=True)}
 
-    def read(self, latents_of: str) -> tuple[bytes, dict]:
-        """The packed latents and what the .json tells."""
-        path, (_, at, size, text_at, text_size, *_) = self.place[latents_of]
-        packed, told = File(path).read((at, size), (text_at, text_size))
-        return packed, json.loads(told)
+    def read(self, latents_key: str) -> tuple[bytes, dict]:
+        """The packed latents and the contents of the .json."""
+        path, (_, at, size, text_at, text_size, *_) = self.places[latents_key]
+        packed, metadata = File(path).read((at, size), (text_at, text_size))
+        return packed, json.loads(metadata)
 
 
-def entry(sample: tuple, keys: tuple[str, str], old: Old, encoder: Encoder) -> dict:
-    """One sample of a shard, from what is there and what has to be encoded. Raises ValueError if it cannot be used."""
-    (_, captions, pictures), (latents_of, text_of) = sample, keys
-    told: dict = {}
+def make_entry(sample: tuple, keys: tuple[str, str], cached: Cached, encoder: Encoder) -> dict:
+    """An item of `Pictures` -> {extension: content}. Encodes what is not cached. Raises ValueError if it cannot be used."""
+    (_, captions, pictures), (latents_key, text_key) = sample, keys
+    metadata: dict = {}
     if isinstance(pictures, str):
         raise ValueError(pictures)
-    if latents_of in old.place:
-        packed, told = old.read(latents_of)
+    if latents_key in cached.places:
+        packed, metadata = cached.read(latents_key)
     else:
         packed = encoder.latents(pictures)
-    kept = encoder.text and told.get("text_of") == text_of
-    packed = with_text(packed, unpack_text(packed) if kept else encoder.states(captions))
-    about = {"captions": captions, "text_of": text_of, **encoder.probes}
-    return {LATENTS: packed, "json": json.dumps(about, ensure_ascii=False)}
+    keep_text = encoder.text and metadata.get("text_of") == text_key
+    packed = with_text(packed, unpack_text(packed) if keep_text else encoder.states(captions))
+    metadata = {"captions": captions, "text_of": text_key, **encoder.signatures}
+    return {LATENTS: packed, "json": json.dumps(metadata, ensure_ascii=False)}
 
 
-def usable(pictures: Iterator, numbers: range, keys: dict, old: Old, encoder: Encoder, refused: list[str]) -> Iterator[tuple]:
-    """Samples for `write_shard`; what cannot be used goes to `refused`, with the reason."""
+def make_entries(
+    pictures: Iterator, numbers: range, keys: dict, cached: Cached, encoder: Encoder, refused: list[str]
+) -> Iterator[tuple]:
+    """Samples for `write_shard`. Those that cannot be used are added to `refused`, with the reason."""
     for n, sample in zip(numbers, islice(pictures, len(numbers)), strict=True):
         try:
-            yield f"{n:08d}", entry(sample, keys[n], old, encoder), keys[n][0]
+            yield f"{n:08d}", make_entry(sample, keys[n], cached, encoder), keys[n][0]
         except ValueError as error:
             refused.append(f"{sample[0]} ({error})")
 
@@ -225,58 +231,58 @@ def usable(pictures: Iterator, numbers: range, keys: dict, old: Old, encoder: En
 def main(config: CacheConfig) -> None:
     # Data and model.
     device = resolve_device(config.device)
-    ranks = join_ranks(device, timeout=7 * 86400)  # one may be done long before another
+    ranks = join_ranks(device, timeout=7 * 86400)  # seconds: a rank that is done waits for the others
     source = open_source(config.data)
-    if source.latents:
+    if source.has_latents:
         raise UserError(f"{config.data} holds latents already")
     if ranks.is_first:
         check_writable("--out", config.out)
-    ranks.broadcast(None)  # the others wait for the folder
+    ranks.broadcast(None)  # the others wait until the folder exists
     pipe = read_sdxl(config.model, torch.float32, unet=False)
     weights = hash_weights(pipe.vae), hash_weights(pipe.text_encoder, pipe.text_encoder_2) if config.text else ""
     encoder = Encoder(pipe, bool(config.text), device)
     resolution = config.resolution or native_resolution(pipe)
-    how = DataConfig(resolution=resolution, buckets=config.buckets, bucket_step=config.bucket_step)
-    sizes, bucket = assign_buckets(source, how, resolution)
+    options = DataConfig(resolution=resolution, buckets=config.buckets, bucket_step=config.bucket_step)
+    sizes, bucket = assign_buckets(source, options, resolution)
     if ranks.is_first:
         print(f"{source.samples} images at {resolution} px: {describe_buckets(source, sizes, bucket)}", flush=True)
 
-    # What is to be done: this rank's shards, but for those that are there.
-    there = already_there(config.out)
-    old, entries = Old(config.out, there), Entries(source, [sizes[b] for b in bucket], config, weights)
+    # This rank's shards, and which of them have to be written.
+    existing = already_there(config.out)
+    cached, entry_keys = Cached(config.out, existing), Keys(source, [sizes[b] for b in bucket], config, weights)
     runs = [range(n, min(n + config.per_shard, source.samples)) for n in range(0, source.samples, config.per_shard)]
-    mine = {number: runs[number] for number in range(ranks.rank, len(runs), ranks.world)}
-    numbers = [n for run in mine.values() for n in run]
-    looked_at = tqdm(ahead(entries, numbers, config.workers), "looking at the images", len(numbers), disable=not ranks.is_first)
-    keys = dict(zip(numbers, looked_at, strict=True))
-    made_of = {number: sha256([keys[n] for n in run], config.text) for number, run in mine.items()}
-    names = {number: f"{config.name}-{number:06d}-{made_of[number][:8]}.tar" for number in mine}
-    todo = [number for number in mine if names[number] not in there]
+    runs_of_rank = {number: runs[number] for number in range(ranks.rank, len(runs), ranks.world)}
+    numbers = [n for run in runs_of_rank.values() for n in run]
+    items = read_in_order(entry_keys, numbers, config.workers)
+    bar = tqdm(items, "looking at the images", len(numbers), disable=not ranks.is_first)
+    keys = dict(zip(numbers, bar, strict=True))
+    made_of = {number: sha256([keys[n] for n in run], config.text) for number, run in runs_of_rank.items()}
+    names = {number: f"{config.name}-{number:06d}-{made_of[number][:8]}.tar" for number in runs_of_rank}
+    todo = [number for number in runs_of_rank if names[number] not in existing]
 
     # Encoding.
-    numbers = [n for number in todo for n in mine[number]]
-    pictures = Pictures(entries, {n for n in numbers if keys[n][0] in old.place})
-    bar = tqdm(ahead(pictures, numbers, config.workers), "encoding", len(numbers), unit="img", disable=not ranks.is_first)
-    pictures = iter(bar)
+    numbers = [n for number in todo for n in runs_of_rank[number]]
+    items = read_in_order(Pictures(entry_keys, {n for n in numbers if keys[n][0] in cached.places}), numbers, config.workers)
+    pictures = iter(tqdm(items, "encoding", len(numbers), unit="img", disable=not ranks.is_first))
     for number in todo:
         refused: list[str] = []
-        samples = usable(pictures, mine[number], keys, old, encoder, refused)
+        samples = make_entries(pictures, runs_of_rank[number], keys, cached, encoder, refused)
         write_shard(config.out, names[number], samples, refused, made_of[number])
-    next(pictures, None)  # there is none: the bar ends its line
-    finish_all(config, ranks.union(set(names.values())), set(old.place), ranks)
+    next(pictures, None)  # reads past the last item, so that tqdm closes the bar
+    finish_all(config, ranks.union(set(names.values())), set(cached.places), ranks)
     leave_ranks()
 
 
-def finish_all(config: CacheConfig, names: set[str], old: set[str], ranks: Ranks) -> None:
-    """When every rank is done, the first makes the index and tells what was done."""
+def finish_all(config: CacheConfig, names: set[str], cached: set[str], ranks: Ranks) -> None:
+    """On the first rank: writes the index and prints a summary. `cached`: keys of the latents that existed before."""
     if not ranks.is_first:
         return
-    there = already_there(config.out)
-    shards = [there[name] for name in sorted(names)]
+    existing = already_there(config.out)
+    shards = [existing[name] for name in sorted(names)]
     ours = re.compile(re.escape(config.name) + r"-\d{6}-[0-9a-f]{8}\.tar")
-    finish(config.out, shards, {name for name in there if ours.fullmatch(name)})
+    finish(config.out, shards, {name for name in existing if ours.fullmatch(name)})
     hashes = [h for shard in shards for h in shard.hashes]
-    kept, written = sum(h in old for h in hashes), sum(bool(shard.samples) for shard in shards)
+    kept, written = sum(h in cached for h in hashes), sum(bool(shard.samples) for shard in shards)
     print(f"{len(hashes)} images in {written} shards in {config.out}/: {len(hashes) - kept} encoded, {kept} from before")
     for line in (line for shard in shards for line in shard.refused):
         print(f"  refused {line}")

@@ -96,7 +96,7 @@ def main(config: EvaluateConfig) -> None:
     lora = newest_lora(config.lora)
     model = config.model or trained_on(lora)
     source = open_source(config.data)
-    if source.latents:
+    if source.has_latents:
         raise UserError(f"--data {config.data} holds latents: the evaluation compares pictures, so it needs images")
     pipe = load_sdxl(model, DTYPES[resolve_precision("auto", device)], device)
     denoiser, size = Denoiser(pipe), native_resolution(pipe)
@@ -105,7 +105,7 @@ def main(config: EvaluateConfig) -> None:
     diffusion = Diffusion(DiffusionConfig(), schedule.alphas_cumprod, schedule.config.prediction_type, device)
 
     samples = []
-    for raw in map(source.raw, range(source.samples)):
+    for raw in map(source.read_sample, range(source.samples)):
         try:
             samples.append((*decode(raw, (size, size), flip=False), raw.captions[0]))
         except Exception as error:  # whatever a broken file makes Pillow raise

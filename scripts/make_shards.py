@@ -4,11 +4,12 @@
     python scripts/make_shards.py imagefolder/ --out shards/                                  metadata.jsonl
     python scripts/make_shards.py train.parquet --out shards/                                 image {bytes, path}, text
     python scripts/make_shards.py lambdalabs/naruto-blip-captions --out shards/ --name naruto from the hub
-    python scripts/make_shards.py theirs/ --out shards/                                       tar shards, packed anew
-    python scripts/make_shards.py shards/ --verify                                            reads all of them again
+    python scripts/make_shards.py theirs/ --out shards/                                       tar shards, packed again
+    python scripts/make_shards.py shards/ --verify                                            checks every byte of them
 
 JPEG, PNG, WebP and AVIF go in byte for byte; other formats, from parquet, are stored as JPEG. What cannot be decoded or has no
-caption is refused and named at the end, and so are images that are there twice. Interrupted, the same command goes on.
+caption is refused and listed at the end. Duplicates are kept, and listed too. Run the same command again after an interruption:
+it continues.
 """
 
 import hashlib
@@ -26,6 +27,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.errors import UserError, one_line_errors, printable
 from common.files import check_writable
+from common.options import check_options, option
 from dataset.duplicates import LIMIT, equal_images, similar_images
 from dataset.images import dhash, open_image, to_rgb
 from dataset.packing import PER_SHARD, pack_all
@@ -34,7 +36,7 @@ from dataset.shards import Shard, read_index, survey, unfinished
 from dataset.sources import File, Source, local_shards, of_shards, scan_folder
 from dataset.workers import Tick, cores, in_parallel
 
-MOST_GROUPS, MOST_NAMES = 20, 10  # that are printed: of duplicates, in a group
+MOST_GROUPS, MOST_NAMES = 20, 10  # that are printed: groups of duplicates, names in a group
 
 
 @dataclass(frozen=True)
@@ -46,21 +48,19 @@ class ShardConfig:
     """Folder for the shards."""
     name: str = "shard"
     """Shards are called name-000000.tar, name-000001.tar, …"""
-    per_shard: int = PER_SHARD
-    """Images in a shard, less those that are refused."""
-    workers: int = cores()
-    """Processes. The shards do not depend on it."""
+    per_shard: int = option(PER_SHARD, at_least=1)
+    """Inputs per shard; those that are refused are not in it."""
+    workers: int = option(cores(), at_least=1)
+    """Processes. Their number does not change the shards."""
     verify: bool = False
-    """Make nothing: read the shards in the folder again, every byte, and compare with what their index tells."""
+    """Write nothing: read every byte of the shards in the folder and compare with their index."""
 
     def __post_init__(self) -> None:
-        for flag in ("per_shard", "workers"):
-            if getattr(self, flag) < 1:
-                raise UserError(f"--{flag.replace('_', '-')} must be at least 1, not {getattr(self, flag)}")
+        check_options(self)
         if Path(self.name).name != self.name:
             raise UserError(f"--name {self.name!r} must be a plain file name")
         if self.verify == (self.out is not None):
-            raise UserError("--verify makes nothing: leave --out away" if self.verify else "--out is missing: where shards go")
+            raise UserError("--verify writes nothing: leave out --out" if self.verify else "--out is missing: where shards go")
         if self.out and self.out.resolve() == Path(self.source).resolve():
             raise UserError(f"--out {self.out} must be another folder than the images'")
 
@@ -69,7 +69,7 @@ class ShardConfig:
 
 
 class SourceRows:
-    """The images of a folder, or of shards, one after the other."""
+    """The images of a folder, or of shards, as `rows.Inputs`."""
 
     def __init__(self, source: Source, folder: Path):
         self.source = source
@@ -78,11 +78,11 @@ class SourceRows:
     def __len__(self) -> int:
         return self.source.samples
 
-    def told(self, first: int, last: int) -> list:
-        places = self.source.where[first:last]
-        changed = {file: self.source.files[file].path.stat().st_mtime_ns for file in np.unique(places["file"])}
-        captions = self.source.captions[first:last] or [[]] * len(places)  # none: in the shard, whose time tells
-        times = [changed[file] for file in places["file"]]
+    def identity(self, first: int, last: int) -> list:
+        places = self.source.places[first:last]
+        modified = {file: self.source.files[file].path.stat().st_mtime_ns for file in np.unique(places["file"])}
+        captions = self.source.captions[first:last] or [[]] * len(places)  # those in a shard change with its time
+        times = [modified[file] for file in places["file"]]
         return list(zip(self.names[first:last], places["size"].tolist(), times, captions, strict=True))
 
     def name(self, n: int) -> str:
@@ -90,12 +90,12 @@ class SourceRows:
 
     def rows(self, first: int, last: int) -> Iterator[Row]:
         for n in range(first, last):
-            raw = self.source.raw(n)
+            raw = self.source.read_sample(n)
             yield self.names[n], raw.image, raw.captions
 
 
 def open_inputs(source: str) -> tuple[Inputs, list[str]]:
-    """(the images with a caption, what else is there that cannot be used, with the reason)."""
+    """(the images with a caption, the names of all others with the reason why they cannot be used)."""
     path = Path(source)
     if not path.exists() and path.suffix != ".tar" and "{" not in source:
         path = fetch(source)
@@ -103,55 +103,56 @@ def open_inputs(source: str) -> tuple[Inputs, list[str]]:
         return ParquetRows(tables), []
     shards = local_shards(path)
     found = of_shards([(File(tar), shard) for tar, shard in shards]) if shards else scan_folder(path)
-    if found.latents:
+    if found.has_latents:
         raise UserError(f"{source} holds latents, not images")
-    cut = [f"{name} (cut short: the images before the cut are used)" for name in found.cut]
-    return SourceRows(found, path), [f"{name} (no caption)" for name in found.uncaptioned] + cut
+    truncated = [f"{name} (the file is truncated: the images before its end are used)" for name in found.truncated]
+    return SourceRows(found, path), [f"{name} (no caption)" for name in found.uncaptioned] + truncated
 
 
 def fetch(repository: str) -> Path:
-    """The parquet files of a data set on the hub."""
+    """Downloads the parquet files of a data set on the hub and returns their folder."""
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(repository, repo_type="dataset", allow_patterns="*.parquet"))
-    except Exception as error:  # every kind of network and name trouble ends in the same advice
+    except Exception as error:  # whatever is wrong with the network or the name, the advice is the same
         raise UserError(
             f"{repository} is neither a folder or file here nor could it be fetched from the hub ({type(error).__name__}); "
             f"where there is network: hf download {repository} --repo-type dataset --local-dir FOLDER"
         ) from None
 
 
-# What is there twice.
+# Duplicates.
 
 
 def report_duplicates(inputs: Inputs, shards: list[Shard]) -> None:
-    """Prints the groups of equal and of nearly equal images, which all stay."""
-    where = [(shard.name, key) for shard in shards for key, *_ in shard.samples]  # the key is the number of the input
-    exact = equal_images(digest for shard in shards for digest in shard.hashes)
-    again = {n for group in exact for n in group[1:]}
-    once = [n for n in range(len(where)) if n not in again]
-    looks = [int(look, 16) for shard in shards for look in shard.dhashes]
-    alike = [[once[i] for i in group] for group in similar_images(np.array([looks[n] for n in once], np.uint64))]
-    for what, groups in (("equal", exact), (f"nearly equal (at most {LIMIT} of 64 bits differ)", alike)):
+    """Prints the groups of equal and of nearly equal images. All of them are kept."""
+    samples = [(shard.name, key) for shard in shards for key, *_ in shard.samples]  # the key is the number of the input
+    equal = equal_images(digest for shard in shards for digest in shard.hashes)
+    repeated = {n for group in equal for n in group[1:]}
+    distinct = [n for n in range(len(samples)) if n not in repeated]
+    dhashes = [int(h, 16) for shard in shards for h in shard.dhashes]
+    similar = similar_images(np.array([dhashes[n] for n in distinct], np.uint64))
+    nearly_equal = [[distinct[i] for i in group] for group in similar]
+    for title, groups in (("equal", equal), (f"nearly equal (at most {LIMIT} of 64 bits differ)", nearly_equal)):
         if groups:
-            print(f"{what}: {sum(map(len, groups))} images in {len(groups)} groups, all kept")
+            print(f"{title}: {sum(map(len, groups))} images in {len(groups)} groups, all kept")
         for group in groups[:MOST_GROUPS]:
             more = f" and {len(group) - MOST_NAMES} more" if len(group) > MOST_NAMES else ""
-            names = [f"{inputs.name(int(key))} ({shard}:{key})" for shard, key in (where[n] for n in group[:MOST_NAMES])]
+            names = [f"{inputs.name(int(key))} ({shard}:{key})" for shard, key in (samples[n] for n in group[:MOST_NAMES])]
             print(f"  {', '.join(names)}{more}")
         if len(groups) > MOST_GROUPS:
             print(f"  and {len(groups) - MOST_GROUPS} more groups")
 
 
-# Reading them again.
+# --verify.
 
 
 def verify(folder: Path, workers: int) -> None:
-    """Prints what was compared. Raises UserError if anything is not as the index tells, after printing each."""
+    """Prints how many samples agree with the index. Raises UserError after printing all that differ, if any do."""
     index = read_index(folder)
     if not index:
-        raise UserError(f"{folder} has no index.jsonl to compare with: only shards that were made here have one")
+        raise UserError(f"{folder} has no index.jsonl to compare with: only shards that this script made have one")
     if begun := unfinished(folder):
         raise UserError(f"{folder}: the writing of {begun[0].stem} was interrupted: the same command goes on with it")
     shards = list(index.values())
@@ -165,13 +166,13 @@ def verify(folder: Path, workers: int) -> None:
         raise UserError(
             f"{folder}: {len(faults)} faults: remove these shards; the command that made them then makes them again"
         )
-    print(f"{bar.total} samples in {len(shards)} shards in {folder}/ are what the index tells, and can be decoded")
+    print(f"{bar.total} samples in {len(shards)} shards in {folder}/ agree with the index and can be decoded")
 
 
 def faults_of(folder: Path, shard: Shard, tick: Tick) -> list[str]:
-    """What is not as its line of the index tells, in words."""
+    """In words, everything in which a shard differs from its line of the index."""
     path, faults = folder / shard.name, []
-    if not shard.bytes and not path.exists():  # nothing was usable
+    if not shard.bytes and not path.exists():  # none of its inputs was usable, so there is no file
         return []
     try:
         found = survey(path)
@@ -186,7 +187,7 @@ def faults_of(folder: Path, shard: Shard, tick: Tick) -> list[str]:
             file.seek(at)
             encoded = file.read(size)
             try:
-                if shard.latents:
+                if shard.has_latents:
                     load(encoded)
                 elif [hashlib.sha256(encoded).hexdigest()] != shard.hashes[n : n + 1]:
                     faults.append(f"{shard.name}:{key}: its image is another")
@@ -207,11 +208,11 @@ def main(config: ShardConfig) -> None:
 
     refused += [line for shard in shards for line in shard.refused]
     full = [shard for shard in shards if shard.samples]
-    kept, where = sum(len(shard.samples) for shard in full), f"{len(full)} shards in {config.out}/"
+    kept, shards_in_folder = sum(len(shard.samples) for shard in full), f"{len(full)} shards in {config.out}/"
     if made or not full:
-        print(f"kept {kept} images in {where}, refused {len(refused)}")
+        print(f"kept {kept} images in {shards_in_folder}, refused {len(refused)}")
     else:
-        print(f"nothing to do: {kept} images were already in {where}; refused {len(refused)}")
+        print(f"nothing to do: {kept} images were already in {shards_in_folder}; refused {len(refused)}")
     for line in refused:
         print(f"  refused {line}")
     if not full:

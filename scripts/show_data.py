@@ -1,4 +1,4 @@
-"""Shows what training will see: a contact sheet of the crops with their captions and sizes, a table of the buckets.
+"""Shows what training will see: a contact sheet of the crops with their captions and sizes, and a table of the buckets.
 
 python scripts/show_data.py --data photos/                                         data.png and the table, for SDXL
 python scripts/show_data.py --data photos/ --flip --shuffle-tags --keep-tags 1     with train_lora.py's own flags
@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common.errors import UserError, check_seed, one_line_errors
 from common.files import check_writable
+from common.options import check_options, option
 from common.sheets import stack
 from data import DataConfig, Stream, batch_or_raise
 from dataset.buckets import enlarged, share_cropped
@@ -33,26 +34,25 @@ class ShowConfig:
     dataset: DataConfig = DataConfig()
     captions: CaptionConfig = CaptionConfig()
     seed: int = 0
-    """As train_lora.py's: the sheet begins with its first batch."""
-    images: int = 24
+    """As train_lora.py's --seed: the sheet begins with the first batch of that training."""
+    images: int = option(24, at_least=1)
     """Pictures on the sheet."""
     out: Path = Path("data.png")
-    """The sheet."""
+    """File for the sheet."""
 
     def __post_init__(self) -> None:
-        if self.images < 1:
-            raise UserError(f"--images must be at least 1, not {self.images}")
+        check_options(self)
         check_seed(self.seed)
 
 
 def dim(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Pixels [h, w, 3] uint8 with what a loss mask [1, h/8, w/8] in 0…1 hides faded into grey."""
+    """Pixels [h, w, 3] uint8, faded to grey where the loss mask [1, h/8, w/8] in 0…1 hides them."""
     kept = 0.2 + 0.8 * mask[0].repeat(8, axis=0).repeat(8, axis=1)[..., None]
     return (pixels * kept + 160 * (1 - kept)).astype(np.uint8)
 
 
 def cell(pixels: np.ndarray, caption: str, facts: str) -> Image.Image:
-    """One picture with what the model is told of it."""
+    """One picture with its caption and the numbers that the model receives."""
     font, line = ImageFont.load_default(size=FONT), FONT + 3
     image = Image.fromarray(pixels)
     image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
@@ -66,7 +66,7 @@ def cell(pixels: np.ndarray, caption: str, facts: str) -> Image.Image:
 
 
 def data_sheet(stream: Stream, images: int) -> tuple[Image.Image, list[str]]:
-    """The first images of the stream, from left to right, row by row; and what could not be decoded: others stand in for it."""
+    """(sheet of the first images of the stream, row by row; names of those that could not be decoded: others replace them)."""
     cells: list[Image.Image] = []
     skipped: list[str] = []
     for batch in map(batch_or_raise, stream):
@@ -76,8 +76,8 @@ def data_sheet(stream: Stream, images: int) -> tuple[Image.Image, list[str]]:
         if batch.mask is not None:
             shown = [dim(pixels, mask) for pixels, mask in zip(shown, batch.mask.numpy(), strict=True)]
         for pixels, caption, (size, original, crop) in zip(shown, batch.captions, facts, strict=True):
-            told = "{1} x {0} of {3} x {2}, cut left {5}, top {4}".format(*size, *original, *crop)
-            cells.append(cell(pixels, caption, told))
+            numbers = "{1} x {0} of {3} x {2}, cut left {5}, top {4}".format(*size, *original, *crop)
+            cells.append(cell(pixels, caption, numbers))
         if len(cells) >= images:
             break
     cells = cells[:images]
@@ -85,46 +85,47 @@ def data_sheet(stream: Stream, images: int) -> tuple[Image.Image, list[str]]:
     sheets = []
     for row in rows:
         sheet = Image.new("RGB", (min(COLUMNS, len(cells)) * cells[0].width, cells[0].height), "white")
-        for i, one in enumerate(row):
-            sheet.paste(one, (i * one.width, 0))
+        for i, picture in enumerate(row):
+            sheet.paste(picture, (i * picture.width, 0))
         sheets.append(sheet)
     return stack(sheets), skipped
 
 
 def bucket_table(source: Source, stream: Stream) -> list[str]:
-    """Lines: every bucket in use, its images, how much of them is cropped away, how many are enlarged."""
-    pixels = np.stack([source.where["height"], source.where["width"]], axis=1)
+    """A line for every bucket in use: its images, how much of them is cropped away and how many are enlarged."""
+    pixels = np.stack([source.places["height"], source.places["width"]], axis=1)
     lines = ["   width × height   images   cropped away: mean, most   enlarged: images, most"]
     for number in np.unique(stream.bucket):
-        size, mine = stream.sizes[number], pixels[stream.bucket == number]
-        mine = [(h, w) for h, w in mine.tolist() if h]
-        cropped = [100 * share_cropped(original, size) for original in mine] or [0]
-        factors = [factor for original in mine if (factor := enlarged(original, size)) > 1]
-        told = f"{len(factors):8} {max(factors):10.2f} ×" if factors else f"{0:8}"
-        lines.append(f"{size[1]:8} × {size[0]:<6} {len(mine):8} {np.mean(cropped):12.1f} % {max(cropped):8.1f} % {told}")
+        size = stream.sizes[number]
+        originals = [(h, w) for h, w in pixels[stream.bucket == number].tolist() if h]  # those that can be read
+        cropped = [100 * share_cropped(original, size) for original in originals] or [0]
+        factors = [factor for original in originals if (factor := enlarged(original, size)) > 1]
+        enlargement = f"{len(factors):8} {max(factors):10.2f} ×" if factors else f"{0:8}"
+        cropping = f"{np.mean(cropped):12.1f} % {max(cropped):8.1f} %"
+        lines.append(f"{size[1]:8} × {size[0]:<6} {len(originals):8} {cropping} {enlargement}")
     return lines
 
 
 def caption_lines(source: Source, config: CaptionConfig) -> list[str]:
-    """Lines: how many captions there are, and how many are longer than --max-tokens."""
-    from transformers import CLIPTokenizer  # after memory, which quiets it
+    """Lines of text: how many captions there are, and how many are longer than --max-tokens."""
+    from transformers import CLIPTokenizer  # here: `model` has to quiet it first
 
     tokenizer = CLIPTokenizer.from_pretrained(BASE / "tokenizer")
-    captions = [config.caption_prefix + caption for n in range(source.samples) for caption in source.raw(n).captions]
+    captions = [config.caption_prefix + caption for n in range(source.samples) for caption in source.read_sample(n).captions]
     split = split_tokens(tokenizer, captions, config.max_tokens)
     lengths = [sum(map(len, chunks)) + len(rest) for chunks, rest in split]
     lines = [f"{len(captions)} captions of {source.samples} images, {np.mean(lengths):.0f} tokens on average"]
     if lost := sorted((rest for _, rest in split if rest), key=len):
-        mean, room = np.mean(list(map(len, lost))), f"{config.max_tokens} tokens"
-        lines.append(f"{len(lost)} are cut after {room} and lose {mean:.0f} on average, {len(lost[-1])} at most:")
+        mean, limit = np.mean(list(map(len, lost))), f"{config.max_tokens} tokens"
+        lines.append(f"{len(lost)} are cut after {limit} and lose {mean:.0f} on average, {len(lost[-1])} at most:")
         lines.append(f"   …{tokenizer.decode(lost[-1])[:150]}")
     return lines
 
 
 def main(config: ShowConfig) -> None:
     source = open_mixture(config.dataset.data, config.dataset.cache)
-    if source.latents:
-        raise UserError("--data holds latents: give the images that they are made of")
+    if source.has_latents:
+        raise UserError("--data holds latents: give the images that they were made of")
     check_writable("the folder of --out", config.out.parent)
     stream = Stream(source, config.dataset, config.captions, config.dataset.resolution or 1024, config.seed)
     print("\n".join(bucket_table(source, stream) + caption_lines(source, config.captions)))

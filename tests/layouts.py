@@ -1,6 +1,6 @@
-"""Files as other tools name their tensors. Written out a second time on purpose: formats.py reads them by other rules.
+"""LoRA files with the tensor names of other tools. A second implementation on purpose: lora_files/ uses other rules.
 
-Only SGM's block names are formats.py's own; test_interop.py checks them with diffusers.
+Only SGM's block names are taken from lora_files/names.py; test_interop.py checks them with diffusers.
 """
 
 import re
@@ -59,7 +59,7 @@ def stem(path: str, layout: str) -> str:
 
 
 def named(deltas: Deltas, layout: str, suffix: str, alpha: bool) -> dict[str, Tensor]:
-    """The tensors of a file, those of α only if asked for."""
+    """The tensors of a file; with `alpha`, those of α too."""
     tensors = {}
     down, up = SUFFIXES[suffix]
     for path, (A, B, value) in deltas.items():

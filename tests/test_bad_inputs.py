@@ -508,12 +508,12 @@ def test_what_bad_input_gives(name, tmp_path, tokenizer, bounded):
         assert outcome.removeprefix("error ") in error
         return
     names = {name for batch in batches for name in batch.skipped}
-    found = {"skipped": names, "uncaptioned": source.uncaptioned, "cut": source.cut}
+    found = {"skipped": names, "uncaptioned": source.uncaptioned, "cut": source.truncated}
     seen = {told: image.numpy() for batch in batches for told, image in zip(batch.captions, batch.images, strict=True)}
     reports = [f"{kind} {name.removeprefix(f'{folder}/')}" for kind, names in found.items() for name in names]
     assert ", ".join(reports + ["used"] * (caption in seen)) == outcome
     assert seen.keys() <= {caption, "good"}
-    if "used" in outcome and not source.latents:
+    if "used" in outcome and not source.has_latents:
         bucket = seen[caption].shape[:2]
         wanted, _ = fit(picture, resized(picture.size[::-1], bucket), bucket, flip=False)
         assert np.abs(seen[caption].astype(float) - wanted).mean() < 9

@@ -1,4 +1,4 @@
-"""scripts/cache_latents.py: what it keeps, what it makes anew, how it goes on."""
+"""scripts/cache_latents.py: what it keeps, what it makes anew, how it continues."""
 
 import re
 import shutil
@@ -27,48 +27,48 @@ def contents(folder) -> dict[str, bytes]:
 
 
 def test_cached_latents_are_what_the_vae_gives_for_the_same_images(script, tiny_model, shards, tmp_path):
-    how = ["--model", tiny_model, "--per-shard", 4, "--device", "cpu", "--bucket-step", 16, "--flip"]
-    out, _ = script("scripts/cache_latents.py", shards, *how, "--out", tmp_path)
+    options = ["--model", tiny_model, "--per-shard", 4, "--device", "cpu", "--bucket-step", 16, "--flip"]
+    out, _ = script("scripts/cache_latents.py", shards, *options, "--out", tmp_path)
     assert re.search(r"^7 images at 64 px: [2-5] of 5 buckets, ", out)
     assert f"7 images in 2 shards in {tmp_path}/: 7 encoded, 0 from before" in out
     pipe = load_sdxl(str(tiny_model), torch.float32, torch.device("cpu"))
     images, latents = open_source(str(shards)), open_source(str(tmp_path))
-    assert (images.samples, latents.samples, latents.latents, latents.mirrored) == (7, 7, True, True)
+    assert (images.samples, latents.samples, latents.has_latents, latents.has_mirrored) == (7, 7, True, True)
     sizes, bucket = assign_buckets(images, DataConfig(bucket_step=16), 64)
     for n in range(7):
-        wanted, ready = images.raw(n), latents.raw(n)
+        wanted, ready = images.read_sample(n), latents.read_sample(n)
         assert ready.captions == wanted.captions
         for flip in (False, True):
-            pixels, *about = decode(wanted, sizes[bucket[n]], flip)
-            posterior, *told = unpack_latents(ready.image, flip)
+            pixels, *wanted_sizes = decode(wanted, sizes[bucket[n]], flip)
+            posterior, *ready_sizes = unpack_latents(ready.image, flip)
             ours = encode_pixels(pipe.vae, normalise(torch.tensor(pixels)[None]))[0]
             torch.testing.assert_close(torch.from_numpy(posterior).float(), ours, atol=1e-3, rtol=1e-3)
-            assert told == about
+            assert ready_sizes == wanted_sizes
     _, err = script("scripts/cache_latents.py", tmp_path, "--model", tiny_model, "--out", tmp_path / "b", status=2)
     assert err == f"cache_latents.py: {tmp_path} holds latents already\n"
 
 
 def test_cached_masks_are_those_of_the_images(script, tiny_model, cutouts, tmp_path):
-    how = ["--model", tiny_model, "--device", "cpu", "--bucket-step", 16, "--flip"]
-    script("scripts/cache_latents.py", cutouts, *how, "--masked-loss", "--out", tmp_path / "latents")
+    options = ["--model", tiny_model, "--device", "cpu", "--bucket-step", 16, "--flip"]
+    script("scripts/cache_latents.py", cutouts, *options, "--masked-loss", "--out", tmp_path / "latents")
     images, latents = open_source(str(cutouts)), open_source(str(tmp_path / "latents"))
     sizes, bucket = assign_buckets(images, DataConfig(bucket_step=16), 64)
     pipe = load_sdxl(str(tiny_model), torch.float32, torch.device("cpu"))
     for n in range(4):
         for flip in (False, True):
-            pixels, *_, wanted = decode(images.raw(n), sizes[bucket[n]], flip, masked=True)
-            posterior, *_, mask = unpack_latents(latents.raw(n).image, flip, masked=True)
+            pixels, *_, wanted = decode(images.read_sample(n), sizes[bucket[n]], flip, masked=True)
+            posterior, *_, mask = unpack_latents(latents.read_sample(n).image, flip, masked=True)
             assert np.array_equal(mask, wanted)
             ours = encode_pixels(pipe.vae, normalise(torch.tensor(pixels)[None]))[0]
             torch.testing.assert_close(torch.from_numpy(posterior).float(), ours, atol=1e-3, rtol=1e-3)
 
 
-def test_a_change_makes_anew_what_it_changes_and_no_more(script, tiny_model, photos, tmp_path):
+def test_after_a_change_only_what_changed_is_made_anew(script, tiny_model, photos, tmp_path):
     images = shutil.copytree(photos, tmp_path / "images")
-    how = ["--model", tiny_model, "--per-shard", 3, "--device", "cpu", "--bucket-step", 16, "--workers", 0]
+    options = ["--model", tiny_model, "--per-shard", 3, "--device", "cpu", "--bucket-step", 16, "--workers", 0]
 
-    def cache(out: str = "latents", *options) -> str:
-        return script("scripts/cache_latents.py", images, "--out", tmp_path / out, *how, *options)[0].splitlines()[-1]
+    def cache(out: str = "latents", *more) -> str:
+        return script("scripts/cache_latents.py", images, "--out", tmp_path / out, *options, *more)[0].splitlines()[-1]
 
     assert cache().endswith("7 encoded, 0 from before")
     first = contents(tmp_path / "latents")
@@ -79,7 +79,7 @@ def test_a_change_makes_anew_what_it_changes_and_no_more(script, tiny_model, pho
     (images / "photo3.txt").write_text("another caption")
     shutil.copy(images / "photo5.jpg", images / "photo4.jpg")
     (images / "photo2.jpg").write_bytes(b"broken")
-    out, _ = script("scripts/cache_latents.py", images, "--out", tmp_path / "latents", *how)
+    out, _ = script("scripts/cache_latents.py", images, "--out", tmp_path / "latents", *options)
     # photo4 is photo5 now and another is photo6: of these, nothing has to be encoded
     assert "7 images in 3 shards" in out
     assert "0 encoded, 7 from before" in out
@@ -88,17 +88,17 @@ def test_a_change_makes_anew_what_it_changes_and_no_more(script, tiny_model, pho
     assert cache("fresh").startswith("  refused")
     assert contents(tmp_path / "latents") == contents(tmp_path / "fresh")
     source = open_source(str(tmp_path / "latents"))
-    assert [source.raw(n).captions for n in (0, 3)] == [["another picture"], ["another caption"]]
+    assert [source.read_sample(n).captions for n in (0, 3)] == [["another picture"], ["another caption"]]
     assert cache("latents", "--flip").startswith("  refused")
-    out, _ = script("scripts/cache_latents.py", images, "--out", tmp_path / "fresh", *how, "--no-buckets")
+    out, _ = script("scripts/cache_latents.py", images, "--out", tmp_path / "fresh", *options, "--no-buckets")
     assert int(re.search(r"(\d) encoded", out)[1]) >= 4  # those whose bucket was not the square
 
 
-def test_killed_in_between_it_goes_on_and_ends_the_same(script, tiny_model, photos, tmp_path):
-    how = [photos, "--model", tiny_model, "--per-shard", 1, "--device", "cpu", "--bucket-step", 16, "--workers", 0]
-    script("scripts/cache_latents.py", *how, "--out", tmp_path / "whole")
+def test_killed_in_between_it_continues_with_the_same_result(script, tiny_model, photos, tmp_path):
+    options = [photos, "--model", tiny_model, "--per-shard", 1, "--device", "cpu", "--bucket-step", 16, "--workers", 0]
+    script("scripts/cache_latents.py", *options, "--out", tmp_path / "whole")
     wanted, folder = contents(tmp_path / "whole"), tmp_path / "latents"
-    process = Forked("scripts/cache_latents.py", *how, "--out", folder, output=tmp_path / "told")
+    process = Forked("scripts/cache_latents.py", *options, "--out", folder, output=tmp_path / "output")
     while len(list(folder.glob("*.tar"))) < 3 and process.poll() is None:
         time.sleep(0.002)
     process.kill()
@@ -106,7 +106,7 @@ def test_killed_in_between_it_goes_on_and_ends_the_same(script, tiny_model, phot
     if not (folder / INDEX).exists():
         with pytest.raises(UserError, match="interrupted: the same command goes on with it"):
             open_source(str(folder))
-    out, _ = script("scripts/cache_latents.py", *how, "--out", folder)
+    out, _ = script("scripts/cache_latents.py", *options, "--out", folder)
     assert int(re.search(r"(\d) from before", out)[1]) >= 3
     for path in folder.glob(".*.part"):
         path.unlink()  # of what was being written when it was killed
@@ -114,13 +114,13 @@ def test_killed_in_between_it_goes_on_and_ends_the_same(script, tiny_model, phot
 
 
 def test_several_ranks_share_the_work(script, tiny_model, shards, tmp_path):
-    how = [shards, "--model", tiny_model, "--per-shard", 2, "--device", "cpu", "--bucket-step", 16, "--workers", 0]
-    script("scripts/cache_latents.py", *how, "--out", tmp_path / "one")
-    process = fork_torchrun("scripts/cache_latents.py", [*how, "--out", tmp_path / "two"], ONE_HOST, tmp_path / "told")
+    options = [shards, "--model", tiny_model, "--per-shard", 2, "--device", "cpu", "--bucket-step", 16, "--workers", 0]
+    script("scripts/cache_latents.py", *options, "--out", tmp_path / "one")
+    process = fork_torchrun("scripts/cache_latents.py", [*options, "--out", tmp_path / "two"], ONE_HOST, tmp_path / "output")
     process.join(120)
-    told = (tmp_path / "told").read_text()
-    assert process.exitcode == 0, told
-    assert told.count("7 images in 4 shards") == 1
+    output = (tmp_path / "output").read_text()
+    assert process.exitcode == 0, output
+    assert output.count("7 images in 4 shards") == 1
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
@@ -128,51 +128,51 @@ def test_several_ranks_share_the_work(script, tiny_model, shards, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def with_text(photos, tiny_model, tmp_path_factory):
-    """Latents of the photos with the hidden states of two variants of their captions."""
+def tagged(photos, tmp_path_factory):
+    """The photos with captions of tags."""
     images = shutil.copytree(photos, tmp_path_factory.mktemp("tagged") / "images")
     for i, path in enumerate(sorted(images.glob("*.txt"))):
         path.write_text(f"picture, number {i}, a, b, c\n")
     return images
 
 
-def test_hidden_states_are_those_of_the_encoders(script, tiny_model, with_text, tmp_path):
-    how = ["--model", tiny_model, "--device", "cpu", "--bucket-step", 16, "--workers", 0, "--text", 3]
-    how += ["--shuffle-tags", "--keep-tags", 1, "--caption-prefix", "naruto "]
-    script("scripts/cache_latents.py", with_text, *how, "--out", tmp_path)
+def test_hidden_states_are_those_of_the_encoders(script, tiny_model, tagged, tmp_path):
+    options = ["--model", tiny_model, "--device", "cpu", "--bucket-step", 16, "--workers", 0, "--text", 3]
+    options += ["--shuffle-tags", "--keep-tags", 1, "--caption-prefix", "naruto "]
+    script("scripts/cache_latents.py", tagged, *options, "--out", tmp_path)
     source = open_source(str(tmp_path))
     denoiser = Denoiser(load_sdxl(str(tiny_model), torch.float32, torch.device("cpu")))
     seen = set()
     for n in range(source.samples):
-        raw = source.raw(n)
+        raw = source.read_sample(n)
         seen |= set(raw.captions)
         wanted = denoiser.encode_text(tokenize(denoiser.tokenizers, raw.captions))
         for kept, states in zip(unpack_text(raw.image), wanted, strict=True):
             torch.testing.assert_close(kept.float(), states, atol=2e-3, rtol=1e-3)
     assert all(caption.startswith("naruto picture, ") for caption in seen)
     assert len(seen) > 14  # of 7 images
-    out, _ = script("scripts/cache_latents.py", with_text, *how, "--out", tmp_path)
+    out, _ = script("scripts/cache_latents.py", tagged, *options, "--out", tmp_path)
     assert "0 encoded, 7 from before" in out
     (index,) = read_index(tmp_path).values()
-    assert index.text == pytest.approx(denoiser.text_signature(), abs=1e-4)
+    assert index.text_signature == pytest.approx(denoiser.text_signature(), abs=1e-4)
 
 
-def test_training_on_ready_made_text_is_training_on_the_captions(train, script, tiny_model, with_text, tmp_path, monkeypatch):
-    how = ["--model", tiny_model, "--device", "cpu", "--bucket-step", 16, "--workers", 0]
-    script("scripts/cache_latents.py", with_text, *how, "--out", tmp_path / "latents", "--text", 1)
-    asked = ["--data", tmp_path / "latents", "--bucket-step", 16, "--steps", 6, "--lr", 1e-2, "--caption-dropout", 0.3]
-    script("scripts/cache_latents.py", with_text, *how, "--out", tmp_path / "plain")
-    frozen = [*asked, "--no-train-text-encoder"]
+def test_training_on_cached_text_equals_training_on_the_captions(train, script, tiny_model, tagged, tmp_path):
+    options = ["--model", tiny_model, "--device", "cpu", "--bucket-step", 16, "--workers", 0]
+    script("scripts/cache_latents.py", tagged, *options, "--out", tmp_path / "latents", "--text", 1)
+    training = ["--data", tmp_path / "latents", "--bucket-step", 16, "--steps", 6, "--lr", 1e-2, "--caption-dropout", 0.3]
+    script("scripts/cache_latents.py", tagged, *options, "--out", tmp_path / "plain")
+    frozen = [*training, "--no-train-text-encoder"]
     out, _ = train(*frozen, "--log-dir", tmp_path / "ready")
     live = ["--data", tmp_path / "plain", *frozen[2:]]
-    told, _ = train(*live, "--out", tmp_path / "b", "--log-dir", tmp_path / "live")
+    out_live, _ = train(*live, "--out", tmp_path / "b", "--log-dir", tmp_path / "live")
     for scalar in ("loss", "grad_norm"):
         assert last(tmp_path / "ready", scalar) == pytest.approx(last(tmp_path / "live", scalar), rel=2e-3)
     parameters = re.compile(r"U-Net and text encoders ([\d,]+) parameters")
-    assert parameters.search(out)[1] == parameters.search(told)[1]
+    assert parameters.search(out)[1] == parameters.search(out_live)[1]
     _, err = train(*frozen, "--shuffle-tags", "--out", tmp_path / "c", status=2)
     assert "this text was encoded already, by cache_latents.py --text" in err
-    train(*asked, "--shuffle-tags", "--out", tmp_path / "d", "--log-dir", tmp_path / "trained")  # then it is not used
+    train(*training, "--shuffle-tags", "--out", tmp_path / "d", "--log-dir", tmp_path / "trained")  # then it is not used
     other = shutil.copytree(tiny_model, tmp_path / "other")
     weights = load_file(other / "text_encoder_2/model.safetensors")
     save_file({name: w * 1.3 for name, w in weights.items()}, other / "text_encoder_2/model.safetensors", {"format": "pt"})

@@ -12,11 +12,11 @@ def chosen(config: CaptionConfig, captions: list[str], count: int = 200) -> list
     return [choose_caption(captions, config, random.Random(i)) for i in range(count)]
 
 
-def test_as_it_is_without_options():
+def test_without_options_a_caption_is_unchanged():
     assert set(chosen(CaptionConfig(), [TAGS])) == {TAGS}
 
 
-def test_every_caption_of_several_is_told():
+def test_every_caption_of_an_image_is_chosen():
     counts = [chosen(CaptionConfig(), ["a", "b", "c"]).count(c) for c in "abc"]
     assert min(counts) > 40
 
@@ -34,8 +34,8 @@ def test_prefix_and_dropout():
     assert 0.2 < seen.count("") / 2000 < 0.3
 
 
-def test_options_change_nothing_else():
-    """The same draw picks the same caption, and is dropped or not, whatever else is asked for."""
+def test_options_do_not_change_the_random_draws():
+    """Which caption is picked, and whether it is dropped, does not depend on the other options."""
     plain = chosen(CaptionConfig(caption_dropout=0.5), ["a, b", "c, d"])
     shuffled = chosen(CaptionConfig(caption_dropout=0.5, shuffle_tags=True), ["a, b", "c, d"])
     assert [set(caption) for caption in plain] == [set(caption) for caption in shuffled]

@@ -12,7 +12,7 @@ from lora_files.read import read_metadata
 from run.state import MANIFEST, STATE, find_state, load_state, read_state, save_state
 
 
-def test_a_file_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_file_is_complete_or_absent(tmp_path, monkeypatch):
     path = tmp_path / "folder/file"
     write_atomically(path, b"old")
     monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError("disk full")))
@@ -42,7 +42,7 @@ def test_find_state(tmp_path):
         assert find_state(resume, tmp_path) == (path, {"step": 10})
 
 
-def test_a_state_of_before_this_format_is_not_passed_over(tmp_path):
+def test_a_state_of_the_old_format_is_an_error(tmp_path):
     (tmp_path / "state").mkdir()
     with pytest.raises(UserError, match="--resume none starts anew"):
         find_state("auto", tmp_path)
@@ -56,8 +56,8 @@ def test_auto_takes_the_newest_whole_state(tmp_path, capfd):
     torn.write_bytes(torn.read_bytes()[:-1] + b"x")
     shutil.copytree(first, tmp_path / ".state-5")  # as it is before its rename
     assert find_state("auto", tmp_path) == (first, {"step": 1})
-    told = capfd.readouterr().err.splitlines()
-    assert all(f"state-{n} is not a readable state" in line for n, line in zip((4, 3, 2), told, strict=True))
+    warnings = capfd.readouterr().err.splitlines()
+    assert all(f"state-{n} is not a readable state" in line for n, line in zip((4, 3, 2), warnings, strict=True))
     with pytest.raises(UserError, match=r"state-4 is not a readable state: .*state.pt is not what manifest.json says"):
         find_state(str(tmp_path), tmp_path)
     assert save_state(tmp_path, {"step": 2}, {}).name == "state-5"
@@ -79,21 +79,21 @@ def test_the_last_state_is_kept_until_the_new_one_was_read_back(tmp_path):
 
 
 def test_a_save_killed_at_any_write_leaves_a_whole_state(tmp_path, monkeypatch):
-    """Every call that changes the disk is in turn the last one."""
+    """The save is killed at each call that changes the disk in turn."""
 
-    class Killed(BaseException):  # no handler of errors sees it, as it sees no SIGKILL
+    class Killed(BaseException):  # not an Exception: as with SIGKILL, no handler runs
         pass
 
     changing = [(os, "fsync"), (os, "rename"), (os, "replace"), (os, "mkdir"), (os, "unlink"), (os, "rmdir")]
     steps, countdown = {0}, 0
 
     def mortal(call):
-        def wrapped(*given, **how):
+        def wrapped(*arguments, **options):
             nonlocal countdown
             countdown -= 1
             if countdown == 0:
                 raise Killed
-            return call(*given, **how)
+            return call(*arguments, **options)
 
         return wrapped
 
@@ -110,7 +110,7 @@ def test_a_save_killed_at_any_write_leaves_a_whole_state(tmp_path, monkeypatch):
         break
     assert 10 < step < 99
     assert find_state("auto", tmp_path)[1] == {"step": step}
-    assert steps > {0}  # killed while it removed the old one, the new one counts
+    assert steps > {0}  # if it is killed while it removes the old state, the new one counts
     assert len(os.listdir(tmp_path)) == 1
 
 
@@ -130,7 +130,7 @@ def test_a_state_never_runs_code(tmp_path):
     assert not (tmp_path / "attacked").exists()
 
 
-def test_what_the_disk_refuses_is_told_once(tmp_path, capfd):
+def test_a_write_error_is_reported_once(tmp_path, capfd):
     disk = TolerantWriter()
     for _ in range(2):
         assert disk("the file", (tmp_path / "no/file").touch) is None
@@ -140,7 +140,7 @@ def test_what_the_disk_refuses_is_told_once(tmp_path, capfd):
     assert capfd.readouterr().err.count("the file could not be written") == 1
 
 
-def test_a_folder_that_goes_while_it_is_read_back_is_refused_by_the_disk(tmp_path, monkeypatch, capfd):
+def test_a_folder_that_vanishes_while_it_is_read_back_is_a_write_error(tmp_path, monkeypatch, capfd):
     def gone(read):
         return lambda path: (shutil.rmtree(tmp_path), read(path))
 

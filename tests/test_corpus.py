@@ -17,7 +17,7 @@ COUNT = 1000
 SIZES = [tuple(size) for size in np.random.default_rng(0).integers(40, 161, (60, 2)).tolist()]  # width, height
 KINDS = [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp")]
 BOMB = encoded(Image.new("1", (20_000, 20_000)))
-WAYS = [  # image, text -> the two of a broken sample
+WAYS = [  # (image, text) of a good sample -> those of a broken one
     lambda image, text: (b"", text),
     lambda image, text: (image[:30], text),
     lambda image, text: (image[: len(image) // 2], text),
@@ -32,7 +32,7 @@ WAYS = [  # image, text -> the two of a broken sample
 
 
 def colour(n: int) -> tuple[int, int, int]:
-    """Of picture n, and of no other."""
+    """The colour of picture n, which no other picture has."""
     return 25 * (n % 10), 25 * (n // 10 % 10), 25 * (n // 100)
 
 
@@ -61,7 +61,7 @@ def samples() -> list[tuple[str, str, bytes, bytes]]:
 
 @pytest.fixture(scope="module")
 def folder(samples, tmp_path_factory) -> tuple[Source, set[str]]:
-    """And the names of the broken ones."""
+    """(the pictures in a folder, the names of the broken ones)."""
     path, names = tmp_path_factory.mktemp("folder"), set()
     for n, (key, extension, image, text) in enumerate(samples):
         (path / f"{key}.{extension}").write_bytes(image)
@@ -72,6 +72,7 @@ def folder(samples, tmp_path_factory) -> tuple[Source, set[str]]:
 
 @pytest.fixture(scope="module")
 def shards(samples, tmp_path_factory) -> tuple[Source, set[str]]:
+    """(the pictures in shards, the names of the broken ones)."""
     path, names = tmp_path_factory.mktemp("shards"), set()
     for first in range(0, COUNT, 250):
         with wds.TarWriter(str(path / f"{first}.tar")) as tar:
@@ -97,7 +98,7 @@ def test_every_good_image_once_per_epoch_and_every_broken_one_named(kind, world,
         for n, image, size in zip(numbers, batch.images, batch.original_size.tolist(), strict=True):
             assert tuple(size) == SIZES[n % 60][::-1]
             assert (image.flatten(0, 1).median(dim=0).values - torch.tensor(colour(n))).abs().max() < 12
-        own = 4 - len(batch.skipped)  # the others stand in for what is broken
+        own = 4 - len(batch.skipped)  # the last ones replace the broken images
         assert set(numbers[own:]) <= set(numbers[:own]) or not own
         drawn.update(numbers[:own] + batch.skipped)
         skipped.update(batch.skipped)

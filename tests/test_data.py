@@ -23,10 +23,12 @@ from dataset.shards import split_captions
 from dataset.sources import EncodedSample, open_mixture, open_source
 
 
-def stream(data, bs: int = 2, resolution: int = 64, seed: int = 0, **where) -> Stream:
-    told = CaptionConfig(**{k: where.pop(k) for k in ("caption_dropout", "shuffle_tags", "caption_prefix") if k in where})
-    options = {k: where.pop(k) for k in ("flip", "workers", "bucket_step", "buckets") if k in where}
-    return Stream(open_source(str(data)), DataConfig(bs=bs, **options), told, resolution, seed, **where)
+def stream(data, bs: int = 2, resolution: int = 64, seed: int = 0, **options) -> Stream:
+    """`options` are those of CaptionConfig, DataConfig and Stream."""
+    for_captions = {k: options.pop(k) for k in ("caption_dropout", "shuffle_tags", "caption_prefix") if k in options}
+    for_data = {k: options.pop(k) for k in ("flip", "workers", "bucket_step", "buckets") if k in options}
+    config = DataConfig(bs=bs, **for_data)
+    return Stream(open_source(str(data)), config, CaptionConfig(**for_captions), resolution, seed, **options)
 
 
 def captions(stream: Stream, batches: int) -> list[str]:
@@ -56,7 +58,7 @@ def test_order_depends_neither_on_ranks_nor_on_workers(kind, request):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_stream_goes_on_where_it_stopped(shards, workers):
+def test_a_stream_continues_from_any_batch(shards, workers):
     whole = list(islice(stream(shards, flip=True, caption_dropout=0.3, rank=1, world=2), 9))
     rest = stream(shards, flip=True, caption_dropout=0.3, workers=workers, rank=1, world=2, start=3 * 2)
     for ours, wanted in zip(islice(make_loader(rest, pin_memory=False), 6), whole[3:], strict=True):
@@ -119,7 +121,7 @@ def test_brace_pattern(shards):
     assert (first_two.samples, open_source(str(shards)).samples) == (6, 7)
 
 
-def test_the_fingerprint_is_that_of_names_sizes_and_captions(photos, shards, tmp_path):
+def test_the_fingerprint_depends_on_names_sizes_and_captions(photos, shards, tmp_path):
     here, moved = photos, shutil.copytree(photos, tmp_path / "elsewhere")
     assert open_source(str(here)).fingerprint == open_source(str(moved)).fingerprint
     (moved / "photo3.txt").write_text("another caption")
@@ -128,7 +130,7 @@ def test_the_fingerprint_is_that_of_names_sizes_and_captions(photos, shards, tmp
     assert open_source(str(shards)).fingerprint != open_source(f"{shards}/photos-{{000000..000001}}.tar").fingerprint
 
 
-def test_broken_and_uncaptioned_images_are_passed_over_and_named(photos, tmp_path):
+def test_broken_and_uncaptioned_images_are_skipped_and_named(photos, tmp_path):
     folder = shutil.copytree(photos, tmp_path / "photos")
     (folder / "photo3.txt").unlink()
     broken = folder / "photo5.jpg"
@@ -143,7 +145,7 @@ def test_broken_and_uncaptioned_images_are_passed_over_and_named(photos, tmp_pat
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_batch_of_broken_images_changes_no_order(photos, tmp_path, workers):
-    """With --bs 1 a broken image is a whole batch: another stands in, all others keep their places, also on resume."""
+    """With --bs 1 a broken image is a whole batch: another replaces it, and all others keep their places, also on resume."""
     folder = shutil.copytree(photos, tmp_path / "photos")
     whole = captions(stream(folder, bs=1), 21)
     (folder / "photo2.jpg").write_bytes(b"no picture")
@@ -180,13 +182,13 @@ def test_unusable_data(photos, shards, tmp_path):
             next(make_loader(stream(tmp_path, workers=workers), pin_memory=False))
 
 
-@pytest.mark.parametrize("cut", [100, 700, 1024, 3000, -1, -512, -1024, -5000])
-def test_a_tar_cut_short_gives_every_whole_sample_before_the_cut(shards, tmp_path, cut):
+@pytest.mark.parametrize("end", [100, 700, 1024, 3000, -1, -512, -1024, -5000])
+def test_a_truncated_tar_gives_every_complete_sample(shards, tmp_path, end):
     with tarfile.open(shards / "photos-000000.tar") as tar:
         ends = {member.name: member.offset_data + member.size for member in tar}
     whole = (shards / "photos-000000.tar").read_bytes().rstrip(b"\0")
     whole += b"\0" * (-len(whole) % 512)  # up to the last member's last block, without the end-of-archive mark
-    left = whole[:cut]
+    left = whole[:end]
     (tmp_path / "photos-000000.tar").write_bytes(left)
     samples = [key for key in ("0000000", "0000001", "0000002") if max(ends[f"{key}.{e}"] for e in ("jpg", "txt")) <= len(left)]
     if not samples:
@@ -194,9 +196,9 @@ def test_a_tar_cut_short_gives_every_whole_sample_before_the_cut(shards, tmp_pat
             open_source(str(tmp_path))
         return
     source = open_source(str(tmp_path))
-    assert source.cut == ("photos-000000.tar",)
+    assert source.truncated == ("photos-000000.tar",)
     assert source.names == [f"photos-000000.tar:{key}" for key in samples]
-    assert not open_source(str(shards)).cut
+    assert not open_source(str(shards)).truncated
 
 
 def test_the_scan_counts_what_the_stream_yields(shards, tmp_path):
@@ -207,7 +209,7 @@ def test_the_scan_counts_what_the_stream_yields(shards, tmp_path):
         for name in order:
             new.addfile(members[name], old.extractfile(name))
     source = open_source(str(tmp_path))
-    assert source.names == [source.raw(0).name] == ["x.tar:0000000"]
+    assert source.names == [source.read_sample(0).name] == ["x.tar:0000000"]
     assert (source.samples, source.uncaptioned) == (1, ["x.tar:0000001", "x.tar:0000002"])
 
 
@@ -239,20 +241,20 @@ def test_every_image_goes_to_the_bucket_of_its_shape(photos):
         assert size in bucket_sizes(64, 16)
         for original, crop in zip(batch.original_size.tolist(), batch.crop.tolist(), strict=True):
             covering = max(size[0] / original[0], size[1] / original[1])
-            for side, cut, whole in zip(size, crop, original, strict=True):
-                assert abs(2 * cut + side - covering * whole) <= 2  # what is cut is cut on both sides
+            for side, offset, full in zip(size, crop, original, strict=True):
+                assert abs(2 * offset + side - covering * full) <= 2  # the crop is in the middle
         drawn.update(batch.captions)
     assert set(drawn) == {f"picture number {i}" for i in range(7)}
     assert max(drawn.values()) - min(drawn.values()) <= 3  # of 20 epochs: at most a batch of each waits
     wide = next(batch for batch in seen if "picture number 6" in batch.captions)
     assert wide.size[0].tolist() == [32, 128]
-    told = describe_buckets(seen.source, seen.sizes, seen.bucket)
-    assert re.fullmatch(r"[2-5] of 5 buckets, 1?\d\.\d% of the images cropped away, none enlarged", told)
+    summary = describe_buckets(seen.source, seen.sizes, seen.bucket)
+    assert re.fullmatch(r"[2-5] of 5 buckets, 1?\d\.\d% of the images cropped away, none enlarged", summary)
     square = stream(photos, buckets=False, resolution=96)
     assert next(iter(square)).images.shape == (2, 96, 96, 3)
-    told = describe_buckets(square.source, square.sizes, square.bucket)
-    assert told.startswith("1 of 1 buckets")
-    assert told.endswith("enlarged, by up to 1.20")
+    summary = describe_buckets(square.source, square.sizes, square.bucket)
+    assert summary.startswith("1 of 1 buckets")
+    assert summary.endswith("enlarged, by up to 1.20")
 
 
 def test_several_captions_of_an_image(photos, tmp_path):
@@ -265,16 +267,16 @@ def test_several_captions_of_an_image(photos, tmp_path):
     (folder / "metadata.jsonl").write_text("\n".join(rows))
     assert set(captions(stream(folder, bs=1), 30)) == {"x", "y"}
     with wds.TarWriter(str(tmp_path / "a.tar")) as tar:
-        told = json.dumps({"captions": ["é", "z"], "width": 3})
-        tar.write({"__key__": "0", "jpg": (photos / "photo0.jpg").read_bytes(), "json": told})
+        metadata = json.dumps({"captions": ["é", "z"], "width": 3})
+        tar.write({"__key__": "0", "jpg": (photos / "photo0.jpg").read_bytes(), "json": metadata})
     assert set(captions(stream(tmp_path / "a.tar", bs=1), 30)) == {"é", "z"}
 
 
 @pytest.mark.parametrize(
-    "told", ['{"captions": 3}', '{"captions": {"a": 1}}', '{"captions": [1, null, " "]}', "{}", "[" * 10**5, ""]
+    "text", ['{"captions": 3}', '{"captions": {"a": 1}}', '{"captions": [1, null, " "]}', "{}", "[" * 10**5, ""]
 )
-def test_what_is_no_caption_is_none(told):
-    assert split_captions(told.encode()) == ([told] if told.startswith("[") else [])
+def test_json_without_captions_gives_none(text):
+    assert split_captions(text.encode()) == ([text] if text.startswith("[") else [])
     assert split_captions(b"{red|blue} coat") == ["{red|blue} coat"]  # no JSON: a caption that begins so
 
 
@@ -308,7 +310,7 @@ def test_a_mixture_by_weight(photos, shards, tmp_path):
 
 
 def masked_photo(seed: int, width: int, height: int) -> Image.Image:
-    """Its alpha is its red channel: wherever one goes, the other must."""
+    """Its alpha equals its red channel, so that every step must treat both alike."""
     image = photograph(seed, width, height)
     image.putalpha(image.getchannel("R"))
     return image
@@ -338,16 +340,16 @@ def test_a_batch_has_a_mask_only_if_asked(photos, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     (tmp_path / "broken.txt").write_text("broken")
     assert next(iter(stream(tmp_path, buckets=False))).mask is None
-    how = DataConfig(bs=3, buckets=False, masked_loss=True)
-    (batch,) = islice(Stream(open_source(str(tmp_path)), how, CaptionConfig(), 64, 0), 1)
-    mask = batch.mask
-    assert (mask.shape, mask.dtype) == ((3, 1, 8, 8), torch.float32)
-    for caption, image, one in zip(batch.captions, batch.images, mask, strict=True):
+    config = DataConfig(bs=3, buckets=False, masked_loss=True)
+    (batch,) = islice(Stream(open_source(str(tmp_path)), config, CaptionConfig(), 64, 0), 1)
+    masks = batch.mask
+    assert (masks.shape, masks.dtype) == ((3, 1, 8, 8), torch.float32)
+    for caption, image, mask in zip(batch.captions, batch.images, masks, strict=True):
         red = image[..., 0].float().unflatten(0, (8, 8)).unflatten(2, (8, 8)).mean(dim=(1, 3)) / 255
-        torch.testing.assert_close(one[0], red if caption == "a" else torch.ones(8, 8), atol=0.003, rtol=0)
+        torch.testing.assert_close(mask[0], red if caption == "a" else torch.ones(8, 8), atol=0.003, rtol=0)
 
 
-# Latents, ready-made.
+# Cached latents.
 
 
 def latent_shard(path, count: int = 3, side: int = 8, **also) -> None:
@@ -361,7 +363,7 @@ def latent_shard(path, count: int = 3, side: int = 8, **also) -> None:
 def test_latents_come_as_they_are_with_their_sizes(tmp_path):
     latent_shard(tmp_path / "a.tar")
     seen = stream(tmp_path, bs=3)
-    assert seen.source.latents
+    assert seen.source.has_latents
     batch = next(iter(make_loader(seen, pin_memory=False)))
     assert (batch.images.shape, batch.images.dtype) == ((3, 8, 8, 8), torch.float16)
     for caption, posterior, original, crop in zip(
@@ -379,7 +381,7 @@ def test_latents_of_several_buckets_and_mirrored_ones(tmp_path):
             packed = pack_latents(posterior, (10, 10), (0, 1), mirrored=(-posterior, (0, 2)))
             tar.write({"__key__": f"{i}", "safetensors": packed, "txt": f"number {i}"})
     seen = stream(tmp_path, bs=1, bucket_step=16, flip=True)
-    assert seen.source.mirrored
+    assert seen.source.has_mirrored
     for batch in islice(seen, 24):
         i, side = int(batch.captions[0].split()[1]), batch.size[0] // 8
         assert batch.images.shape == (1, 8, *side)
@@ -397,7 +399,7 @@ def test_latents_with_masks(tmp_path):
         packed = pack_latents(posterior, (10, 10), (0, 1), (posterior + 1, (0, 2), other), mask=(plain,))
         tar.write({"__key__": "0", "safetensors": packed, "txt": "a"})
     source = open_source(str(tmp_path / "a"))
-    assert (source.masked, source.mirrored) == (True, True)
+    assert (source.has_masks, source.has_mirrored) == (True, True)
     seen = set()
     for batch in islice(Stream(source, DataConfig(bs=1, flip=True, masked_loss=True), CaptionConfig(), 64, 0), 20):
         flipped = bool(batch.images.any())
@@ -406,13 +408,13 @@ def test_latents_with_masks(tmp_path):
     assert seen == {False, True}
     assert next(iter(stream(tmp_path / "a", bs=1))).mask is None
     latent_shard(tmp_path / "b.tar")
-    assert not open_source(str(tmp_path / "b.tar")).masked
-    assert not open_mixture((str(tmp_path / "a"), str(tmp_path / "b.tar"))).masked
+    assert not open_source(str(tmp_path / "b.tar")).has_masks
+    assert not open_mixture((str(tmp_path / "a"), str(tmp_path / "b.tar"))).has_masks
 
 
 def test_latents_that_do_not_fit_are_refused(tmp_path, shards):
     latent_shard(tmp_path / "a.tar")
-    assert not open_source(str(tmp_path)).mirrored
+    assert not open_source(str(tmp_path)).has_mirrored
     with pytest.raises(UserError, match=r"a\.tar:000 holds latents of 64 × 64 pixels, which is no bucket of --resolution 128"):
         stream(tmp_path, resolution=128)
     latent_shard(tmp_path / "b.tar", side=16)
@@ -420,7 +422,7 @@ def test_latents_that_do_not_fit_are_refused(tmp_path, shards):
         stream(tmp_path)
     for shard in shards.glob("*.tar"):
         shutil.copy(shard, tmp_path)
-    with pytest.raises(UserError, match="hold both images and latents"):
+    with pytest.raises(UserError, match=r"^photos-000002\.tar and b\.tar hold both images and latents"):
         open_source(str(tmp_path))
 
 
@@ -433,7 +435,7 @@ def test_damaged_latents_are_skipped_like_a_damaged_image(tmp_path):
     assert batch.images.shape == (3, 8, 8, 8)
 
 
-def test_a_worker_says_nothing_of_a_loop_that_is_gone_but_of_all_else(capfd):
+def test_a_worker_prints_no_error_of_a_lost_connection_but_all_others(capfd):
     for error in (EOFError(), ConnectionResetError(), BrokenPipeError(), ConnectionRefusedError()):
         hide_lost_connection(type(error), error, None)
     assert capfd.readouterr().err == ""

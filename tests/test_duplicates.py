@@ -29,22 +29,23 @@ CHANGES = {
 
 @pytest.fixture(scope="module")
 def pictures() -> list[Image.Image]:
-    """The 48 of the demo, of one style, and smooth ones of many sizes."""
+    """The 48 demo images, all in one style, and 50 smooth ones of many sizes."""
     demo = open_source("demo")
-    return [to_rgb(open_image(demo.raw(n).image)) for n in range(48)] + [photograph(i, 300 + i, 200 + 2 * i) for i in range(50)]
+    images = [to_rgb(open_image(demo.read_sample(n).image)) for n in range(48)]
+    return images + [photograph(i, 300 + i, 200 + 2 * i) for i in range(50)]
 
 
 def numbers(hashes: list[str]) -> np.ndarray:
-    return np.array([int(one, 16) for one in hashes], np.uint64)
+    return np.array([int(digits, 16) for digits in hashes], np.uint64)
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_copy_is_near_and_nothing_else_is(pictures, change):
+def test_only_a_changed_copy_is_similar(pictures, change):
     hashes = [dhash(image) for image in pictures] + [dhash(CHANGES[change](image)) for image in pictures]
     assert similar_images(numbers(hashes)) == [[i, i + len(pictures)] for i in range(len(pictures))]
 
 
-def test_near_ones_are_those_of_all_pairs():
+def test_groups_are_those_of_comparing_all_pairs():
     rng = np.random.default_rng(0)
     hashes = rng.integers(0, 2**64, 300, dtype=np.uint64)
     for start in range(0, 240, 30):  # each of 30 differs in some bits from one of the 30 before
@@ -52,7 +53,7 @@ def test_near_ones_are_those_of_all_pairs():
         hashes[start + 30 : start + 60] = hashes[start : start + 30] ^ flips
     for limit in (0, 3, LIMIT, 9):
         close = np.bitwise_count(hashes[:, None] ^ hashes) <= limit
-        reach = np.linalg.matrix_power(close.astype(float), 10) > 0  # over up to ten others
+        reach = np.linalg.matrix_power(close.astype(float), 10) > 0  # through up to ten others
         wanted = {tuple(np.flatnonzero(row).tolist()) for row in reach if row.sum() > 1}
         groups = similar_images(hashes, limit)
         assert {*map(tuple, groups)} == wanted
@@ -60,6 +61,6 @@ def test_near_ones_are_those_of_all_pairs():
         assert groups == sorted(groups)
 
 
-def test_same():
+def test_equal_images():
     assert equal_images("abcabda") == [[0, 3, 6], [1, 4]]
     assert equal_images([]) == similar_images(np.array([], np.uint64)) == []

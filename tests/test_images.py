@@ -10,10 +10,10 @@ def opened(image: Image.Image, kind: str = "PNG", **options) -> Image.Image:
     return to_rgb(open_image(encoded(image, kind, **options)))
 
 
-def far(one: Image.Image, other: Image.Image) -> float:
+def difference(first: Image.Image, second: Image.Image) -> float:
     """Mean difference of two pictures, in grey levels."""
-    assert one.size == other.size
-    return np.abs(np.asarray(one.convert("RGB"), float) - np.asarray(other.convert("RGB"), float)).mean()
+    assert first.size == second.size
+    return np.abs(np.asarray(first.convert("RGB"), float) - np.asarray(second.convert("RGB"), float)).mean()
 
 
 PHOTO = photograph(2, 90, 60)
@@ -21,31 +21,31 @@ PHOTO = photograph(2, 90, 60)
 
 @pytest.mark.parametrize("turn", range(1, 9))
 def test_upright_by_its_exif_tag(turn):
-    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # how a camera that sets this tag stores the scene
+    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # the transpose with which a camera that sets this tag stores the scene
     exif = Image.Exif()
     exif[0x0112] = turn
     stored = PHOTO.transpose(Image.Transpose(back[turn])) if turn > 1 else PHOTO
-    given = encoded(stored, "JPEG", exif=exif, quality=98)
-    assert upright_size(open_image(given)) == (60, 90)
-    assert far(to_rgb(open_image(given)), PHOTO) < 3
+    data = encoded(stored, "JPEG", exif=exif, quality=98)
+    assert upright_size(open_image(data)) == (60, 90)
+    assert difference(to_rgb(open_image(data)), PHOTO) < 3
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_the_size_is_read_without_the_pixels(kind, monkeypatch):
     exif = Image.Exif()
     exif[0x0112] = 6
-    given = encoded(PHOTO, kind), encoded(PHOTO, kind, exif=exif)
+    files = encoded(PHOTO, kind), encoded(PHOTO, kind, exif=exif)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
-    assert [upright_size(open_image(one[: 2**16])) for one in given] == [(60, 90), (90, 60)]
+    assert [upright_size(open_image(data[: 2**16])) for data in files] == [(60, 90), (90, 60)]
 
 
-def test_transparency_lies_on_white():
+def test_transparency_is_put_on_white():
     clear = PHOTO.copy()
     clear.putalpha(Image.new("L", PHOTO.size, 0))
     assert (np.asarray(opened(clear)) == 255).all()
     clear.putalpha(Image.new("L", PHOTO.size, 128))
     half = Image.blend(Image.new("RGB", PHOTO.size, "white"), PHOTO, 128 / 255)
-    assert far(opened(clear), half) < 1
+    assert difference(opened(clear), half) < 1
     palette = PHOTO.convert("P")
     palette.info["transparency"] = int(np.asarray(palette)[0, 0])
     assert opened(palette).getpixel((0, 0)) == (255, 255, 255)
@@ -59,46 +59,47 @@ def test_alpha_is_read_apart_from_the_colours_under_it():
     exif[0x0112] = 6
     stored = clear.transpose(Image.Transpose.ROTATE_90)
     grey = clear.convert("LA")
-    for given in (encoded(clear), encoded(stored, exif=exif), encoded(clear, "WEBP", lossless=True, exact=True), encoded(grey)):
-        image = open_image(given)
-        assert far(to_rgb(image, on_white=False), PHOTO.convert("L") if given == encoded(grey) else PHOTO) == 0
-        assert far(alpha_of(image), ramp) == 0
+    for data in (encoded(clear), encoded(stored, exif=exif), encoded(clear, "WEBP", lossless=True, exact=True), encoded(grey)):
+        image = open_image(data)
+        assert difference(to_rgb(image, on_white=False), PHOTO.convert("L") if data == encoded(grey) else PHOTO) == 0
+        assert difference(alpha_of(image), ramp) == 0
     palette = PHOTO.convert("P")
     palette.info["transparency"] = first = int(np.asarray(palette)[0, 0])
-    given = open_image(encoded(palette))
-    assert np.array_equal(np.asarray(alpha_of(given)), np.where(np.asarray(palette) == first, 0, 255))
-    assert far(to_rgb(given, on_white=False), palette) == 0
+    image = open_image(encoded(palette))
+    assert np.array_equal(np.asarray(alpha_of(image)), np.where(np.asarray(palette) == first, 0, 255))
+    assert difference(to_rgb(image, on_white=False), palette) == 0
     assert (np.asarray(alpha_of(open_image(encoded(PHOTO, "JPEG")))) == 255).all()
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("L", "PNG"), ("P", "PNG"), ("1", "PNG"), ("CMYK", "JPEG"), ("LA", "PNG")])
 def test_other_modes(mode, kind):
-    given = PHOTO.convert(mode)
-    assert far(opened(given, kind, **({"quality": 98} if kind == "JPEG" else {})), given) < 3
+    image = PHOTO.convert(mode)
+    assert difference(opened(image, kind, **({"quality": 98} if kind == "JPEG" else {})), image) < 3
 
 
 def test_sixteen_bits_become_eight():
     ramp = np.linspace(0, 65535, 256).astype(np.uint16)
-    given = opened(Image.fromarray(np.tile(ramp, (4, 1))))
-    assert np.abs(np.asarray(given)[0, :, 0].astype(int) - np.arange(256)).max() <= 1
+    image = opened(Image.fromarray(np.tile(ramp, (4, 1))))
+    assert np.abs(np.asarray(image)[0, :, 0].astype(int) - np.arange(256)).max() <= 1
 
 
 def test_colours_of_another_profile_become_srgb():
     lab = ImageCms.createProfile("LAB")
     to_lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), lab, "RGB", "LAB")
-    given = ImageCms.applyTransform(PHOTO, to_lab)
+    image = ImageCms.applyTransform(PHOTO, to_lab)
     profile = ImageCms.ImageCmsProfile(lab).tobytes()
-    assert far(opened(given, "TIFF", icc_profile=profile), PHOTO) < 2
-    assert far(opened(PHOTO, icc_profile=b"no profile"), PHOTO) == 0
+    assert difference(opened(image, "TIFF", icc_profile=profile), PHOTO) < 2
+    assert difference(opened(PHOTO, icc_profile=b"no profile"), PHOTO) == 0
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    assert far(opened(PHOTO, icc_profile=srgb), PHOTO) == 0
+    assert difference(opened(PHOTO, icc_profile=srgb), PHOTO) == 0
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
 def test_the_first_frame_of_an_animation(kind):
     others = [photograph(i, 90, 60) for i in (3, 4)]
-    how = {"lossless": True} if kind == "WEBP" else {}
-    assert far(opened(PHOTO, kind, save_all=True, append_images=others, **how), PHOTO) < (20 if kind == "GIF" else 1)
+    options = {"lossless": True} if kind == "WEBP" else {}
+    frame = opened(PHOTO, kind, save_all=True, append_images=others, **options)
+    assert difference(frame, PHOTO) < (20 if kind == "GIF" else 1)
 
 
 def test_a_pixel_bomb_is_refused_before_it_is_decoded():

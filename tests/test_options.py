@@ -1,4 +1,4 @@
-"""common/options.py: an option has its bounds, and what it means on resume, where it is declared."""
+"""common/options.py: an option declares its bounds and whether it may change on resume."""
 
 import re
 from dataclasses import dataclass, fields, is_dataclass
@@ -14,7 +14,7 @@ from train_lora import TrainConfig
 NUMBERS = st.one_of(st.integers(-(10**6), 10**6), st.floats())
 
 
-def test_every_option_of_training_says_what_it_means_on_resume():
+def test_every_option_of_training_has_a_resume_policy():
     policies = resume_policies(TrainConfig())
     assert policies.keys() == flat_options(TrainConfig()).keys()
     assert len(policies) > 45
@@ -24,26 +24,26 @@ def test_every_option_of_training_says_what_it_means_on_resume():
 
 
 def test_no_two_options_have_one_flag():
-    names = [one.name for one, _ in leaves(TrainConfig())]
+    names = [spec.name for spec, _ in leaves(TrainConfig())]
     assert len(names) == len(set(names))
 
 
 def test_every_dataclass_of_training_checks_its_options():
-    """The bounds of a field that nobody checks would be decoration."""
+    """Bounds have no effect unless the dataclass calls check_options."""
 
     def check(config) -> None:
-        for one in fields(config):
-            if is_dataclass(value := getattr(config, one.name)):
+        for spec in fields(config):
+            if is_dataclass(value := getattr(config, spec.name)):
                 check(value)
-            elif any(bound is not None for bound in one.metadata["bounds"].values()):
-                with pytest.raises(UserError, match=f"^--{one.name.replace('_', '-')} must "):
-                    type(config)(**{one.name: float("nan")})
+            elif any(bound is not None for bound in spec.metadata["bounds"].values()):
+                with pytest.raises(UserError, match=f"^--{spec.name.replace('_', '-')} must "):
+                    type(config)(**{spec.name: float("nan")})
 
     check(TrainConfig())
 
 
 @given(value=NUMBERS, low=st.integers(-100, 100), high=st.integers(-100, 100), step=st.integers(1, 50))
-def test_a_value_is_taken_if_and_only_if_it_is_within_its_bounds(value, low, high, step):
+def test_a_value_is_accepted_if_and_only_if_it_is_within_its_bounds(value, low, high, step):
     @dataclass(frozen=True)
     class Config:
         at_least: float = option(low, at_least=low)
@@ -55,15 +55,15 @@ def test_a_value_is_taken_if_and_only_if_it_is_within_its_bounds(value, low, hig
             check_options(self)
 
     finite = value - value == 0
-    right = {
+    valid = {
         "at_least": finite and value >= low,
         "above": finite and value > low,
         "between": finite and low <= value <= low + abs(high),
         "whole_steps": finite and value % step == 0,
     }
     base = {"whole_steps": 0}
-    for name, taken in right.items():
-        if taken:
+    for name, accepted in valid.items():
+        if accepted:
             Config(**base | {name: value})
         else:
             with pytest.raises(UserError, match=rf"^--{name.replace('_', '-')} must .*, not {re.escape(str(value))}$"):

@@ -46,27 +46,27 @@ def many(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(many, tmp_path_factory) -> Path:
-    """Their shards, made in one go."""
+    """The shards of `many`, made without interruption."""
     folder = tmp_path_factory.mktemp("whole")
     assert run_main(PACK, many, "--out", folder, "--per-shard", 4) == 0
     return folder
 
 
-def test_killed_at_any_time_it_goes_on_and_the_bytes_are_the_same(script, many, whole, tmp_path):
-    command, told = [PACK, many, "--out", tmp_path, "--per-shard", 4, "--workers", 2], tmp_path.with_suffix(".txt")
-    for least in (1, 3, 6):  # so many shards have begun to be there when it is killed
-        process = Forked(*command, output=told)
+def test_killed_at_any_time_it_continues_and_the_bytes_are_the_same(script, many, whole, tmp_path):
+    command, output = [PACK, many, "--out", tmp_path, "--per-shard", 4, "--workers", 2], tmp_path.with_suffix(".txt")
+    for least in (1, 3, 6):  # number of shards that have been begun when it is killed
+        process = Forked(*command, output=output)
         while len(unfinished(tmp_path)) < least and process.poll() is None:
             time.sleep(0.002)
         process.kill()
         process.wait()
-        there = already_there(tmp_path)
-        assert least - 2 <= len(there) < 15
+        existing = already_there(tmp_path)
+        assert least - 2 <= len(existing) < 15
         with pytest.raises(UserError, match="was interrupted"):
             open_source(str(tmp_path))
-    kept = {name: (tmp_path / name).stat().st_ino for name in there}
+    kept = {name: (tmp_path / name).stat().st_ino for name in existing}
     out, _ = script(PACK, many, "--out", tmp_path, "--per-shard", 4, "--workers", 1)
-    assert {name: (tmp_path / name).stat().st_ino for name in there} == kept
+    assert {name: (tmp_path / name).stat().st_ino for name in existing} == kept
     assert contents(tmp_path) == contents(whole)
     assert "kept 57 images in 15 shards" in out
     for refused in (
@@ -86,20 +86,20 @@ def test_a_finished_folder_is_left_as_it_is(script, many, whole):
     assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in whole.glob("[!.]*")} == before
 
 
-def test_what_changed_is_made_anew_and_what_is_strange_stays(script, many, whole, tmp_path):
+def test_changed_shards_are_made_anew_and_foreign_ones_stay(script, many, whole, tmp_path):
     folder, out = shutil.copytree(many, tmp_path / "many"), shutil.copytree(whole, tmp_path / "out")
     (folder / "20.txt").write_text("another caption")
     for i in range(54, 60):
         (folder / f"{i:02}.png").unlink()
-    told, _ = script(PACK, folder, "--out", out, "--per-shard", 4)
-    assert "kept 51 images in 14 shards" in told
+    stdout, _ = script(PACK, folder, "--out", out, "--per-shard", 4)
+    assert "kept 51 images in 14 shards" in stdout
     script(PACK, folder, "--out", tmp_path / "anew", "--per-shard", 4)
     assert contents(out) == contents(tmp_path / "anew")
     same = [name for name, data in contents(whole).items() if name.endswith(".tar") and contents(out).get(name) == data]
     assert len(same) == 12  # all but that of picture 20, and the last three
     (folder / "53.png").unlink()
-    told, _ = script(PACK, folder, "--out", out, "--per-shard", 4)
-    assert "50 images were already in 13 shards" in told
+    stdout, _ = script(PACK, folder, "--out", out, "--per-shard", 4)
+    assert "50 images were already in 13 shards" in stdout
     assert len(open_source(str(out)).files) == len(list(out.glob("*.tar"))) == 13
     for source, per_shard in ((folder, 5), (whole, 4)):
         _, err = script(PACK, source, "--out", out, "--per-shard", per_shard, status=2)
@@ -125,8 +125,8 @@ def test_killed_before_the_index_was_written(script, many, whole, tmp_path):
     assert contents(out) == contents(whole)
 
 
-def test_whatever_step_is_the_last_nothing_half_written_passes_for_whole(monkeypatch, tmp_path):
-    """Every change of the folder in turn is the one that does not happen any more."""
+def test_killed_at_any_step_no_partial_shard_is_taken_for_complete(monkeypatch, tmp_path):
+    """The writing is killed before each change of the folder in turn."""
     steps = {"left": 0}
 
     def dying(change):
@@ -139,14 +139,14 @@ def test_whatever_step_is_the_last_nothing_half_written_passes_for_whole(monkeyp
         return instead
 
     def write(folder: Path, texts: list[str]) -> None:
-        """What pack_all does, for a shard of each text; none for an empty one."""
+        """Does as pack_all does: a shard for each text, but no file for an empty text."""
         jobs = {f"x-{i:06d}.tar": text for i, text in enumerate(texts)}
-        there = already_there(folder)
+        existing = already_there(folder)
         for name, text in jobs.items():
-            if name not in there or there[name].made_of != text:
+            if name not in existing or existing[name].made_of != text:
                 samples = [("0", {"txt": "a", "jpg": text * 600}, text)] if text else []
-                there[name] = write_shard(folder, name, samples, made_of=text)
-        finish(folder, [there[name] for name in jobs], read_index(folder))
+                existing[name] = write_shard(folder, name, samples, made_of=text)
+        finish(folder, [existing[name] for name in jobs], read_index(folder))
 
     versions = (["a", "b", "c"], ["a", "d"], ["", "e", "f"])
     wanted = []
@@ -195,7 +195,7 @@ def test_names_and_captions_that_are_no_text(script, photos, tmp_path):
     assert "kept 1 images in 1 shards" in out
     assert r"refused b\xff.jpg (cannot be decoded" in out
     assert r"c\xff.jpg (no caption)" in out
-    assert open_source(str(tmp_path / "out")).raw(0).captions == ["half ? of it"]
+    assert open_source(str(tmp_path / "out")).read_sample(0).captions == ["half ? of it"]
 
 
 def test_shards_are_packed_anew(script, photos, tmp_path):
@@ -209,29 +209,29 @@ def test_shards_are_packed_anew(script, photos, tmp_path):
     script(PACK, photos, "--out", tmp_path / "straight", "--per-shard", 3)
     ours, straight = open_source(str(tmp_path / "ours")), open_source(str(tmp_path / "straight"))
     for n in range(7):
-        assert ours.raw(n) == straight.raw(n)
-    assert read_index(tmp_path / "ours")["shard-000002.tar"].hashes == [hashlib.sha256(ours.raw(6).image).hexdigest()]
+        assert ours.read_sample(n) == straight.read_sample(n)
+    assert read_index(tmp_path / "ours")["shard-000002.tar"].hashes == [hashlib.sha256(ours.read_sample(6).image).hexdigest()]
     script(PACK, f"{tmp_path}/ours/shard-{{000000..000001}}.tar", "--out", tmp_path / "two")
     assert open_source(str(tmp_path / "two")).samples == 6
     _, err = script(PACK, theirs, "--out", theirs, status=2)
     assert "must be another folder" in err
 
 
-# Reading again.
+# --verify.
 
 
 @pytest.mark.parametrize(
-    ("damage", "number", "told"),
+    ("damage", "number", "lines"),
     [
         ("flip", 2, ["shard-000002.tar: its SHA-256 is another", "shard-000002.tar:0000009: its image is another"]),
         ("missing", 3, ["shard-000003.tar: [Errno 2] No such file"]),
         ("swap", 4, ["shard-000004.tar: its members are others", "shard-000004.tar:0000016: its image is another"]),
-        ("cut", 5, ["shard-000005.tar: its members are others", "shard-000005.tar:0000023: its image is another"]),
+        ("truncated", 5, ["shard-000005.tar: its members are others", "shard-000005.tar:0000023: its image is another"]),
         ("index", 6, ["shard-000006.tar:0000024: its image is decoded to another"]),
         ("strange", 15, ["shard-000015.tar is not in the index"]),
     ],
 )
-def test_verify_names_what_is_damaged(script, whole, tmp_path, damage, number, told):
+def test_verify_names_what_is_damaged(script, whole, tmp_path, damage, number, lines):
     folder = shutil.copytree(whole, tmp_path / "shards")
     path = folder / f"shard-{number:06d}.tar"
     if damage == "flip":
@@ -245,7 +245,7 @@ def test_verify_names_what_is_damaged(script, whole, tmp_path, damage, number, t
         with tarfile.open(whole / path.name) as old, tarfile.open(path, "w") as new:
             for member in sorted(old, key=lambda member: (int(member.name[:7]) ^ 1, member.name)):
                 new.addfile(member, old.extractfile(member))
-    elif damage == "cut":
+    elif damage == "truncated":
         os.truncate(path, path.stat().st_size // 2)
     elif damage == "index":
         index = folder / "index.jsonl"
@@ -253,24 +253,24 @@ def test_verify_names_what_is_damaged(script, whole, tmp_path, damage, number, t
     else:
         shutil.copy(folder / "shard-000000.tar", path)
     out, err = script(PACK, folder, "--verify", status=2)
-    assert all(f"  {line}" in out for line in told)
+    assert all(f"  {line}" in out for line in lines)
     assert all(path.name in line for line in out.splitlines())
     assert f"make_shards.py: {folder}: {len(out.splitlines())} faults: " in err
 
 
 def test_verify(script, whole, photos, tmp_path):
     out, _ = script(PACK, whole, "--verify", "--workers", 2)
-    assert out == f"57 samples in 15 shards in {whole}/ are what the index tells, and can be decoded\n"
+    assert out == f"57 samples in 15 shards in {whole}/ agree with the index and can be decoded\n"
     for arguments, match in (
         ([photos, "--verify"], "has no index.jsonl"),
-        ([whole, "--verify", "--out", tmp_path], "leave --out away"),
+        ([whole, "--verify", "--out", tmp_path], "leave out --out"),
         ([photos], "--out is missing"),
     ):
         _, err = script(PACK, *arguments, status=2)
         assert match in err
 
 
-# What is there twice.
+# Duplicates.
 
 
 def test_duplicates_are_named_and_kept(script, photos, tmp_path):
@@ -283,9 +283,9 @@ def test_duplicates_are_named_and_kept(script, photos, tmp_path):
     for name in ("small", "smaller"):
         (folder / f"{name}.txt").write_text("again")
     out = [script(PACK, folder, "--out", tmp_path / "out", "--per-shard", 4)[0] for _ in range(2)]
-    for told in out:
-        lines = told.splitlines()[-4:]
-        assert "10 images" in told.splitlines()[0]
+    for stdout in out:
+        lines = stdout.splitlines()[-4:]
+        assert "10 images" in stdout.splitlines()[0]
         assert lines[0] == "equal: 2 images in 1 groups, all kept"
         assert lines[1] == "  copy.jpg (shard-000000.tar:0000000), photo4.jpg (shard-000001.tar:0000005)"
         assert lines[2].startswith("nearly equal (at most 6 of 64 bits differ): 3 images in 1 groups")
@@ -300,8 +300,8 @@ def table(tmp_path) -> Path:
     """20 rows in row groups of 6, of which two cannot be used."""
     rows = []
     for i in range(20):
-        given = encoded(photograph(i, 40 + i, 50), ("PNG", "JPEG", "BMP")[i % 3])
-        rows.append({"image": {"bytes": given, "path": None}, "text": f"row {i}"})
+        image = encoded(photograph(i, 40 + i, 50), ("PNG", "JPEG", "BMP")[i % 3])
+        rows.append({"image": {"bytes": image, "path": None}, "text": f"row {i}"})
     rows[8]["image"]["bytes"] = b"rubbish"
     rows[13]["text"] = None
     (tmp_path / "set").mkdir()
@@ -331,10 +331,10 @@ def test_columns_of_other_kinds(tmp_path):
     parquet.write_table(pyarrow.table({"image": [image] * 3, "text": [["a", None], None, []]}), tmp_path / "b.parquet")
     assert [captions for *_, captions in read_rows(tmp_path / "b.parquet", 0, 3)] == [["a"], [], []]
     parquet.write_table(pyarrow.table({"image": ["x.jpg"], "text": [3]}), tmp_path / "c.parquet")
-    ((name, given, captions),) = read_rows(tmp_path / "c.parquet", 0, 1)
+    ((name, nothing, captions),) = read_rows(tmp_path / "c.parquet", 0, 1)
     assert captions == []
     with pytest.raises(ValueError, match="cannot be decoded"):
-        pack(name, given, ["a"])
+        pack(name, nothing, ["a"])
 
 
 def test_a_damaged_row_group_costs_its_rows_alone(table):
@@ -348,28 +348,28 @@ def test_a_damaged_row_group_costs_its_rows_alone(table):
     assert rows[6][0] == "train.parquet:6"
 
 
-@pytest.mark.parametrize("given", ["file", "folder"])
-def test_parquet_as_data_is_what_make_shards_makes_of_it(script, table, tmp_path, monkeypatch, given):
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_parquet_as_data_equals_the_shards_of_make_shards(script, table, tmp_path, monkeypatch, kind):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    data = table if given == "file" else table.parent
+    data = table if kind == "file" else table.parent
     first = open_mixture((str(data),))
     script(PACK, data, "--out", tmp_path / "out")
     wanted = open_mixture((str(tmp_path / "out"),))
     assert (first.samples, first.fingerprint) == (18, wanted.fingerprint)
     for n in range(18):
-        ours, theirs = first.raw(n), wanted.raw(n)
+        ours, theirs = first.read_sample(n), wanted.read_sample(n)
         assert (ours.image, ours.captions) == (theirs.image, theirs.captions)
     assert first.uncaptioned == [
         "train.parquet:8 (cannot be decoded: no image of a known kind)",
         "train.parquet:13 (no caption)",
     ]
-    monkeypatch.setattr(packing, "pack_job", None)  # the second time all is there
+    monkeypatch.setattr(packing, "pack_job", None)  # the second time nothing is packed
     again = open_mixture((f"{data}:2", f"{data}:1"))
     assert (again.samples, again.uncaptioned) == (36, 2 * first.uncaptioned)
 
 
 def test_processes_that_start_at_once_pack_once(table, tmp_path, monkeypatch):
-    """Each makes it if it is not there; the lock makes one of them do it and the others wait."""
+    """The lock lets one of them pack, and the other waits for it."""
 
     def read(number: int) -> None:
         sys.stdout = sys.stderr = open(tmp_path / str(number), "w")  # noqa: SIM115
@@ -382,9 +382,9 @@ def test_processes_that_start_at_once_pack_once(table, tmp_path, monkeypatch):
         process.start()
     for process in running:
         process.join(120)
-    told = [(tmp_path / str(n)).read_text() for n in range(2)]
-    assert [text.splitlines()[-1] for text in told] == ["18"] * 2
-    assert sum("packing" in text for text in told) == 1
+    outputs = [(tmp_path / str(n)).read_text() for n in range(2)]
+    assert [text.splitlines()[-1] for text in outputs] == ["18"] * 2
+    assert sum("packing" in text for text in outputs) == 1
 
 
 def test_mistaken_data(table, tmp_path, monkeypatch):
@@ -422,7 +422,7 @@ def test_work_is_done_by_all_and_the_first_error_ends_it():
         in_parallel(fail, range(9), 2, tqdm(total=9))
 
 
-def test_a_full_disk_and_a_killed_process_are_told(photos, tmp_path, monkeypatch):
+def test_a_full_disk_and_a_killed_process_are_reported(photos, tmp_path, monkeypatch):
     from scripts.make_shards import open_inputs
 
     def full(*arguments) -> None:

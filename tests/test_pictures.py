@@ -13,11 +13,11 @@ from model.vae import decode_latents
 from run.gallery import Gallery
 from run.ranks import Ranks
 
-HOW = {"seed": 3, "steps": 2, "guidance": 5.0, "size": 64}
+OPTIONS = {"seed": 3, "steps": 2, "guidance": 5.0, "size": 64}
 
 
 def test_a_picture_depends_on_its_own_seed_only(pipe, denoiser):
-    draw = partial(render, pipe, denoiser.describe, partial(decode_latents, pipe.vae), **HOW)
+    draw = partial(render, pipe, denoiser.describe, partial(decode_latents, pipe.vae), **OPTIONS)
     three = draw(["a", "b", "c"])
     two = draw(["x", "b"])
     assert three[1] == two[1]
@@ -27,8 +27,8 @@ def test_a_picture_depends_on_its_own_seed_only(pipe, denoiser):
 
 
 def test_render_equals_the_pipeline(pipe, denoiser):
-    """Our own decoding gives the picture that diffusers' pipeline would give."""
-    ours = render(pipe, denoiser.describe, partial(decode_latents, pipe.vae), ["a cat"], **HOW)[0]
+    """`render` gives the same picture as diffusers' pipeline."""
+    ours = render(pipe, denoiser.describe, partial(decode_latents, pipe.vae), ["a cat"], **OPTIONS)[0]
     options = {"num_inference_steps": 2, "guidance_scale": 5.0, "generator": torch.Generator().manual_seed(3)}
     theirs = pipe("a cat", **options).images[0]
     assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
@@ -59,12 +59,12 @@ def test_sheets_hold_the_pictures(tmp_path):
     assert stack([sheet, sheet]).size == (sheet.width, 2 * sheet.height)
 
 
-def test_long_prompts_are_cut_to_the_width():
+def test_long_prompts_are_shortened_to_the_width():
     font = ImageFont.load_default(size=16)
     assert shorten("short", 500, font) == "short"
-    cut = shorten("a very long prompt " * 20, 200, font)
-    assert cut.endswith("…")
-    assert font.getlength(cut) <= 200
+    shortened = shorten("a very long prompt " * 20, 200, font)
+    assert shortened.endswith("…")
+    assert font.getlength(shortened) <= 200
 
 
 def test_sdxl_is_judged_by_the_naruto_prompts():

@@ -22,16 +22,16 @@ from common.errors import UserError
 from data import DataConfig, Stream, make_loader
 from dataset import remote
 from dataset.captions import CaptionConfig
-from dataset.disk_cache import NO_CACHE, Cache
+from dataset.disk_cache import Cache
 from dataset.remote import RemoteFile, scheme_of
 from dataset.shards import read_index, to_line
 from dataset.sources import open_mixture, open_source, split_weight
 
-HALF = {"short", "reset", "stall", "closed"}
+HALF = {"short", "reset", "stall", "closed"}  # faults for which the server sends half of what was requested
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Files with range requests; `server.faults`, one for each request, are what goes wrong."""
+    """Serves `server.files`, with range requests. Each request takes the next of `server.faults`, then `server.always`."""
 
     protocol_version = "HTTP/1.1"
 
@@ -47,7 +47,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        self.server.asked.append((path, self.headers))
+        self.server.requests.append((path, self.headers))
         fault = self.server.faults.pop(0) if self.server.faults else self.server.always
         whole, wanted = self.server.files.get(path), re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         if isinstance(fault, int) or whole is None:
@@ -57,34 +57,34 @@ class Handler(BaseHTTPRequestHandler):
         elif wanted and fault != "whole":
             first, last = int(wanted[1]), min(int(wanted[2]), len(whole) - 1)
             part = whole[first : last + 1]
-            told = {"Content-Range": f"bytes {first}-{last}/{len(whole)}"}
+            headers = {"Content-Range": f"bytes {first}-{last}/{len(whole)}"}
             if fault in HALF:
-                told |= {} if fault == "short" else {"Content-Length": len(part)}
-                self.answer(206, part[: len(part) // 2], told)
+                headers |= {} if fault == "short" else {"Content-Length": len(part)}
+                self.answer(206, part[: len(part) // 2], headers)
                 self.break_off(fault)
             else:
-                self.answer(206, part, told)
+                self.answer(206, part, headers)
         else:
             self.answer(200, whole)
 
-    def break_off(self, how: str) -> None:
-        if how == "stall":
+    def break_off(self, fault: str) -> None:
+        if fault == "stall":
             time.sleep(1)
-        if how == "reset":  # a RST instead of a FIN
+        if fault == "reset":  # a RST instead of a FIN
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        if how != "short":
+        if fault != "short":
             self.close_connection = True
 
 
 class Server(ThreadingHTTPServer):
     def handle_error(self, *_) -> None:
-        """Who hangs up early is no news here."""
+        """Prints nothing when a client closes its connection early."""
 
 
 @pytest.fixture
 def server():
     with Server(("127.0.0.1", 0), Handler) as server:
-        server.files, server.faults, server.always, server.asked = {}, [], None, []
+        server.files, server.faults, server.always, server.requests = {}, [], None, []
         server.daemon_threads = server.block_on_close = True
         server.url = f"http://127.0.0.1:{server.server_port}"
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
@@ -93,8 +93,8 @@ def server():
 
 
 @pytest.fixture(autouse=True)
-def at_once(monkeypatch):
-    """No long waits; and a driver of its own for each test."""
+def short_waits(monkeypatch):
+    """Short waits, and a new driver for each test."""
     monkeypatch.setattr(remote, "PAUSE", 0.001)
     monkeypatch.setattr(remote, "TIMEOUT", 0.3)
     monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
@@ -147,12 +147,12 @@ def batches(source, count: int = 8, **options) -> list:
 
 def assert_same(ours, local, **options) -> None:
     assert ours.fingerprint == local.fingerprint
-    assert (ours.names, ours.uncaptioned, ours.cut) == (local.names, local.uncaptioned, local.cut)
-    assert np.array_equal(ours.where, local.where)
-    for one, other in zip(batches(ours, **options), batches(local), strict=True):
-        assert one.captions == other.captions
-        assert torch.equal(one.images, other.images)
-        assert not one.skipped
+    assert (ours.names, ours.uncaptioned, ours.truncated) == (local.names, local.uncaptioned, local.truncated)
+    assert np.array_equal(ours.places, local.places)
+    for batch, wanted in zip(batches(ours, **options), batches(local), strict=True):
+        assert batch.captions == wanted.captions
+        assert torch.equal(batch.images, wanted.images)
+        assert not batch.skipped
 
 
 # The same as local shards.
@@ -185,21 +185,21 @@ def test_names_that_must_be_quoted(server, shards, tmp_path):
 
 def test_a_sample_is_one_request_of_its_own_bytes(server, shards, monkeypatch):
     source = open_source(serve(server, shards))
-    server.asked.clear()
+    server.requests.clear()
     for n in range(source.samples):
-        source.raw(n)
-    assert len(server.asked) == source.samples
-    for (_, headers), place in zip(server.asked, source.where, strict=True):
+        source.read_sample(n)
+    assert len(server.requests) == source.samples
+    for (_, headers), place in zip(server.requests, source.places, strict=True):
         first, last = map(int, headers["Range"].removeprefix("bytes=").split("-"))
         spans = [(place[at], place[at] + place[size]) for at, size in (("at", "size"), ("text_at", "text_size"))]
         assert (first, last + 1) == (min(a for a, _ in spans), max(b for _, b in spans))
     file = source.files[0]
-    server.asked.clear()
+    server.requests.clear()
     assert file.read((0, 5), (5, 0)) == [server.files["/shards/photos-000000.tar"][:5], b""]
     monkeypatch.setattr(remote, "MERGE_GAP", 10)
     whole = server.files["/shards/photos-000000.tar"]
     assert file.read((16, 2), (0, 5)) == [whole[16:18], whole[:5]]
-    assert len(server.asked) == 3  # too far apart for one
+    assert len(server.requests) == 3  # too far apart for one
 
 
 def test_weights_ports_and_mixtures(server, shards, photos):
@@ -209,20 +209,20 @@ def test_weights_ports_and_mixtures(server, shards, photos):
     assert split_weight("http://host:8000/shards/:2.5") == ("http://host:8000/shards/", 2.5)
     assert split_weight("s3://b/shards/:3") == ("s3://b/shards/", 3)
     assert split_weight("hf://datasets/o/n/{0..3}.tar:1") == ("hf://datasets/o/n/{0..3}.tar", 1)
-    mixed, local = (open_mixture((f"{one}:3", f"{photos}:1")) for one in (url, shards))
+    mixed, local = (open_mixture((f"{data}:3", f"{photos}:1")) for data in (url, shards))
     assert_same(mixed, local)
     assert mixed.shares == (0.75, 0.25)
 
 
-def test_an_index_is_taken_only_for_the_file_it_is_of(server, shards):
+def test_an_index_is_used_only_for_a_file_of_its_size(server, shards):
     url = serve(server, shards)
     line = server.files["/shards/index.jsonl"].splitlines()
-    told = json.loads(line[0])
-    other = told | {"bytes": told["bytes"] + 512, "samples": told["samples"][:1]}
+    entry = json.loads(line[0])
+    other = entry | {"bytes": entry["bytes"] + 512, "samples": entry["samples"][:1]}
     server.files["/shards/index.jsonl"] = b"\n".join([json.dumps(other).encode(), *line[1:]])
     assert_same(open_source(url), open_source(str(shards)))
-    told["samples"][0][2] = told["bytes"]
-    server.files["/shards/index.jsonl"] = json.dumps(told).encode()
+    entry["samples"][0][2] = entry["bytes"]
+    server.files["/shards/index.jsonl"] = json.dumps(entry).encode()
     with pytest.raises(UserError, match=r"http://\S+/shards/index\.jsonl line 1 .* with impossible numbers"):
         open_source(url)
 
@@ -231,17 +231,17 @@ def test_an_index_is_taken_only_for_the_file_it_is_of(server, shards):
 
 
 @pytest.mark.parametrize("fault", [500, 503, 429, 408, "reset", "closed", "stall", "short"])
-def test_what_passes_is_tried_again(server, shards, fault):
+def test_temporary_faults_are_tried_again(server, shards, fault):
     url, local = serve(server, shards), open_source(str(shards))
     source = open_source(url)
     server.faults = [fault] * 3
-    assert source.raw(0) == local.raw(0)
-    server.faults = [fault if fault in (500, 503, 429, 408) else 500] * 3  # the index and a first look have no half to send
+    assert source.read_sample(0) == local.read_sample(0)
+    server.faults = [fault if fault in (500, 503, 429, 408) else 500] * 3  # the index and the first byte cannot be sent by half
     assert open_source(url).names == local.names
 
 
 @pytest.mark.parametrize(
-    ("fault", "told", "tries"),
+    ("fault", "reason", "tries"),
     [
         (500, "HTTP status 500, 6 times over", 6),
         (429, "HTTP status 429, 6 times over", 6),
@@ -256,13 +256,13 @@ def test_what_passes_is_tried_again(server, shards, fault):
         ("whole", r"this server sends no parts of a file \(range requests\): use another, or copy the shards here", 1),
     ],
 )
-def test_what_does_not_pass_is_one_line_naming_the_url(server, shards, fault, told, tries):
+def test_lasting_faults_are_one_line_naming_the_url(server, shards, fault, reason, tries):
     source = open_source(serve(server, shards))
-    server.asked.clear()
+    server.requests.clear()
     server.always = fault
-    with pytest.raises(UserError, match=rf"^--data {server.url}/shards/photos-000000\.tar: {told}$"):
-        source.raw(0)
-    assert len(server.asked) == tries
+    with pytest.raises(UserError, match=rf"^--data {server.url}/shards/photos-000000\.tar: {reason}$"):
+        source.read_sample(0)
+    assert len(server.requests) == tries
 
 
 def test_no_server_and_a_server_without_parts_are_found_at_once(server, shards, tmp_path):
@@ -290,13 +290,13 @@ def test_a_redirect_is_followed_without_credentials(server, shards, tmp_path, mo
     (tmp_path / "netrc").chmod(0o600)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     source = open_source(serve(server, shards))
-    server.asked.clear()
+    server.requests.clear()
     server.faults = [f"http://localhost:{server.server_port}/shards/photos-000000.tar"]
-    assert source.raw(0).image
-    assert [bool(headers["Authorization"]) for _, headers in server.asked] == [True, False]
-    server.faults = [f"{server.url}/shards/photos-000000.tar?token=geheim", "whole"]  # as storage behind a server signs them
+    assert source.read_sample(0).image
+    assert [bool(headers["Authorization"]) for _, headers in server.requests] == [True, False]
+    server.faults = [f"{server.url}/shards/photos-000000.tar?token=geheim", "whole"]  # a signed URL, to which servers redirect
     with pytest.raises(UserError, match="sends no parts of a file") as caught:
-        source.raw(0)
+        source.read_sample(0)
     assert "geheim" not in str(caught.value)
 
 
@@ -308,7 +308,7 @@ def test_unusable_urls(server, shards):
         (url, r"no index\.jsonl there, and a web server cannot list a folder: name the \.tar files by a brace pattern"),
         (f"{url}photos-{{000000..000003}}.tar", r"photos-000003\.tar: is not there"),
         (f"{url}photos-{{000000..000003.tar", "a brace is not closed"),
-        (f"{url}text.tar", rf"^--data: {url}text\.tar is no tar file"),
+        (f"{url}text.tar", rf"^{url}text\.tar is no tar file"),
     ):
         with pytest.raises(UserError, match=match):
             open_source(data)
@@ -332,25 +332,25 @@ def test_unusable_buckets(bucket, monkeypatch):
 
 
 def test_a_failing_bucket_is_tried_again(server, monkeypatch):
-    """s3fs and botocore would do it too: that it is only done here shows in the number of requests."""
+    """The number of requests shows that s3fs and botocore, which could also repeat them, do not."""
     for name, value in {"AWS_ENDPOINT_URL": server.url, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}.items():
         monkeypatch.setenv(name, value)
     server.files["/b/a.tar"] = bytes(range(100))
-    file = RemoteFile("s3://b/a.tar", 100, "", NO_CACHE)
+    file = RemoteFile("s3://b/a.tar", 100, "", None)
     for fault in (500, 503, "reset", "stall", "short"):
         server.faults = [fault] * 2
-        server.asked.clear()
+        server.requests.clear()
         assert file.read((10, 20)) == [bytes(range(10, 30))]
-        assert len(server.asked) == 3, fault
-    for server.always, told in ((500, "HTTP status 500"), ("closed", "the connection failed")):
-        server.asked.clear()
-        with pytest.raises(UserError, match=rf"^--data s3://b/a\.tar: {told}.*, 6 times over$"):
+        assert len(server.requests) == 3, fault
+    for server.always, reason in ((500, "HTTP status 500"), ("closed", "the connection failed")):
+        server.requests.clear()
+        with pytest.raises(UserError, match=rf"^--data s3://b/a\.tar: {reason}.*, 6 times over$"):
             file.read((10, 20))
-        assert len(server.asked) == 6
+        assert len(server.requests) == 6
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_what_fails_in_a_worker_reaches_the_user_as_it_is(server, shards, workers):
+def test_an_error_in_a_worker_reaches_the_user_unchanged(server, shards, workers):
     source = open_source(serve(server, shards))
     server.always = 404
     with pytest.raises(UserError, match=r"^--data http://\S+\.tar: is not there$"):
@@ -384,7 +384,7 @@ def test_urls_with_secrets_are_refused_without_repeating_them(data, script, tmp_
     assert err.count("\n") == 1
 
 
-def test_what_a_driver_says_is_not_repeated(monkeypatch):
+def test_the_text_of_a_drivers_error_is_not_repeated(monkeypatch):
     def connect(*_):
         raise RuntimeError("https://me:geheim@host")
 
@@ -402,11 +402,11 @@ def test_a_missing_driver_is_one_line(scheme, monkeypatch):
         open_source(f"{scheme}://b/a.tar")
 
 
-def test_what_is_local_stays_local():
+def test_local_paths_have_no_scheme():
     assert [scheme_of(data) for data in ("demo", "shards/", "/a/{0..3}.tar", "a:3", "c:/x", "pipe.tar")] == [None] * 6
 
 
-# Other stores, by servers that answer what their drivers ask.
+# Other stores: the test server answers as their drivers expect.
 
 
 TEMPLATE = "/{repo_id}/resolve/{revision}/{filename}"  # of HF_ENDPOINT
@@ -423,11 +423,11 @@ def test_hugging_face(server, shards, monkeypatch):
     local = open_source(str(shards))
     assert_same(open_source("hf://datasets/o/n/some/"), local, workers=2)
     assert_same(open_source("hf://datasets/o/n/some/photos-{000000..000002}.tar"), local)
-    server.asked.clear()
+    server.requests.clear()
     source = open_source("hf://datasets/o/n/some")
-    server.asked.clear()
+    server.requests.clear()
     source.files[0].read((3, 10))
-    assert [headers["Range"] for _, headers in server.asked] == ["bytes=3-12"]
+    assert [headers["Range"] for _, headers in server.requests] == ["bytes=3-12"]
     with pytest.raises(UserError, match=r"hf://datasets/o/n/some/none\.tar: is not there"):
         open_source("hf://datasets/o/n/some/none.tar")
 
@@ -436,10 +436,10 @@ def test_google(server, shards, monkeypatch):
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
     items = []
     for path in shards.iterdir():
-        about = {"name": f"some/{path.name}", "bucket": "b", "size": str(path.stat().st_size), "etag": path.name}
-        server.files[f"/storage/v1/b/b/o/some/{path.name}"] = json.dumps(about).encode()
+        item = {"name": f"some/{path.name}", "bucket": "b", "size": str(path.stat().st_size), "etag": path.name}
+        server.files[f"/storage/v1/b/b/o/some/{path.name}"] = json.dumps(item).encode()
         server.files[f"/download/storage/v1/b/b/o/some/{path.name}"] = path.read_bytes()
-        items.append(about)
+        items.append(item)
     server.files["/storage/v1/b/b/o"] = json.dumps({"items": items}).encode()
     assert_same(open_source("gs://b/some/"), open_source(str(shards)), workers=2)
 
@@ -447,22 +447,22 @@ def test_google(server, shards, monkeypatch):
 # The cache.
 
 
-def test_what_was_loaded_once_comes_from_the_cache(server, shards, tmp_path):
+def test_parts_are_loaded_once_and_then_come_from_the_cache(server, shards, tmp_path):
     cache = Cache(tmp_path / "cache", 10**8)
     source, local = open_source(serve(server, shards), cache), open_source(str(shards))
     assert_same(source, local, workers=2)
-    server.asked.clear()
+    server.requests.clear()
     assert_same(source, local)
-    assert not server.asked
+    assert not server.requests
     paths = [p for p in cache.folder.iterdir() if len(p.name) == 64]
     assert len(paths) == source.samples
     paths[0].write_bytes(paths[0].read_bytes()[:-1])
     paths[1].write_bytes(b"")
     assert_same(source, local)
-    assert len(server.asked) == 2
+    assert len(server.requests) == 2
     other = open_source(server.url + "/shards/photos-000000.tar", cache)
     server.files["/shards/photos-000000.tar"] = b"\0" * len(server.files["/shards/photos-000000.tar"])
-    assert other.raw(0) == local.raw(0)  # a server that tells no version: the cache cannot know
+    assert other.read_sample(0) == local.read_sample(0)  # this server sends no version, so the cache cannot notice the change
 
 
 def test_a_shard_is_surveyed_once(server, shards, tmp_path, monkeypatch):
@@ -471,21 +471,21 @@ def test_a_shard_is_surveyed_once(server, shards, tmp_path, monkeypatch):
     url = server.url + "/shards/photos-{000000..000002}.tar"
     monkeypatch.setattr(remote, "CHUNK", 5000)
     first = open_source(url, cache)
-    server.asked.clear()
+    server.requests.clear()
     assert_same(open_source(url, cache), first)
-    looks = [headers["Range"] for path, headers in server.asked if path.endswith(".tar")]
-    assert looks[:3] == ["bytes=0-0"] * 3
-    assert len(looks) == 3 + first.samples
+    ranges = [headers["Range"] for path, headers in server.requests if path.endswith(".tar")]
+    assert ranges[:3] == ["bytes=0-0"] * 3
+    assert len(ranges) == 3 + first.samples
     for path in cache.folder.glob("*.json"):
         path.write_text("{}")
-    server.asked.clear()
+    server.requests.clear()
     ranks = [multiprocessing.get_context("fork").Process(target=open_source, args=(url, cache)) for _ in range(3)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
         rank.join()
     chunks = sum(-(-len(tar) // remote.CHUNK) for path, tar in server.files.items() if path.endswith(".tar"))
-    assert sum(headers["Range"] not in (None, "bytes=0-0") for _, headers in server.asked) == chunks  # the first rank's
+    assert sum(headers["Range"] not in (None, "bytes=0-0") for _, headers in server.requests) == chunks  # the first rank's
     assert open_source(url, cache).names == first.names
 
 
@@ -497,9 +497,9 @@ def fill(folder, limit: int, which: int) -> None:
         assert cache.part(f"{n:064x}", size, lambda n=n, size=size: bytes([n]) * size) == bytes([n]) * size
 
 
-def test_several_processes_keep_the_bound(tmp_path):
+def test_several_processes_keep_the_limit(tmp_path):
     limit, most = 10_000, 0
-    (tmp_path / "mine.txt").write_text("x" * 20_000)  # of somebody else
+    (tmp_path / "foreign.txt").write_text("x" * 20_000)
     jobs = [multiprocessing.get_context("fork").Process(target=fill, args=(tmp_path, limit, n)) for n in range(4)]
     for job in jobs:
         job.start()
@@ -507,22 +507,22 @@ def test_several_processes_keep_the_bound(tmp_path):
         sizes = []
         for path in tmp_path.iterdir():
             try:
-                sizes.append(path.stat().st_size if path.name not in ("mine.txt", ".bytes") else 0)
+                sizes.append(path.stat().st_size if path.name not in ("foreign.txt", ".bytes") else 0)
             except FileNotFoundError:  # removed since
                 continue
         most = max(most, sum(sizes))
     assert [job.exitcode for job in jobs] == [0] * 4
     assert 0.7 * limit < most <= limit
-    assert (tmp_path / "mine.txt").exists()
+    assert (tmp_path / "foreign.txt").exists()
     assert int((tmp_path / ".bytes").read_text()) >= sum(p.stat().st_size for p in tmp_path.glob("0*"))
 
 
-def test_what_was_not_used_for_longest_goes_first(tmp_path):
+def test_the_least_recently_used_file_goes_first(tmp_path):
     cache = Cache(tmp_path, 1000)
     names = [f"{n:064x}" for n in range(6)]
     for name in names[:5]:
         cache.part(name, 180, lambda: b"x" * 180)
-    cache.part(names[0], 180, None)  # there: not loaded
+    cache.part(names[0], 180, None)  # in the cache: not loaded
     cache.survey(names[5], lambda: remote.Shard("a.tar", 0))
     for n in range(6, 20):
         cache.part(f"{n:064x}", 180, lambda: b"x" * 180)
@@ -531,9 +531,9 @@ def test_what_was_not_used_for_longest_goes_first(tmp_path):
     assert names[0] in left
     assert f"{names[5]}.json" in left
     assert not left & set(names[1:5])
-    cache.part(names[1], 2000, lambda: b"x" * 2000)  # more than all of it
+    cache.part(names[1], 2000, lambda: b"x" * 2000)  # more than the whole cache may hold
     assert not (tmp_path / names[1]).exists()
-    (tmp_path / ".bytes").write_text("")  # lost: it is counted anew
+    (tmp_path / ".bytes").write_text("")  # the total is lost: files are counted anew
     cache.part(names[2], 180, lambda: b"x" * 180)
     assert int((tmp_path / ".bytes").read_text()) == sum(p.stat().st_size for p in tmp_path.iterdir() if p.name[0] != ".")
 
@@ -549,21 +549,21 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 # The scripts.
 
 
-def test_training_from_elsewhere_is_training_from_here(train, server, bucket, shards, tmp_path):
-    how = ["--steps", 2, "--workers", 2, "--flip", "--caption-dropout", 0.3]
-    train(*how)
+def test_training_from_a_server_equals_training_from_the_disk(train, server, bucket, shards, tmp_path):
+    options = ["--steps", 2, "--workers", 2, "--flip", "--caption-dropout", 0.3]
+    train(*options)
     wanted = weights(tmp_path / "out", 2)
     for name, url in (("http", serve(server, shards)), ("s3", f"{bucket}/indexed/")):
-        out, _ = train(*how, "--data", url, "--data-cache", tmp_path / "cache", "--out", tmp_path / name)
+        out, _ = train(*options, "--data", url, "--data-cache", tmp_path / "cache", "--out", tmp_path / name)
         assert equal(weights(tmp_path / name, 2), wanted)
         assert "skipped" not in out
 
 
-def test_the_data_sheet_from_elsewhere(server, shards, script, tmp_path):
+def test_the_data_sheet_from_a_server(server, shards, script, tmp_path):
     sheets = []
-    for name, data in (("there", serve(server, shards)), ("here", shards)):
-        how = ["--data", data, "--resolution", 64, "--out", tmp_path / f"{name}.png"]
-        out, _ = script("scripts/show_data.py", *how, "--data-cache", tmp_path / "cache", "--data-cache-gb", 0.1)
+    for name, data in (("remote", serve(server, shards)), ("local", shards)):
+        options = ["--data", data, "--resolution", 64, "--out", tmp_path / f"{name}.png"]
+        out, _ = script("scripts/show_data.py", *options, "--data-cache", tmp_path / "cache", "--data-cache-gb", 0.1)
         sheets.append((out.replace(name, ""), (tmp_path / f"{name}.png").read_bytes()))
     assert sheets[0] == sheets[1]
     assert len(list((tmp_path / "cache").iterdir())) == 8

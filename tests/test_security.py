@@ -1,4 +1,4 @@
-"""What comes from elsewhere runs no code, chooses no path and meets no secret. See also test_bad_inputs.py (data),
+"""Files from others run no code, choose no path and see no secret. See also test_bad_inputs.py (data),
 test_checkpoint.py (states), test_remote.py (URLs) and test_layout.py (torch.load).
 """
 
@@ -44,7 +44,7 @@ class Attack:
 
 @pytest.mark.parametrize(("part", "pickled"), [("unet", "diffusion_pytorch_model.bin"), ("text_encoder", "pytorch_model.bin")])
 def test_weights_of_a_model_are_no_pickles(train, tiny_model, tmp_path, part, pickled):
-    """Not even those that weights_only would let pass."""
+    """Not even pickles that torch.load(weights_only=True) would read."""
     model = shutil.copytree(tiny_model, tmp_path / "model")
     (file,) = (model / part).glob("*.safetensors")
     torch.save(load_file(file), model / part / pickled)
@@ -55,7 +55,7 @@ def test_weights_of_a_model_are_no_pickles(train, tiny_model, tmp_path, part, pi
 
 @pytest.mark.parametrize("library", ["attack", "this"])
 def test_a_model_brings_no_code(train, tiny_model, tmp_path, monkeypatch, library):
-    """diffusers' own refusal: in the component's folder, or one that is installed."""
+    """diffusers refuses classes from a module in the component's folder, or from an installed one."""
     model = shutil.copytree(tiny_model, tmp_path / "model")
     for folder in (model, model / "unet"):
         (folder / "attack.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'attacked')!r})\nclass UNet: pass\n")
@@ -84,26 +84,26 @@ CLIMBING = ["../../../climbed", "/tmp/sdxl_lora_climbed", "..\\climbed", "climbe
 
 @pytest.fixture
 def below(tmp_path):
-    """below() -> every file in and around the current folder, so that one that was written elsewhere shows."""
+    """below() -> every path below tmp_path, so that a file written outside the current folder shows."""
     return lambda: {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
 
 
 def test_what_a_lora_names_is_no_path(train, script, tiny_model, tmp_path, monkeypatch, below):
     train("--steps", 1, "--no-train-text-encoder")
     good = weights(tmp_path / "out", 1)
-    told = {key: name for key in ("ss_output_name", "ss_sd_model_name", "modelspec.title", "name") for name in CLIMBING[:1]}
+    metadata = {key: name for key in ("ss_output_name", "ss_sd_model_name", "modelspec.title", "name") for name in CLIMBING[:1]}
     config = json.dumps({"model": str(tmp_path / "out"), "out": CLIMBING[0], "log_dir": CLIMBING[1]})
     here = tmp_path / "a/b/c/d"
     here.mkdir(parents=True)
     monkeypatch.chdir(here)
-    save_file(good, here / "x.safetensors", told | {"sdxl_lora.config": config, "sdxl_lora.step": CLIMBING[0]})
-    before, how = below(), ["--model", tiny_model]
-    script("scripts/convert_lora.py", "x.safetensors", "y.safetensors", *how)
-    script("scripts/extract_lora.py", "x.safetensors", "z.safetensors", "--resize", "--rank", 1, *how)
+    save_file(good, here / "x.safetensors", metadata | {"sdxl_lora.config": config, "sdxl_lora.step": CLIMBING[0]})
+    before, options = below(), ["--model", tiny_model]
+    script("scripts/convert_lora.py", "x.safetensors", "y.safetensors", *options)
+    script("scripts/extract_lora.py", "x.safetensors", "z.safetensors", "--resize", "--rank", 1, *options)
     script("scripts/merge_lora.py", tiny_model, "merged", "--lora", "x.safetensors")
-    script("scripts/inspect_lora.py", "x.safetensors", *how)
-    script("infer.py", "--lora", "x.safetensors", "--steps", 1, "--prompts", CLIMBING[0], "--out", "images", *how)
-    _, err = script("infer.py", "--lora", "x.safetensors", status=2)  # a model that is there, but none
+    script("scripts/inspect_lora.py", "x.safetensors", *options)
+    script("infer.py", "--lora", "x.safetensors", "--steps", 1, "--prompts", CLIMBING[0], "--out", "images", *options)
+    _, err = script("infer.py", "--lora", "x.safetensors", status=2)  # the folder exists, but is no model
     assert "is no diffusers folder" in err
     new = {name.removeprefix("a/b/c/d/").partition("/")[0] for name in below() - before}
     assert new == {"y.safetensors", "z.safetensors", "merged", "x.norms.png", "images"}
@@ -115,11 +115,11 @@ def test_what_a_lora_names_is_no_path(train, script, tiny_model, tmp_path, monke
 def test_keys_and_models_of_a_lora_file_write_nothing(script, tiny_model, tmp_path, name, below):
     down = {f"{name}.lora_down.weight": torch.zeros(1, 4), f"{name}.lora_up.weight": torch.zeros(4, 1)}
     save_file(down, tmp_path / "x.safetensors", {"sdxl_lora.config": json.dumps({"model": name})})
-    before, how = below(), ["--model", tiny_model]
+    before, options = below(), ["--model", tiny_model]
     for command in (
-        ["scripts/convert_lora.py", tmp_path / "x.safetensors", tmp_path / "y.safetensors", *how],
+        ["scripts/convert_lora.py", tmp_path / "x.safetensors", tmp_path / "y.safetensors", *options],
         ["scripts/merge_lora.py", tiny_model, tmp_path / "merged", "--lora", tmp_path / "x.safetensors"],
-        ["infer.py", "--lora", tmp_path / "x.safetensors", "--out", tmp_path / "images", *how],
+        ["infer.py", "--lora", tmp_path / "x.safetensors", "--out", tmp_path / "images", *options],
         ["infer.py", "--lora", tmp_path / "x.safetensors", "--out", tmp_path / "images"],
     ):
         _, err = script(*command, status=2)
@@ -143,19 +143,19 @@ def test_the_header_of_a_lora_fetches_no_model(tmp_path):
 # Secrets.
 
 
-def test_no_secret_of_the_environment_is_written_or_told(train, script, tiny_model, tmp_path, monkeypatch):
+def test_no_secret_of_the_environment_is_written_or_printed(train, script, tiny_model, tmp_path, monkeypatch):
     secret = "geheim12345"
     for name in ("HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "http_proxy"):
         monkeypatch.setenv(name, f"http://me:{secret}@127.0.0.1:9")
-    told = train("--steps", 2, "--format", "both")
+    outputs = train("--steps", 2, "--format", "both")
     lora, ours = tmp_path / "out/pytorch_lora_weights_2.safetensors", tmp_path / "y.safetensors"
-    how = ["--steps", 1, "--prompts", "x", "--out", tmp_path / "images", "--save-merged", tmp_path / "merged"]
-    told += script("infer.py", "--lora", lora, *how)
-    told += script("scripts/convert_lora.py", lora, ours, "--model", tiny_model)
+    options = ["--steps", 1, "--prompts", "x", "--out", tmp_path / "images", "--save-merged", tmp_path / "merged"]
+    outputs += script("infer.py", "--lora", lora, *options)
+    outputs += script("scripts/convert_lora.py", lora, ours, "--model", tiny_model)
     for data in (f"https://me:{secret}@host/a.tar", f"s3://bucket/a.tar?X-Amz-Signature={secret}"):
-        told += train("--data", data, "--out", tmp_path / "refused", "--log-dir", tmp_path / "refused", status=2)
+        outputs += train("--data", data, "--out", tmp_path / "refused", "--log-dir", tmp_path / "refused", status=2)
     assert not (tmp_path / "refused").exists()
-    assert not any(secret in text for text in told)
+    assert not any(secret in text for text in outputs)
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     kinds = {"tfevents" if "tfevents" in path.name else path.suffix for path in written}
     assert {"tfevents", ".pt", ".json", ".safetensors", ".png"} <= kinds

@@ -314,7 +314,7 @@ def test_steps_without_a_finite_loss_change_nothing_and_end_the_run(train, spoil
 
 def test_data_that_goes_ends_the_run_after_a_save(train, spoilt, tmp_path, monkeypatch):
     """Also if a step before it was spoilt, whose samples would be read again."""
-    raw, count = Source.raw, itertools.count()
+    raw, count = Source.read_sample, itertools.count()
 
     def go(source, n):
         if next(count) > 8:
@@ -322,13 +322,13 @@ def test_data_that_goes_ends_the_run_after_a_save(train, spoilt, tmp_path, monke
         return raw(source, n)
 
     with monkeypatch.context() as broken:
-        broken.setattr("dataset.sources.Source.raw", go)
+        broken.setattr("dataset.sources.Source.read_sample", go)
         out, err = train("--steps", 9, status=74)
     assert err.endswith("train_lora.py: --data: the server does not answer\n")
     step = int(re.search(r"weights_(\d)\.safetensors: the data cannot be read, the same command goes on from there", out)[1])
     out, _ = train("--steps", step + 1)
     assert f"resume     step {step} of" in out
-    monkeypatch.setattr("dataset.sources.Source.raw", go)
+    monkeypatch.setattr("dataset.sources.Source.read_sample", go)
     count = itertools.count(5)
     out, _ = train("--data", far_latents(tmp_path / "nan.tar", {0, 1, 2}), "--out", tmp_path / "b", status=74)
     assert "weights_1.safetensors: the data cannot be read" in out
