@@ -190,7 +190,7 @@ def test_gradients_by_hand_equal_autograd(bias):
     A, B = layer.lora_A, layer.lora_B
     for part in (slice(None), slice(2, 5)):
         assert torch.autograd.gradcheck(lambda x, A, B, part=part: LowRank.apply(x, A, B[part], layer, part), (x, A, B))
-    torch.testing.assert_close(layer.product(x, slice(2, 5)), layer(x)[..., 2:5])
+    torch.testing.assert_close(layer.forward_rows(x, slice(2, 5)), layer(x)[..., 2:5])
 
 
 def test_half_precision_layers_beside_float32_masters(pipe):
@@ -209,12 +209,12 @@ def test_half_precision_layers_beside_float32_masters(pipe):
         adapter.grad.zero_()
         denoiser(**inputs(seed=seed)).float().square().mean().backward()
         assert not adapter.grad.any()
-        adapter.gather()
+        adapter.collect_gradients()
         each.append(adapter.grad.clone())
         assert not adapter.low_grad.any()
     adapter.grad.copy_(each[0])
     denoiser(**inputs(seed=1)).float().square().mean().backward()
-    adapter.gather()
+    adapter.collect_gradients()
     assert torch.equal(adapter.grad, each[0] + each[1])
     adapter.refresh()
     assert not adapter.grad.any()

@@ -314,7 +314,7 @@ def measure_parts(pipe, device: torch.device) -> dict[str, float]:
     def differentiate() -> torch.Tensor:
         loss = diffusion(denoise, latents, noise, timesteps).mean() * 1024
         loss.backward()
-        adapter.gather()
+        adapter.collect_gradients()
         return loss.detach()
 
     text = graphed(lambda: denoiser.encode_text(tokens)[0], grad=False)
