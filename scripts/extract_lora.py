@@ -164,7 +164,7 @@ class Weight:
 
     def read(self) -> Tensor:
         with safe_open(self.file, "pt") as file:  # anew each time: what is mapped counts as memory while the file is open
-            return self.place.of(file.get_tensor(self.key))
+            return self.place.weight_in(file.get_tensor(self.key))
 
 
 def find_weights(model: Path) -> dict[str, Weight]:
@@ -177,7 +177,7 @@ def find_weights(model: Path) -> dict[str, Weight]:
                     raise UserError(
                         f"{file}: {key} is {about['dtype']}, which has no difference: {', '.join(STORED_DTYPES)} have"
                     )
-                shape = place.of(torch.empty(about["shape"], device="meta")).shape
+                shape = place.weight_in(torch.empty(about["shape"], device="meta")).shape
                 if ".embeddings." not in place.module:  # tables of words and positions are no layers
                     found[diffusers_name(place.module)] = Weight(file, key, place, shape)
     if not found:

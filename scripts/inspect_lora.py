@@ -99,8 +99,8 @@ def components(file: LoraFile) -> Iterator[str]:
         scales = [alpha / rank for alpha, rank in zip(alphas, ranks, strict=True)]
         if mine:
             yield f"{label:16} {f'{len(mine)} of {layers}':14} {span(ranks):11} {span(alphas):11} {span(scales)}"
-    if file.silent:
-        yield f"{len(file.silent)} modules say no alpha: it is their rank"
+    if file.without_alpha:
+        yield f"{len(file.without_alpha)} modules say no alpha: it is their rank"
     for what, stems in file.wrong.items():
         yield f"{len(stems)} {what}, first {printable(', '.join(stems[:3]))}"
 

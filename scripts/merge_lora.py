@@ -51,7 +51,7 @@ def merged_chunks(stream: BinaryIO, start: int, header: dict, component: str, lo
             mine = [(deltas[place.module], strength) for deltas, strength in loras if place.module in deltas]
             if mine:
                 tensor = torch.frombuffer(data, dtype=STORED_DTYPES[header[key]["dtype"]]).view(header[key]["shape"])
-                weight = place.of(tensor)
+                weight = place.weight_in(tensor)
                 total = weight.float()
                 for delta, strength in mine:
                     total = add_delta(total, delta, strength)
@@ -70,7 +70,7 @@ def main(config: MergeConfig) -> None:
     for file, (_, header) in headers.items():
         for key, about in header.items():
             for place in places(files[file], key, about.get("shape", [])):
-                shapes[place.module] = place.of(torch.empty(about["shape"], device="meta")).shape
+                shapes[place.module] = place.weight_in(torch.empty(about["shape"], device="meta")).shape
                 if about["dtype"] not in STORED_DTYPES:
                     raise UserError(
                         f"{file}: {key} is {about['dtype']}, which cannot be added to: {', '.join(STORED_DTYPES)} can"

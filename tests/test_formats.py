@@ -130,7 +130,7 @@ def test_what_does_not_fit_is_refused_by_name(denoiser, file, tmp_path):
     again = {k.replace("input_blocks_4_1", "down_blocks_1_attentions_0"): t.clone() for k, t in tensors.items()}
     refused({**tensors, **again}, "twice, under two names")
     narrow = {k: t[:, :24].contiguous() if "attn2_to_k.lora_down" in k else t for k, t in tensors.items()}
-    refused(narrow, r"it is for a model of 24 channels, 24 channels of text and not 80")
+    refused(narrow, "it is for another model, whose text has 24 channels, not 80")
     refused({}, "holds no tensor")
     for shape in ((0, 64), (4,), ()):  # rank 0, no matrix, no dimension at all
         refused(

@@ -170,7 +170,7 @@ def test_converting_keeps_the_weights(script, denoiser, tiny_model, tmp_path):
     _, err = script("scripts/convert_lora.py", ours, back, *how, status=2)
     assert err == f"convert_lora.py: {back} is there already: remove it or choose another name\n"
     _, err = script("scripts/convert_lora.py", ours, tmp_path / "x.safetensors", status=2)  # for the real SDXL
-    assert "does not fit the model: it is for a model of 80 channels, 80 channels of text and not 2048" in err
+    assert "does not fit the model: it is for another model, whose text has 80 channels, not 2048" in err
     assert not (tmp_path / "x.safetensors").exists()
 
 
