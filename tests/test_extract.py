@@ -127,7 +127,7 @@ def test_a_planted_difference_is_found(script, tiny_model, shapes, tmp_path):
     assert f"left out: {sum(n.startswith('text_encoder.') for n in shapes)} layers that do not differ\n" in out
     others = {name: dense(planted[name]).square().sum() for name in planted.keys() - found.keys()}
     share = sum(others.values()) / sum(dense(delta).square().sum() for delta in planted.values())
-    assert f"left out: {len(others)} layers outside of --targets, {share:.2%} of all (--targets . takes them too)\n" in out
+    assert f"left out: {len(others)} layers outside of --targets, {share:.2%} of all (--targets . extracts them, too)\n" in out
     assert out.splitlines()[-1].startswith(f"{file}: {len(found)} layers in the kohya layout, 100.00% retained, ")
     metadata = read_metadata(file)
     assert metadata.items() >= {**A1111_HEADER, "ss_network_dim": "3", "ss_network_alpha": "3.0"}.items()
@@ -271,8 +271,8 @@ def test_mistakes(script, tiny_model, trained, big, tmp_path):
     refused("give either --rank or --error", tuned, *of, *to, "--error", 0.1)
     refused("--rank must be at least 1, not 0", tuned, *of, "--rank", 0)
     for error in (0, 1, -0.1, "nan"):
-        refused("--error must lie between 0 and 1", tuned, *of, "--error", error)
-    refused("--error 0.0001 is finer than fp16 is: try --save-dtype fp32", tuned, *of, "--error", 1e-4)
+        refused("--error must be between 0 and 1", tuned, *of, "--error", error)
+    refused("--error 0.0001 is below the rounding of fp16: try --save-dtype fp32", tuned, *of, "--error", 1e-4)
     refused("--model belongs to --resize", tuned, *of, *to, "--model", "sdxl")
     refused("--targets '(' is neither a preset nor a regular expression", tuned, *of, *to, "--targets", "(")
     refused("--targets 'nowhere' matches none of", tuned, *of, *to, "--targets", "nowhere")
@@ -292,7 +292,7 @@ def test_mistakes(script, tiny_model, trained, big, tmp_path):
     save_file({**whole, "conv_in.weight": torch.full_like(whole["conv_in.weight"], torch.nan)}, unet)
     refused(f"unet.conv_in is not finite in {tmp_path}/broken or {tiny_model}", tmp_path / "broken", *of, *to)
     save_file({key: tensor.to(torch.float8_e4m3fn) for key, tensor in whole.items()}, unet)
-    refused("is F8_E4M3, which has no difference: F16, BF16, F32, F64 have", tmp_path / "broken", *of, *to)
+    refused("is F8_E4M3, which cannot be subtracted: F16, BF16, F32, F64 can", tmp_path / "broken", *of, *to)
     whole.pop("mid_block.attentions.0.proj_in.weight")
     save_file(whole, unet)
     refused("differ in architecture: 1 layers are not in both", tmp_path / "broken", *of, *to)

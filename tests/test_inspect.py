@@ -405,7 +405,7 @@ def test_a_lora_for_another_model_is_still_reported(script, how, tiny_shapes, tm
     save_file({}, tmp_path / "x.safetensors")
     (tmp_path / "x.png").unlink()
     out, _ = script("scripts/inspect_lora.py", tmp_path / "x.safetensors", *how)
-    assert re.search(r"^layout +none\nheader +tells nothing.*^Forge +not$", out, re.M | re.S)
+    assert re.search(r"^layout +none\nheader +says nothing.*^Forge +not$", out, re.M | re.S)
     assert not (tmp_path / "x.png").exists()
 
 

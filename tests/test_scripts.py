@@ -249,7 +249,7 @@ def test_merge_mistakes(script, two_loras, tiny_model, tmp_path):
     refused("--lora is missing", tiny_model, tmp_path / "m")
     refused("is neither a file nor a diffusers folder", ROOT / "scripts", tmp_path / "m", "--lora", two_loras[0])
     refused("is there already", tiny_model, two_loras[1], "--lora", two_loras[0])
-    refused("lies in", tiny_model, tiny_model / "unet/merged", "--lora", two_loras[0])
+    refused("is inside of", tiny_model, tiny_model / "unet/merged", "--lora", two_loras[0])
     (tmp_path / "empty/unet").mkdir(parents=True)
     (tmp_path / "empty/model_index.json").touch()
     refused("has no .safetensors file in text_encoder, text_encoder_2, unet", tmp_path / "empty", tmp_path / "m",
