@@ -56,11 +56,11 @@ def from_sgm(path: str) -> str:
     match = re.fullmatch(r"(input|middle|output)_blocks?\.(?:(\d+)\.)?(\d+)\.(.+)", path)
     if path in outside_blocks or not match:
         return outside_blocks.get(path, path)
-    half, entry, position, rest = match[1], int(match[2] or 0), int(match[3]), leaves.get(match[4], match[4])
-    if half == "middle":
+    section, entry, position, rest = match[1], int(match[2] or 0), int(match[3]), leaves.get(match[4], match[4])
+    if section == "middle":
         return f"mid_block.attentions.0.{rest}" if position == 1 else f"mid_block.resnets.{position // 2}.{rest}"
-    block, layer = divmod(entry - 1 if half == "input" else entry, 3)
-    direction = "down" if half == "input" else "up"
+    block, layer = divmod(entry - 1 if section == "input" else entry, 3)
+    direction = "down" if section == "input" else "up"
     if rest in ("op", "conv"):
         return f"{direction}_blocks.{block}.{direction}samplers.0.conv"
     return f"{direction}_blocks.{block}.{'attentions' if position == 1 else 'resnets'}.{layer}.{rest}"

@@ -60,7 +60,7 @@ def span(values: Sequence[float]) -> str:
     return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
 
 
-def about(file: LoraFile) -> Iterator[str]:
+def overview(file: LoraFile) -> Iterator[str]:
     sizes: Counter = Counter()
     for tensor in file.tensors.values():
         sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
@@ -192,7 +192,7 @@ def main(config: InspectConfig) -> None:
     shapes = model_shapes(config.model)
     file = LoraFile(**vars(scan(config.lora, shapes)), shapes=shapes)
     blocks = measure_layers(file)
-    for section in (about(file), components(file), norms(blocks) if blocks else (), weights(file) if file.deltas else ()):
+    for section in (overview(file), components(file), norms(blocks) if blocks else (), weights(file) if file.deltas else ()):
         if lines := list(section):
             print(*lines, "", sep="\n")
     for program in RULES:
