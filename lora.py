@@ -1,8 +1,9 @@
-"""LoRA by hand: low-rank layers, added to a model, merged into plain weights (Hu et al. 2021, arXiv:2106.09685).
+"""LoRA without PEFT: low-rank layers added to a model, and their merging into plain weights (Hu et al. 2021,
+arXiv:2106.09685).
 
     W' = W + (α / r) · B · A          A [r, in] "down", B [out, r] "up", both float32
 
-`Deltas` is the adapter outside of a model: {module path: (A, B, α)}.
+Outside of a model an adapter is a `Deltas`: {module path: (A, B, α)}.
 """
 
 import re
@@ -30,9 +31,9 @@ class LoRAConfig:
     alpha: float | None = option(None, above=0, resume="fixed")
     """Scale α: ΔW = (α/r)·B·A. None: equal to --rank."""
     targets: str = option("attention", resume="fixed")
-    """Which linear layers: 'attention', 'all' (attention, feed-forward, projections) or a regular expression."""
+    """Linear layers to train: 'attention', 'all' (attention, feed-forward, projections) or a regular expression."""
     train_text_encoder: bool = option(True, resume="fixed")
-    """LoRA on both text encoders too."""
+    """Add LoRA to both text encoders, too."""
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -51,42 +52,42 @@ class LoRAConfig:
 
 
 class LowRank(torch.autograd.Function):
-    """y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ with a frozen W, and its gradients by hand.
+    """y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ with a frozen W; forward and backward are written out.
 
-    Written out because the small products are bound by memory traffic: here the branch is added inside of its product
-    instead of in passes of its own, forward and backward, and x·Aᵀ [N, r] is all that is kept beyond x. W is not kept: it
-    is frozen, and a packed one is unpacked again.
+    The low-rank products are limited by memory bandwidth. `addmm_` adds them to the product with W in place, which saves
+    reading and writing all of y (or the gradient of x) once more. Autograd keeps only x, x·Aᵀ [N, r], A and B. It does not
+    keep W, which is frozen; a packed W is unpacked again for the backward pass.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, A: Tensor, B: Tensor, layer: "LoRALinear", part: slice) -> Tensor:
-        """x [..., in], A [r, in], B [out, r]; `part` says which outputs of the layer these are -> [..., out]."""
+        """x [..., in], A [r, in], B [n, r] -> [..., n]: the n outputs of the layer that `part` selects (rows of W)."""
         ctx.layer, ctx.part, ctx.shape = layer, part, x.shape
-        rows = x.reshape(-1, x.shape[-1])
-        down = rows @ A.T
-        ctx.save_for_backward(rows, down, A, B)
+        flat_x = x.reshape(-1, x.shape[-1])
+        down = flat_x @ A.T
+        ctx.save_for_backward(flat_x, down, A, B)
         bias = None if layer.bias is None else layer.bias[part]
-        y = F.linear(rows, layer.dense()[part], bias)
+        y = F.linear(flat_x, layer.dense()[part], bias)
         return y.addmm_(down, B.T, alpha=layer.scale).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, down, A, B = ctx.saved_tensors
-        scale, unread = ctx.layer.scale, grad.new_empty(())  # beta=0: addmm as a product with a factor
+        flat_x, down, A, B = ctx.saved_tensors
+        scale, unused = ctx.layer.scale, grad.new_empty(())  # with beta=0 addmm ignores it: alpha · product in one kernel
         grad = grad.reshape(-1, grad.shape[-1])
-        grad_down = torch.addmm(unread, grad, B, beta=0, alpha=scale)
-        grad_B = torch.addmm(unread, grad.T, down, beta=0, alpha=scale)
+        grad_down = torch.addmm(unused, grad, B, beta=0, alpha=scale)
+        grad_B = torch.addmm(unused, grad.T, down, beta=0, alpha=scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = (grad @ ctx.layer.dense()[ctx.part]).addmm_(grad_down, A).view(ctx.shape)
-        return grad_x, grad_down.T @ rows, grad_B, None, None
+        return grad_x, grad_down.T @ flat_x, grad_B, None, None
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer that keeps its base weight where it is, with the low-rank branch beside it.
+    """A linear layer with a low-rank branch. It shares weight and bias with its base layer.
 
-    y = x·Wᵀ + b + (α/r)·(x·Aᵀ)·Bᵀ. B starts at zero, so the layer starts as its base, bit for bit. A base that holds its
-    weight packed has a `dense()` that unpacks it.
+    y = x·Wᵀ + b + (α/r)·(x·Aᵀ)·Bᵀ. B starts at zero, so at first the output is that of the base, bit for bit. A base with a
+    packed weight (QuantisedLinear) has a method `dense()` that unpacks it.
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, generator: torch.Generator):
@@ -102,27 +103,31 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        return self.product(x, slice(None))
+        return self.forward_rows(x, slice(None))
 
-    def product(self, x: Tensor, part: slice) -> Tensor:
-        """Those outputs of the layer alone: x [..., in] -> [..., len(part)]."""
+    def forward_rows(self, x: Tensor, part: slice) -> Tensor:
+        """Only the outputs that `part` selects (rows of the weight): x [..., in] -> [..., selected outputs]."""
         return LowRank.apply(x, self.lora_A.to(x.dtype), self.lora_B[part].to(x.dtype), self, part)
 
     def dense(self) -> Tensor:
-        """The base weight [out, in]."""
+        """The base weight [out, in], unpacked."""
         return self.unpack() if self.unpack else self.weight
 
 
 class Adapter:
-    """Every LoRALinear of a model, their weights in one flat float32 buffer, their gradients in another.
+    """All LoRALinear layers of a model: their weights in one flat float32 buffer `flat`, the gradients in another, `grad`.
 
-    Zeroing, averaging over ranks, clipping and stepping are then one call each instead of two per layer. `groups` cuts
-    `flat` into one parameter per learning rate: "unet" and "text_encoder" (both of them), each where it has layers.
+    Zeroing, averaging over ranks, clipping and stepping are then one call each instead of two per layer. `groups` splits
+    `flat` into one parameter per learning rate: "unet", and "text_encoder" for both encoders. A group without layers is absent.
 
-    The layers compute with `low`, a copy of `flat` in the dtype of the base, and leave their gradients in `low_grad`
-    (float32 masters beside half-precision weights: Micikevicius et al. 2017, arXiv:1710.03740): one cast of everything in
-    place of four per layer and step. In float32 both are `flat` and `grad` themselves.
-    Moving the model to another device or dtype afterwards would break the views.
+    The layers compute with `low`, a copy of `flat` in the dtype of the base: one cast of the whole buffer replaces four per
+    layer and step (float32 masters beside half-precision weights: Micikevicius et al. 2017, arXiv:1710.03740). Autograd
+    gives a gradient the dtype of its parameter, so there are two gradient buffers: the backward pass adds to `low_grad` in
+    half precision, and `collect_gradients` moves that into `grad`, which sums several passes in float32. After
+    `collect_gradients`, `low_grad` is zero and `grad` is the whole gradient: a step that ends with it changes only `grad`.
+    After a backward pass that was broken off, both hold a part. In float32 `low` is `flat`, and `low_grad` is `grad`.
+
+    Do not move the model to another device or dtype afterwards: its parameters would no longer be views of these buffers.
     """
 
     def __init__(self, modules: dict[str, LoRALinear], dtype: torch.dtype):
@@ -139,48 +144,57 @@ class Adapter:
         for name, m in ordered.items():
             masters = []
             for p in (m.lora_A, m.lora_B):
-                here, shape = slice(offset, offset := offset + p.numel()), p.shape
-                masters.append(self.flat[here].view(shape))
-                p.data, p.grad = self.low[here].view(shape), None
-                p.grad = self.low_grad[here].view(shape)
+                section, shape = slice(offset, offset + p.numel()), p.shape
+                offset += p.numel()
+                masters.append(self.flat[section].view(shape))
+                p.data = self.low[section].view(shape)
+                p.grad = self.low_grad[section].view(shape)
             self.deltas[name] = (masters[0], masters[1], m.alpha)
-        cut = sum(m.lora_A.numel() + m.lora_B.numel() for m in unet.values())
+        unet_size = sum(m.lora_A.numel() + m.lora_B.numel() for m in unet.values())
         self.groups: dict[str, nn.Parameter] = {}
-        for name, part in (("unet", slice(0, cut)), ("text_encoder", slice(cut, None))):
-            if self.flat[part].numel():
-                self.groups[name] = nn.Parameter(self.flat[part])
-                self.groups[name].grad = self.grad[part]
+        for name, section in (("unet", slice(0, unet_size)), ("text_encoder", slice(unet_size, None))):
+            if self.flat[section].numel():
+                self.groups[name] = nn.Parameter(self.flat[section])
+                self.groups[name].grad = self.grad[section]
 
-    def gather(self) -> None:
-        """After a backward pass: the gradients of the layers are added to `grad`, in float32, and zeroed."""
+    def collect_gradients(self) -> None:
+        """After a backward pass: adds `low_grad` to `grad`, in float32, and zeroes it."""
         if self.low_grad is not self.grad:
             self.grad += self.low_grad
             self.low_grad.zero_()
 
+    def spoil_unless_finite(self, loss: Tensor) -> None:
+        """Makes the gradient NaN if `loss` (0-dim, on the device) is not finite, without making the host wait.
+
+        0 × a finite number adds exactly 0; 0 × infinity and 0 × NaN are NaN. One element suffices: after averaging it is NaN
+        on every rank, and so is the norm over all elements, so that every rank skips the optimiser step.
+        """
+        self.grad[0] += 0 * loss
+
     def clip(self, largest: float) -> Tensor:
-        """Scales `grad` down to the L2 norm `largest`. Returns the norm that each group had: [groups], on the device."""
+        """Scales `grad` down to an L2 norm of at most `largest`. Returns each group's norm before: [groups], on the device."""
         norms = torch.stack([p.grad.norm() for p in self.groups.values() if p.grad is not None])
         torch.nn.utils.clip_grads_with_norm_(self.groups.values(), largest, norms.norm())
         return norms
 
     def checksum(self) -> int:
-        """Of the bits of `flat`: another one if a single weight has changed. The host waits for the device."""
+        """Sum of all weights' bits, read as int32: it differs if a single weight does. The host waits for the device."""
         return int(self.flat.view(torch.int32).sum(dtype=torch.int64))
 
     def undo(self) -> None:
-        """After a backward pass that was broken off: the gradient is zero, also what of it was not yet gathered."""
+        """Zeroes both gradient buffers, also what a backward pass that was broken off has left in `low_grad`."""
         self.low_grad.zero_()
         self.grad.zero_()
 
     def refresh(self) -> None:
-        """After `flat` has changed: the layers compute with it, and the gradient is zero."""
+        """After `flat` has changed: copies it into the layers' weights `low`, and zeroes `grad`."""
         if self.low is not self.flat:
             self.low.copy_(self.flat)
         self.grad.zero_()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, the model is its base."""
+        """Inside this context the model computes as without LoRA."""
         scales = {m: m.scale for m in self.modules.values()}
         for m in scales:
             m.scale = 0.0
@@ -197,14 +211,14 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def add_lora(
-    model: nn.Module, config: LoRAConfig, unread: Iterable[str] = (), seed: int = 0, dtype: torch.dtype = torch.float32
+    model: nn.Module, config: LoRAConfig, unused: Iterable[str] = (), seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> Adapter:
-    """Freezes `model` and puts a LoRALinear in place of each linear layer that `config` names, computing in `dtype`.
+    """Freezes `model` and replaces each linear layer that `config` selects with a LoRALinear, whose A and B are in `dtype`.
 
-    `unread` are path prefixes whose output nothing reads: an adapter there would never get a gradient. A is drawn on the
-    CPU from `seed`, so that every rank and every device starts alike.
+    Layers under the path prefixes `unused` are left out: nothing reads their output, so an adapter there would never get a
+    gradient. A is drawn on the CPU from `seed`, so that all ranks and devices start with the same weights.
 
-    Raises UserError if the target expression matches no linear layer.
+    Raises UserError if --targets matches no linear layer.
     """
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
@@ -212,7 +226,7 @@ def add_lora(
     modules = {}
     for name, linear in linears.items():
         text = name.startswith("text_encoder")
-        if not re.search(config.pattern, name) or name.startswith(tuple(unread)) or (text and not config.train_text_encoder):
+        if not re.search(config.pattern, name) or name.startswith(tuple(unused)) or (text and not config.train_text_encoder):
             continue
         parent, _, child = name.rpartition(".")
         modules[name] = LoRALinear(linear, config.rank, config.resolved_alpha, generator)
@@ -224,17 +238,17 @@ def add_lora(
 
 @torch.no_grad()
 def merge_lora(model: nn.Module, deltas: Deltas, strength: float = 1.0) -> None:
-    """W += strength · (α/r) · B · A in place: the sum in float32, cast once to the dtype of W.
+    """W += strength · (α/r) · B · A in place: summed in float32, then cast once to the dtype of W.
 
-    A convolution's W [out, in, kh, kw] is taken as [out, in·kh·kw]. Raises UserError, before anything is changed, if the
-    deltas do not fit the model.
+    A convolution's W [out, in, kh, kw] is treated as [out, in·kh·kw]. Raises UserError, before any weight has changed, if
+    the deltas do not fit the model.
     """
     for name, layer in check_fit(model, deltas).items():
         layer.weight.copy_(add_delta(layer.weight.float(), deltas[name], strength))
 
 
 def add_delta(weight: Tensor, delta: tuple[Tensor, Tensor, float], strength: float) -> Tensor:
-    """weight [out, in, …] float32 + strength · (α/r) · B · A."""
+    """weight [out, in, …] float32 -> weight + strength · (α/r) · B · A, a new tensor."""
     A, B, alpha = delta
-    A, B = (half.flatten(1).to(weight.device, torch.float32) for half in (A, B))
+    A, B = (factor.flatten(1).to(weight.device, torch.float32) for factor in (A, B))
     return weight.flatten(1).addmm(B, A, alpha=strength * alpha / len(A)).view_as(weight)

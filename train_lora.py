@@ -137,8 +137,8 @@ class TrainStep:
         """Adds these samples' share of the gradient to `adapter.grad`. Returns their share of the loss, []."""
         loss = self.losses(x).mean() / (self.samples / len(x.images))
         self.scaler.scale(loss).backward()
-        self.adapter.gather()
-        self.adapter.grad[0] += 0 * loss.detach()  # so that every rank sees it in the averaged gradient, and skips
+        self.adapter.collect_gradients()
+        self.adapter.spoil_unless_finite(loss.detach())  # so that every rank sees it in the averaged gradient, and skips
         return loss.detach()
 
 

@@ -1,1 +1,1 @@
-"""LoRA files, ours and other tools'."""
+"""LoRA files of this suite and of other tools."""

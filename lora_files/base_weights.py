@@ -1,4 +1,4 @@
-"""Which tensors of a file of SDXL weights belong to which module."""
+"""Files of SDXL weights: which tensor holds the weight of which module."""
 
 import json
 import re
@@ -18,20 +18,20 @@ COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 STORED_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
-# Where a module of the LoRA lies in a file of weights.
+# Where the weight of a module is in a file.
 
 
 @dataclass(frozen=True)
 class Place:
-    """A tensor, or its rows from `start` to `stop`, or its transpose."""
+    """The weight of `module` is a tensor of a file, or the rows `start` to `stop` of one, or its transpose."""
 
     module: str
     start: int = 0
     stop: int | None = None
     transposed: bool = False
 
-    def of(self, tensor: Tensor) -> Tensor:
-        """The module's weight: a view."""
+    def weight_in(self, tensor: Tensor) -> Tensor:
+        """The module's weight, a view of the tensor."""
         rows = tensor[self.start : self.stop]
         return rows.T if self.transposed else rows
 
@@ -40,7 +40,11 @@ OPEN_CLIP = {"attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.
 
 
 def places(component: str, key: str, shape: list[int]) -> list[Place]:
-    """The modules in a tensor. `component` is 'unet' …, or '' for a checkpoint in which Stability's code names them all."""
+    """The modules whose weights the tensor `key` holds.
+
+    `component` is 'unet', 'text_encoder' or 'text_encoder_2'; '' for a checkpoint in one file, which has the names of
+    Stability's code.
+    """
     name = key.removesuffix(".weight")
     if component:
         return [Place(f"{component}.{name}")] if name != key and len(shape) > 1 else []
@@ -52,7 +56,7 @@ def places(component: str, key: str, shape: list[int]) -> list[Place]:
         return [Place("text_encoder_2.text_projection", transposed=True)]
     if match := re.fullmatch(r"conditioner\.embedders\.1\.model\.transformer\.resblocks\.(\d+)\.(.+)", name):
         layer = f"text_encoder_2.text_model.encoder.layers.{match[1]}"
-        if match[2] == "attn.in_proj_weight":  # q, k and v, one under the other
+        if match[2] == "attn.in_proj_weight":  # [3·n, n]: the rows of q, then of k, then of v
             n = shape[0] // 3
             return [Place(f"{layer}.self_attn.{x}_proj", i * n, (i + 1) * n) for i, x in enumerate("qkv")]
         if match[2] in OPEN_CLIP and name != key:
@@ -60,11 +64,14 @@ def places(component: str, key: str, shape: list[int]) -> list[Place]:
     return []
 
 
-# Files of weights, read by their header.
+# The files, and their headers.
 
 
 def weight_files(base: Path) -> dict[Path, str]:
-    """{file: component}: of a folder those of U-Net and text encoders; of a checkpoint itself, component ''."""
+    """{file: component} of the U-Net and both text encoders in a diffusers folder; for a checkpoint in one file {base: ''}.
+
+    Raises UserError if `base` is neither, or a component has no .safetensors file.
+    """
     if base.is_file():
         return {base: ""}
     if not (base / "model_index.json").is_file():
@@ -76,7 +83,7 @@ def weight_files(base: Path) -> dict[Path, str]:
 
 
 def read_header(file: Path) -> tuple[int, dict]:
-    """(where the data begins, {key: dtype, shape, data_offsets}). Raises UserError if the file is damaged."""
+    """(byte at which the data begins, {key: {dtype, shape, data_offsets}}). Raises UserError if the file is damaged."""
     try:
         with safe_open(file, "pt"):  # checks every offset
             pass
@@ -88,7 +95,7 @@ def read_header(file: Path) -> tuple[int, dict]:
 
 
 def model_shapes(model: str | None) -> dict[str, torch.Size]:
-    """{module path: shape} of every layer that a LoRA may change."""
+    """{module path: shape} of every layer that a LoRA may change. None: SDXL base's architecture, which needs no weights."""
     names = ("unet", "text_encoder", "text_encoder_2")
     if model is None:
         with torch.device("meta"):

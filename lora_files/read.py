@@ -1,8 +1,7 @@
-"""LoRA files: names, layouts and metadata. Inside the suite an adapter is {module path: (A, B, alpha)}; the paths are those
-of diffusers' modules.
+"""Reading LoRA files in every layout that other tools write, as `Deltas` with the paths of diffusers' modules.
 
-Written: the kohya layout with SGM block names, which diffusers, ComfyUI and A1111 all match, or diffusers' own.
-Read: every layout of LoRA that other tools write.
+A key such as `lora_unet_input_blocks_4_1_proj_in.lora_down.weight` is a stem, the file's name for a module, and a part:
+"down" (A), "up" (B) or "alpha".
 """
 
 import json
@@ -22,38 +21,39 @@ from common.errors import UserError
 from lora_files.deltas import Deltas
 from lora_files.names import kohya_name
 
-MOST_HEADER = 16 * 2**20  # bytes; one of every layer of SDXL has 0.4 MB. A million keys would take a minute to read
+MAX_HEADER = 16 * 2**20  # bytes; a LoRA on every layer of SDXL has 0.4 MB. A million keys would take a minute to read
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The header of a LoRA file. Raises UserError if it is not a readable .safetensors file."""
+    """The metadata in the header of a LoRA file. Raises UserError if it is not a readable .safetensors file."""
     try:
         with path.open("rb") as file:
-            if MOST_HEADER < int.from_bytes(file.read(8), "little") < path.stat().st_size:  # it is there, all of it
-                raise UserError(f"--lora {path} is no LoRA: its header alone is above {MOST_HEADER // 2**20} MiB")
+            if MAX_HEADER < int.from_bytes(file.read(8), "little") < path.stat().st_size:  # a longer one is damaged
+                raise UserError(f"{path} is no LoRA: its header alone is above {MAX_HEADER // 2**20} MiB")
         with safe_open(path, "pt") as file:
             return file.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"--lora {path} is not a readable .safetensors file: {error}") from None
+        raise UserError(f"{path} is not a readable .safetensors file: {error}") from None
 
 
 def trained_on(path: Path) -> str:
-    """The --model that a LoRA file of ours was trained with. Raises UserError if its header does not say, or names one that
-    is not here: who wrote the file does not decide what is fetched.
+    """The --model that a LoRA file of this suite was trained with.
+
+    Raises UserError if the header does not say, or names a model that is not here: a LoRA file must not make us download one.
     """
     try:
         model = json.loads(read_metadata(path).get("sdxl_lora.config", "{}")).get("model")
     except (ValueError, AttributeError):
         model = None
     if not isinstance(model, str):
-        raise UserError(f"--lora {path} does not say which model it was trained on: add --model")
+        raise UserError(f"{path} does not say which model it was trained on: add --model")
     if model not in ("demo", "sdxl") and not Path(model).exists():
-        raise UserError(f"--lora {path} was trained on {model!r}, which is not here: name the model by --model")
+        raise UserError(f"{path} was trained on {model!r}, which is not here: name the model by --model")
     return model
 
 
 def newest_lora(path: Path) -> Path:
-    """A LoRA file as it is; of a folder the newest .safetensors in it. Raises UserError if there is none."""
+    """`path` if it is a file; if it is a folder, the newest .safetensors file in it. Raises UserError if there is none."""
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"), key=lambda file: file.stat().st_mtime)
     if not files:
         raise UserError(f"--lora {path}: no .safetensors file there (train one with train_lora.py)")
@@ -61,7 +61,7 @@ def newest_lora(path: Path) -> Path:
 
 
 def with_strength(lora: str) -> tuple[Path, float]:
-    """'naruto.safetensors:0.8' -> (path, 0.8); without a finite number 1."""
+    """'naruto.safetensors:0.8' -> (path, 0.8). Without a finite number after the last colon the strength is 1."""
     name, _, strength = lora.rpartition(":")
     try:
         return (Path(name), float(strength)) if name and math.isfinite(float(strength)) else (Path(lora), 1.0)
@@ -69,11 +69,11 @@ def with_strength(lora: str) -> tuple[Path, float]:
         return Path(lora), 1.0
 
 
-# Reading: whatever another tool has written.
-A_OR_B_KEY = re.compile(
-    r"(.+?)[._]lora(?:_linear_layer)?[._](?:(down|A)|up|B)(?:\.default)?\.weight"
-)  # (stem, is it the down half)
-COMPONENT_PREFIXES = [  # prefix of a stem -> component; the first that fits
+# What the keys of other tools look like.
+
+# Groups: the stem; 'down' or 'A', which is None for the factor B.
+A_OR_B_KEY = re.compile(r"(.+?)[._]lora(?:_linear_layer)?[._](?:(down|A)|up|B)(?:\.default)?\.weight")
+COMPONENT_PREFIXES = [  # prefix of a stem -> component, None if the prefix does not say; the first that matches counts
     ("base_model.model.", None),
     ("diffusion_model.", "unet"),
     ("text_encoders.clip_l.transformer.", "text_encoder"),
@@ -88,7 +88,7 @@ COMPONENT_PREFIXES = [  # prefix of a stem -> component; the first that fits
     ("lycoris_", None),
     ("", None),
 ]
-LAYOUTS = [  # what is in a key -> the layout that it is in; the first that fits
+LAYOUTS = [  # pattern in a key -> layout; the first that matches counts
     (r"^lora_unet_((in|out)put_blocks|middle_block|time_embed_\d|label_emb|out_)", "kohya with SGM block names"),
     (r"^lora_unet_", "kohya with diffusers block names"),
     (r"^lora_te[12]?_", "kohya"),
@@ -99,7 +99,7 @@ LAYOUTS = [  # what is in a key -> the layout that it is in; the first that fits
     (r"\.lora_([AB]\.|magnitude)", "diffusers/PEFT"),
     (r"\.lora(_linear_layer)?\.(down|up)\.", "diffusers old (.lora.down)"),
 ]
-UNSUPPORTED = {  # what is in a key -> what such a file is
+UNSUPPORTED = {  # pattern in a key -> kind of adapter that is not read
     r"\.(dora_scale|lora_magnitude_vector|magnitude)\b": "DoRA",
     r"\.lora_mid\b": "a LoCon with Tucker decomposition",
     r"\.hada_": "LoHa",
@@ -108,12 +108,13 @@ UNSUPPORTED = {  # what is in a key -> what such a file is
     r"\.diff(_b)?$": "a difference of whole weights",
     r"bundle_emb": "a LoRA with embeddings in it",
 }
-NOT_COPIED = ("lora_adapter_metadata", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "format")  # not of ΔW
-CONTEXT = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}  # channels that cross-attention reads
+# Metadata about the bytes or the layout of a file: wrong in a file that is made from it.
+NOT_COPIED = ("lora_adapter_metadata", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "format")
+GENERATIONS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}  # by the channels of the text
 
 
 def flat(rest: str) -> str:
-    """A path inside a component in the one spelling that all layouts lead to: underscores, and the names of today."""
+    """A path inside a component, spelled alike for all layouts: underscores for dots, and the current names of modules."""
     rest = rest.replace(".processor.", ".").replace(".", "_").removeprefix("text_model_")
     rest = re.sub(r"(attn\d_to_out)$", r"\1_0", rest)
     rest = re.sub(r"self_attn_to_([qkv])$", r"self_attn_\1_proj", rest)
@@ -121,23 +122,26 @@ def flat(rest: str) -> str:
 
 
 def spellings(path: str) -> list[tuple[str | None, str]]:
-    """(component, flat path) under which a module of the model may appear in a file; None: the file names no component."""
+    """Every (component, flat path) that a file may use for a module; component None for files that do not name components."""
     component, _, rest = path.partition(".")
     if component != "unet":
         return [(component, flat(rest)), (None, flat(rest))]
-    stability = kohya_name(path).removeprefix("lora_unet_")
-    return [(named, name) for named in ("unet", None) for name in (flat(rest), stability)]
+    sgm = kohya_name(path).removeprefix("lora_unet_")
+    return [(named, name) for named in ("unet", None) for name in (flat(rest), sgm)]
 
 
 def locate(stem: str) -> tuple[str | None, str]:
-    """The stem of a key -> (component, flat path)."""
+    """A stem -> (component, None if the stem does not name it; flat path)."""
     prefix, component = next((p, c) for p, c in COMPONENT_PREFIXES if stem.startswith(p))
     rest = stem.removeprefix(prefix)
     return (component, flat(rest)) if component or prefix != "base_model.model." else locate(rest)
 
 
 def layouts(keys: Iterable[str]) -> list[str]:
-    """The layouts of a file, by name, that of most keys first. The text encoders of both kinds of kohya are named alike."""
+    """The names of the layouts in a file, that of most keys first.
+
+    Both kohya layouts name text encoders alike, so "kohya" alone is left out where the U-Net's keys say which of them it is.
+    """
     keys = (key for key in keys if not key.endswith(".alpha"))
     found = Counter(next((name for part, name in LAYOUTS if re.search(part, key)), "unknown") for key in keys)
     if any(name.startswith("kohya ") for name in found):
@@ -145,8 +149,11 @@ def layouts(keys: Iterable[str]) -> list[str]:
     return [name for name, _ in found.most_common()]
 
 
-def gather(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """{stem: {"down", "up", "alpha"}}; what FOREIGN knows is there by its own name, and any other key is a stem of no parts."""
+def group_by_stem(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """{stem: {part: tensor}}. Parts: "down", "up", "alpha", and by their own names those of UNSUPPORTED kinds.
+
+    A key that is none of these becomes a stem without parts.
+    """
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         stem, part = key, None
@@ -160,130 +167,137 @@ def gather(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return parts
 
 
-def foreign(parts: Iterable[str]) -> str | None:
-    """What a module of these parts is, unless it is LoRA of plain A and B."""
+def unsupported_kind(parts: Iterable[str]) -> str | None:
+    """The kind of adapter that a module with these parts is; None: LoRA of plain A and B."""
     return next((kind for pattern, kind in UNSUPPORTED.items() for part in parts if re.search(pattern, f".{part}")), None)
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What is in a file and which layers of a model it is for. Nothing is refused yet."""
+    """What a LoRA file holds, and which layers of a model it is for. Nothing has been refused yet."""
 
     path: Path
     metadata: dict[str, str]
     tensors: dict[str, Tensor]
     parts: dict[str, dict[str, Tensor]]
-    """{stem: its tensors}, as `gather` sorts them."""
+    """{stem: {part: tensor}}, from `group_by_stem`."""
     places: dict[str, str]
-    """{stem: module path} of what fits; of another kind of adapter by its name alone."""
+    """{stem: module path} of the stems that fit a layer; an unsupported kind of adapter fits if its name does."""
     deltas: Deltas
-    """Of plain A and B that fit. An α may be anything."""
+    """Of the stems that are plain A and B and fit. α may be NaN or infinite."""
     wrong: dict[str, list[str]]
-    """{what they do: stems}"""
+    """{what is wrong with them: stems}"""
 
 
 def scan(path: Path, shapes: dict[str, torch.Size]) -> Contents:
-    """As `read`, which refuses whatever this finds wrong. Raises UserError only if the file or its metadata is unreadable."""
+    """Reads a LoRA file and collects what is wrong with it, for which `read_lora` raises errors; `shapes` as there.
+
+    Raises UserError only if the file or its metadata is unreadable.
+    """
     metadata = read_metadata(path)
     tensors = load_file(path)
-    parts = gather(tensors)
+    parts = group_by_stem(tensors)
     modules: dict[tuple[str | None, str], list[str]] = {}
     for module in shapes:
         for spelling in spellings(module):
             modules.setdefault(spelling, []).append(module)
-    rules = scaling_rules(path, metadata)
+    default_alpha = scaling_rules(path, metadata)
     places: dict[str, str] = {}
     deltas: Deltas = {}
     wrong: dict[str, list[str]] = {}
-    for stem, mine in parts.items():
+    for stem, own in parts.items():
         candidates = modules.get(locate(stem), [])
         if not candidates:
             wrong.setdefault("match no layer", []).append(stem)
-        elif foreign(mine):
+        elif unsupported_kind(own):
             places[stem] = candidates[0]
-        elif {"down", "up"} - mine.keys():
+        elif {"down", "up"} - own.keys():
             wrong.setdefault("lack A or B", []).append(stem)
-        elif (layer := next((m for m in candidates if fits(mine["down"], mine["up"], shapes[m])), None)) is None:
+        elif (layer := next((m for m in candidates if fits(own["down"], own["up"], shapes[m])), None)) is None:
             wrong.setdefault("have other shapes than their layer", []).append(stem)
         elif layer in deltas:
-            wrong.setdefault("are there twice, under two names", []).append(stem)
+            wrong.setdefault("occur twice, under two names", []).append(stem)
         else:
-            down, up = mine["down"], mine["up"]
+            down, up = own["down"], own["up"]
             places[stem] = layer
-            deltas[layer] = (down, up, float(mine["alpha"]) if "alpha" in mine else rules(layer, len(down)))
+            deltas[layer] = (down, up, float(own["alpha"]) if "alpha" in own else default_alpha(layer, len(down)))
     return Contents(path, metadata, tensors, parts, places, deltas, wrong)
 
 
 def read_lora(path: Path, shapes: dict[str, torch.Size]) -> Deltas:
-    """A LoRA file of any layout, mapped onto the layers of a model: `shapes` is {module path: shape of its weight}.
+    """Reads a LoRA file of any layout for a model whose `shapes` are {module path: shape of its weight}.
 
-    Read are the kohya layout with SGM's or diffusers' block names, diffusers' and PEFT's, old and new, PEFT's own
-    (`adapter_config.json` beside it), ComfyUI's and LyCORIS' prefixes, convolutions included. α comes from its tensor, else
-    from the metadata, else it is the rank; rsLoRA's α/√r is turned into the α that gives the same.
+    Layouts: kohya with SGM's or diffusers' block names; diffusers and PEFT, old and new; PEFT's own, with
+    `adapter_config.json` in the same folder; ComfyUI's and LyCORIS' prefixes. Linear layers and convolutions. α comes from
+    its tensor, else from the metadata, else it is the rank; rsLoRA's factor α/√r is returned as α·√r, to be divided by r.
 
-    Raises UserError, in one line with counts and the first names, if the file is for another model, is no LoRA of plain
-    A and B, or if a key belongs to no layer or lacks its partner.
+    Raises UserError, in one line with counts and the first names, if the file is for another model or is no LoRA of plain
+    A and B, if a key belongs to no layer, or if A or B is missing.
     """
     contents = scan(path, shapes)
     parts = contents.parts
-    if kind := next(filter(None, map(foreign, parts.values())), None):
-        raise UserError(f"--lora {path} is {kind}: only LoRA of plain A and B can be merged exactly")
+    if kind := next(filter(None, map(unsupported_kind, parts.values())), None):
+        raise UserError(f"{path} is {kind}: only LoRA of plain A and B can be merged exactly")
     if not parts:
-        raise UserError(f"--lora {path} holds no tensor")
+        raise UserError(f"{path} holds no tensor")
     check_generation(path, parts, shapes)
     if contents.wrong:
-        what, stems = next(iter(contents.wrong.items()))
-        first = ", ".join(" ".join([stem, *(str(list(t.shape)) for t in parts[stem].values())]) for stem in stems[:3])
-        raise UserError(f"--lora {path} does not fit the model: {len(stems)} of {len(parts)} modules {what}, first {first}")
+        problem, stems = next(iter(contents.wrong.items()))
+        examples = ", ".join(" ".join([stem, *(str(list(t.shape)) for t in parts[stem].values())]) for stem in stems[:3])
+        raise UserError(f"{path} does not fit the model: {len(stems)} of {len(parts)} modules {problem}, first {examples}")
     for stem, module in contents.places.items():
         if not math.isfinite(alpha := contents.deltas[module][2]):
-            raise UserError(f"--lora {path}: the alpha of {stem} is {alpha}")
+            raise UserError(f"{path}: the alpha of {stem} is {alpha}")
     return contents.deltas
 
 
 def fits(down: Tensor, up: Tensor, shape: torch.Size) -> bool:
-    """Whether up · down has the shape of the weight, linear or convolution: down [r, in, …], up [out, r, …]."""
+    """Whether up·down has the `shape` of a linear or convolution weight: down [r, in, …], up [out, r, …]."""
     if min(down.ndim, up.ndim) < 2 or not len(down):
         return False
     return len(up) == shape[0] and down[0].numel() == shape[1:].numel() and up[0].numel() == len(down)
 
 
 def check_generation(path: Path, parts: dict[str, dict[str, Tensor]], shapes: dict[str, torch.Size]) -> None:
-    """Raises UserError if cross-attention reads another number of channels than the model's: a LoRA for another model."""
+    """Raises UserError if the LoRA's cross-attention reads text of another width than the model's: it is for another model."""
     ours = {shape[1] for module, shape in shapes.items() if module.endswith("attn2.to_k")}
-    downs = [mine["down"] for stem, mine in parts.items() if flat(stem).endswith("attn2_to_k") and "down" in mine]
+    downs = [own["down"] for stem, own in parts.items() if flat(stem).endswith("attn2_to_k") and "down" in own]
     theirs = {down.shape[1] for down in downs if down.ndim > 1}
     if ours and theirs and ours.isdisjoint(theirs):
-        told = " and ".join(CONTEXT.get(channels, f"a model of {channels} channels") for channels in sorted(theirs))
+        models = " and ".join(dict.fromkeys(GENERATIONS.get(channels, "another model") for channels in sorted(theirs)))
         found, needed = (" or ".join(map(str, sorted(channels))) for channels in (theirs, ours))
-        raise UserError(f"--lora {path} does not fit the model: it is for {told}, {found} channels of text and not {needed}")
+        raise UserError(f"{path} does not fit the model: it is for {models}, whose text has {found} channels, not {needed}")
 
 
 def scaling_rules(path: Path, metadata: dict[str, str]) -> Callable[[str, int], float]:
-    """(module path, rank) -> α where no tensor says it: by PEFT's metadata, in the header or in the file beside it."""
+    """A function (module path, rank) -> α, for modules without an alpha tensor.
+
+    It follows PEFT's configuration, in the header or in the file `adapter_config.json`; without one α is the rank. Raises
+    UserError if the configuration is unreadable, as the function does if a value in it is.
+    """
     try:
-        told = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        beside = path.with_name("adapter_config.json")
-        if path.name == "adapter_model.safetensors" and beside.is_file():  # PEFT's own names for the two
-            told = {f".{key}": value for key, value in json.loads(beside.read_text()).items()}
-        if not isinstance(told, dict):
-            raise ValueError("it is no table")
+        config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        config_file = path.with_name("adapter_config.json")
+        if path.name == "adapter_model.safetensors" and config_file.is_file():  # the names that PEFT gives the two files
+            config = {f".{key}": value for key, value in json.loads(config_file.read_text()).items()}
+        if not isinstance(config, dict):
+            raise ValueError("it is no JSON object")
     except (ValueError, AttributeError, OSError) as error:
-        raise UserError(f"--lora {path}: its PEFT configuration is not readable: {error}") from None
+        raise UserError(f"{path}: its PEFT configuration is not readable: {error}") from None
 
     def alpha(module: str, rank: int) -> float:
         component, _, rest = module.partition(".")
-        if f"{component}.lora_alpha" not in told:
-            component = ""
-        plain = rest.removeprefix("text_model.")
+        if f"{component}.lora_alpha" not in config:
+            component = ""  # PEFT's own file is of one component and does not name it
+        short = rest.removeprefix("text_model.")
         try:
-            value = told.get(f"{component}.lora_alpha", rank)
-            for pattern, other in (told.get(f"{component}.alpha_pattern") or {}).items():  # PEFT takes the first that matches
-                if any(re.match(rf"(.*\.)?({pattern})$", name) for name in (rest, plain, f"text_model.{plain}")):
+            value = config.get(f"{component}.lora_alpha", rank)
+            for pattern, other in (config.get(f"{component}.alpha_pattern") or {}).items():  # in PEFT the first match counts
+                if any(re.match(rf"(.*\.)?({pattern})$", name) for name in (rest, short, f"text_model.{short}")):
                     value = other
                     break
-            return float(value) * (rank**0.5 if told.get(f"{component}.use_rslora") else 1)
+            return float(value) * (rank**0.5 if config.get(f"{component}.use_rslora") else 1)
         except (ValueError, TypeError, AttributeError, re.error) as error:
-            raise UserError(f"--lora {path}: its PEFT configuration is not usable: {error}") from None
+            raise UserError(f"{path}: its PEFT configuration is not usable: {error}") from None
 
     return alpha

@@ -16,40 +16,43 @@ from lora_files.read import read_lora
 
 
 def with_one_alpha(deltas: Deltas) -> Deltas:
-    """The same ΔW with one α in each component, the factor moved into B: diffusers mis-scales a kohya file of several."""
-    alphas: dict[str, float] = {}
-    for path, (A, _, alpha) in deltas.items():  # the largest, so that no factor is above 1; the rank if all are 0
+    """The same ΔW with one α per component; B takes the rest. diffusers scales a kohya file with several α wrongly."""
+    common: dict[str, float] = {}  # the largest |α|, so that no B grows; the rank if all α are 0
+    for path, (A, _, alpha) in deltas.items():
         component = path.split(".")[0]
-        alphas[component] = max(alphas.get(component, 0), abs(alpha)) or float(len(A))
-    folded = {}
+        common[component] = max(common.get(component, 0), abs(alpha)) or float(len(A))
+    rescaled = {}
     for path, (A, B, alpha) in deltas.items():
-        one = alphas[path.split(".")[0]]
-        folded[path] = (A, B.float() * (alpha / one), one)
-    return folded
+        common_alpha = common[path.split(".")[0]]
+        rescaled[path] = (A, B.float() * (alpha / common_alpha), common_alpha)
+    return rescaled
 
 
 def adapter_metadata(deltas: Deltas) -> dict[str, str]:
-    """`lora_adapter_metadata` as every version of diffusers that reads it takes it: flat, complete, names in full."""
-    told: dict = {}
+    """PEFT's configuration of each component, as the metadata `lora_adapter_metadata`.
+
+    Every version of diffusers that knows this key reads it in this form: flat keys, every field, full module names.
+    """
+    metadata: dict = {}
     for component in dict.fromkeys(path.split(".")[0] for path in deltas):
-        mine = {}  # without text_model, which one text encoder has: PEFT takes a name for the end of a path
+        modules = {}  # without text_model, which only one text encoder has: PEFT compares a name with the end of a path
         for path, delta in deltas.items():
             if path.startswith(f"{component}."):
-                mine[path.partition(".")[2].removeprefix("text_model.")] = delta
-        A, _, alpha = next(iter(mine.values()))
-        about = {"r": len(A), "lora_alpha": alpha, "target_modules": list(mine), "bias": "none"}
-        about["rank_pattern"] = {name: len(a) for name, (a, *_) in mine.items() if len(a) != len(A)}
-        about["alpha_pattern"] = {name: other for name, (*_, other) in mine.items() if other != alpha}
-        about |= dict.fromkeys(("use_dora", "use_rslora", "lora_bias"), False)
-        told |= {f"{component}.{key}": value for key, value in about.items()}
-    return {"lora_adapter_metadata": json.dumps(told)}
+                modules[path.partition(".")[2].removeprefix("text_model.")] = delta
+        A, _, alpha = next(iter(modules.values()))
+        config = {"r": len(A), "lora_alpha": alpha, "target_modules": list(modules), "bias": "none"}
+        config["rank_pattern"] = {name: len(a) for name, (a, *_) in modules.items() if len(a) != len(A)}
+        config["alpha_pattern"] = {name: other for name, (*_, other) in modules.items() if other != alpha}
+        config |= dict.fromkeys(("use_dora", "use_rslora", "lora_bias"), False)
+        metadata |= {f"{component}.{key}": value for key, value in config.items()}
+    return {"lora_adapter_metadata": json.dumps(metadata)}
 
 
 def serialise(deltas: Deltas, metadata: dict[str, str], layout: str = "kohya", dtype: torch.dtype = torch.float16) -> bytes:
-    """The bytes of a .safetensors file, weights in `dtype`: 'kohya' with a 0-dim float32 alpha on every module, the same one
-    for all of a component; 'diffusers' with the alphas in its metadata.
+    """The bytes of a .safetensors file with the weights in `dtype`.
 
-    Raises UserError, naming the module, rather than write a value that is not finite.
+    'kohya': every module has a 0-dim float32 alpha, the same in all modules of a component. 'diffusers': the alphas are in
+    the metadata. Raises UserError, which names the tensor, if a value is not finite in `dtype`.
     """
     tensors: dict[str, Tensor] = {}
     if layout == "diffusers":
@@ -66,25 +69,28 @@ def serialise(deltas: Deltas, metadata: dict[str, str], layout: str = "kohya", d
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise UserError(f"{key} is not finite in {str(dtype).removeprefix('torch.')}, so no file was written")
-    plain = save(tensors)
-    header = int.from_bytes(plain[:8], "little")
-    digest = hashlib.sha256(plain[8 + header :]).hexdigest()  # of the tensor bytes only, as other tools compute it
+    without_metadata = save(tensors)
+    header = int.from_bytes(without_metadata[:8], "little")
+    digest = hashlib.sha256(without_metadata[8 + header :]).hexdigest()  # of the tensor bytes only, as other tools compute it
     return save(tensors, {**metadata, "sshs_model_hash": digest})
 
 
 def largest_difference(read_back: Deltas, live: Deltas) -> float:
-    """Of any weight between a file and the adapter that it was made of, α/r multiplied in. Infinite if modules differ."""
+    """The largest absolute difference of any weight, after scaling the file's B to the α of `live`.
+
+    Infinite if the two have different modules.
+    """
     if read_back.keys() != live.keys():
         return math.inf
-    worst = torch.zeros(())
+    largest = torch.zeros(())
     for path, (A, B, alpha) in live.items():
-        theirs_A, theirs_B, theirs_alpha = read_back[path]
-        scaled = theirs_B.float() * (theirs_alpha / alpha if alpha else 1)
-        worst = torch.stack([worst, (theirs_A.float() - A.cpu()).abs().max(), (scaled - B.cpu()).abs().max()]).max()
-    return worst.item()
+        file_A, file_B, file_alpha = read_back[path]
+        scaled_B = file_B.float() * (file_alpha / alpha if alpha else 1)
+        largest = torch.stack([largest, (file_A.float() - A.cpu()).abs().max(), (scaled_B - B.cpu()).abs().max()]).max()
+    return largest.item()
 
 
-A1111_HEADER = {  # without these A1111 and Forge take a file for one of Stable Diffusion 1 and hide it under SDXL
+A1111_HEADER = {  # without these A1111 and Forge think that a file is for Stable Diffusion 1, and do not list it under SDXL
     "ss_network_module": "networks.lora",
     "ss_base_model_version": "sdxl_base_v1-0",
     "ss_v2": "False",
@@ -95,9 +101,9 @@ A1111_HEADER = {  # without these A1111 and Forge take a file for one of Stable 
 
 
 def make_header(config: dict, images: int, step: int) -> dict[str, str]:
-    """The header: what A1111 and Forge need to list the file under SDXL, ModelSpec 1.0.1, and our own `sdxl_lora.*`.
+    """Metadata of a trained LoRA: what A1111 and Forge need to list it under SDXL, ModelSpec 1.0.1, our own `sdxl_lora.*`.
 
-    `config` holds the flags of the run: rank, alpha, targets, resolution, model, …
+    `config`: {option: value} of the run: rank, alpha, targets, resolution, model, …
     """
     name, side = f"pytorch_lora_weights_{step}", config["resolution"]
     return A1111_HEADER | {
@@ -116,12 +122,12 @@ def make_header(config: dict, images: int, step: int) -> dict[str, str]:
 
 
 def check_written(path: Path, shapes: dict[str, torch.Size], live: Deltas, dtype: torch.dtype, otherwise: str) -> float:
-    """Reads a written file as any other and compares it with what it was made of: the largest difference of any weight.
+    """Reads a written file as any other, and returns its largest difference from the weights `live`.
 
-    Raises UserError, which says what becomes of it, if that is more than rounding to `dtype`.
+    Raises UserError if that is more than rounding to `dtype` explains. `otherwise` ends its message: what becomes of the file.
     """
-    error = largest_difference(read_lora(path, shapes), live)
-    largest = torch.stack([half.abs().max().float() for A, B, _ in live.values() for half in (A, B)]).max().item()
-    if not error <= torch.finfo(dtype).eps * largest:
-        raise UserError(f"the LoRA file read back differs from the weights by {error:.3g}, so {otherwise}")
-    return error
+    difference = largest_difference(read_lora(path, shapes), live)
+    largest = torch.stack([factor.abs().max().float() for A, B, _ in live.values() for factor in (A, B)]).max().item()
+    if not difference <= torch.finfo(dtype).eps * largest:
+        raise UserError(f"the LoRA file read back differs from the weights by {difference:.3g}, so {otherwise}")
+    return difference

@@ -158,8 +158,8 @@ class Gate(torch.autograd.Function):
 
 def forward_rows(linear: Any, x: Tensor, part: slice) -> Tensor:
     """Some of the outputs of a linear layer, in memory of their own. A LoRA or a packed layer knows how itself."""
-    if hasattr(linear, "product"):
-        return linear.product(x, part)
+    if hasattr(linear, "forward_rows"):
+        return linear.forward_rows(x, part)
     return F.linear(x, linear.weight[part], linear.bias[part])
 
 

@@ -82,9 +82,9 @@ class QuantisedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        return self.product(x, slice(None))
+        return self.forward_rows(x, slice(None))
 
-    def product(self, x: Tensor, part: slice) -> Tensor:
+    def forward_rows(self, x: Tensor, part: slice) -> Tensor:
         """Those outputs of the layer alone: x [..., in] -> [..., len(part)]."""
         return Product.apply(x, self, part)
 

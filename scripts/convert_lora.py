@@ -1,4 +1,6 @@
-"""Rewrites a LoRA file of any tool in the kohya layout (diffusers, ComfyUI, A1111) or in diffusers' own; the same ΔW.
+"""Converts a LoRA file of any tool to the kohya layout, which diffusers, ComfyUI and A1111 read, or to diffusers' own.
+
+Every ΔW stays the same, to the rounding of --save-dtype.
 
 python scripts/convert_lora.py theirs.safetensors ours.safetensors
 python scripts/convert_lora.py ours.safetensors for-diffusers.safetensors --format diffusers --save-dtype fp32
@@ -29,9 +31,9 @@ class ConvertConfig:
     format: Literal["kohya", "diffusers"] = "kohya"
     """Layout to write."""
     save_dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
-    """Dtype of the weights in it."""
+    """Dtype of the weights in the new file."""
     model: str | None = None
-    """The model it is for, as train_lora.py's --model. None: SDXL base's architecture, which needs no weights."""
+    """The model that the LoRA is for, as train_lora.py's --model. None: SDXL base's architecture, which needs no weights."""
 
 
 def main(config: ConvertConfig) -> None:

@@ -3,9 +3,9 @@
     python scripts/evaluate.py                                        the newest LoRA in checkpoints/, the demo's images
     python scripts/evaluate.py --lora naruto.safetensors --data held-out/ --pictures 0
 
-1. The denoising loss on held-out images, with the same noise at the same timesteps.
-2. How far pictures of the held-out captions are from the held-out images, by two plain statistics: the distribution of
-   colours (4 x 4 x 4 bins of RGB) and of edge strengths (16 bins). Half the L1 distance: 0 is equal, 1 disjoint.
+1. The denoising loss on held-out images, with the same noise and timesteps for both.
+2. The distance of pictures, drawn from the held-out captions, to the held-out images: half the L1 distance between their
+   distributions of colours (4 x 4 x 4 bins of RGB) and of edge strengths (16 bins). 0 is equal, 1 disjoint.
 """
 
 import sys
@@ -51,9 +51,9 @@ class EvaluateConfig:
     data: str = str(HELD_OUT)
     """Held-out images with captions, as in training."""
     timesteps: int = 10
-    """Timesteps, evenly spread over the schedule, at which every image is noised."""
+    """Number of timesteps, evenly spread over the schedule, at which the loss of every image is computed."""
     pictures: int = 8
-    """Captions to render with base and LoRA; 0 leaves the pictures out."""
+    """Number of captions to render with base and LoRA; 0 skips the second measure."""
     device: str = "auto"
     """'auto', 'cuda', 'cpu'."""
 
@@ -64,13 +64,16 @@ class EvaluateConfig:
 
 @torch.no_grad()
 def denoising_loss(denoiser: Denoiser, diffusion: Diffusion, vae: Any, samples: list, timesteps: int) -> float:
-    """Mean over samples and timesteps; image i at timestep k always gets the same noise."""
+    """Mean over samples and timesteps; image i at timestep k always gets the same noise.
+
+    `samples`: [(pixels [H, W, 3] uint8, original size, crop, caption)].
+    """
     device, losses = vae.device, []
     for i, (pixels, original, crop, caption) in enumerate(tqdm(samples, desc="loss", unit="img", leave=False)):
         generator = torch.Generator(device).manual_seed(i)
         posterior = encode_pixels(vae, normalise(torch.tensor(pixels)[None].to(device)))
-        spread = torch.randn(posterior[:, :4].shape, generator=generator, device=device)
-        latents = sample_latents(vae, posterior, spread).expand(timesteps, -1, -1, -1)
+        posterior_noise = torch.randn(posterior[:, :4].shape, generator=generator, device=device)
+        latents = sample_latents(vae, posterior, posterior_noise).expand(timesteps, -1, -1, -1)
         noise = torch.randn(latents.shape, generator=generator, device=device)
         t = ((torch.arange(timesteps, device=device) + 0.5) * len(diffusion.alphas_cumprod) / timesteps).long()
         tokens = tokenize(denoiser.tokenizers, [caption] * timesteps, None).to(device)
@@ -128,8 +131,8 @@ def main(config: EvaluateConfig) -> None:
         style_pictures = [Image.fromarray(pixels) for pixels, *_ in samples]
         style, base, tuned = map(statistics, (style_pictures, base_pictures, lora_pictures))
         print(f"distance of {len(captions)} pictures to the held-out style images (0 equal, 1 disjoint)")
-        for name, wanted in style.items():
-            before, after = (np.abs(drawn[name] - wanted).sum() / 2 for drawn in (base, tuned))
+        for name, reference in style.items():
+            before, after = (np.abs(drawn[name] - reference).sum() / 2 for drawn in (base, tuned))
             print(f"  {name:8} base {before:.3f}   LoRA {after:.3f}   {100 * (after / before - 1):+.1f} %")
 
 

@@ -2,7 +2,7 @@
 
     python scripts/extract_lora.py tuned/ lora.safetensors --base sdxl/ --rank 16          a LoRA that turns sdxl/ into tuned/
     python scripts/extract_lora.py tuned.safetensors lora.safetensors --base sdxl.safetensors --error 0.1
-    python scripts/extract_lora.py big.safetensors small.safetensors --resize --rank 4     the same of a LoRA
+    python scripts/extract_lora.py big.safetensors small.safetensors --resize --rank 4     a smaller LoRA
 
 No other matrix of rank r is nearer to ΔW than its first r singular triplets (Eckart and Young 1936). Two models are read
 tensor by tensor; SDXL's 986 layers take ten minutes on one core.
@@ -45,21 +45,21 @@ class ExtractConfig:
     out: Annotated[Path, tyro.conf.Positional]
     """The LoRA file to write."""
     base: Path | None = None
-    """The model that it was tuned from, a folder or a checkpoint."""
+    """The model that the source was tuned from, a folder or a checkpoint."""
     resize: bool = False
-    """The source is a LoRA itself: write a smaller one."""
+    """The source is a LoRA: write a smaller one."""
     rank: int | None = None
     """Rank r of every layer."""
     error: float | None = None
-    """Instead of --rank: of each layer the smallest rank with |ΔW - B·A| / |ΔW| at most this (Frobenius norms)."""
+    """Instead of --rank: each layer gets the smallest rank with |ΔW - B·A| / |ΔW| at most this (Frobenius norms)."""
     targets: str | None = None
-    """Layers, as train_lora.py's --targets; '.' is every linear layer and convolution. None: 'all', of a LoRA all it has."""
+    """Layers, as train_lora.py's --targets; '.' is every linear layer and convolution. None: 'all'; with --resize, '.'."""
     format: Literal["kohya", "diffusers"] = "kohya"
     """Layout to write."""
     save_dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
-    """Dtype of the weights in it."""
+    """Dtype of the weights in the new file."""
     model: str | None = None
-    """With --resize the model that the LoRA is for, as convert.py's --model. None: SDXL base's architecture."""
+    """With --resize: the model that the LoRA is for, as convert_lora.py's --model. None: SDXL base's architecture."""
     device: str = "auto"
     """Where the decompositions are computed: auto, cpu, cuda or cuda:1."""
 
@@ -71,11 +71,11 @@ class ExtractConfig:
         if self.rank is not None and self.rank < 1:
             raise UserError(f"--rank must be at least 1, not {self.rank}")
         if self.error is not None and not 0 < self.error < 1:
-            raise UserError(f"--error must lie between 0 and 1, not {self.error}")
+            raise UserError(f"--error must be between 0 and 1, not {self.error}")
         if self.error is not None and self.error < torch.finfo(memory_DTYPES[self.save_dtype]).eps:
-            raise UserError(f"--error {self.error} is finer than {self.save_dtype} is: try --save-dtype fp32")
+            raise UserError(f"--error {self.error} is below the rounding of {self.save_dtype}: try --save-dtype fp32")
         if self.model is not None and not self.resize:
-            raise UserError("--model belongs to --resize: two models say themselves which layers they have")
+            raise UserError("--model belongs to --resize: the layers of two models are read from their files")
 
     @property
     def pattern(self) -> str:
@@ -86,48 +86,49 @@ class ExtractConfig:
 
 # Decomposing.
 
-Cut = Callable[[Tensor], int]  # all singular values [k], descending -> how many are kept
-Triplets = tuple[Tensor, Tensor, Tensor]  # U [out, r], all of S [k], Vh [r, in], of the r = cut(S) that are kept
+ChooseRank = Callable[[Tensor], int]  # all singular values [k], descending -> r, how many of them are kept
+Triplets = tuple[Tensor, Tensor, Tensor]  # U [out, r], S [k] with all singular values, Vh [r, in]
 
 
 def smallest_rank(S: Tensor, rank: int | None, error: float | None) -> int:
-    """A Cut: `rank`, or the fewest that leave at most `error` of the norm."""
+    """How many singular values S [k] are kept: `rank`, or the fewest for a relative error of at most `error`."""
     if error is None:
         assert rank is not None
         return min(rank, len(S))
-    left = S.square().flip(0).cumsum(0).flip(0)  # of the square after 0, 1, 2, …; the smallest are summed first
-    return int((left > error**2 * left[0]).sum())
+    tails = S.square().flip(0).cumsum(0).flip(0)  # Σσ² without the first 0, 1, 2, …; small before large, for accuracy
+    return int((tails > error**2 * tails[0]).sum())
 
 
-def truncated_svd(W: Tensor, cut: Cut) -> Triplets:
-    """W [out, in], in float64 on its device, by the eigenvectors of the smaller Gram matrix.
+def truncated_svd(W: Tensor, choose_rank: ChooseRank) -> Triplets:
+    """The SVD of W [out, in], in float64 on its device, from the eigenvectors of the smaller Gram matrix W·Wᵀ or Wᵀ·W.
 
-    0.55 s for 1280 × 1280, 1.2 s for 10240 × 1280 and 0.87 s for 1280 × 5120 on one core, where torch.linalg.svd in float32
-    takes 0.61, 1.9 and 3.5. Squaring costs half of the digits, of which float64 has twice as many as W. torch.svd_lowrank
-    takes 0.01 to 0.15 s, but is not the optimum where the singular values fall slowly, as they do between whole models.
+    It takes 0.55 s for 1280 × 1280, 1.2 s for 10240 × 1280 and 0.87 s for 1280 × 5120 on one core; torch.linalg.svd in
+    float32 takes 0.61, 1.9 and 3.5 s. A Gram matrix loses half of the digits, of which float64 has twice as many as W.
+    torch.svd_lowrank takes 0.01 to 0.15 s, but misses the optimum where singular values fall slowly, as between two models.
     """
     W = W.double()
     wide = W if len(W) <= W.shape[1] else W.T
     squares, vectors = torch.linalg.eigh(wide @ wide.T)  # ascending
     S = squares.flip(0).clamp_min(0).sqrt()
-    U = vectors.flip(1)[:, : cut(S)]
+    U = vectors.flip(1)[:, : choose_rank(S)]
     Vh = F.normalize(U.T @ wide, dim=1)
     return (U, S, Vh) if wide is W else (Vh.T, S, U.T)
 
 
 def as_delta(triplets: Triplets, shape: torch.Size) -> tuple[Tensor, Tensor, float]:
-    """-> (A [r, in, …], B [out, r, …], α = r) of a layer with a weight of this shape: float32 on the CPU, √σ in either."""
+    """-> (A [r, in, …], B [out, r, …], α = r) for a weight of `shape`, in float32 on the CPU. Both A and B get √σ."""
     U, S, Vh = triplets
     root = S[: len(Vh)].sqrt()
     A, B = (root[:, None] * Vh).float().cpu(), (U * root).float().cpu()
     return A.view(-1, *shape[1:]), B.view(*B.shape, *(1 for _ in shape[2:])), float(len(root))
 
 
-# Where ΔW comes from: `shapes` of the layers by module path, `metadata` for the new file, and what is done with each layer.
+# Where ΔW comes from. Both classes have the `shapes` of the weights by module path and the `metadata` for the new file, and
+# read, measure and decompose one ΔW at a time, in a form of their own.
 
 
 class Lora:
-    """A file of any tool."""
+    """A LoRA file of any tool. A ΔW is (A, B, α)."""
 
     def __init__(self, file: Path, model: str | None, device: torch.device):
         self.shapes, self.device = model_shapes(model), device
@@ -148,14 +149,14 @@ class Lora:
         A, B = A.flatten(1).double(), B.flatten(1).double()
         return (alpha / len(A)) ** 2 * ((B.T @ B) * (A @ A.T)).sum().item()
 
-    def svd(self, delta: tuple[Tensor, Tensor, float], cut: Cut) -> Triplets:
+    def svd(self, delta: tuple[Tensor, Tensor, float], choose_rank: ChooseRank) -> Triplets:
         U, S, Vh = delta_svd(delta)
-        return U[:, : cut(S)], S, Vh[: cut(S)]
+        return U[:, : choose_rank(S)], S, Vh[: choose_rank(S)]
 
 
 @dataclass(frozen=True)
 class Weight:
-    """Where the weight of a layer lies."""
+    """The weight of a layer: in which file and tensor it is, and its shape."""
 
     file: Path
     key: str
@@ -163,22 +164,22 @@ class Weight:
     shape: torch.Size
 
     def read(self) -> Tensor:
-        with safe_open(self.file, "pt") as file:  # anew each time: what is mapped counts as memory while the file is open
-            return self.place.of(file.get_tensor(self.key))
+        with safe_open(self.file, "pt") as file:  # opened anew: what was read counts as memory until it is closed
+            return self.place.weight_in(file.get_tensor(self.key))
 
 
 def find_weights(model: Path) -> dict[str, Weight]:
-    """{module path, the same for a folder and a checkpoint: where it is} of every linear layer and convolution."""
+    """{module path: weight} of every linear layer and convolution. A folder and a checkpoint give the same paths."""
     found = {}
     for file, component in weight_files(model).items():  # of two variants the last counts: x.safetensors after x.fp16.…
-        for key, about in read_header(file)[1].items():
-            for place in places(component, key, about.get("shape", [])):
-                if about["dtype"] not in STORED_DTYPES:
+        for key, entry in read_header(file)[1].items():
+            for place in places(component, key, entry.get("shape", [])):
+                if entry["dtype"] not in STORED_DTYPES:
                     raise UserError(
-                        f"{file}: {key} is {about['dtype']}, which has no difference: {', '.join(STORED_DTYPES)} have"
+                        f"{file}: {key} is {entry['dtype']}, which cannot be subtracted: {', '.join(STORED_DTYPES)} can"
                     )
-                shape = place.of(torch.empty(about["shape"], device="meta")).shape
-                if ".embeddings." not in place.module:  # tables of words and positions are no layers
+                shape = place.weight_in(torch.empty(entry["shape"], device="meta")).shape
+                if ".embeddings." not in place.module:  # the embeddings of tokens and positions are no layers
                     found[diffusers_name(place.module)] = Weight(file, key, place, shape)
     if not found:
         raise UserError(f"{model} holds no layer of SDXL (a LoRA is read with --resize)")
@@ -186,22 +187,22 @@ def find_weights(model: Path) -> dict[str, Weight]:
 
 
 class Models:
-    """Two models, each a folder or a checkpoint. Raises UserError if they differ in architecture."""
+    """Two models, each a folder or a checkpoint. A ΔW is a tensor. Raises UserError if they differ in architecture."""
 
     def __init__(self, tuned: Path, base: Path, device: torch.device):
         self.tuned, self.base, self.device = find_weights(tuned), find_weights(base), device
         self.shapes = {name: weight.shape for name, weight in self.tuned.items()}
         self.metadata: dict[str, str] = {}
-        theirs = {name: weight.shape for name, weight in self.base.items()}
-        if odd := sorted(name for name, _ in self.shapes.items() ^ theirs.items()):
-            told = f"{len(set(odd))} layers are not in both or have other shapes, first {odd[0]}"
-            raise UserError(f"{tuned} and {base} differ in architecture: {told}")
+        base_shapes = {name: weight.shape for name, weight in self.base.items()}
+        if different := sorted(name for name, _ in self.shapes.items() ^ base_shapes.items()):
+            reason = f"{len(set(different))} layers are not in both or have other shapes, first {different[0]}"
+            raise UserError(f"{tuned} and {base} differ in architecture: {reason}")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tuned)
 
     def read(self, name: str) -> Tensor:
-        """ΔW [out, in·…] float32; zero where one weight is the other rounded: saved in another dtype, but not trained."""
+        """ΔW [out, in·…] float32; 0 [1, 1] if one weight is the other after rounding: saved in another dtype, not trained."""
         tuned, base = self.tuned[name].read(), self.base[name].read()
         if torch.equal(tuned, base.to(tuned.dtype)) or torch.equal(base, tuned.to(base.dtype)):
             return torch.zeros(1, 1)
@@ -211,49 +212,49 @@ class Models:
         """|ΔW|²."""
         return W.double().square().sum().item()
 
-    def svd(self, W: Tensor, cut: Cut) -> Triplets:
-        return truncated_svd(W, cut)
+    def svd(self, W: Tensor, choose_rank: ChooseRank) -> Triplets:
+        return truncated_svd(W, choose_rank)
 
 
 # The report.
 
 
 class Layer(NamedTuple):
-    """What became of one ΔW: its rank, Σσ² of the singular values that are kept and of all."""
+    """A decomposed ΔW: its new rank, and Σσ² of the singular values that are kept and of all."""
 
     name: str
     rank: int
     kept: float
-    whole: float
+    total: float
 
 
 def retained(layers: list[Layer]) -> float:
     """The share of the squared norm that is kept."""
-    return sum(layer.kept for layer in layers) / sum(layer.whole for layer in layers)
+    return sum(layer.kept for layer in layers) / sum(layer.total for layer in layers)
 
 
 def block(name: str) -> str:
-    """'unet.down_blocks.1.attentions.0.….to_q' -> 'down_blocks.1.attentions.0'; of a text encoder its name."""
+    """'unet.down_blocks.1.attentions.0.….to_q' -> 'down_blocks.1.attentions.0'. A text encoder is one block."""
     component, _, rest = name.partition(".")
     match = re.match(r"(down|up)_blocks\.\d+\.\w+\.\d+|\w+", rest) if component == "unet" else None
     return match[0] if match else component
 
 
 def table(layers: list[Layer]) -> Iterator[str]:
-    """A line for each block, with the layer that keeps the smallest share."""
+    """A line for each block, with the layer that keeps the smallest share of its norm."""
     yield f"{'block':26} layers     ranks  retained  worst layer"
     blocks: dict[str, list[Layer]] = {}
     for layer in layers:
         blocks.setdefault(block(layer.name), []).append(layer)
-    for name, mine in blocks.items():
-        ranks = f"{min(layer.rank for layer in mine)}-{max(layer.rank for layer in mine)}"
-        worst = min(mine, key=lambda layer: retained([layer]))
-        which = worst.name.partition(f"{name}.")[2]
-        yield f"{name:26} {len(mine):6} {ranks:>9} {retained(mine):9.2%}  {retained([worst]):.2%} {which}"
+    for name, members in blocks.items():
+        ranks = f"{min(layer.rank for layer in members)}-{max(layer.rank for layer in members)}"
+        worst = min(members, key=lambda layer: retained([layer]))
+        path = worst.name.partition(f"{name}.")[2]
+        yield f"{name:26} {len(members):6} {ranks:>9} {retained(members):9.2%}  {retained([worst]):.2%} {path}"
 
 
 def common(values: set[float]) -> str:
-    """The one value of all layers, or kohya's word for several."""
+    """The value that all layers have; for several "Dynamic", as kohya's scripts write it."""
     return str(*values) if len(values) == 1 else "Dynamic"
 
 
@@ -262,7 +263,7 @@ def main(config: ExtractConfig) -> None:
         raise UserError(f"{config.out} is there already: remove it or choose another name")
     check_writable("the folder", config.out.parent)
     device, pattern = resolve_device(config.device), config.pattern
-    cut = partial(smallest_rank, rank=config.rank, error=config.error)
+    choose_rank = partial(smallest_rank, rank=config.rank, error=config.error)
     source = Models(config.source, config.base, device) if config.base else Lora(config.source, config.model, device)
     names = sorted(source, key=lambda name: (not name.startswith("unet."), name))
     if not any(re.search(pattern, name) for name in names):
@@ -281,20 +282,20 @@ def main(config: ExtractConfig) -> None:
         elif not re.search(pattern, name):
             outside.append(square)
         else:
-            U, S, Vh = source.svd(delta, cut)
+            U, S, Vh = source.svd(delta, choose_rank)
             deltas[name] = as_delta((U, S, Vh), source.shapes[name])
             layers.append(Layer(name, len(Vh), S[: len(Vh)].square().sum().item(), S.square().sum().item()))
     if not layers:
         raise UserError(f"{config.source}: nothing to extract, {equal} of {len(names)} layers have no difference")
 
     # The file.
-    told: dict[str, object] = {"source": config.source.name, "base": config.base and config.base.name}
-    told |= {"rank": config.rank, "error": config.error}
+    origin: dict[str, object] = {"source": config.source.name, "base": config.base and config.base.name}
+    origin |= {"rank": config.rank, "error": config.error}
     metadata = A1111_HEADER | source.metadata
     metadata |= {
         "ss_network_dim": common({layer.rank for layer in layers}),
         "ss_network_alpha": common({alpha for *_, alpha in deltas.values()}),
-        "sdxl_lora.extracted": json.dumps({key: value for key, value in told.items() if value is not None}),
+        "sdxl_lora.extracted": json.dumps({key: value for key, value in origin.items() if value is not None}),
     }
     dtype = memory_DTYPES[config.save_dtype]
     data = serialise(deltas, metadata, config.format, dtype)
@@ -307,8 +308,8 @@ def main(config: ExtractConfig) -> None:
     if equal:
         print(f"left out: {equal} layers that do not differ")
     if outside:
-        share = sum(outside) / (sum(outside) + sum(layer.whole for layer in layers))
-        print(f"left out: {len(outside)} layers outside of --targets, {share:.2%} of all (--targets . takes them too)")
+        share = sum(outside) / (sum(outside) + sum(layer.total for layer in layers))
+        print(f"left out: {len(outside)} layers outside of --targets, {share:.2%} of all (--targets . extracts them, too)")
     size = f"{len(data) / 1e6:.1f} MB"
     print(f"{config.out}: {len(layers)} layers in the {config.format} layout, {retained(layers):.2%} retained, {size}")
 

@@ -1,9 +1,9 @@
-"""What a LoRA file holds, what it does to which block, and what each program makes of it.
+"""Reports what a LoRA file contains, how much it changes each block, and which programs load it correctly.
 
-    python scripts/inspect_lora.py naruto.safetensors                   the report, and its norms drawn into naruto.norms.png
+    python scripts/inspect_lora.py naruto.safetensors                   the report, and its norms as bars in naruto.norms.png
     python scripts/inspect_lora.py naruto-demo.safetensors --model demo
 
-The verdicts are the rules of lora_files/compatibility.py.
+What the programs do is not tried out: it follows from the rules in lora_files/compatibility.py.
 """
 
 import json
@@ -36,14 +36,14 @@ class InspectConfig:
     lora: Annotated[Path, tyro.conf.Positional]
     """The file to look at."""
     model: str | None = None
-    """The model it is for, as train_lora.py's --model. None: SDXL base's architecture, which needs no weights."""
+    """The model that the LoRA is for, as train_lora.py's --model. None: SDXL base's architecture, which needs no weights."""
     picture: Path | None = None
-    """Where to draw the norms. None: the file's name with .norms.png, in the current folder. What is there is replaced."""
+    """PNG file for the norms; replaced if it exists. None: the LoRA's name with .norms.png, in the current folder."""
 
 
 # The report.
 
-TOLD = {  # what a header may tell -> its keys, the first that is there
+HEADER_FIELDS = {  # label in the report -> keys of the metadata; the first that the file has counts
     "base model": ("ss_base_model_version", "modelspec.architecture"),
     "weights": ("ss_sd_model_name",),
     "trained by": ("ss_network_module", "modelspec.implementation"),
@@ -60,7 +60,7 @@ def span(values: Sequence[float]) -> str:
     return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
 
 
-def about(file: LoraFile) -> Iterator[str]:
+def overview(file: LoraFile) -> Iterator[str]:
     sizes: Counter = Counter()
     for tensor in file.tensors.values():
         sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
@@ -77,38 +77,38 @@ def about(file: LoraFile) -> Iterator[str]:
     try:
         config = json.loads(file.metadata["sdxl_lora.config"]).items()
         flags = [f"{key} {value}" for key, value in config if key in ("model", "targets", "rank", "alpha", "lr", "resolution")]
-        told = {"trained by": f"this suite: {', '.join(flags)}"}
+        reported = {"trained by": f"this suite: {', '.join(flags)}"}
     except (KeyError, ValueError, AttributeError):
-        told = {}
-    for label, keys in TOLD.items():
+        reported = {}
+    for label, keys in HEADER_FIELDS.items():
         value = next((file.metadata[key] for key in keys if key in file.metadata), None)
-        if value := told.get(label, value):
-            told[label] = value
+        if value := reported.get(label, value):
+            reported[label] = value
             yield f"{label:12} {printable(value)[:100]}"
-    if not told:
-        yield "header       tells nothing of its training"
+    if not reported:
+        yield "header       says nothing about the training"
 
 
 def components(file: LoraFile) -> Iterator[str]:
     if file.deltas:
         yield "component        modules        rank        alpha       alpha/rank"
     for component, label in COMPONENT_LABELS.items():
-        mine = [file.deltas[module] for module in file.within(component).values()]
+        deltas = [file.deltas[module] for module in file.within(component).values()]
         layers = sum(module.startswith(f"{component}.") for module in file.shapes)
-        ranks, alphas = [len(A) for A, *_ in mine], [alpha for *_, alpha in mine]
+        ranks, alphas = [len(A) for A, *_ in deltas], [alpha for *_, alpha in deltas]
         scales = [alpha / rank for alpha, rank in zip(alphas, ranks, strict=True)]
-        if mine:
-            yield f"{label:16} {f'{len(mine)} of {layers}':14} {span(ranks):11} {span(alphas):11} {span(scales)}"
-    if file.silent:
-        yield f"{len(file.silent)} modules say no alpha: it is their rank"
-    for what, stems in file.wrong.items():
-        yield f"{len(stems)} {what}, first {printable(', '.join(stems[:3]))}"
+        if deltas:
+            yield f"{label:16} {f'{len(deltas)} of {layers}':14} {span(ranks):11} {span(alphas):11} {span(scales)}"
+    if file.without_alpha:
+        yield f"{len(file.without_alpha)} modules have no alpha, which means that it is their rank"
+    for problem, stems in file.wrong.items():
+        yield f"{len(stems)} {problem}, first {printable(', '.join(stems[:3]))}"
 
 
 BLOCK = re.compile(
     r"unet\.(mid_block|(down|up)_blocks\.\d+)\.\w+\.\d+|unet\.\w+|text_encoder(_2)?\.(text_model\.)?encoder\.layers\.\d+"
 )
-FLOW = ("down_blocks", "mid_block", "up_blocks", "conv_out")  # the modules of the U-Net are listed in another order
+FLOW = ("down_blocks", "mid_block", "up_blocks", "conv_out")  # named_modules() has another order
 
 
 @dataclass
@@ -123,12 +123,12 @@ class Block:
 def measure_layers(file: LoraFile) -> dict[str, Block]:
     """{name of the block: norms of its ΔW}, in the order in which data flows, without modules that are not finite."""
 
-    def place(module: str) -> tuple[int, int]:
+    def position(module: str) -> tuple[int, int]:
         component, part = module.split(".")[:2]
         return list(COMPONENT_LABELS).index(component), FLOW.index(part) if part in FLOW else -1
 
     blocks: dict[str, Block] = {}
-    for module in sorted((m for m in file.shapes if m in file.deltas and m not in file.not_finite), key=place):
+    for module in sorted((m for m in file.shapes if m in file.deltas and m not in file.not_finite), key=position):
         match = BLOCK.match(module)
         block = blocks.setdefault(re.sub(r"(\.text_model)?\.encoder\.", ".", match[0]) if match else module, Block())
         values = delta_svd(file.deltas[module])[1]
@@ -150,11 +150,11 @@ def weights(file: LoraFile) -> Iterator[str]:
         yield f"{label:14} {len(modules)} of {len(file.deltas)} modules{first}"
     lost = total = 0
     for module in file.deltas.keys() - {*file.dead, *file.not_finite}:
-        for half in file.deltas[module][:2]:
-            size = half.float().abs()
-            small = (size < SMALLEST) & ((size > 0) | (half.dtype == torch.float16))  # rounding may have made the 0
+        for factor in file.deltas[module][:2]:
+            size = factor.float().abs()
+            small = (size < SMALLEST) & ((size > 0) | (factor.dtype == torch.float16))  # in float16 a 0 may be a lost weight
             lost += int((small | size.half().isinf()).sum())
-            total += half.numel()
+            total += factor.numel()
     share = 100 * lost / max(total, 1)
     yield f"lost to fp16   {share:.3g} % of the live weights: beyond 65504, or below 2^-19 and left with 5 bits of 11 or none"
 
@@ -164,7 +164,7 @@ ROW, LABEL, BAR, NUMBER, TOP = 20, 260, 380, 80, 70  # pixels
 
 
 def draw_norms(blocks: dict[str, Block], title: str) -> Image.Image:
-    """A bar for each block in two panels, Frobenius and spectral norm, each from 0 to its own largest."""
+    """Two panels, Frobenius and spectral norm, with a bar for each block. The largest norm of a panel fills its width."""
     width = LABEL + 2 * (BAR + NUMBER)
     image = Image.new("RGB", (width, TOP + ROW * len(blocks) + ROW // 2), "white")
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=13)
@@ -192,7 +192,7 @@ def main(config: InspectConfig) -> None:
     shapes = model_shapes(config.model)
     file = LoraFile(**vars(scan(config.lora, shapes)), shapes=shapes)
     blocks = measure_layers(file)
-    for section in (about(file), components(file), norms(blocks) if blocks else (), weights(file) if file.deltas else ()):
+    for section in (overview(file), components(file), norms(blocks) if blocks else (), weights(file) if file.deltas else ()):
         if lines := list(section):
             print(*lines, "", sep="\n")
     for program in RULES:

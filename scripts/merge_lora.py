@@ -1,9 +1,9 @@
-"""Writes a model with one or several LoRA in its weights, tensor by tensor: it never holds more than one of them.
+"""Merges one or several LoRA into a copy of a model, tensor by tensor: only one tensor is in memory at a time.
 
     python scripts/merge_lora.py sdxl/ merged/ --lora naruto.safetensors                               a diffusers folder
     python scripts/merge_lora.py sd_xl_base_1.0.safetensors merged.safetensors --lora a.safetensors:0.8 --lora b.safetensors
 
-The sums are in float32, the file has the dtypes of the base; every other tensor and file is copied byte for byte.
+The sums are computed in float32 and written in the dtypes of the base. Every other tensor and file is copied byte for byte.
 """
 
 import json
@@ -32,9 +32,9 @@ class MergeConfig:
     base: Annotated[Path, tyro.conf.Positional]
     """A diffusers folder or a .safetensors checkpoint of SDXL."""
     out: Annotated[Path, tyro.conf.Positional]
-    """What to write: of the same kind."""
+    """The folder or checkpoint to write: of the same kind as the base."""
     lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A LoRA file of any tool, with :0.8 after it its strength. Again for another."""
+    """A LoRA file of any tool; :0.8 after its name sets its strength. Repeat the flag to merge several."""
 
     def __post_init__(self) -> None:
         if not self.lora:
@@ -42,18 +42,18 @@ class MergeConfig:
 
 
 def merged_chunks(stream: BinaryIO, start: int, header: dict, component: str, loras: list) -> Iterator[bytearray]:
-    """The data of the new file, tensor by tensor in the order of the old one."""
+    """The data of the new file, tensor by tensor in the order of the old one. `loras`: [(deltas, strength)]."""
     for key in tqdm(sorted(header, key=lambda key: header[key]["data_offsets"]), unit="tensor", leave=False):
         begin, end = header[key]["data_offsets"]
         stream.seek(start + begin)
         data = bytearray(stream.read(end - begin))
         for place in places(component, key, header[key]["shape"]):
-            mine = [(deltas[place.module], strength) for deltas, strength in loras if place.module in deltas]
-            if mine:
+            changes = [(deltas[place.module], strength) for deltas, strength in loras if place.module in deltas]
+            if changes:
                 tensor = torch.frombuffer(data, dtype=STORED_DTYPES[header[key]["dtype"]]).view(header[key]["shape"])
-                weight = place.of(tensor)
+                weight = place.weight_in(tensor)
                 total = weight.float()
-                for delta, strength in mine:
+                for delta, strength in changes:
                     total = add_delta(total, delta, strength)
                 weight.copy_(total)  # rounded once
         yield data
@@ -63,25 +63,25 @@ def main(config: MergeConfig) -> None:
     if config.out.exists():
         raise UserError(f"{config.out} is there already: remove it or choose another name")
     if config.base.resolve() in config.out.resolve().parents:
-        raise UserError(f"{config.out} lies in {config.base} itself: write it somewhere else")
+        raise UserError(f"{config.out} is inside of {config.base}: write it somewhere else")
     files = weight_files(config.base)
     headers = {file: read_header(file) for file in files}
     shapes = {}
     for file, (_, header) in headers.items():
-        for key, about in header.items():
-            for place in places(files[file], key, about.get("shape", [])):
-                shapes[place.module] = place.of(torch.empty(about["shape"], device="meta")).shape
-                if about["dtype"] not in STORED_DTYPES:
+        for key, entry in header.items():
+            for place in places(files[file], key, entry.get("shape", [])):
+                shapes[place.module] = place.weight_in(torch.empty(entry["shape"], device="meta")).shape
+                if entry["dtype"] not in STORED_DTYPES:
                     raise UserError(
-                        f"{file}: {key} is {about['dtype']}, which cannot be added to: {', '.join(STORED_DTYPES)} can"
+                        f"{file}: {key} is {entry['dtype']}, which cannot be added to: {', '.join(STORED_DTYPES)} can"
                     )
-    loras, told = [], []
+    loras, sources = [], []
     for path, strength in map(with_strength, config.lora):
         deltas = read_lora(path, shapes)
         loras.append((deltas, strength))
-        told.append({"file": path.name, "strength": strength, "hash": read_metadata(path).get("sshs_model_hash")})
+        sources.append({"file": path.name, "strength": strength, "hash": read_metadata(path).get("sshs_model_hash")})
 
-    # Written aside and renamed when it is whole.
+    # Written under another name, and renamed when complete.
     check_writable("the folder", config.out.parent)
     part = config.out.with_name(f".{config.out.name}.{os.getpid()}")
     try:
@@ -90,7 +90,7 @@ def main(config: MergeConfig) -> None:
         for file, component in files.items():
             start, header = headers[file]
             kept = {k: v for k, v in (header.pop("__metadata__", None) or {}).items() if "hash" not in k}
-            metadata = {**kept, "sdxl_lora.merged": json.dumps(told)}
+            metadata = {**kept, "sdxl_lora.merged": json.dumps(sources)}
             text = json.dumps({"__metadata__": metadata, **header}).encode()
             text += b" " * (-len(text) % 8)
             target = part / file.relative_to(config.base) if config.base.is_dir() else part
@@ -104,7 +104,7 @@ def main(config: MergeConfig) -> None:
         if isinstance(error, OSError):
             raise UserError(f"{config.out} could not be written: {error.strerror}") from None
         raise
-    print(f"{config.out}: {config.base} with " + ", ".join(f"{t['file']} × {t['strength']:g}" for t in told))
+    print(f"{config.out}: {config.base} with " + ", ".join(f"{s['file']} × {s['strength']:g}" for s in sources))
 
 
 if __name__ == "__main__":

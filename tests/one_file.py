@@ -1,4 +1,4 @@
-"""The weights of a pipeline as Stability's own code names them in one file: for tests of reading and merging such files."""
+"""A checkpoint in one file, with the names of Stability's code, made of a pipeline: for tests of reading and merging."""
 
 import re
 
@@ -41,7 +41,7 @@ def renamed(key: str, table: dict) -> str:
 
 
 def checkpoint_of(parts) -> dict[str, torch.Tensor]:
-    """`parts` has the modules unet, text_encoder, text_encoder_2 and perhaps vae."""
+    """{key: tensor} of the modules unet, text_encoder, text_encoder_2 and, if it has one, vae of `parts`."""
     tensors = {"conditioner.embedders.1.model.logit_scale": torch.ones(())}
     for key, tensor in parts.unet.state_dict().items():
         path, _, leaf = key.rpartition(".")
@@ -53,13 +53,13 @@ def checkpoint_of(parts) -> dict[str, torch.Tensor]:
         tensors[f"conditioner.embedders.0.transformer.text_model.{key.removeprefix('text_model.')}"] = tensor
     second = parts.text_encoder_2.state_dict()
     for key, tensor in second.items():
-        if ".q_proj." in key:  # q, k and v, one under the other
+        if ".q_proj." in key:  # one tensor: the rows of q, then of k, then of v
             tensor = torch.cat([second[key.replace(".q_proj.", f".{x}_proj.")] for x in "qkv"])
         if not re.search(r"\.[kv]_proj\.", key):
             name = renamed(key, TEXT)
             tensors[f"conditioner.embedders.1.model.{name}"] = tensor.T if name == "text_projection" else tensor
     for key, tensor in parts.vae.state_dict().items() if hasattr(parts, "vae") else ():
         name = renamed(key, VAE)
-        convolution = "attn_1" in name and tensor.ndim == 2  # of one pixel, where diffusers has a linear layer
+        convolution = "attn_1" in name and tensor.ndim == 2  # of 1 × 1 pixel, where diffusers has a linear layer
         tensors[f"first_stage_model.{name}"] = tensor[:, :, None, None] if convolution else tensor
     return {key: tensor.detach().contiguous() for key, tensor in tensors.items()}

@@ -1,5 +1,5 @@
-"""Bad input of every kind that we could think of, and what it gives: an error of one line, a sample that is left out and
-named, or a picture that is used as it should be.
+"""Bad input of many kinds, and its outcome: an error of one line, a sample that is left out and named, or a picture that is
+used as it should be.
 """
 
 import gzip
@@ -44,10 +44,11 @@ CASES = {}
 
 
 def case(name: str, outcome: str, make: Callable[[Path], object], *data: str, picture=PHOTO, caption: str = "bad") -> None:
-    """What `make` puts into an empty folder gives `outcome`: 'error' and a part of its text, or, with commas between them,
-    'skipped NAME', 'uncaptioned NAME', 'cut NAME' and 'used', if `caption` is told with the pixels of `picture`.
+    """Registers a test case: `make` fills an empty folder, and `outcome` is what training does with it.
 
-    `data`: what --data then is, if not the folder, for which {} stands.
+    An outcome is 'error' and a part of its text, or with commas between them 'skipped NAME', 'uncaptioned NAME', 'cut NAME'
+    and 'used', which means that a sample has this `caption` and the pixels of `picture`.
+    `data`: the values of --data, where {} means the folder. Without any it is the folder.
     """
     assert name not in CASES
     CASES[name] = make, data or ("{}",), outcome, picture, caption
@@ -59,7 +60,7 @@ def put(folder: Path, *files: tuple[str, bytes]) -> None:
 
 
 def pack(folder: Path, *members: tuple[str | tarfile.TarInfo, bytes]) -> None:
-    """-> folder/x.tar."""
+    """Writes folder/x.tar."""
     with tarfile.open(folder / "x.tar", "w") as out:
         for name, content in members:
             info = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
@@ -79,7 +80,7 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def png(width: int, height: int, *chunks: bytes) -> bytes:
-    """The PNG, with another size in its header and more chunks."""
+    """PNG with this size in its header and these chunks added."""
     return PNG[:8] + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + b"".join(chunks) + PNG[33:]
 
 
@@ -88,19 +89,19 @@ def with_exif(exif: bytes) -> bytes:
 
 
 def tagged(*entries: tuple[int, int, bytes]) -> bytes:
-    """With EXIF of these tags, types and values."""
+    """JPEG with EXIF entries (tag, type, value)."""
     packed = b"".join(struct.pack(">HHI4s", tag, kind, 1, value) for tag, kind, value in entries)
     return with_exif(b"MM\0*\0\0\0\x08" + struct.pack(">H", len(entries)) + packed + bytes(4))
 
 
-def unlike(path: Path, make: Callable[[Path], object]) -> Callable[[Path], None]:
-    """A good image and a bad one that is no ordinary file."""
+def with_bad_file(path: Path, make: Callable[[Path], object]) -> Callable[[Path], None]:
+    """A good image, and with a caption a bad one that `make` creates: no ordinary file."""
     return lambda folder: (put(folder, *GOOD, BAD[1]), make(folder / path))
 
 
 def unreadable(path: Path) -> None:
     path.touch(mode=0)
-    if os.access(path, os.R_OK):  # by root: of this one not even root can read
+    if os.access(path, os.R_OK):  # we are root, who cannot read this one
         path.unlink()
         path.symlink_to("/proc/self/mem")
 
@@ -111,7 +112,7 @@ def enormous(path: Path) -> None:
 
 
 def swapped() -> tuple[bytes, Image.Image]:
-    """A palette image whose profile takes red for green, and what it looks like."""
+    """A palette image whose colour profile swaps red and green, and what it looks like."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     for one, other in ((b"rXYZ", b"...."), (b"gXYZ", b"rXYZ"), (b"....", b"gXYZ"), ("sRGB".encode("utf-16-be"), b"\0x" * 4)):
         profile = profile.replace(one, other)
@@ -169,12 +170,12 @@ for name, content, *picture in (
     ),
 ):
     image(name, "used", content, picture=(picture or [PHOTO])[0])
-case("image: not to be read", "skipped bad.jpg", unlike("bad.jpg", unreadable))
-case("image: link to nowhere", "skipped bad.jpg", unlike("bad.jpg", lambda path: path.symlink_to("nowhere.jpg")))
-case("image: link to itself", "skipped bad.jpg", unlike("bad.jpg", lambda path: path.symlink_to("bad.jpg")))
-case("image: file of 50 GB", "skipped bad.jpg", unlike("bad.jpg", enormous))
-case("image: a pipe", "", unlike("bad.jpg", os.mkfifo))
-case("image: a folder", "", unlike("bad.jpg", Path.mkdir))
+case("image: not to be read", "skipped bad.jpg", with_bad_file("bad.jpg", unreadable))
+case("image: link to nowhere", "skipped bad.jpg", with_bad_file("bad.jpg", lambda path: path.symlink_to("nowhere.jpg")))
+case("image: link to itself", "skipped bad.jpg", with_bad_file("bad.jpg", lambda path: path.symlink_to("bad.jpg")))
+case("image: file of 50 GB", "skipped bad.jpg", with_bad_file("bad.jpg", enormous))
+case("image: a pipe", "", with_bad_file("bad.jpg", os.mkfifo))
+case("image: a folder", "", with_bad_file("bad.jpg", Path.mkdir))
 ESCAPE = ("b\x1b[2J.jpg", b""), ("b\x1b[2J.txt", b"bad")
 case("image: named to clear the terminal", r"skipped b\x1b[2J.jpg", lambda at: put(at, *GOOD, *ESCAPE))
 case("image: named in no UTF-8", "skipped b\\xff.jpg", lambda at: put(at, *GOOD, ("b\udcff.jpg", b""), ("b\udcff.txt", b"bad")))
@@ -183,31 +184,31 @@ case("image: named in no UTF-8", "skipped b\\xff.jpg", lambda at: put(at, *GOOD,
 # Captions, in a folder and in a shard.
 
 
-def caption(name: str, text: bytes, *, told: str | None, extension: str = "txt") -> None:
-    """`told`: the caption that it is; None: none."""
+def caption(name: str, text: bytes, *, expected: str | None, extension: str = "txt") -> None:
+    """Cases for a caption file with this `text`. `expected`: the caption that it gives, or None."""
     captioned = BAD[0], (f"bad.{extension}", text)
     if extension == "txt":
-        outcome = "uncaptioned bad.jpg" if told is None else "used"
-        case(f"caption in a folder: {name}", outcome, lambda at: put(at, *GOOD, *captioned), caption=told)
-    outcome = "uncaptioned x.tar:bad" if told is None else "used"
-    case(f"caption in a shard: {name}", outcome, lambda at: pack(at, *GOOD, *captioned), caption=told)
+        outcome = "uncaptioned bad.jpg" if expected is None else "used"
+        case(f"caption in a folder: {name}", outcome, lambda at: put(at, *GOOD, *captioned), caption=expected)
+    outcome = "uncaptioned x.tar:bad" if expected is None else "used"
+    case(f"caption in a shard: {name}", outcome, lambda at: pack(at, *GOOD, *captioned), caption=expected)
 
 
-caption("empty", b"", told=None)
-caption("only spaces", b" \n\t \n", told=None)
-caption("only a byte order mark", b"\xef\xbb\xbf\n", told=None)
-caption("byte order mark", b"\xef\xbb\xbfbad", told="bad")
-caption("UTF-16, as Windows writes it", "bad".encode("utf-16"), told="bad")
-caption("no UTF-8", b"bad \xff caf\xe9", told="bad \ufffd caf\ufffd")
-caption("NUL bytes", b"bad\0\0", told="bad\0\0")
-caption("of 10 MB", b"bad " * 2_500_000, told=None)
-caption("JSON cut off", b'{"captions": ["bad"', told=None)
-caption("JSON nested 10,000 deep", b'{"captions": ' + b"[" * 10_000 + b"]" * 10_000 + b"}", told=None)
-caption("JSON with captions that are none", b'{"captions": [1, null, {"a": "b"}, ""]}', told=None)
-caption("JSON with half of a character", b'{"captions": ["bad \\ud800"]}', told="bad ?")
-caption("JSON with a byte order mark", b'\xef\xbb\xbf{"captions": "bad"}', told="bad", extension="json")
-caption("JSON that is a number", b"3", told=None, extension="json")
-caption("JSON that is a list", b'["bad"]', told=None, extension="json")
+caption("empty", b"", expected=None)
+caption("only spaces", b" \n\t \n", expected=None)
+caption("only a byte order mark", b"\xef\xbb\xbf\n", expected=None)
+caption("byte order mark", b"\xef\xbb\xbfbad", expected="bad")
+caption("UTF-16, as Windows writes it", "bad".encode("utf-16"), expected="bad")
+caption("no UTF-8", b"bad \xff caf\xe9", expected="bad \ufffd caf\ufffd")
+caption("NUL bytes", b"bad\0\0", expected="bad\0\0")
+caption("of 10 MB", b"bad " * 2_500_000, expected=None)
+caption("JSON cut off", b'{"captions": ["bad"', expected=None)
+caption("JSON nested 10,000 deep", b'{"captions": ' + b"[" * 10_000 + b"]" * 10_000 + b"}", expected=None)
+caption("JSON with captions that are none", b'{"captions": [1, null, {"a": "b"}, ""]}', expected=None)
+caption("JSON with half of a character", b'{"captions": ["bad \\ud800"]}', expected="bad ?")
+caption("JSON with a byte order mark", b'\xef\xbb\xbf{"captions": "bad"}', expected="bad", extension="json")
+caption("JSON that is a number", b"3", expected=None, extension="json")
+caption("JSON that is a list", b'["bad"]', expected=None, extension="json")
 case("caption in a folder: none", "uncaptioned bad.jpg", lambda at: put(at, *GOOD, BAD[0]))
 case(
     "caption in a folder: not to be read",
@@ -225,7 +226,7 @@ def members(name: str, outcome: str, *files: tuple[str | tarfile.TarInfo, bytes]
 
 
 def changed(name: str, outcome: str, change: Callable[[bytes], bytes]) -> None:
-    """`change`: the tar of a bad and a good sample -> what is there instead."""
+    """`change`: a tar with a bad and a good sample -> the bytes that replace it."""
 
     def make(folder: Path) -> None:
         pack(folder, *BAD, *GOOD)
@@ -235,14 +236,14 @@ def changed(name: str, outcome: str, change: Callable[[bytes], bytes]) -> None:
 
 
 def special(kind: bytes, link: str = "") -> tuple[tarfile.TarInfo, bytes]:
-    """A bad.jpg that is no file."""
+    """A bad.jpg of another type than file."""
     info = tarfile.TarInfo("bad.jpg")
     info.type, info.linkname = kind, link
     return info, b""
 
 
 def resize(tar: bytes, size: bytes) -> bytes:
-    """With this in the size field of the good image, and the checksum right."""
+    """Replaces the size field of the good image, and corrects the checksum of its header."""
     header = bytearray(tar[SAMPLE : SAMPLE + 512])
     header[124:136], header[148:156] = size, b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
@@ -262,7 +263,7 @@ class Attack:
         return Path.touch, (Path("attacked"),)
 
 
-SAMPLE = 512 * (3 + -(-len(JPEG) // 512))  # bytes of one in a tar
+SAMPLE = 512 * (3 + -(-len(JPEG) // 512))  # bytes of a sample in a tar
 REFUSED = "error 'bad.jpg', which is no plain file or leads out of it"
 changed("no tar", "error x.tar is no tar file", lambda tar: b"x" * 5000)
 changed("of no bytes", "error x.tar is no tar file", lambda tar: b"")
@@ -304,8 +305,8 @@ case("tar: file with holes, of 50 GB", REFUSED, sparse)
 
 
 def metadata(name: str, outcome: str, *lines: str) -> None:
-    told = ("bad.jpg", JPEG), ("metadata.jsonl", "\n".join(lines).encode())
-    case(f"metadata.jsonl: {name}", outcome, lambda folder: put(folder, *GOOD, *told))
+    files = ("bad.jpg", JPEG), ("metadata.jsonl", "\n".join(lines).encode())
+    case(f"metadata.jsonl: {name}", outcome, lambda folder: put(folder, *GOOD, *files))
 
 
 def row(file_name: object = "bad.jpg", text: object = "bad") -> str:
@@ -341,7 +342,7 @@ case("folder: an image", "error good.jpg is no tar file", lambda folder: put(fol
 
 
 def index(name: str, outcome: str, /, **fields) -> None:
-    """A line with these in place of the true ones."""
+    """An index line in which `fields` replace the true ones."""
 
     def make(folder: Path) -> None:
         pack(folder, *BAD, *GOOD)
@@ -401,15 +402,15 @@ def tensors(**others: torch.Tensor) -> bytes:
     return save(right | others)
 
 
-def mistold(folder: Path) -> None:
-    """The index tells another size of latents than they have."""
+def wrong_size_in_index(folder: Path) -> None:
+    """The index has another size for the latents than they have."""
     small = tensors(posterior=torch.zeros(8, 4, 16).half())
     pack(folder, ("bad.safetensors", small), BAD[1], ("good.safetensors", LATENTS), GOOD[1])
     with tarfile.open(folder / "x.tar") as tar:
         at = {member.name: (member.offset_data, member.size) for member in tar}
     samples = [[name, *at[f"{name}.safetensors"], *at[f"{name}.txt"], 64, 64] for name in ("bad", "good")]
-    told = {"name": "x.tar", "bytes": (folder / "x.tar").stat().st_size, "samples": samples, "latents": True}
-    put(folder, ("index.jsonl", json.dumps(told).encode()))
+    line = {"name": "x.tar", "bytes": (folder / "x.tar").stat().st_size, "samples": samples, "latents": True}
+    put(folder, ("index.jsonl", json.dumps(line).encode()))
 
 
 ONE_NAN = torch.zeros(8, 8, 8).half()
@@ -438,7 +439,7 @@ for name, content in (
     ("all of a bucket damaged", tensors(posterior=torch.full((8, 4, 16), torch.nan).half())),
 ):
     latents(name, "skipped x.tar:bad", content)
-case("latents: not as the index tells", "skipped x.tar:bad", mistold)
+case("latents: of another size than in the index", "skipped x.tar:bad", wrong_size_in_index)
 case(
     "latents: beside images", "error both images and latents", lambda at: pack(at, ("bad.safetensors", LATENTS), BAD[1], *GOOD)
 )
@@ -478,7 +479,7 @@ def tokenizer() -> CLIPTokenizer:
 
 @pytest.fixture
 def bounded(tmp_path, monkeypatch):
-    """Up to a gigabyte and ten seconds for any of these."""
+    """Limits a case to one more GiB of address space and ten seconds."""
     monkeypatch.chdir(tmp_path)
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
@@ -502,16 +503,18 @@ def test_what_bad_input_gives(name, tmp_path, tokenizer, bounded):
         source = open_mixture(tuple(one.format(folder) for one in data))
         stream = Stream(source, DataConfig(bs=2, bucket_step=16, workers=0), CaptionConfig(), 64, 0)
         batches = list(islice(stream, 12))
-    except UserError as told:
-        error = str(told).replace(f"{folder}/", "")
+    except UserError as raised:
+        error = str(raised).replace(f"{folder}/", "")
     if error or outcome.startswith("error"):
         assert outcome.removeprefix("error ") in error
         return
     names = {name for batch in batches for name in batch.skipped}
     found = {"skipped": names, "uncaptioned": source.uncaptioned, "cut": source.truncated}
-    seen = {told: image.numpy() for batch in batches for told, image in zip(batch.captions, batch.images, strict=True)}
+    seen = {text: image.numpy() for batch in batches for text, image in zip(batch.captions, batch.images, strict=True)}
     reports = [f"{kind} {name.removeprefix(f'{folder}/')}" for kind, names in found.items() for name in names]
-    assert ", ".join(reports + ["used"] * (caption in seen)) == outcome
+    if caption in seen:
+        reports.append("used")
+    assert ", ".join(reports) == outcome
     assert seen.keys() <= {caption, "good"}
     if "used" in outcome and not source.has_latents:
         bucket = seen[caption].shape[:2]

@@ -28,13 +28,13 @@ def dense(delta: Delta) -> Tensor:
 
 
 def truncated(W: Tensor, rank: int) -> Tensor:
-    """The oracle: LAPACK's SVD in float64, cut off."""
+    """The oracle: LAPACK's SVD in float64, truncated."""
     U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
     return U[:, :rank] * S[:rank] @ Vh[:rank]
 
 
 def distance(one: Tensor, other: Tensor) -> float:
-    """Relative, Frobenius."""
+    """The relative difference, in the Frobenius norm."""
     return ((one - other).norm() / other.norm()).item()
 
 
@@ -48,14 +48,14 @@ def weights(folder) -> dict[str, Tensor]:
 
 
 def saved(tiny_model, folder, change) -> None:
-    """A folder of the tiny model after change(model)."""
+    """Saves the tiny model to `folder` after change(model)."""
     pipe = load_sdxl(str(tiny_model), torch.float32, torch.device("cpu"))
     change(parts_of(pipe))
     pipe.save_pretrained(folder)
 
 
 def random_deltas(shapes: dict[str, torch.Size], ranks: list[int], alphas: list[float]) -> Deltas:
-    """Ranks and alphas in turn."""
+    """A random ΔW for every layer; ranks and alphas in turn."""
     g, deltas = torch.Generator().manual_seed(0), {}
     for i, (name, (out, *inner)) in enumerate(shapes.items()):
         rank = ranks[i % len(ranks)]
@@ -127,7 +127,7 @@ def test_a_planted_difference_is_found(script, tiny_model, shapes, tmp_path):
     assert f"left out: {sum(n.startswith('text_encoder.') for n in shapes)} layers that do not differ\n" in out
     others = {name: dense(planted[name]).square().sum() for name in planted.keys() - found.keys()}
     share = sum(others.values()) / sum(dense(delta).square().sum() for delta in planted.values())
-    assert f"left out: {len(others)} layers outside of --targets, {share:.2%} of all (--targets . takes them too)\n" in out
+    assert f"left out: {len(others)} layers outside of --targets, {share:.2%} of all (--targets . extracts them, too)\n" in out
     assert out.splitlines()[-1].startswith(f"{file}: {len(found)} layers in the kohya layout, 100.00% retained, ")
     metadata = read_metadata(file)
     assert metadata.items() >= {**A1111_HEADER, "ss_network_dim": "3", "ss_network_alpha": "3.0"}.items()
@@ -138,8 +138,7 @@ def test_each_layer_is_the_truncated_svd(script, tiny_model, trained, shapes, tm
     """Convolutions too, against LAPACK; the report against the same."""
     folder, differences = trained
     file = tmp_path / "lora.safetensors"
-    how = ("--base", tiny_model, "--rank", 5, "--targets", ".", *FP32)
-    out, _ = script("scripts/extract_lora.py", folder, file, *how)
+    out, _ = script("scripts/extract_lora.py", folder, file, "--base", tiny_model, "--rank", 5, "--targets", ".", *FP32)
     found = read_lora(file, shapes)
     assert found.keys() == differences.keys()
     for name, delta in found.items():
@@ -149,11 +148,11 @@ def test_each_layer_is_the_truncated_svd(script, tiny_model, trained, shapes, tm
     assert rows.keys() >= blocks
     assert sum(int(row[1]) for row in rows.values() if row[2] in ("4-4", "4-5", "5-5")) == len(shapes)  # conv_in reads 4
     squares = {name: torch.linalg.svdvals(W).square() for name, W in differences.items()}
-    mine = [name for name in shapes if name.startswith("unet.mid_block.")]
-    shares = {name: (squares[name][:5].sum() / squares[name].sum()).item() for name in mine}
-    worst = min(mine, key=shares.get)
-    whole = sum(squares[name][:5].sum() for name in mine) / sum(squares[name].sum() for name in mine)
-    wanted = [f"{whole:.2%}", f"{shares[worst]:.2%}", worst.removeprefix("unet.mid_block.")]
+    members = [name for name in shapes if name.startswith("unet.mid_block.")]
+    shares = {name: (squares[name][:5].sum() / squares[name].sum()).item() for name in members}
+    worst = min(members, key=shares.get)
+    share = sum(squares[name][:5].sum() for name in members) / sum(squares[name].sum() for name in members)
+    wanted = [f"{share:.2%}", f"{shares[worst]:.2%}", worst.removeprefix("unet.mid_block.")]
     assert rows["mid_block"][3:] == wanted
 
 
@@ -172,7 +171,7 @@ def test_a_folder_and_a_checkpoint_are_the_same(script, tiny_model, trained, sha
 
 
 def test_the_smallest_rank_within_an_error(script, tiny_model, trained, base, shapes, tmp_path):
-    """And the file as others read it: merge.py gives the tuned weights within that error, diffusers the same as ours."""
+    """And the file as others read it: merge_lora.py gives the tuned weights within that error, diffusers the same as ours."""
     folder, differences = trained
     file, error = tmp_path / "lora.safetensors", 0.3
     targets = "^(?!.*text_projection)"  # diffusers takes the rank of this one for that of the others
@@ -192,8 +191,8 @@ def test_the_smallest_rank_within_an_error(script, tiny_model, trained, base, sh
     assert merged_like_diffusers(tiny_model, file, tolerance=2e-6) == len(found) == len(shapes) - 1
 
 
-def test_what_was_only_rounded_is_not_trained(script, tiny_model, base, tmp_path):
-    """A model saved in float16, with one layer changed, against its base in float32, and the other way about."""
+def test_a_layer_that_was_only_rounded_is_left_out(script, tiny_model, base, tmp_path):
+    """A model saved in float16, with one layer changed, against its base in float32, and the other way round."""
     name = "unet.mid_block.attentions.0.proj_in"
 
     def change(model: nn.ModuleDict) -> None:
@@ -209,7 +208,7 @@ def test_what_was_only_rounded_is_not_trained(script, tiny_model, base, tmp_path
 
 @pytest.fixture
 def big(shapes, tmp_path):
-    """A LoRA of mixed ranks and alphas with every kind of layer, one of them not trained: (file, its deltas)."""
+    """A LoRA of mixed ranks and alphas with every kind of layer, one of which is not trained: (file, deltas of the others)."""
     deltas = random_deltas(shapes, [4, 6, 3], [1.0, 5.0])
     idle = "unet.mid_block.attentions.0.proj_in"
     deltas[idle] = (deltas[idle][0], torch.zeros_like(deltas[idle][1]), 1.0)
@@ -241,8 +240,8 @@ def test_a_resized_lora_is_the_truncated_svd_of_its_product(script, tiny_model, 
 
 def test_resizing_by_error_and_targets(script, tiny_model, shapes, big, tmp_path):
     file, deltas = big
-    how = ("--resize", "--error", 0.5, "--targets", r"attn2\.to_[kv]", "--format", "diffusers", "--model", tiny_model)
-    out, _ = script("scripts/extract_lora.py", file, tmp_path / "small.safetensors", *how)
+    options = ("--resize", "--error", 0.5, "--targets", r"attn2\.to_[kv]", "--format", "diffusers", "--model", tiny_model)
+    out, _ = script("scripts/extract_lora.py", file, tmp_path / "small.safetensors", *options)
     resized = read_lora(tmp_path / "small.safetensors", shapes)
     assert "lora_adapter_metadata" in read_metadata(tmp_path / "small.safetensors")
     assert resized.keys() == {name for name in deltas if "attn2.to_k" in name or "attn2.to_v" in name}
@@ -264,35 +263,35 @@ def test_mistakes(script, tiny_model, trained, big, tmp_path):
         assert message in err
         assert not out.exists()
 
-    of, to = ("--base", tiny_model), ("--rank", 4)
-    refused("give either --base, the model that the source was tuned from, or --resize", tuned, *to)
-    refused("give either --base, the model that the source was tuned from, or --resize", tuned, *of, *to, "--resize")
-    refused("give either --rank or --error", tuned, *of)
-    refused("give either --rank or --error", tuned, *of, *to, "--error", 0.1)
-    refused("--rank must be at least 1, not 0", tuned, *of, "--rank", 0)
+    base, rank = ("--base", tiny_model), ("--rank", 4)
+    refused("give either --base, the model that the source was tuned from, or --resize", tuned, *rank)
+    refused("give either --base, the model that the source was tuned from, or --resize", tuned, *base, *rank, "--resize")
+    refused("give either --rank or --error", tuned, *base)
+    refused("give either --rank or --error", tuned, *base, *rank, "--error", 0.1)
+    refused("--rank must be at least 1, not 0", tuned, *base, "--rank", 0)
     for error in (0, 1, -0.1, "nan"):
-        refused("--error must lie between 0 and 1", tuned, *of, "--error", error)
-    refused("--error 0.0001 is finer than fp16 is: try --save-dtype fp32", tuned, *of, "--error", 1e-4)
-    refused("--model belongs to --resize", tuned, *of, *to, "--model", "sdxl")
-    refused("--targets '(' is neither a preset nor a regular expression", tuned, *of, *to, "--targets", "(")
-    refused("--targets 'nowhere' matches none of", tuned, *of, *to, "--targets", "nowhere")
-    refused("--device nonsense cannot be used here", tuned, *of, *to, "--device", "nonsense")
-    refused(f"{lora} is there already", tuned, *of, *to, target=lora)
-    refused("nothing to extract", tiny_model, *of, *to)
-    refused("layers are not in both or have other shapes, first text_encoder", demo, *of, *to)
-    refused("is neither a file nor a diffusers folder", tuned, "--base", tmp_path / "nowhere", *to)
-    refused("holds no layer of SDXL (a LoRA is read with --resize)", lora, *of, *to)
-    refused("match no layer", next((tuned / "unet").glob("*.safetensors")), "--resize", *to, "--model", tiny_model)
-    refused("does not fit the model", lora, "--resize", *to)  # the real SDXL
+        refused("--error must be between 0 and 1", tuned, *base, "--error", error)
+    refused("--error 0.0001 is below the rounding of fp16: try --save-dtype fp32", tuned, *base, "--error", 1e-4)
+    refused("--model belongs to --resize", tuned, *base, *rank, "--model", "sdxl")
+    refused("--targets '(' is neither a preset nor a regular expression", tuned, *base, *rank, "--targets", "(")
+    refused("--targets 'nowhere' matches none of", tuned, *base, *rank, "--targets", "nowhere")
+    refused("--device nonsense cannot be used here", tuned, *base, *rank, "--device", "nonsense")
+    refused(f"{lora} is there already", tuned, *base, *rank, target=lora)
+    refused("nothing to extract", tiny_model, *base, *rank)
+    refused("layers are not in both or have other shapes, first text_encoder", demo, *base, *rank)
+    refused("is neither a file nor a diffusers folder", tuned, "--base", tmp_path / "nowhere", *rank)
+    refused("holds no layer of SDXL (a LoRA is read with --resize)", lora, *base, *rank)
+    refused("match no layer", next((tuned / "unet").glob("*.safetensors")), "--resize", *rank, "--model", tiny_model)
+    refused("does not fit the model", lora, "--resize", *rank)  # the real SDXL
     (tmp_path / "bad.safetensors").write_bytes(b"rubbish")
-    refused("bad.safetensors is not a readable", tmp_path / "bad.safetensors", *of, *to)
+    refused("bad.safetensors is not a readable", tmp_path / "bad.safetensors", *base, *rank)
     shutil.copytree(tuned, tmp_path / "broken")
     unet = next((tmp_path / "broken/unet").glob("*.safetensors"))
-    whole = load_file(unet)
-    save_file({**whole, "conv_in.weight": torch.full_like(whole["conv_in.weight"], torch.nan)}, unet)
-    refused(f"unet.conv_in is not finite in {tmp_path}/broken or {tiny_model}", tmp_path / "broken", *of, *to)
-    save_file({key: tensor.to(torch.float8_e4m3fn) for key, tensor in whole.items()}, unet)
-    refused("is F8_E4M3, which has no difference: F16, BF16, F32, F64 have", tmp_path / "broken", *of, *to)
-    whole.pop("mid_block.attentions.0.proj_in.weight")
-    save_file(whole, unet)
-    refused("differ in architecture: 1 layers are not in both", tmp_path / "broken", *of, *to)
+    tensors = load_file(unet)
+    save_file({**tensors, "conv_in.weight": torch.full_like(tensors["conv_in.weight"], torch.nan)}, unet)
+    refused(f"unet.conv_in is not finite in {tmp_path}/broken or {tiny_model}", tmp_path / "broken", *base, *rank)
+    save_file({key: tensor.to(torch.float8_e4m3fn) for key, tensor in tensors.items()}, unet)
+    refused("is F8_E4M3, which cannot be subtracted: F16, BF16, F32, F64 can", tmp_path / "broken", *base, *rank)
+    tensors.pop("mid_block.attentions.0.proj_in.weight")
+    save_file(tensors, unet)
+    refused("differ in architecture: 1 layers are not in both", tmp_path / "broken", *base, *rank)

@@ -65,7 +65,7 @@ def training(tiny_model):
         latents, timesteps, tokens, ids, target = inputs
         loss = (denoiser(latents, timesteps, (tokens,), ids).float() - target).square().mean()
         scaler.scale(loss).backward()
-        adapter.gather()
+        adapter.collect_gradients()
         return loss.detach()
 
     def batch(seed: int, size: int = 2, side: int = 8) -> tuple[torch.Tensor, ...]:

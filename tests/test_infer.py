@@ -19,7 +19,7 @@ from model.sdxl import Denoiser
 from model.vae import decode_latents
 
 PROMPTS = ["a cat", "two dogs"]
-HOW = ["--steps", 2, "--device", "cpu", "--prompts", *PROMPTS]
+OPTIONS = ["--steps", 2, "--device", "cpu", "--prompts", *PROMPTS]
 
 
 @pytest.fixture
@@ -43,17 +43,17 @@ def pictures(model, prompts=PROMPTS, prepare=lambda denoiser: None) -> list[np.n
 
 
 def test_compare_shows_base_and_merged(script, lora, tiny_model, tmp_path):
-    out, _ = script("infer.py", "--compare", "--lora", lora.parent, "--out", tmp_path / "images", *HOW)
+    out, _ = script("infer.py", "--compare", "--lora", lora.parent, "--out", tmp_path / "images", *OPTIONS)
     assert sorted(p.name for p in (tmp_path / "images").iterdir()) == ["1.png", "2.png", "compare.png"]
     assert len(re.findall(r"(base|LoRA): [\d.]+ s per image", out)) == 2
-    script("infer.py", "--lora", lora, "--out", tmp_path / "merged", *HOW)
+    script("infer.py", "--lora", lora, "--out", tmp_path / "merged", *OPTIONS)
     for i, (base, prompt) in enumerate(zip(pictures(tiny_model), PROMPTS, strict=True), 1):
         columns = {"base": Image.fromarray(base.astype(np.uint8)), "LoRA": Image.open(tmp_path / f"merged/{i}.png")}
         assert np.array_equal(np.asarray(Image.open(tmp_path / f"images/{i}.png")), np.asarray(side_by_side(columns, prompt)))
 
 
 def test_merged_pictures_equal_patched_pictures(script, lora, tiny_model, tmp_path):
-    script("infer.py", "--lora", lora, "--out", tmp_path / "images", *HOW)
+    script("infer.py", "--lora", lora, "--out", tmp_path / "images", *OPTIONS)
     denoiser = Denoiser(load_sdxl(str(tiny_model), torch.float32, torch.device("cpu")))
     weights = read_lora(lora, layer_shapes(denoiser))
 
@@ -71,18 +71,18 @@ def test_merged_pictures_equal_patched_pictures(script, lora, tiny_model, tmp_pa
 
 
 def test_scale_zero_is_the_base_and_seeds_are_per_picture(script, lora, tiny_model, tmp_path):
-    script("infer.py", "--lora", lora, "--scale", 0, "--out", tmp_path / "zero", *HOW)
+    script("infer.py", "--lora", lora, "--scale", 0, "--out", tmp_path / "zero", *OPTIONS)
     for i, base in enumerate(pictures(tiny_model), 1):
         assert np.array_equal(np.asarray(Image.open(tmp_path / f"zero/{i}.png"), int), base)
-    script("infer.py", "--lora", lora, "--out", tmp_path / "all", *HOW)
-    script("infer.py", "--lora", lora, "--seed", 1, "--out", tmp_path / "one", *HOW[:-3], "--prompts", "two dogs")
+    script("infer.py", "--lora", lora, "--out", tmp_path / "all", *OPTIONS)
+    script("infer.py", "--lora", lora, "--seed", 1, "--out", tmp_path / "one", *OPTIONS[:-3], "--prompts", "two dogs")
     assert (tmp_path / "one/1.png").read_bytes() == (tmp_path / "all/2.png").read_bytes()
 
 
 def test_save_merged_is_an_ordinary_folder(script, lora, tmp_path):
     merged = tmp_path / "merged"
-    script("infer.py", "--lora", lora, "--save-merged", merged, "--out", tmp_path / "images", *HOW)
-    _, err = script("infer.py", "--lora", lora, "--save-merged", merged, "--out", tmp_path / "images", *HOW, status=2)
+    script("infer.py", "--lora", lora, "--save-merged", merged, "--out", tmp_path / "images", *OPTIONS)
+    _, err = script("infer.py", "--lora", lora, "--save-merged", merged, "--out", tmp_path / "images", *OPTIONS, status=2)
     assert "is there already and not an empty folder" in err
     for i, picture in enumerate(pictures(merged), 1):
         assert np.array_equal(np.asarray(Image.open(tmp_path / f"images/{i}.png"), int), picture)
@@ -110,26 +110,26 @@ def test_samplers(script, lora, tmp_path, sampler):
 
 def test_prompts_from_a_file_and_negative_prompt(script, lora, tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat\n\ntwo dogs\n")
-    how = ["--lora", lora, "--steps", 2, "--prompts", tmp_path / "prompts.txt"]
-    script("infer.py", *how, "--out", tmp_path / "plain")
-    script("infer.py", *how, "--out", tmp_path / "negative", "--negative", "blurry")
+    options = ["--lora", lora, "--steps", 2, "--prompts", tmp_path / "prompts.txt"]
+    script("infer.py", *options, "--out", tmp_path / "plain")
+    script("infer.py", *options, "--out", tmp_path / "negative", "--negative", "blurry")
     assert len(list((tmp_path / "plain").iterdir())) == 2
     assert (tmp_path / "plain/1.png").read_bytes() != (tmp_path / "negative/1.png").read_bytes()
 
 
-def test_a_prompt_of_any_length_is_told_whole(script, lora, tiny_model, tmp_path):
-    """Two chunks by hand, the negative prompt's second one empty, through diffusers' own pipeline."""
+def test_a_prompt_of_any_length_is_used_in_full(script, lora, tiny_model, tmp_path):
+    """The oracle: two chunks encoded one by one, for the negative prompt an empty second one, in diffusers' own pipeline."""
     halves = "a " * 75, "b " * 20
-    how = ["--lora", lora, "--scale", 0, "--steps", 2, "--device", "cpu", "--prompts", "".join(halves), "--negative", "c"]
-    script("infer.py", *how, "--out", tmp_path / "images")
+    options = ["--lora", lora, "--scale", 0, "--steps", 2, "--device", "cpu", "--prompts", "".join(halves), "--negative", "c"]
+    script("infer.py", *options, "--out", tmp_path / "images")
     ours = np.asarray(Image.open(tmp_path / "images/1.png"), int)
     pipe = load_sdxl(str(tiny_model), torch.float32, torch.device("cpu"))
     encode = partial(pipe.encode_prompt, device="cpu", do_classifier_free_guidance=False)
     (one, _, pooled, _), (two, *_), (against, _, pooled_against, _), (nothing, *_) = map(encode, (*halves, "c", ""))
-    told = {"prompt_embeds": torch.cat([one, two], dim=1), "pooled_prompt_embeds": pooled}
-    told |= {"negative_prompt_embeds": torch.cat([against, nothing], dim=1), "negative_pooled_prompt_embeds": pooled_against}
-    drawn = {"num_inference_steps": 2, "guidance_scale": 5.0, "generator": torch.Generator().manual_seed(0)}
-    assert np.abs(ours - np.asarray(pipe(**told, **drawn).images[0], int)).max() <= 1
+    embeds = {"prompt_embeds": torch.cat([one, two], dim=1), "pooled_prompt_embeds": pooled}
+    embeds |= {"negative_prompt_embeds": torch.cat([against, nothing], dim=1), "negative_pooled_prompt_embeds": pooled_against}
+    settings = {"num_inference_steps": 2, "guidance_scale": 5.0, "generator": torch.Generator().manual_seed(0)}
+    assert np.abs(ours - np.asarray(pipe(**embeds, **settings).images[0], int)).max() <= 1
     assert np.abs(ours - pictures(tiny_model, [halves[0]])[0]).max() > 1
 
 
@@ -151,20 +151,20 @@ def test_several_with_strengths_and_parts(script, lora, tiny_model, tmp_path):
     other = lora.with_name("other.safetensors")
     halved = {key: t / 2 if key.endswith("lora_down.weight") else -t for key, t in load_file(lora).items()}
     save_file({key: t if t.ndim else -t for key, t in halved.items()}, other, read_metadata(lora))
-    how = ["--out", tmp_path / "images", "--model", tiny_model, *HOW]
-    out, _ = script("infer.py", "--lora", f"{lora}:0.8", "--lora", f"{other}:-0.3", *how)
+    options = ["--out", tmp_path / "images", "--model", tiny_model, *OPTIONS]
+    out, _ = script("infer.py", "--lora", f"{lora}:0.8", "--lora", f"{other}:-0.3", *options)
     assert f"LoRA {lora}: " in out
     assert "strength 0.8" in out
     for i, wanted in enumerate(merged(tiny_model, (lora, 0.8, ALL), (other, -0.3, ALL)), 1):
         assert np.array_equal(np.asarray(Image.open(tmp_path / f"images/{i}.png"), int), wanted)
-    script("infer.py", "--lora", lora, "--lora-parts", "te2,unet", *how)
+    script("infer.py", "--lora", lora, "--lora-parts", "te2,unet", *options)
     for i, wanted in enumerate(merged(tiny_model, (lora, 1.0, ("unet", "text_encoder_2"))), 1):
         assert np.array_equal(np.asarray(Image.open(tmp_path / f"images/{i}.png"), int), wanted)
     assert not np.array_equal(wanted, merged(tiny_model, (lora, 1.0, ALL))[1])
 
 
 def test_a_sweep_has_a_column_for_every_scale(script, lora, tiny_model, tmp_path):
-    script("infer.py", "--compare", "--lora", lora, "--out", tmp_path / "images", *HOW, "--scale", 1, 0.25)
+    script("infer.py", "--compare", "--lora", lora, "--out", tmp_path / "images", *OPTIONS, "--scale", 1, 0.25)
     columns = {"base": pictures(tiny_model)}
     columns |= {f"LoRA × {scale:g}": merged(tiny_model, (lora, scale, ALL)) for scale in (1, 0.25)}
     for i, prompt in enumerate(PROMPTS):

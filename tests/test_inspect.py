@@ -29,12 +29,12 @@ PEFT, OLD = ("diffusers", "peft"), ("diffusers", "diffusers scripts")
 
 
 def verdicts(file, shapes) -> dict[str, str]:
-    seen = LoraFile(**vars(scan(file, shapes)), shapes=shapes)
-    return {program: verdict(seen, program) for program in RULES}
+    lora = LoraFile(**vars(scan(file, shapes)), shapes=shapes)
+    return {program: verdict(lora, program) for program in RULES}
 
 
 def count(verdict: str, modules: int) -> int:
-    """Of how many modules a verdict says that the program gets them right."""
+    """How many of the modules a program loads correctly, according to a verdict."""
     if match := re.match(r"partly \((\d+) of (\d+) modules\): \w", verdict):
         assert int(match[2]) == modules
         assert 0 < int(match[1]) < modules
@@ -43,7 +43,7 @@ def count(verdict: str, modules: int) -> int:
     return modules if verdict.startswith("loads") else 0
 
 
-# The names: what was found with ComfyUI's own map and A1111's rules on the real SDXL (formats.md, "UI key matching").
+# The names: the numbers come from ComfyUI's own map and A1111's rules, applied to the real SDXL.
 
 ATTENTION = r"^unet\..*\.attn[12]\."
 
@@ -86,8 +86,8 @@ def test_names_that_the_programs_know(real_shapes, zeros, tmp_path, layout, laye
     if layout == "without text_model":
         tensors = {key.replace("text_model_", ""): tensor for key, tensor in tensors.items()}
     save_file(tensors, tmp_path / "x.safetensors")
-    told = verdicts(tmp_path / "x.safetensors", real_shapes)
-    assert [count(told[program], modules) for program in ("ComfyUI", "A1111", "Forge")] == [comfyui, a1111, forge], told
+    found = verdicts(tmp_path / "x.safetensors", real_shapes)
+    assert [count(found[program], modules) for program in ("ComfyUI", "A1111", "Forge")] == [comfyui, a1111, forge], found
 
 
 def test_forge_lets_twelve_keys_pass(real_shapes, zeros, tmp_path):
@@ -95,9 +95,9 @@ def test_forge_lets_twelve_keys_pass(real_shapes, zeros, tmp_path):
     for keys in (12, 13):
         foreign = {f"nonsense_{i}": torch.zeros(1) for i in range(keys)}
         save_file({**named(some, *KOHYA, alpha=True), **foreign}, tmp_path / "x.safetensors")
-        told = verdicts(tmp_path / "x.safetensors", real_shapes)
-        assert [told[program].partition(":")[0] for program in ("ComfyUI", "A1111")] == ["loads", "loads"]
-        assert told["Forge"].startswith("loads" if keys == 12 else "not: refuses a file"), told["Forge"]
+        found = verdicts(tmp_path / "x.safetensors", real_shapes)
+        assert [found[program].partition(":")[0] for program in ("ComfyUI", "A1111")] == ["loads", "loads"]
+        assert found["Forge"].startswith("loads" if keys == 12 else "not: refuses a file"), found["Forge"]
 
 
 def test_a1111_hides_what_it_takes_for_another_generation(real_shapes, zeros, tmp_path):
@@ -106,15 +106,14 @@ def test_a1111_hides_what_it_takes_for_another_generation(real_shapes, zeros, tm
     headers = [({}, False), ({"format": "pt"}, True), *(({"ss_base_model_version": v}, h) for v, h in versions.items())]
     for header, hidden in headers:
         save_file(some, tmp_path / "x.safetensors", header)
-        told = verdicts(tmp_path / "x.safetensors", real_shapes)
-        assert told["A1111"] == "loads" + hidden * (
-            ": not in its list under SDXL, since the header has no ss_base_model_version of sdxl_…"
-        )
-        assert told["ComfyUI"] == told["Forge"] == "loads"
+        found = verdicts(tmp_path / "x.safetensors", real_shapes)
+        remark = ": not listed under SDXL: no ss_base_model_version in the header begins with sdxl_"
+        assert found["A1111"] == ("loads" + remark if hidden else "loads")
+        assert found["ComfyUI"] == found["Forge"] == "loads"
 
 
 @pytest.mark.parametrize(
-    ("layout", "told"),
+    ("layout", "names"),
     [
         (KOHYA, ["kohya with SGM block names"]),
         (OTHER, ["kohya with diffusers block names"]),
@@ -127,9 +126,9 @@ def test_a1111_hides_what_it_takes_for_another_generation(real_shapes, zeros, tm
         (("lycoris", "kohya"), ["LyCORIS", "kohya"]),
     ],
 )
-def test_layouts_are_told_apart(zeros, layout, told):
+def test_layouts_are_recognised(zeros, layout, names):
     some = {path: delta for path, delta in zeros.items() if re.search(ATTENTION + r"|self_attn", path)}
-    assert layouts(named(some, *layout, alpha=True)) == told
+    assert layouts(named(some, *layout, alpha=True)) == names
 
 
 # diffusers' column against diffusers itself.
@@ -144,14 +143,14 @@ def tiny_shapes(plain):
 
 
 def right_in_diffusers(plain, file, shapes) -> int:
-    """How many modules have our ΔW in them after diffusers and PEFT have loaded the file. If they raise none."""
+    """How many modules have our ΔW in them after diffusers and PEFT have loaded the file; 0 if they raise an error."""
     try:
         after = fused(plain, file)
     except (ValueError, KeyError, IndexError, RuntimeError):
         return 0
     before, equal = weights(plain), 0
     for module, delta in scan(file, shapes).deltas.items():
-        old, new = (found[f"{module}.weight"] for found in (before, after))
+        old, new = before[f"{module}.weight"], after[f"{module}.weight"]
         ours = add_delta(old, delta, 1.0)
         assert (ours - old).abs().max() > 1e-3
         equal += (ours - new).abs().max().item() < 1e-5
@@ -166,21 +165,21 @@ def other_alphas(deltas: Deltas) -> Deltas:
     return {path: (A, B, (1.0, 2.0, 2.0, 4.0)[i % 4]) for i, (path, (A, B, _)) in enumerate(deltas.items())}
 
 
-def standing(tensors) -> dict:
-    """One linear layer with the four dimensions of a convolution."""
+def with_four_dimensions(tensors) -> dict:
+    """Gives A and B of one linear layer the four dimensions of a convolution."""
     return {key: t[..., None, None] if "1_proj_in.lora" in key else t for key, t in tensors.items()}
 
 
 def header_without(deltas: Deltas, key: str, keep: int = 0) -> dict[str, str]:
-    """PEFT's header with only so many of the entries of a list."""
-    told = json.loads(adapter_metadata(deltas)["lora_adapter_metadata"])
-    return {"lora_adapter_metadata": json.dumps({**told, key: told[key][:keep]})}
+    """PEFT's metadata with only the first `keep` entries of the list `key`."""
+    config = json.loads(adapter_metadata(deltas)["lora_adapter_metadata"])
+    return {"lora_adapter_metadata": json.dumps({**config, key: config[key][:keep]})}
 
 
 HALF = {"lora_adapter_metadata": json.dumps({"unet.r": 4, "unet.lora_alpha": 2, "unet.target_modules": ["to_q"]})}
 FILES = {  # name -> (the tensors of a file, its header, how many of its modules diffusers gets right)
     "kohya": lambda d: (named(d, *KOHYA, True), {}, "all"),
-    "PEFT, its alpha told nowhere": lambda d: (named(d, *PEFT, False), {}, "all"),  # and so it is the rank
+    "PEFT without alpha": lambda d: (named(d, *PEFT, False), {}, "all"),  # which is the rank then
     "PEFT with its header": lambda d: (named(d, *PEFT, False), adapter_metadata(other_alphas(d)), "all"),
     "PEFT without targets": lambda d: (named(d, *PEFT, False), header_without(d, "text_encoder.target_modules"), "none"),
     "PEFT with few targets": lambda d: (named(d, *PEFT, False), header_without(d, "text_encoder_2.target_modules", 3), "some"),
@@ -204,7 +203,7 @@ FILES = {  # name -> (the tensors of a file, its header, how many of its modules
     "no text_model": lambda d: ({k.replace("text_model_", ""): t for k, t in named(d, *KOHYA, True).items()}, {}, "none"),
     "no out_proj": lambda d: (only(named(d, *KOHYA, True), "unet|[qkv]_proj|fc"), {}, "some"),
     "no out_proj and no mlp": lambda d: (only(named(d, *KOHYA, True), "unet|[qkv]_proj"), {}, "none"),
-    "another shape": lambda d: (standing(named(d, *KOHYA, True)), {}, "none"),
+    "another shape": lambda d: (with_four_dimensions(named(d, *KOHYA, True)), {}, "none"),
     "ComfyUI": lambda d: (named({p: x for p, x in d.items() if "unet.mid" in p}, "comfy", "peft", False), {}, "none"),
 }
 
@@ -217,26 +216,26 @@ def test_the_verdict_on_diffusers_is_what_diffusers_does(plain, tiny_shapes, tmp
     tensors, header, wanted = FILES[name](random_deltas(tiny_shapes, rf"({few}).*({EVERYTHING})|add_embedding", alpha=turns(2)))
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file, header)
     modules = len(scan(file, tiny_shapes).deltas)
-    told = verdicts(file, tiny_shapes)["diffusers"]
+    ours = verdicts(file, tiny_shapes)["diffusers"]
     equal = right_in_diffusers(plain, file, tiny_shapes)
-    assert count(told, modules) == equal, told
+    assert count(ours, modules) == equal, ours
     assert {modules: "all", 0: "none"}.get(equal, "some") == wanted
 
 
-def test_alpha_that_only_the_header_tells(tiny_shapes, tmp_path):
-    """ComfyUI does not read diffusers' header, and nobody kohya's."""
+def test_alpha_that_is_only_in_the_header(tiny_shapes, tmp_path):
+    """ComfyUI does not read diffusers' metadata, and no program reads alpha in kohya's."""
     deltas, file = random_deltas(tiny_shapes, alpha=turns(2)), tmp_path / "x.safetensors"
     mlp = {path: delta for path, delta in deltas.items() if ".mlp." in path}
     save_file(named(mlp, *PEFT, False), file, adapter_metadata(mlp))
-    told = verdicts(file, tiny_shapes)
-    assert told["ComfyUI"].startswith(f"not: {len(mlp)} at another strength: their alpha is in the header")
+    found = verdicts(file, tiny_shapes)
+    assert found["ComfyUI"].startswith(f"not: {len(mlp)} at another strength: their alpha is in the header")
     hint = {"ss_network_alpha": "1.0", "ss_network_dim": "4"}
     same = {path: (A, B, 4.0) for path, (A, B, _) in deltas.items()}
     save_file(named(same, *PEFT, False), file, hint | adapter_metadata(same))
     assert verdicts(file, tiny_shapes)["diffusers"] == "loads"
     save_file(named(deltas, *KOHYA, False), file, hint)
-    told = verdicts(file, tiny_shapes)
-    assert set(told.values()) >= {"loads: alpha taken for the rank, although the header has another ss_network_alpha"}
+    found = verdicts(file, tiny_shapes)
+    assert set(found.values()) >= {"loads: takes the rank as alpha, although ss_network_alpha in the header is another number"}
     save_file(named(deltas, *KOHYA, False), file, {"ss_network_alpha": "4.0", "ss_network_dim": "4"})
     assert verdicts(file, tiny_shapes)["diffusers"] == "loads"
 
@@ -256,10 +255,10 @@ def test_other_kinds_of_adapters(tiny_shapes, tmp_path, part, shape, kind, loads
     deltas = random_deltas(tiny_shapes, r"^unet\.mid_block.*attn1")
     extra = {f"{kohya_name(path)}.{part}": torch.ones(shape) for path in deltas}
     save_file({**named(deltas, *KOHYA, True), **extra}, tmp_path / "x.safetensors")
-    for program, told in verdicts(tmp_path / "x.safetensors", tiny_shapes).items():
-        assert told.startswith("loads") == (program in loads), told
-        assert told.startswith("loads") or re.search(rf"raises|of a kind|{kind}", told), told
-        assert ("by its source alone" in told) == (program in loads and kind != "DoRA"), told
+    for program, text in verdicts(tmp_path / "x.safetensors", tiny_shapes).items():
+        assert text.startswith("loads") == (program in loads), text
+        assert text.startswith("loads") or re.search(rf"raises|of a kind|{kind}", text), text
+        assert ("according to its source" in text) == (program in loads and kind != "DoRA"), text
 
 
 def test_dora_of_peft(tiny_shapes, tmp_path):
@@ -267,26 +266,26 @@ def test_dora_of_peft(tiny_shapes, tmp_path):
     extra = {f"{key.removesuffix('.lora_A.weight')}.lora_magnitude_vector": torch.ones(8)
              for key in named(deltas, *PEFT, False) if "lora_A" in key}  # fmt: skip
     save_file(named(deltas, *PEFT, False) | extra, tmp_path / "x.safetensors")
-    told = verdicts(tmp_path / "x.safetensors", tiny_shapes)
-    assert count(told["diffusers"], len(deltas)) == sum(path.startswith("unet.") for path in deltas)
-    assert "DoRA in a text encoder" in told["diffusers"]
-    assert told["ComfyUI"].startswith("not: ")
-    assert "of DoRA without dora_scale, which it adds as plain LoRA" in told["ComfyUI"]
+    found = verdicts(tmp_path / "x.safetensors", tiny_shapes)
+    assert count(found["diffusers"], len(deltas)) == sum(path.startswith("unet.") for path in deltas)
+    assert "DoRA in a text encoder" in found["diffusers"]
+    assert found["ComfyUI"].startswith("not: ")
+    assert "of DoRA without dora_scale, which it adds as plain LoRA" in found["ComfyUI"]
 
 
-def test_another_kind_is_reported_without_norms(script, how, tiny_shapes, tmp_path):
+def test_another_kind_is_reported_without_norms(script, options, tiny_shapes, tmp_path):
     deltas = random_deltas(tiny_shapes, r"^unet\.mid_block.*attn1")
     tensors = {f"{kohya_name(path)}.hada_w1_a": torch.ones(4, 4) for path in deltas}
     save_file(tensors, tmp_path / "x.safetensors")
-    out, _ = script("scripts/inspect_lora.py", tmp_path / "x.safetensors", *how)
+    out, _ = script("scripts/inspect_lora.py", tmp_path / "x.safetensors", *options)
     assert f"\nkind         LoHa ({len(deltas)} modules): no ΔW of plain A and B" in out
-    assert re.search(r"^ComfyUI +loads: by its source alone for this kind$", out, re.M)
+    assert re.search(r"^ComfyUI +loads: according to its source: this kind of adapter was not tried$", out, re.M)
     assert not re.search("^block|^lost", out, re.M)
     assert not (tmp_path / "x.png").exists()
 
 
 @pytest.fixture
-def how(tiny_model, tmp_path) -> tuple:
+def options(tiny_model, tmp_path) -> tuple:
     return "--model", tiny_model, "--picture", tmp_path / "x.png"
 
 
@@ -299,21 +298,21 @@ def table(out: str) -> dict[str, tuple[int, float, float]]:
     return {name: (int(n), float(frobenius), float(spectral)) for name, n, frobenius, spectral in lines}
 
 
-def test_norms_are_those_of_the_formed_matrix_and_the_bars_follow_them(script, how, tiny_shapes, tmp_path):
+def test_norms_are_those_of_the_formed_matrix_and_the_bars_follow_them(script, options, tiny_shapes, tmp_path):
     deltas = random_deltas(tiny_shapes, EVERYTHING + r"|resnets\.0\.conv1$|^unet\.conv_in", alpha=lambda path, i: 0.5 + i % 7)
     save_file(named(deltas, *KOHYA, True), tmp_path / "x.safetensors")
-    out, _ = script("scripts/inspect_lora.py", tmp_path / "x.safetensors", *how)
+    out, _ = script("scripts/inspect_lora.py", tmp_path / "x.safetensors", *options)
     blocks = table(out)
     assert sum(modules for modules, *_ in blocks.values()) == len(deltas)
     for name, (modules, frobenius, spectral) in blocks.items():
         inside = re.sub(r"^(text_encoder(_2)?)\.layers", r"\1.(text_model.)?encoder.layers", name)
-        mine = [delta for path, delta in deltas.items() if re.match(rf"{inside}(\.|$)", path)]
-        dense = [alpha / len(A) * B.flatten(1).double() @ A.flatten(1).double() for A, B, alpha in mine]
-        assert len(mine) == modules, name
+        members = [delta for path, delta in deltas.items() if re.match(rf"{inside}(\.|$)", path)]
+        dense = [alpha / len(A) * B.flatten(1).double() @ A.flatten(1).double() for A, B, alpha in members]
+        assert len(members) == modules, name
         assert frobenius == pytest.approx(sum(torch.linalg.norm(W) ** 2 for W in dense).sqrt().item(), rel=1e-3)
         assert spectral == pytest.approx(max(torch.linalg.norm(W, 2).item() for W in dense), rel=1e-3)
 
-    # The picture: in each row of a panel the coloured pixels are as many as the norm is long.
+    # The picture: the number of coloured pixels in a row of a panel is proportional to the norm.
     image = np.asarray(Image.open(tmp_path / "x.png").convert("RGB"))
     colours = {part: tuple(bytes.fromhex(colour[1:])) for part, colour in inspect_lora.COLOURS.items()}
     for panel in (1, 2):
@@ -328,7 +327,7 @@ def test_norms_are_those_of_the_formed_matrix_and_the_bars_follow_them(script, h
         ]
 
 
-def test_planted_faults_are_counted(script, how, tiny_shapes, tmp_path):
+def test_planted_faults_are_counted(script, options, tiny_shapes, tmp_path):
     deltas = random_deltas(tiny_shapes, r"^unet\..*attn1\.to_[qkv]$")
     paths = list(deltas)
     for i, path in enumerate(paths):
@@ -348,7 +347,7 @@ def test_planted_faults_are_counted(script, how, tiny_shapes, tmp_path):
     for value, (A, _) in zip((1e-9, 1e-7, 1.8e-6, 1.95e-6, 7e4, 0.0), alive[:6], strict=True):
         A[0, :10] = value  # the first three and 7e4 are lost; 1.95e-6 is above 2^-19 and 0 is 0 in float16 too
     save_file(named(deltas, *KOHYA, True), tmp_path / "x.safetensors")
-    out, _ = script("scripts/inspect_lora.py", tmp_path / "x.safetensors", *how)
+    out, _ = script("scripts/inspect_lora.py", tmp_path / "x.safetensors", *options)
     for what, planted in (("dead .*", paths[:3]), ("not finite", paths[3:5])):
         (found,) = re.findall(rf"^{what} +{len(planted)} of {len(paths)} modules: (.+)$", out, re.M)
         assert sorted(found.split(", ")) == sorted(planted)
@@ -356,7 +355,7 @@ def test_planted_faults_are_counted(script, how, tiny_shapes, tmp_path):
     assert f"\nlost to fp16   {100 * 40 / weights:.3g} % of the live weights" in out
     half = {key: t.half() if "lora" in key else t for key, t in named(deltas, *KOHYA, True).items()}
     save_file({key: t.nan_to_num(posinf=6e4) if "lora" in key else t for key, t in half.items()}, tmp_path / "x.safetensors")
-    out, _ = script("scripts/inspect_lora.py", tmp_path / "x.safetensors", *how)
+    out, _ = script("scripts/inspect_lora.py", tmp_path / "x.safetensors", *options)
     share = float(re.search(r"lost to fp16 +(\S+) %", out)[1]) / 100  # the zeros of this file are lost weights
     total = weights + sum(half.numel() for path in paths[3:5] for half in deltas[path][:2])
     assert share == pytest.approx((40 + 1) / total, rel=1e-2)
@@ -380,42 +379,42 @@ def test_the_report(script, denoiser, tiny_model, tmp_path, monkeypatch):
     ):
         assert f"\n{line}\n" in out, line
     for part, label in COMPONENT_LABELS.items():
-        mine, all_of_it = (sum(path.startswith(f"{part}.") for path in paths) for paths in (adapter.deltas, layers))
-        assert re.search(rf"^{label} +{mine} of {all_of_it} +4 +2 +0\.5$", out, re.M)
+        trained, total = (sum(path.startswith(f"{part}.") for path in paths) for paths in (adapter.deltas, layers))
+        assert re.search(rf"^{label} +{trained} of {total} +4 +2 +0\.5$", out, re.M)
     assert re.search(r"^dead .* 0 of", out, re.M)
     with Image.open(tmp_path / "x.norms.png") as image:
         assert image.format == "PNG"
 
-    # A header of somebody else's may hold anything.
+    # The metadata of a foreign file may contain anything.
     save_file(load_file(file), file, {"ss_network_module": "networks.lora\x1b[31m\nverdict", "sdxl_lora.config": "[1]"})
     out, _ = script("scripts/inspect_lora.py", file, "--model", tiny_model)
     assert "\ntrained by   networks.lora\\x1b[31m\\nverdict\n" in out
 
 
-def test_a_lora_for_another_model_is_still_reported(script, how, tiny_shapes, tmp_path):
+def test_a_lora_for_another_model_is_still_reported(script, options, tiny_shapes, tmp_path):
     wide = {path: torch.Size((shape[0], 768)) if path.endswith("attn2.to_k") else shape for path, shape in tiny_shapes.items()}
     deltas = random_deltas(wide, r"attn2\.to_[kv]$|mlp")
     save_file(named(deltas, *KOHYA, True), tmp_path / "x.safetensors")
-    out, _ = script("scripts/inspect_lora.py", tmp_path / "x.safetensors", *how)
+    out, _ = script("scripts/inspect_lora.py", tmp_path / "x.safetensors", *options)
     wrong = sum(path.endswith("attn2.to_k") for path in deltas)
-    assert "\ngeneration   it is for Stable Diffusion 1, 768 channels of text and not 80\n" in out
+    assert "\ngeneration   it is for Stable Diffusion 1, whose text has 768 channels, not 80\n" in out
     assert f"\n{wrong} have other shapes than their layer, first lora_unet_input_blocks_4_1" in out
     assert re.search(rf"^ComfyUI +partly \({len(deltas) - wrong} of {len(deltas)} modules\)", out, re.M)
     assert re.search(r"^diffusers +not: ", out, re.M)
     save_file({}, tmp_path / "x.safetensors")
     (tmp_path / "x.png").unlink()
-    out, _ = script("scripts/inspect_lora.py", tmp_path / "x.safetensors", *how)
-    assert re.search(r"^layout +none\nheader +tells nothing.*^Forge +not$", out, re.M | re.S)
+    out, _ = script("scripts/inspect_lora.py", tmp_path / "x.safetensors", *options)
+    assert re.search(r"^layout +none\nheader +says nothing.*^Forge +not$", out, re.M | re.S)
     assert not (tmp_path / "x.png").exists()
 
 
-def test_mistakes(script, how, tmp_path):
+def test_mistakes(script, options, tmp_path):
     file = tmp_path / "x.safetensors"
     for content in (None, b"rubbish"):
         if content:
             file.write_bytes(content)
-        _, err = script("scripts/inspect_lora.py", file, *how, status=2)
-        assert err.startswith(f"inspect_lora.py: --lora {file} is not a readable .safetensors file: ")
+        _, err = script("scripts/inspect_lora.py", file, *options, status=2)
+        assert err.startswith(f"inspect_lora.py: {file} is not a readable .safetensors file: ")
         assert err.count("\n") == 1
     _, err = script("scripts/inspect_lora.py", file, "--picture", file / "x.png", status=2)
     assert err == f"inspect_lora.py: --picture {file} cannot be written: File exists\n"

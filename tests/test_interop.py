@@ -1,4 +1,4 @@
-"""diffusers and PEFT as the oracle: of the same file the same weights, the same outputs, the same picture."""
+"""diffusers and PEFT as the oracle: the same file gives the same weights, the same outputs and the same picture."""
 
 import copy
 import gc
@@ -30,18 +30,18 @@ from lora_files.write import make_header, serialise
 from model.sdxl import Denoiser
 from model.text import tokenize
 
-pytestmark = pytest.mark.filterwarnings("ignore:While injecting the PEFT adapters")  # metadata of more than is there
+pytestmark = pytest.mark.filterwarnings("ignore:While injecting the PEFT adapters")  # of metadata for absent layers
 
 PARTS = ["unet", "text_encoder", "text_encoder_2"]
-# One of each kind of name, in every block. By out_proj diffusers knows that a text encoder's names are kohya's.
+# One of each kind of name, in every block. diffusers needs out_proj to recognise kohya's names in a text encoder.
 FEWER = r"\.(to_q|to_out\.0|ff\.net\.0\.proj|ff\.net\.2|proj_in|out_proj|fc2)$"
 CONVOLUTIONS = r"\.conv(1|2|_shortcut)$|samplers\.0\.conv$|\.time_emb_proj$|\.attn1\.to_q$"  # and a linear layer of each block
 
 
 @pytest.fixture(scope="module")
 def plain(tiny_model):
-    """diffusers' own pipeline of the tiny model, to be left as it was."""
-    gc.freeze()  # PEFT makes so many objects that Python would look through all of torch for garbage, again and again
+    """diffusers' own pipeline of the tiny model. A test must leave it unchanged."""
+    gc.freeze()  # PEFT makes so many objects that the garbage collector would scan all of torch again and again
     yield StableDiffusionXLPipeline.from_pretrained(tiny_model, dtype=torch.float32)
     gc.unfreeze()
 
@@ -54,7 +54,7 @@ def turns(*values):
 def random_deltas(
     shapes: dict[str, torch.Size], layers: str = EVERYTHING, rank: Callable = lambda path, i: 4, alpha: Callable | None = None
 ) -> Deltas:
-    """A ΔW for each layer that matches. `rank`, `alpha`: (module path, its number) -> its value; no alpha: the rank."""
+    """A ΔW for each layer that matches `layers`. `rank`, `alpha`: (module path, its number) -> value; α None: the rank."""
     generator, deltas = torch.Generator().manual_seed(0), {}
     for i, path in enumerate(path for path in shapes if re.search(layers, path)):
         r, (out, *inner) = rank(path, i), shapes[path]
@@ -68,8 +68,8 @@ def random_deltas(
 
 
 @contextmanager
-def lent(plain) -> Iterator[StableDiffusionXLPipeline]:
-    """A copy of the pipeline, which remembers a strength, with the same modules: afterwards they are as before."""
+def borrowed(plain) -> Iterator[StableDiffusionXLPipeline]:
+    """A copy of the pipeline, since it remembers a strength, with the same modules; restores their weights on exit."""
     base, pipe = weights(plain), copy.copy(plain)
     try:
         yield pipe
@@ -85,7 +85,7 @@ def weights(pipe) -> dict[str, Tensor]:
 
 def fused(plain, file, strength: float = 1.0) -> dict[str, Tensor]:
     """All weights after diffusers and PEFT have loaded and fused the file."""
-    with lent(plain) as pipe:
+    with borrowed(plain) as pipe:
         pipe.load_lora_weights(str(file.parent), weight_name=file.name)
         pipe.fuse_lora(PARTS, lora_scale=strength)
         pipe.unload_lora_weights()
@@ -94,19 +94,19 @@ def fused(plain, file, strength: float = 1.0) -> dict[str, Tensor]:
 
 def merged(plain, file, strength: float = 1.0) -> dict[str, Tensor]:
     """All weights after we have read and merged it."""
-    with lent(plain) as pipe:
+    with borrowed(plain) as pipe:
         model = Denoiser(pipe)
         merge_lora(model, read_lora(file, layer_shapes(model)), strength)
         return weights(pipe)
 
 
 def check(plain, deltas: Deltas, *loaded: dict[str, Tensor], strength: float = 1.0) -> None:
-    """Every weight of every model is W + strength · (α/r) · B · A, computed here, and all are alike, to 1e-6."""
+    """Every weight in `loaded` is W + strength · (α/r) · B · A, computed here, and all are equal, to 1e-6."""
     base = weights(plain)
     wanted = dict(base)
     for path, (A, B, alpha) in deltas.items():
         delta = strength * alpha / len(A) * (B.flatten(1) @ A.flatten(1)).view_as(base[f"{path}.weight"])
-        assert delta.abs().max() > 1e-3, path  # a thousand times what is let pass
+        assert delta.abs().max() > 1e-3, path  # a thousand times the tolerance
         wanted[f"{path}.weight"] = base[f"{path}.weight"] + delta
     for one, other in combinations([*loaded, wanted], 2):
         check_alike(one, other)
@@ -119,7 +119,7 @@ def check_alike(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: flo
 
 
 def merged_like_diffusers(model, file, tolerance: float = 1e-6) -> int:
-    """Checks that diffusers and we make the same of a file, whatever it means. Returns how many weights it changes."""
+    """Checks that diffusers and we load the same weights from a file. Returns how many weights it changes."""
     plain = StableDiffusionXLPipeline.from_pretrained(model, dtype=torch.float32)
     ours = merged(plain, file)
     check_alike(ours, fused(plain, file), tolerance)
@@ -147,26 +147,26 @@ def without_text_model(name: str) -> str:
     return name.removeprefix("text_model.")
 
 
-def told(deltas: Deltas, target: Callable[[str], str] = short, **more) -> dict:
-    """`lora_adapter_metadata` of one rank and one α in each component, with `target` of each module's name."""
+def configuration(deltas: Deltas, target: Callable[[str], str] = short, **more) -> dict:
+    """`lora_adapter_metadata` with one rank and one α per component. `target`: name of a module -> how it is listed."""
     table = {}
-    for component, mine in by_component(deltas).items():
-        A, _, alpha = next(iter(mine.values()))
-        about = {"r": len(A), "lora_alpha": alpha, "target_modules": sorted({target(name) for name in mine})} | more
-        table |= {f"{component}.{key}": value for key, value in about.items()}
+    for component, modules in by_component(deltas).items():
+        A, _, alpha = next(iter(modules.values()))
+        config = {"r": len(A), "lora_alpha": alpha, "target_modules": sorted({target(name) for name in modules})} | more
+        table |= {f"{component}.{key}": value for key, value in config.items()}
     return table
 
 
-def told_without(part: str) -> Callable[[Deltas], dict]:
-    return lambda deltas: {key: value for key, value in told(deltas).items() if part not in key}
+def configuration_without(part: str) -> Callable[[Deltas], dict]:
+    return lambda deltas: {key: value for key, value in configuration(deltas).items() if part not in key}
 
 
 def patterns(deltas: Deltas) -> dict:
-    """The same with the rank and α of every module by itself."""
-    table = told(deltas, without_text_model)
-    for component, mine in by_component(deltas).items():
-        table[f"{component}.rank_pattern"] = {f"^{name}": len(A) for name, (A, *_) in mine.items()}
-        table[f"{component}.alpha_pattern"] = {f"^{name}": alpha for name, (*_, alpha) in mine.items()}
+    """The same with a pattern for the rank and one for the α of every module."""
+    table = configuration(deltas, without_text_model)
+    for component, modules in by_component(deltas).items():
+        table[f"{component}.rank_pattern"] = {f"^{name}": len(A) for name, (A, *_) in modules.items()}
+        table[f"{component}.alpha_pattern"] = {f"^{name}": alpha for name, (*_, alpha) in modules.items()}
     return table
 
 
@@ -177,7 +177,7 @@ KINDS += ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 
 
 def renamed(*pairs: tuple[str, str]) -> Callable[[dict], dict]:
-    """tensors -> the same under other names."""
+    """A function that renames tensors: (pattern, replacement) for their keys."""
 
     def rename(key: str) -> str:
         for pattern, new in pairs:
@@ -188,13 +188,13 @@ def renamed(*pairs: tuple[str, str]) -> Callable[[dict], dict]:
 
 
 def without_alpha(value: float) -> Callable[[dict], dict]:
-    """tensors -> the same less every α of this value."""
+    """A function that removes every α of this value from tensors."""
     return lambda tensors: {key: t for key, t in tensors.items() if not (key.endswith(".alpha") and t == value)}
 
 
 @dataclass(frozen=True)
 class Row:
-    """A kind of file. What it means is (α/r)·B·A with these ranks and α, however it says so."""
+    """A kind of file: the layers, ranks and α that it means, and the way in which it writes them."""
 
     layout: str = "diffusers"
     suffix: str = "peft"
@@ -202,10 +202,10 @@ class Row:
     rank: Callable = turns(4)
     alpha: Callable | None = None
     metadata: Callable[[Deltas], dict] | None = None
-    edit: Callable[[dict], dict] = dict  # of the tensors, at last
+    edit: Callable[[dict], dict] = dict  # what happens to the tensors before they are saved
 
     def write(self, file, shapes) -> Deltas:
-        """Writes the file and returns what it means."""
+        """Writes the file and returns the deltas that it means."""
         deltas = random_deltas(shapes, self.layers, self.rank, self.alpha)
         tensors = named(deltas, self.layout, self.suffix, alpha=self.suffix == "kohya")
         header = {"lora_adapter_metadata": json.dumps(self.metadata(deltas))} if self.metadata else None
@@ -216,17 +216,17 @@ class Row:
 Peft = partial(Row, alpha=turns(1.0))
 Kohya = partial(Row, layout="kohya SGM", suffix="kohya", alpha=turns(1.0))
 
-LOADED = {  # right by diffusers 0.42.1, PEFT 0.21.2, transformers 5.23.0
-    "PEFT": Row(layers=EVERYTHING),  # or one whose α was lost: nothing in it would say so
+LOADED = {  # correctly by diffusers 0.42.1, PEFT 0.21.2, transformers 5.23.0
+    "PEFT": Row(layers=EVERYTHING),  # without any α: it is the rank
     "PEFT, text encoder 1 as transformers 5 names it": Row(layout="transformers 5", layers=EVERYTHING),
     "PEFT, alpha in lora_B": Peft(edit=lambda tensors: {key: t / 4 if "lora_B" in key else t for key, t in tensors.items()}),
-    "PEFT, metadata with short names": Peft(metadata=told),
-    "PEFT, metadata with full names": Peft(metadata=partial(told, target=without_text_model)),
-    "PEFT, portable metadata": Peft(metadata=partial(told, **PORTABLE)),
-    "PEFT, rsLoRA": Row(alpha=turns(2.0), metadata=partial(told, lora_alpha=1.0, use_rslora=True)),  # 1/√4 is 2/4
+    "PEFT, metadata with short names": Peft(metadata=configuration),
+    "PEFT, metadata with full names": Peft(metadata=partial(configuration, target=without_text_model)),
+    "PEFT, portable metadata": Peft(metadata=partial(configuration, **PORTABLE)),
+    "PEFT, rsLoRA": Row(alpha=turns(2.0), metadata=partial(configuration, lora_alpha=1.0, use_rslora=True)),  # 1/√4 is 2/4
     "PEFT, mixed ranks": Row(rank=turns(2, 4, 8)),
     "PEFT, mixed ranks and alphas by patterns": Row(rank=turns(2, 4, 8), alpha=turns(1.0, 3.0), metadata=patterns),
-    "PEFT, attention only, metadata of more": Peft(layers=ATTENTION, metadata=partial(told, target_modules=KINDS)),
+    "PEFT, attention only, metadata of more": Peft(layers=ATTENTION, metadata=partial(configuration, target_modules=KINDS)),
     "PEFT, convolutions": Row(layers=CONVOLUTIONS),
     "diffusers, lora.down and lora_linear_layer": Row(
         suffix="diffusers scripts", layers=EVERYTHING, edit=renamed((r"^(text_encoder.*)\.lora\.", r"\1.lora_linear_layer."))
@@ -249,15 +249,15 @@ MISREAD = {  # by diffusers, without an error
     ),
 }
 
-REFUSED = {  # by diffusers, though what is meant is clear
-    "PEFT, metadata without targets": Peft(metadata=told_without("target_modules")),
+REFUSED = {  # by diffusers, although the meaning is clear
+    "PEFT, metadata without targets": Peft(metadata=configuration_without("target_modules")),
     "PEFT, metadata of the U-Net only": Row(
-        alpha=lambda path, i: 1.0 if path.startswith("unet") else 4.0, metadata=told_without("text_encoder")
+        alpha=lambda path, i: 1.0 if path.startswith("unet") else 4.0, metadata=configuration_without("text_encoder")
     ),
-    "PEFT, targets with text_model": Peft(metadata=partial(told, target=with_text_model)),
+    "PEFT, targets with text_model": Peft(metadata=partial(configuration, target=with_text_model)),
     "PEFT, alpha tensors": Kohya(layout="diffusers", edit=renamed(("lora_down", "lora_A"), ("lora_up", "lora_B"))),
     "kohya, no text_model": Kohya(edit=renamed(("_text_model", ""))),
-    "kohya, metadata of PEFT": Kohya(metadata=partial(told, lora_alpha=3.0)),  # its tensors say 1
+    "kohya, metadata of PEFT": Kohya(metadata=partial(configuration, lora_alpha=3.0)),  # its tensors say 1
 }
 
 
@@ -291,7 +291,7 @@ def test_written_by_us_diffusers_reads_it(plain, tmp_path, row, layout):
 def test_we_read_what_diffusers_itself_saves(plain, tmp_path, rslora):
     """Adapters added by PEFT with α ≠ rank and mixed ranks, saved by diffusers with its metadata, against its fusing."""
     torch.manual_seed(0)
-    with lent(plain) as pipe:
+    with borrowed(plain) as pipe:
         kept = {}
         for name in PARTS:
             targets = ["to_q", "to_out.0", "ff.net.2"] if name == "unet" else ["q_proj", "fc1"]
@@ -314,7 +314,7 @@ def test_we_read_what_diffusers_itself_saves(plain, tmp_path, rslora):
     assert sum(not torch.equal(tensor, ours[key]) for key, tensor in weights(plain).items()) > 50
 
 
-# What the weights are for.
+# Outputs and pictures.
 
 PROMPTS = ["a cat", "two dogs"]
 
@@ -338,7 +338,7 @@ def outputs(pipe, scale: float | None = None) -> list[Tensor]:
 
 @torch.no_grad()
 def our_outputs(plain, file, strength: float) -> list[Tensor]:
-    with lent(plain) as pipe:
+    with borrowed(plain) as pipe:
         model = Denoiser(pipe)
         merge_lora(model, read_lora(file, layer_shapes(model)), strength)
         tokens = tokenize(model.tokenizers, PROMPTS)
@@ -347,12 +347,12 @@ def our_outputs(plain, file, strength: float) -> list[Tensor]:
 
 @pytest.mark.parametrize("layout", ["kohya", "diffusers"])
 def test_outputs_at_full_and_half_strength(plain, tmp_path, layout):
-    """With the LoRA beside the weights; and half of it in each of diffusers' three ways."""
+    """Ours merged, diffusers' as separate layers; half strength in each of the three ways that diffusers has."""
     file = tmp_path / "x.safetensors"
     deltas = written(random_deltas(layer_shapes(Denoiser(plain)), alpha=turns(2.0)), file, layout)
     check(plain, deltas, fused(plain, file, 0.5), merged(plain, file, 0.5), strength=0.5)
     base, full, half = outputs(plain), our_outputs(plain, file, 1.0), our_outputs(plain, file, 0.5)
-    with lent(plain) as pipe:
+    with borrowed(plain) as pipe:
         pipe.load_lora_weights(str(tmp_path), weight_name=file.name)
         pairs = [(outputs(pipe), full), (outputs(pipe, 0.5), half)]
         pipe.set_adapters(pipe.get_active_adapters(), 0.5)
@@ -371,11 +371,11 @@ def demo():
 
 @pytest.mark.parametrize("layout", ["kohya", "diffusers"])
 def test_the_demo_draws_the_same_picture(script, demo, tmp_path, layout):
-    """infer.py, which merges, against diffusers' pipeline with the LoRA beside its weights."""
+    """infer.py, which merges the LoRA, against diffusers' pipeline, which computes it in separate layers."""
     file, prompt = tmp_path / "x.safetensors", "a boy with blue eyes"
     written(random_deltas(layer_shapes(Denoiser(demo)), alpha=turns(2.0)), file, layout)
-    how = ["--prompts", prompt, "--steps", 6, "--guidance", 4, "--seed", 3, "--device", "cpu"]
-    script("infer.py", "--model", "demo", "--lora", file, "--out", tmp_path / "images", *how)
+    options = ["--prompts", prompt, "--steps", 6, "--guidance", 4, "--seed", 3, "--device", "cpu"]
+    script("infer.py", "--model", "demo", "--lora", file, "--out", tmp_path / "images", *options)
     ours = np.asarray(Image.open(tmp_path / "images/1.png"), int)
 
     def draw(pipe) -> np.ndarray:
@@ -383,7 +383,7 @@ def test_the_demo_draws_the_same_picture(script, demo, tmp_path, layout):
         generator = torch.Generator().manual_seed(3)
         return np.asarray(pipe(prompt, num_inference_steps=6, guidance_scale=4.0, generator=generator).images[0], int)
 
-    with lent(demo) as pipe:
+    with borrowed(demo) as pipe:
         base = draw(pipe)
         pipe.load_lora_weights(str(tmp_path), weight_name=file.name)
         theirs = draw(pipe)

@@ -122,8 +122,8 @@ def test_targets(denoiser):
     names = list(linear_layers(denoiser))
     unet_only = add_lora(denoiser, LoRAConfig(targets="all", train_text_encoder=False), denoiser.unused)
     assert list(unet_only.groups) == ["unet"]
-    left = [n for n in names if n.startswith("unet.") and n not in unet_only.modules]
-    assert all("time_emb" in n or "embedding" in n for n in left), left
+    untrained = [n for n in names if n.startswith("unet.") and n not in unet_only.modules]
+    assert all("time_emb" in n or "embedding" in n for n in untrained), untrained
     with pytest.raises(UserError, match="matches none"):
         add_lora(denoiser, LoRAConfig(targets="no_such_layer"))
 
@@ -182,7 +182,7 @@ def test_names_on_the_real_architecture(sdxl_meta):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_gradients_by_hand_equal_autograd(bias):
-    """First and every partial derivative of the layer against finite differences, in float64; and a part of its outputs."""
+    """The gradients of x, A and B against finite differences, in float64, of the whole layer and of a part of its outputs."""
     torch.manual_seed(0)
     layer = LoRALinear(nn.Linear(7, 6, bias=bias).double().requires_grad_(False), 3, 2.0, torch.Generator())
     layer.lora_A.data, layer.lora_B.data = torch.randn(3, 7).double(), torch.randn(6, 3).double()
@@ -190,7 +190,7 @@ def test_gradients_by_hand_equal_autograd(bias):
     A, B = layer.lora_A, layer.lora_B
     for part in (slice(None), slice(2, 5)):
         assert torch.autograd.gradcheck(lambda x, A, B, part=part: LowRank.apply(x, A, B[part], layer, part), (x, A, B))
-    torch.testing.assert_close(layer.product(x, slice(2, 5)), layer(x)[..., 2:5])
+    torch.testing.assert_close(layer.forward_rows(x, slice(2, 5)), layer(x)[..., 2:5])
 
 
 def test_half_precision_layers_beside_float32_masters(pipe):
@@ -204,20 +204,31 @@ def test_half_precision_layers_beside_float32_masters(pipe):
         A, B, _ = adapter.deltas[name]
         assert torch.equal(module.lora_A, A.bfloat16())
         assert torch.equal(module.lora_B, B.bfloat16())
-    each = []
+    gradients = []
     for seed in range(2):
         adapter.grad.zero_()
         denoiser(**inputs(seed=seed)).float().square().mean().backward()
         assert not adapter.grad.any()
-        adapter.gather()
-        each.append(adapter.grad.clone())
+        adapter.collect_gradients()
+        gradients.append(adapter.grad.clone())
         assert not adapter.low_grad.any()
-    adapter.grad.copy_(each[0])
+    adapter.grad.copy_(gradients[0])
     denoiser(**inputs(seed=1)).float().square().mean().backward()
-    adapter.gather()
-    assert torch.equal(adapter.grad, each[0] + each[1])
+    adapter.collect_gradients()
+    assert torch.equal(adapter.grad, gradients[0] + gradients[1])
     adapter.refresh()
     assert not adapter.grad.any()
+
+
+@pytest.mark.parametrize("loss", [1e30, float("inf"), float("-inf"), float("nan")])
+def test_a_loss_that_is_not_finite_spoils_the_norm_of_the_gradient(denoiser, loss):
+    adapter = add_lora(denoiser, LoRAConfig(rank=2), denoiser.unread)
+    adapter.grad.fill_(0.5)
+    adapter.spoil_unless_finite(torch.tensor(loss))
+    if loss == 1e30:
+        assert (adapter.grad == 0.5).all()
+    else:
+        assert adapter.clip(1.0).norm().isnan()
 
 
 def test_autograd_keeps_the_input_and_not_the_weight():

@@ -40,9 +40,9 @@ def test_shards_hold_the_pictures_byte_for_byte(photos, shards):
     assert sorted(first) == sorted(f"000000{i}.{kind}" for i in range(3) for kind in ("jpg", "json", "txt"))
     assert first["0000002.jpg"] == (photos / "photo2.jpg").read_bytes()
     assert first["0000002.txt"] == b"picture number 2"
-    about = json.loads(first["0000002.json"])
-    digest, look = hashlib.sha256(first["0000002.jpg"]).hexdigest(), dhash(Image.open(photos / "photo2.jpg"))
-    assert about == {"width": 140, "height": 160, "source": "photo2.jpg", "sha256": digest, "dhash": look}
+    fields = json.loads(first["0000002.json"])
+    digest, image_hash = hashlib.sha256(first["0000002.jpg"]).hexdigest(), dhash(Image.open(photos / "photo2.jpg"))
+    assert fields == {"width": 140, "height": 160, "source": "photo2.jpg", "sha256": digest, "dhash": image_hash}
     assert open_source(str(shards)).samples == 7
 
 
@@ -89,7 +89,7 @@ def test_make_shards_mistakes(script, tmp_path):
 
 def test_bench_needs_a_gpu(script):
     if torch.cuda.is_available():
-        pytest.skip("there is one: bench.py would run for minutes")
+        pytest.skip("this machine has one: bench.py would run for minutes")
     _, err = script("scripts/dev/bench.py", status=2)
     assert err == "bench.py: nothing to measure here: a GPU with CUDA is needed\n"
     _, err = script("scripts/dev/bench.py", "--rows", "recipe", "nonsense", status=2)
@@ -108,15 +108,15 @@ def test_the_contact_sheet_shows_what_training_sees(script, photos, tmp_path):
     folder = shutil.copytree(photos, tmp_path / "photos")
     (folder / "photo0.txt").write_text("a, " * 60)
     (folder / "photo1.txt").unlink()
-    how = ["--data", folder, "--resolution", 64, "--bucket-step", 16, "--bs", 2, "--caption-prefix", "b, "]
-    out, _ = script("scripts/show_data.py", *how, "--images", 8, "--out", tmp_path / "sheet.png")
+    options = ["--data", folder, "--resolution", 64, "--bucket-step", 16, "--bs", 2, "--caption-prefix", "b, "]
+    out, _ = script("scripts/show_data.py", *options, "--images", 8, "--out", tmp_path / "sheet.png")
     rows = re.findall(r"^ +(\d+) × (\d+) +(\d+) +[\d.]+ % +[\d.]+ % +0$", out, re.M)
     assert sum(int(images) for *_, images in rows) == 6
     assert {(int(h), int(w)) for w, h, _ in rows} <= set(bucket_sizes(64, 16))
     assert "6 captions of 6 images" in out
     assert "1 are cut after 75 tokens and lose 47 on average, 47 at most" in out  # 2 of the prefix and 120
     assert "1 images have no caption and are left out: " in out
-    longer, _ = script("scripts/show_data.py", *how, "--max-tokens", 150, "--images", 8, "--out", tmp_path / "sheet.png")
+    longer, _ = script("scripts/show_data.py", *options, "--max-tokens", 150, "--images", 8, "--out", tmp_path / "sheet.png")
     assert "6 captions of 6 images" in longer
     assert "cut after" not in longer
     sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
@@ -126,15 +126,15 @@ def test_the_contact_sheet_shows_what_training_sees(script, photos, tmp_path):
     at = [x for x in range(268 - width) if np.array_equal(sheet[y, x : x + width], first[0])]
     assert at == [(268 - width) // 2]
     (folder / "photo2.jpg").write_bytes(b"no picture")
-    out, _ = script("scripts/show_data.py", *how, "--images", 40, "--out", tmp_path / "sheet.png")
+    out, _ = script("scripts/show_data.py", *options, "--images", 40, "--out", tmp_path / "sheet.png")
     assert re.search(r"^\d of these cannot be decoded, others stand in for them: .*photo2\.jpg", out, re.M)
     _, err = script("scripts/show_data.py", "--images", 0, status=2)
     assert err == "show_data.py: --images must be at least 1, not 0\n"
 
 
 def test_the_contact_sheet_fades_what_a_mask_hides(script, cutouts, tmp_path):
-    how = ["--data", cutouts, "--resolution", 128, "--no-buckets", "--bs", 1, "--images", 1]
-    script("scripts/show_data.py", *how, "--out", tmp_path / "sheet.png", "--masked-loss")
+    options = ["--data", cutouts, "--resolution", 128, "--no-buckets", "--bs", 1, "--images", 1]
+    script("scripts/show_data.py", *options, "--out", tmp_path / "sheet.png", "--masked-loss")
     sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"), int)
     config = DataConfig(bs=1, buckets=False, masked_loss=True)
     batch = next(iter(Stream(open_source(str(cutouts)), config, CaptionConfig(), 128, 0)))
@@ -152,34 +152,34 @@ def test_converting_keeps_the_weights(script, denoiser, tiny_model, tmp_path):
     ours, theirs, back = (tmp_path / f"{name}.safetensors" for name in ("ours", "theirs", "back"))
     config = {"model": "demo", "rank": 3, "alpha": 2.0, "targets": "all", "resolution": 64}
     ours.write_bytes(serialise(adapter.deltas, make_header(config, images=7, step=5), dtype=torch.float32))
-    how = ["--model", tiny_model, "--save-dtype", "fp32"]
-    out, _ = script("scripts/convert_lora.py", ours, theirs, "--format", "diffusers", *how)
+    options = ["--model", tiny_model, "--save-dtype", "fp32"]
+    out, _ = script("scripts/convert_lora.py", ours, theirs, "--format", "diffusers", *options)
     assert "in the diffusers layout, largest difference 0" in out
-    script("scripts/convert_lora.py", theirs, back, *how)
+    script("scripts/convert_lora.py", theirs, back, *options)
     start = [8 + int.from_bytes(file.read_bytes()[:8], "little") for file in (back, ours)]
     assert back.read_bytes()[start[0] :] == ours.read_bytes()[start[1] :]
     assert read_metadata(back) == read_metadata(ours)
     bare = tmp_path / "bare.safetensors"
-    save_file(load_file(theirs), bare)  # as of a tool that writes no header
-    script("scripts/convert_lora.py", bare, tmp_path / "listed.safetensors", *how)
+    save_file(load_file(theirs), bare)  # as a tool writes it that adds no metadata
+    script("scripts/convert_lora.py", bare, tmp_path / "listed.safetensors", *options)
     assert read_metadata(tmp_path / "listed.safetensors").items() >= A1111_HEADER.items()
     large = {name: (A * 1e6, B, alpha) for name, (A, B, alpha) in adapter.deltas.items()}
     bare.write_bytes(serialise(large, {}, dtype=torch.float32))
     _, err = script("scripts/convert_lora.py", bare, tmp_path / "x.safetensors", "--model", tiny_model, status=2)
     assert "is not finite in float16, so no file was written" in err
-    _, err = script("scripts/convert_lora.py", ours, back, *how, status=2)
+    _, err = script("scripts/convert_lora.py", ours, back, *options, status=2)
     assert err == f"convert_lora.py: {back} is there already: remove it or choose another name\n"
     _, err = script("scripts/convert_lora.py", ours, tmp_path / "x.safetensors", status=2)  # for the real SDXL
-    assert "does not fit the model: it is for a model of 80 channels, 80 channels of text and not 2048" in err
+    assert "does not fit the model: it is for another model, whose text has 80 channels, not 2048" in err
     assert not (tmp_path / "x.safetensors").exists()
 
 
-# merge.py.
+# merge_lora.py.
 
 
 @pytest.fixture
 def two_loras(denoiser, tmp_path):
-    """Files of two LoRA for the tiny model: every kind of linear layer and a convolution, and some of them again."""
+    """Two LoRA files for the tiny model, one with every kind of linear layer and a convolution, one with some of them."""
     adapter = add_lora(denoiser, LoRAConfig(rank=3, alpha=2, targets="all"), denoiser.unused)
     shake(adapter)
     deltas = {name: (A.clone(), B.clone(), alpha) for name, (A, B, alpha) in adapter.deltas.items()}
@@ -215,8 +215,8 @@ def test_merging_into_a_folder_is_merging_in_memory(script, two_loras, tiny_mode
     for file in tiny_model.rglob("*"):
         if file.is_file() and not re.search(r"(unet|text_encoder\w*)/.*safetensors", str(file)):
             assert (tmp_path / "merged" / file.relative_to(tiny_model)).read_bytes() == file.read_bytes()
-    told = json.loads(read_metadata(next((tmp_path / "merged/unet").glob("*.safetensors")))["sdxl_lora.merged"])
-    assert [(one["file"], one["strength"]) for one in told] == [("a.safetensors", 0.8), ("b.safetensors", -0.5)]
+    sources = json.loads(read_metadata(next((tmp_path / "merged/unet").glob("*.safetensors")))["sdxl_lora.merged"])
+    assert [(source["file"], source["strength"]) for source in sources] == [("a.safetensors", 0.8), ("b.safetensors", -0.5)]
 
 
 def test_merging_into_one_checkpoint_file(script, two_loras, tiny_model, tmp_path):
@@ -230,8 +230,8 @@ def test_merging_into_one_checkpoint_file(script, two_loras, tiny_model, tmp_pat
     assert ours.keys() == before.keys()
     assert all(ours[key].dtype == torch.float16 for key in ours)
     assert read_metadata(merged)["by"] == "somebody"
-    whole = checkpoint_of(merged_in_memory(tmp_path / "rounded", two_loras))
-    wanted = {key: tensor.half() for key, tensor in whole.items()}
+    in_memory = checkpoint_of(merged_in_memory(tmp_path / "rounded", two_loras))
+    wanted = {key: tensor.half() for key, tensor in in_memory.items()}
     assert all(torch.equal(ours[key], tensor) for key, tensor in wanted.items())  # both LoRA in float32, rounded once
     touched = {key for key, tensor in wanted.items() if not torch.equal(tensor, before[key])}
     assert {key for key in ours if not torch.equal(ours[key], before[key])} == touched
@@ -249,14 +249,14 @@ def test_merge_mistakes(script, two_loras, tiny_model, tmp_path):
     refused("--lora is missing", tiny_model, tmp_path / "m")
     refused("is neither a file nor a diffusers folder", ROOT / "scripts", tmp_path / "m", "--lora", two_loras[0])
     refused("is there already", tiny_model, two_loras[1], "--lora", two_loras[0])
-    refused("lies in", tiny_model, tiny_model / "unet/merged", "--lora", two_loras[0])
+    refused("is inside of", tiny_model, tiny_model / "unet/merged", "--lora", two_loras[0])
     (tmp_path / "empty/unet").mkdir(parents=True)
     (tmp_path / "empty/model_index.json").touch()
     refused("has no .safetensors file in text_encoder, text_encoder_2, unet", tmp_path / "empty", tmp_path / "m",
             "--lora", two_loras[0])  # fmt: skip
-    whole = {key: t.to(torch.float8_e4m3fn) for key, t in load_file(next((tiny_model / "unet").glob("*.safetensors"))).items()}
+    fp8 = {key: t.to(torch.float8_e4m3fn) for key, t in load_file(next((tiny_model / "unet").glob("*.safetensors"))).items()}
     shutil.copytree(tiny_model, tmp_path / "fp8")
-    save_file(whole, next((tmp_path / "fp8/unet").glob("*.safetensors")))
+    save_file(fp8, next((tmp_path / "fp8/unet").glob("*.safetensors")))
     refused("is F8_E4M3, which cannot be added to", tmp_path / "fp8", tmp_path / "m", "--lora", two_loras[0])
     (tmp_path / "bad.safetensors").write_bytes(b"rubbish")
     refused("bad.safetensors is not a readable", tmp_path / "bad.safetensors", tmp_path / "m", "--lora", two_loras[0])

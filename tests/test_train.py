@@ -528,7 +528,7 @@ def test_a_batch_in_pieces_is_the_same_run(train, latents, tiny_model, tmp_path)
 @pytest.fixture
 def short(monkeypatch):
     """short({2, 5}): memory runs out at the end of these backward passes, counted from 0, before their gradient is gathered."""
-    gather = Adapter.gather
+    gather = Adapter.collect_gradients
 
     def at(calls: set[int]) -> None:
         count = itertools.count()
@@ -538,7 +538,7 @@ def short(monkeypatch):
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has")
             gather(adapter)
 
-        monkeypatch.setattr("lora.Adapter.gather", fail)
+        monkeypatch.setattr("lora.Adapter.collect_gradients", fail)
 
     return at
 
@@ -741,7 +741,7 @@ def test_a_gpu_that_gets_full_makes_its_steps_in_halves(train, tmp_path, monkeyp
     """
     how = ["--device", "cuda", "--bs", 4, "--steps", 4, "--cuda-graph", cuda_graph, "--optimizer", "adamw"]
     train(*how, "--out", tmp_path / "whole", "--log-dir", tmp_path / "undisturbed")
-    step, gather, count, samples = GraphedStep.__call__, Adapter.gather, itertools.count(), []
+    step, gather, count, samples = GraphedStep.__call__, Adapter.collect_gradients, itertools.count(), []
 
     def make(self, inputs):
         samples.append(len(inputs.images))
@@ -755,7 +755,7 @@ def test_a_gpu_that_gets_full_makes_its_steps_in_halves(train, tmp_path, monkeyp
         gather(adapter)
 
     monkeypatch.setattr("performance.cuda_graph.GraphedStep.__call__", make)
-    monkeypatch.setattr("lora.Adapter.gather", ask)
+    monkeypatch.setattr("lora.Adapter.collect_gradients", ask)
     _, err = train(*how)
     assert err.count("CUDA out of memory. Tried to allocate") == 1
     assert "from here on in pieces of 2\n" in err

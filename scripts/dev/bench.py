@@ -316,7 +316,7 @@ def measure_parts(pipe, device: torch.device) -> dict[str, float]:
         prediction = denoise(diffusion.add_noise(latents, noise, timesteps))
         loss = diffusion.loss(prediction, latents, noise, timesteps).mean() * 1024
         loss.backward()
-        adapter.gather()
+        adapter.collect_gradients()
         return loss.detach()
 
     text = graphed(lambda: denoiser.encode_text(tokens)[0], grad=False)
