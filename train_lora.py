@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.options import check_options, flat_options, option, resume_policies
+from common.options import MAX_SEED, check_options, flat_options, option, resume_policies
 from data import Batch, DataConfig, Loader, Stream, open_data
 from dataset.captions import CaptionConfig
 from lora import Adapter, LoRAConfig, add_lora
@@ -68,7 +68,7 @@ class TrainConfig:
     """Optimiser steps."""
     grad_accum: int = option(1, at_least=1)
     """Batches per optimiser step and process."""
-    seed: int = option(0, at_least=0, at_most=2**63 - 1)
+    seed: int = option(0, at_least=0, at_most=MAX_SEED)
     """Everything random is a function of it and of the step."""
     device: str = option("auto", resume="free")
     """'auto' (CUDA if there is one), 'cuda', 'cpu'."""

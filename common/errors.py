@@ -54,12 +54,6 @@ def warn_of(program: str, error: UserError) -> None:
     warn(f"{program}: {printable(' '.join(str(error).split()))}")
 
 
-def check_seed(seed: int) -> None:
-    """Raises UserError unless NumPy and PyTorch both accept the seed."""
-    if not 0 <= seed < 2**63:
-        raise UserError(f"--seed must be at least 0 and below 2^63, not {seed}")
-
-
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
     """Wraps the body of a script: a UserError ends it with one line and status 2, Ctrl-C with status 130."""

@@ -13,6 +13,8 @@ from common.errors import UserError
 
 Resume = Literal["fixed", "free", "ask"]
 
+MAX_SEED = 2**63 - 1  # NumPy and PyTorch take no larger one
+
 
 def option(
     default: Any, *, at_least: float | None = None, above: float | None = None, at_most: float | None = None,

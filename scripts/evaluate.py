@@ -22,16 +22,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.errors import UserError, one_line_errors
+from common.options import check_options, option
 from data import decode, normalise
 from dataset.sources import open_source
 from lora import merge_lora
 from lora_files.deltas import layer_shapes
 from lora_files.read import newest_lora, read_lora, trained_on
-from memory import (
-    DTYPES,
-    resolve_device,
-    resolve_precision,  # before sdxl
-)
+from memory import DTYPES, resolve_device, resolve_precision
 from model.diffusion import Diffusion, DiffusionConfig
 from model.load import load_sdxl, native_resolution
 from model.render import render
@@ -50,7 +47,7 @@ class EvaluateConfig:
     """None: the model that the LoRA was trained on."""
     data: str = str(HELD_OUT)
     """Held-out images with captions, as in training."""
-    timesteps: int = 10
+    timesteps: int = option(10, at_least=1)
     """Number of timesteps, evenly spread over the schedule, at which the loss of every image is computed."""
     pictures: int = 8
     """Number of captions to render with base and LoRA; 0 skips the second measure."""
@@ -58,8 +55,7 @@ class EvaluateConfig:
     """'auto', 'cuda', 'cpu'."""
 
     def __post_init__(self) -> None:
-        if self.timesteps < 1:
-            raise UserError(f"--timesteps must be at least 1, not {self.timesteps}")
+        check_options(self)
 
 
 @torch.no_grad()

@@ -68,8 +68,7 @@ class ExtractConfig:
             raise UserError("give either --base, the model that the source was tuned from, or --resize if it is a LoRA")
         if (self.rank is None) == (self.error is None):
             raise UserError("give either --rank or --error")
-        if self.rank is not None and self.rank < 1:
-            raise UserError(f"--rank must be at least 1, not {self.rank}")
+        check_options(self)
         if self.error is not None and not 0 < self.error < 1:
             raise UserError(f"--error must be between 0 and 1, not {self.error}")
         if self.error is not None and self.error < torch.finfo(memory_DTYPES[self.save_dtype]).eps:

@@ -15,9 +15,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common.errors import UserError, check_seed, one_line_errors
+from common.errors import UserError, one_line_errors
 from common.files import check_writable
-from common.options import check_options, option
+from common.options import MAX_SEED, check_options, option
 from common.sheets import stack
 from data import DataConfig, Stream, batch_or_raise
 from dataset.buckets import enlarged, share_cropped
@@ -33,7 +33,7 @@ SIDE, COLUMNS, LINES, FONT = 256, 6, 5, 12  # pixels of a cell, cells in a row, 
 class ShowConfig:
     dataset: DataConfig = DataConfig()
     captions: CaptionConfig = CaptionConfig()
-    seed: int = 0
+    seed: int = option(0, at_least=0, at_most=MAX_SEED)
     """As train_lora.py's --seed: the sheet begins with the first batch of that training."""
     images: int = option(24, at_least=1)
     """Pictures on the sheet."""
@@ -42,7 +42,6 @@ class ShowConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-        check_seed(self.seed)
 
 
 def dim(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:

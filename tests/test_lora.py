@@ -222,7 +222,7 @@ def test_half_precision_layers_beside_float32_masters(pipe):
 
 @pytest.mark.parametrize("loss", [1e30, float("inf"), float("-inf"), float("nan")])
 def test_a_loss_that_is_not_finite_spoils_the_norm_of_the_gradient(denoiser, loss):
-    adapter = add_lora(denoiser, LoRAConfig(rank=2), denoiser.unread)
+    adapter = add_lora(denoiser, LoRAConfig(rank=2), denoiser.unused)
     adapter.grad.fill_(0.5)
     adapter.spoil_unless_finite(torch.tensor(loss))
     if loss == 1e30:
