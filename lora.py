@@ -102,9 +102,9 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        return self.product(x, slice(None))
+        return self.forward_rows(x, slice(None))
 
-    def product(self, x: Tensor, part: slice) -> Tensor:
+    def forward_rows(self, x: Tensor, part: slice) -> Tensor:
         """Those outputs of the layer alone: x [..., in] -> [..., len(part)]."""
         return LowRank.apply(x, self.lora_A.to(x.dtype), self.lora_B[part].to(x.dtype), self, part)
 

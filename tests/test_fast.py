@@ -74,7 +74,7 @@ def test_every_kernel_of_the_gpu_is_right_and_the_fastest_is_taken(monkeypatch, 
     device = torch.device("cuda")
     big = fast.Shapes({(torch.Size((1, 1024, 4, 64)), torch.Size((1, 1024, 4, 64))): 2,
                           (torch.Size((1, 1024, 4, 64)), torch.Size((1, 77, 4, 64))): 2})  # fmt: skip
-    usable = [n for n in fast.KERNELS if not any(fast.why_not(n, q, k, device, dtype) for q, k in big)]
+    usable = [n for n in fast.KERNELS if not any(fast.kernel_problem(n, q, k, device, dtype) for q, k in big)]
     assert {"flash", "efficient", "sdpa"} <= set(usable)
     times = {name: 1.0 + (name != "efficient") for name in fast.KERNELS}
     named = {kernel: name for name, kernel in fast.KERNELS.items()}

@@ -45,7 +45,7 @@ from model.text import tokenize
 from model.vae import decode_latents, encode_pixels
 from performance.adamw8bit import make_optimizer
 from performance.cuda_graph import GraphedStep
-from performance.kernels import KERNELS, time_kernel, use_fast_kernels, why_not
+from performance.kernels import KERNELS, kernel_problem, time_kernel, use_fast_kernels
 
 FORWARD = 6.76e12  # floating-point operations of the U-Net's forward pass, one image of 1024 x 1024 (counted by dry_run)
 
@@ -348,12 +348,11 @@ def compare_attention(device: torch.device) -> list[str]:
         for keys in (tokens, 77):
             q, k = torch.Size((3, tokens, heads, 64)), torch.Size((3, keys, heads, 64))
             for name, kernel in KERNELS.items():
-                how = (q, k, device, torch.float16)
-                told = why_not(name, *how)
-                if told is None:
-                    forward, both = (time_kernel(kernel, *how, backward=back) for back in (False, True))
-                    told = f"forward {forward:.3f} ms, backward {both - forward:.3f} ms"
-                lines.append(f"{tokens:5} queries, {keys:5} keys, {heads} heads   {name:10} {told}")
+                result = kernel_problem(name, q, k, device, torch.float16)
+                if result is None:
+                    forward, both = (time_kernel(kernel, q, k, device, torch.float16, backward) for backward in (False, True))
+                    result = f"forward {forward:.3f} ms, backward {both - forward:.3f} ms"
+                lines.append(f"{tokens:5} queries, {keys:5} keys, {heads} heads   {name:10} {result}")
     return lines
 
 
