@@ -1,4 +1,4 @@
-"""SDXL: loading, text, VAE, U-Net, the objective. Readies xFormers before diffusers is imported."""
+"""SDXL: loading, text, VAE, U-Net, the objective. Importing this package prepares the process for diffusers and xFormers."""
 
 from model.environment import prepare
 

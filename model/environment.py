@@ -1,4 +1,4 @@
-"""What has to be so before diffusers is imported, which imports xFormers: the package's __init__ calls `prepare`."""
+"""Prepares the process for importing diffusers, which imports xFormers. `prepare` is called by the package's __init__."""
 
 import ctypes
 import importlib.util
@@ -11,14 +11,16 @@ import torch
 
 def prepare() -> None:
     load_cuda12_runtime()
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # at import it warns of parts that SDXL does not use
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read at the first allocation; hardly any gaps
-    for library in ("xformers", "bitsandbytes"):  # at import they warn that there is no CUDA
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import warns about parts that SDXL does not use
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read at the first allocation; less fragmentation
+    for library in ("xformers", "bitsandbytes"):  # their imports warn if CUDA is missing
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def load_cuda12_runtime() -> None:
-    """xFormers' wheel is linked against CUDA 12; beside a CUDA-13 PyTorch its library must be in the process beforehand."""
+    """Loads libcudart.so.12 if it is installed: xFormers' wheel is linked against it, and a PyTorch for CUDA 13 does not load
+    it.
+    """
     package = importlib.util.find_spec("nvidia.cuda_runtime") if importlib.util.find_spec("nvidia") else None
     folders = package.submodule_search_locations if package and torch.cuda.is_available() else None
     for folder in folders or ():

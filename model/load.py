@@ -1,4 +1,4 @@
-"""SDXL from the hub, a diffusers folder or one checkpoint file."""
+"""Loads SDXL from the Hugging Face hub, a diffusers folder or a single checkpoint file."""
 
 import json
 import math
@@ -18,11 +18,11 @@ MODELS = {
     "demo": str(ROOT / "assets/demo/model"),
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
 }
-BASE = ROOT / "assets/sdxl"  # configurations and tokenizers of SDXL base: a checkpoint file has none
+BASE = ROOT / "assets/sdxl"  # configurations and tokenizers of SDXL base, which a checkpoint file does not contain
 
 
 def load_sdxl(model: str, dtype: torch.dtype, device: torch.device) -> StableDiffusionXLPipeline:
-    """`read_sdxl`, then to `device`."""
+    """Like `read_sdxl`, then moved to `device`; the VAE in `vae_dtype`."""
     pipe = read_sdxl(model, dtype)
     pipe.to(device)
     pipe.vae.to(vae_dtype(device))
@@ -30,20 +30,24 @@ def load_sdxl(model: str, dtype: torch.dtype, device: torch.device) -> StableDif
 
 
 def read_sdxl(model: str, dtype: torch.dtype, unet: bool = True) -> StableDiffusionXLPipeline:
-    """`demo`, `sdxl`, a hub id, a diffusers folder, or a single .safetensors checkpoint -> diffusers' pipeline in `dtype` on
-    the host, frozen. Without `unet` that is on the meta device: shapes only, for a quarter of the memory.
+    """Returns diffusers' pipeline in `dtype`, on the CPU, frozen and in eval mode.
 
-    Raises UserError in one line if there is no such model, if it is no SDXL, or if it is not here and cannot be fetched.
+    `model`: "demo", "sdxl", a hub id, a diffusers folder, or a single .safetensors checkpoint. With `unet=False` the U-Net is
+    on the meta device: shapes without weights, which saves three quarters of the memory.
+
+    Raises UserError if there is no such model, if it is not SDXL, or if it is neither on this machine nor can be downloaded.
     """
     source = MODELS.get(model, model)
     path = Path(source)
     options = {"dtype": dtype, "add_watermarker": False, "low_cpu_mem_usage": False, "use_safetensors": True}
     try:
         if not unet:
-            where = {"subfolder": "unet"} if path.suffix != ".safetensors" else {}
-            told = UNet2DConditionModel.load_config(source if where else BASE / "unet", **where)
+            if path.suffix == ".safetensors":
+                unet_config = UNet2DConditionModel.load_config(BASE / "unet")
+            else:
+                unet_config = UNet2DConditionModel.load_config(source, subfolder="unet")
             with torch.device("meta"):
-                options["unet"] = UNet2DConditionModel.from_config(told).to(dtype)
+                options["unet"] = UNet2DConditionModel.from_config(unet_config).to(dtype)
         if path.is_dir():
             check_folder(model, path)
             variant = "fp16" if any(path.glob("unet/*.fp16.safetensors")) else None
@@ -64,18 +68,18 @@ def read_sdxl(model: str, dtype: torch.dtype, unet: bool = True) -> StableDiffus
             f"`hf download {source} --local-dir sdxl`, copy the folder here and pass --model sdxl/"
         ) from None
     pipe.set_progress_bar_config(disable=True)
-    pipe.vae.enable_slicing()  # one image at a time: the memory of a batch of 1
+    pipe.vae.enable_slicing()  # image by image: the memory of a batch of 1
     for module in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
         module.requires_grad_(False).eval()
     return pipe
 
 
 def from_hub(repository: str, dtype: torch.dtype, options: dict) -> StableDiffusionXLPipeline:
-    """Fetches half-size files for float16 where the repository has them."""
+    """Loads a repository, for float16 from its "fp16" files, which are half as large, if it has them."""
     if dtype == torch.float16:
         try:
             return StableDiffusionXLPipeline.from_pretrained(repository, variant="fp16", **options)
-        except ValueError:  # diffusers: no such files in this repository
+        except ValueError:  # raised by diffusers if the repository has no such files
             pass
     return StableDiffusionXLPipeline.from_pretrained(repository, **options)
 
@@ -102,46 +106,48 @@ CHECKPOINT = {  # prefix of the names in a checkpoint file -> part of the pipeli
 
 
 def from_checkpoint(model: str, path: Path, options: dict) -> StableDiffusionXLPipeline:
-    """One .safetensors file in Stability's own layout; needs no network. `v_pred` and `ztsnr` in it mean what they mean to
-    ComfyUI: a model that predicts v, one whose last timestep is pure noise.
+    """Reads one .safetensors file in Stability's layout, without network. The keys `v_pred` and `ztsnr` mean the same as in
+    ComfyUI: the model predicts v; its last timestep is pure noise.
 
-    diffusers would leave at random whatever the file lacks, so the parameters are counted first.
-    Raises UserError if it is not SDXL base's architecture.
+    diffusers leaves a parameter that the file lacks at its random initialisation, so this counts the parameters first.
+    Raises UserError if they are not those of SDXL base.
     """
-    held = dict.fromkeys(CHECKPOINT.values(), 0)
+    sizes = dict.fromkeys(CHECKPOINT.values(), 0)
     try:
         with safe_open(path, "pt") as file:
             keys = set(file.keys())
             for key in keys:
                 prefix = next((p for p in CHECKPOINT if key.startswith(p)), None)
                 if prefix and not key.endswith(("position_ids", "logit_scale")):
-                    held[CHECKPOINT[prefix]] += math.prod(file.get_slice(key).get_shape())
+                    sizes[CHECKPOINT[prefix]] += math.prod(file.get_slice(key).get_shape())
     except SafetensorError as error:
         raise UserError(f"--model {model} is no readable .safetensors file: {error}") from None
     with torch.device("meta"):
         for name, part in base_architecture().items():
-            asked = sum(p.numel() for p in part.parameters())
-            if held[name] != asked:
-                raise UserError(f"--model {model} is no SDXL base checkpoint: {held[name]:,} values of {name}, not {asked:,}")
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(options["dtype"])  # diffusers would hold everything in float32 first: 14 GiB instead of 7
+            expected = sum(p.numel() for p in part.parameters())
+            if sizes[name] != expected:
+                raise UserError(
+                    f"--model {model} is no SDXL base checkpoint: {sizes[name]:,} values of {name}, not {expected:,}"
+                )
+    default_dtype = torch.get_default_dtype()
+    torch.set_default_dtype(options["dtype"])  # otherwise diffusers loads everything in float32 first: 14 GiB instead of 7
     try:
         pipe = StableDiffusionXLPipeline.from_single_file(str(path), config=str(BASE), local_files_only=True, **options)
     finally:
-        torch.set_default_dtype(before)
+        torch.set_default_dtype(default_dtype)
     if "v_pred" in keys:
-        how = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in keys}
-        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **how)
+        objective = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in keys}
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **objective)
     return pipe
 
 
 def base_architecture() -> dict[str, nn.Module]:
-    """SDXL base's models on the default device, in the default dtype, as initialised: for shapes, and for measuring."""
-    one, two = (CLIPTextConfig.from_pretrained(BASE / name) for name in ("text_encoder", "text_encoder_2"))
+    """SDXL base's models with random weights, on the default device and in the default dtype: for shapes and benchmarks."""
+    text_config, text_config_2 = (CLIPTextConfig.from_pretrained(BASE / name) for name in ("text_encoder", "text_encoder_2"))
     return {
         "unet": UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(BASE / "unet")),
-        "text_encoder": CLIPTextModel(one),
-        "text_encoder_2": CLIPTextModelWithProjection(two),
+        "text_encoder": CLIPTextModel(text_config),
+        "text_encoder_2": CLIPTextModelWithProjection(text_config_2),
         "vae": AutoencoderKL.from_config(AutoencoderKL.load_config(BASE / "vae")),
     }
 

@@ -1,4 +1,4 @@
-"""Prompts -> pictures."""
+"""Renders prompts with the pipeline."""
 
 import os
 from collections.abc import Callable
@@ -17,11 +17,12 @@ NARUTO_PROMPTS = ["Naruto Uzumaki eating ramen", "Bill Gates in Naruto style", "
 
 
 def read_prompts(prompts: tuple[str, ...], model: str) -> list[str]:
-    """Texts as they are; one name of a file: its lines; nothing: what the model is judged by.
+    """The value of --prompts as a list of texts: the lines of the file, if it is one file name; the texts, if it is texts; if
+    it is empty, the default prompts for `model`.
 
-    Raises UserError for a file that is empty or not there.
+    Raises UserError if the file is missing or empty.
     """
-    if len(prompts) == 1 and os.path.isfile(prompts[0]):  # Path.is_file() raises for a long text
+    if len(prompts) == 1 and os.path.isfile(prompts[0]):  # Path.is_file() would raise for a long prompt
         lines = [line.strip() for line in Path(prompts[0]).read_text(errors="replace").splitlines() if line.strip()]
         if not lines:
             raise UserError(f"--prompts {prompts[0]} is empty")
@@ -37,9 +38,11 @@ def render(
     pipe, describe: Callable[[str, str | None], dict], decode: Callable[[Tensor], Tensor], prompts: list[str], *,
     seed: int, steps: int, guidance: float, size: int, negative: str | None = None, label: str = "",
 ) -> list[Image.Image]:  # fmt: skip
-    """One picture for each prompt, `size` pixels a side. Picture i starts from the noise of seed + i, drawn on the CPU: it
-    depends neither on the other prompts nor on the device. `describe`: prompt, negative -> what the pipeline is told of them;
-    `decode`: latents -> pixels in [-1, 1].
+    """Renders one picture of `size` × `size` pixels for each prompt. Picture i starts from noise drawn on the CPU with the
+    seed `seed` + i, so it depends neither on the other prompts nor on the device.
+
+    `describe`: (prompt, negative prompt) -> arguments of the pipeline. `decode`: latents [B, 4, h, w] -> pixels [B, 3, 8h, 8w]
+    in [-1, 1]. `label`: title of the progress bar; without it there is none.
     """
     images = []
     for i, prompt in enumerate(tqdm(prompts, desc=label, unit="img", leave=False, disable=not label)):
@@ -51,5 +54,5 @@ def render(
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """pixels [3, H, W] in [-1, 1] -> a picture."""
+    """Pixels [3, H, W] in [-1, 1] as an image of 8 bits per channel."""
     return Image.fromarray(pixels.permute(1, 2, 0).add(1).mul(127.5).round().byte().cpu().numpy())

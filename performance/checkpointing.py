@@ -1,4 +1,4 @@
-"""Blocks that compute their activations again, or are compiled."""
+"""Gradient checkpointing and torch.compile, block by block."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -12,14 +12,14 @@ BLOCKS = {"BasicTransformerBlock", "ResnetBlock2D", "CLIPEncoderLayer"}
 
 
 def block_names(model: nn.Module) -> list[str]:
-    """Paths of the transformer and residual blocks of `model`: what can be recomputed, and compiled, one by one."""
+    """Paths of the transformer and residual blocks of `model`: the units of checkpointing and compiling."""
     return [name for name, module in model.named_modules() if type(module).__name__ in BLOCKS]
 
 
 def checkpoint_blocks(model: nn.Module, names: Iterable[str]) -> None:
-    """These blocks keep their input only and run again in the backward pass.
+    """Makes these blocks keep only their input, and recompute their activations in the backward pass.
 
-    They draw no random numbers, so the state of the generators need not be kept.
+    The blocks draw no random numbers, so the state of the generators is not saved.
     """
     for name in names:
         block = model.get_submodule(name)
@@ -27,8 +27,8 @@ def checkpoint_blocks(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def compile_blocks(model: nn.Module, names: Iterable[str]) -> None:
-    """torch.compile of each block by itself: blocks of one kind and shape share the compiled code."""
-    torch._dynamo.config.recompile_limit = 64  # one entry for each kind and shape of block
+    """Compiles each block on its own: blocks of the same class and shapes share the compiled code."""
+    torch._dynamo.config.recompile_limit = 64  # one entry for each class and shape of block; the default of 8 is too few
     for name in names:
         block = model.get_submodule(name)
         block.forward = torch.compile(block.forward, dynamic=False)

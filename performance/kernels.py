@@ -1,7 +1,7 @@
-"""The U-Net's attention and feed-forward computed faster than diffusers computes them: same weights, same function.
+"""The U-Net's attention and feed-forward, computed faster than by diffusers: same weights, same function.
 
-attention   straight on [B, S, H, D], without copies of the heads, by the kernel that is fastest here
-GEGLU       its two halves as two products, so that every pass after them is over contiguous memory
+attention   directly on [B, S, H, D], without copying the heads, by the kernel that is fastest on this device
+GEGLU       its two halves as two matrix products, so that the element-wise operations after them read contiguous memory
 """
 
 import logging
@@ -19,13 +19,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.errors import UserError
 
-logging.getLogger("xformers").setLevel(logging.ERROR)  # at import it warns that there is no CUDA; --attention says why if asked
+logging.getLogger("xformers").setLevel(logging.ERROR)  # at import it warns if CUDA is missing; `kernel_problem` reports that
 
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [B, S, H, D], k and v [B, T, H, D] -> [B, S, H, D]
-Shapes = Counter[tuple[torch.Size, torch.Size]]  # (q, k) of the attention layers of a model: how many
+Shapes = Counter[tuple[torch.Size, torch.Size]]  # {(shape of q, shape of k): number of attention layers of a model}
 
 
-# Attention. Every kernel is exact, and none but the CPU's stores an S × T matrix (Dao et al. 2022, arXiv:2205.14135).
+# Attention. All kernels are exact, and none stores an S × T matrix, except on the CPU (Dao et al. 2022, arXiv:2205.14135).
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def sdpa_by(backend: SDPBackend) -> Kernel:
-    """The same by one of its kernels."""
+    """scaled_dot_product_attention, restricted to one of its kernels."""
 
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(backend):
@@ -65,23 +65,26 @@ def forward_backward(kernel: Kernel, tensors: list[Tensor]) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), tensors[3])]
 
 
-def why_not(name: str, q: torch.Size, k: torch.Size, device: torch.device, dtype: torch.dtype) -> str | None:
-    """None if the kernel runs on these shapes forward and backward, and agrees with float32 arithmetic; else the reason."""
+def kernel_problem(name: str, q: torch.Size, k: torch.Size, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Runs a kernel on these shapes, forward and backward, and compares it with float32 arithmetic.
+
+    Returns None if it is usable, else the reason why not. Raises torch.OutOfMemoryError.
+    """
     tensors = [torch.randn(shape, device=device, dtype=dtype) for shape in (q, k, k, q)]
     try:
-        ours = forward_backward(KERNELS[name], tensors)
-    except ImportError as error:  # a missing package, or a library it was linked against
+        results = forward_backward(KERNELS[name], tensors)
+    except ImportError as error:  # the package is missing, or a library that it was linked against
         return f"it cannot be imported: {error}"
     except torch.OutOfMemoryError:
         raise
     except (NotImplementedError, RuntimeError) as error:
         lines = str(error).splitlines()
-        reasons = [line.strip() for line in lines[1:] if line.startswith("    ")]  # of xFormers, operator by operator
+        reasons = [line.strip() for line in lines[1:] if line.startswith("    ")]  # xFormers gives one for each operator
         return f"it does not run on {device.type} in {dtype}: {reasons[0] if reasons else lines[0]}"
-    one_head = [t[:1, :, :1].float() for t in tensors]  # heads are independent: the whole would not fit into a small card
+    one_head = [t[:1, :, :1].float() for t in tensors]  # enough, as heads are independent; all would not fit a small card
     with sdpa_kernel(SDPBackend.MATH):
         exact = forward_backward(sdpa, one_head)
-    errors = [((a[:1, :, :1] - b).norm() / b.norm()).item() for a, b in zip(ours, exact, strict=True)]
+    errors = [((a[:1, :, :1] - b).norm() / b.norm()).item() for a, b in zip(results, exact, strict=True)]
     if all(error < 0.02 for error in errors):
         return None
     return f"it is wrong on {device.type} in {dtype}: relative errors {', '.join(f'{error:.2g}' for error in errors)}"
@@ -90,10 +93,13 @@ def why_not(name: str, q: torch.Size, k: torch.Size, device: torch.device, dtype
 def time_kernel(
     kernel: Kernel, q: torch.Size, k: torch.Size, device: torch.device, dtype: torch.dtype, backward: bool = True
 ) -> float:
-    """Forward, and backward, on CUDA, the best of five; as a graph, because launching takes longer than the small shapes."""
+    """Milliseconds of one forward pass, and one backward pass if `backward`, on CUDA: the best of five.
+
+    Replays a CUDA graph, because for small shapes launching the kernels takes longer than running them.
+    """
     tensors = [torch.randn(shape, device=device, dtype=dtype) for shape in (q, k, k, q)]
     work = partial(forward_backward, kernel, tensors) if backward else partial(kernel, *tensors[:3])
-    work()  # libraries choose on their first call
+    work()  # the first call of a library selects kernels, which cannot be captured
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         work()
@@ -106,25 +112,25 @@ def time_kernel(
 
 
 def choose_attention(attention: str, shapes: Shapes, device: torch.device, dtype: torch.dtype) -> str:
-    """--attention -> the name of a kernel; auto: the one that does all of `shapes`, forward and backward, in the least time.
+    """Name of the kernel for --attention `attention`. "auto": the fastest for all of `shapes`, forward and backward.
 
-    Raises UserError with the reason if the kernel that was asked for is not usable.
+    Raises UserError with the reason if a kernel is named that is not usable.
     """
     if attention == "auto" and device.type != "cuda":
         return "sdpa"
     if attention != "auto":
-        reasons = [why_not(attention, q, k, device, dtype) for q, k in shapes]
+        reasons = [kernel_problem(attention, q, k, device, dtype) for q, k in shapes]
         if reason := next(filter(None, reasons), None):
             raise UserError(f"--attention {attention} is not usable: {reason} (use --attention sdpa)")
         return attention
-    named = [name for name in KERNELS if name != "sdpa"]  # which is one of them
-    right = [name for name in named if not any(why_not(name, q, k, device, dtype) for q, k in shapes)]
-    times = {name: sum(n * time_kernel(KERNELS[name], *s, device, dtype) for s, n in shapes.items()) for name in right}
+    candidates = [name for name in KERNELS if name != "sdpa"]  # sdpa only chooses one of the others
+    usable = [name for name in candidates if not any(kernel_problem(name, q, k, device, dtype) for q, k in shapes)]
+    times = {name: sum(n * time_kernel(KERNELS[name], q, k, device, dtype) for (q, k), n in shapes.items()) for name in usable}
     return min(times, key=lambda name: times[name], default="sdpa")
 
 
 class AttentionProcessor:
-    """Computes diffusers' `Attention` modules; SDXL's have neither masks nor norms nor residuals of their own."""
+    """Attention processor for diffusers' `Attention` modules of SDXL, which have no masks, norms or residuals of their own."""
 
     def __init__(self, kernel: Kernel):
         self.kernel = kernel
@@ -143,7 +149,7 @@ class AttentionProcessor:
 
 
 class Gate(torch.autograd.Function):
-    """h · gelu(g): keeps h and g, and computes gelu(g) again for the backward pass."""
+    """h · gelu(g), for any shape: saves h and g only, and recomputes gelu(g) in the backward pass."""
 
     @staticmethod
     def forward(ctx, h: Tensor, g: Tensor) -> Tensor:
@@ -157,20 +163,23 @@ class Gate(torch.autograd.Function):
 
 
 def forward_rows(linear: Any, x: Tensor, part: slice) -> Tensor:
-    """Some of the outputs of a linear layer, in memory of their own. A LoRA or a packed layer knows how itself."""
+    """The outputs `part` of a linear layer, as a contiguous tensor: x [..., in] -> [..., len(part)].
+
+    LoRA and quantised layers have a method of this name.
+    """
     if hasattr(linear, "forward_rows"):
         return linear.forward_rows(x, part)
     return F.linear(x, linear.weight[part], linear.bias[part])
 
 
 def geglu(self: Any, x: Tensor) -> Tensor:
-    """The forward of diffusers' GEGLU: x [..., in] -> [..., d]."""
+    """Replaces the `forward` of diffusers' GEGLU: x [..., in] -> [..., out / 2]."""
     half = self.proj.out_features // 2
     return Gate.apply(forward_rows(self.proj, x, slice(half)), forward_rows(self.proj, x, slice(half, None)))
 
 
 def use_fast_kernels(unet: Any, kernel: Kernel) -> None:
-    """Every attention and every GEGLU layer of diffusers' U-Net is computed by this file from here on."""
+    """Replaces the forward of every attention and GEGLU layer of diffusers' U-Net, in place; attention uses `kernel`."""
     unet.set_attn_processor(AttentionProcessor(kernel))
     for module in unet.modules():
         if type(module).__name__ == "GEGLU":

@@ -1,8 +1,9 @@
-"""What must be done so that a training step fits into a GPU, answered before a weight is on it.
+"""Plans how a training step fits into the memory of a GPU, before any weight is on it.
 
-`dry_run` runs the denoiser once on the meta device, where tensors have shapes but no bytes, and notes what every block would
-keep for the backward pass. `make_plan` gives way in this order until the step fits: checkpoint blocks, no more than needed
-and first those that cost the least time for their bytes; cut the batch into pieces; store the base in fewer bits.
+`dry_run` runs the denoiser once on the meta device, where tensors have shapes but no bytes, and records what every block
+would keep for the backward pass. `make_plan` saves memory in this order until the step fits: it checkpoints blocks, no more
+than needed and those first whose recomputation costs the least time per byte saved; it cuts the batch into pieces; it stores
+the base in fewer bits.
 """
 
 import math
@@ -22,15 +23,17 @@ from common.errors import UserError
 
 GiB = 2**30
 
-# Rates of an H100 in half precision. Only their ratio matters: it decides which blocks are cheap to run again.
+# Rates of an H100 in half precision. Only their ratio matters: it decides which blocks are cheap to recompute.
 FLOPS_PER_SECOND = 4e14
 BYTES_PER_SECOND = 1.5e12
 
-# What shapes do not tell, calibrated on one H100 against what the allocator reserved for the real architecture (fp16, batch
-# 3, 1024 × 1024): nothing checkpointed 21.15 GiB, 82 of 131 blocks 14.46, all of them 9.38 with `--targets all`.
-GRADIENTS = 0.8  # gradients and workspaces while a checkpointed block runs backward, in units of what the block keeps
-SAFETY_MARGIN = int(0.3 * GiB)  # workspaces of cuBLAS and cuDNN, prediction, loss, gaps
-ANOTHER_SHAPE = GiB // 16  # for the graph of every further bucket: 0.05 GiB outside of the allocator, 0.01 in the pool of all
+# Constants that cannot be derived from shapes, calibrated on one H100 against what the allocator reserved for SDXL (fp16,
+# batch 3, 1024 × 1024): nothing checkpointed 21.15 GiB, 82 of 131 blocks 14.46, all of them 9.38 with `--targets all`.
+GRADIENTS = 0.8  # gradients and workspaces while a checkpointed block runs backward, as a multiple of what the block keeps
+SAFETY_MARGIN = int(0.3 * GiB)  # workspaces of cuBLAS and cuDNN, prediction, loss, fragmentation
+# Bytes for each CUDA graph after the first (one graph per bucket and caption length). The graphs share one pool for
+# activations, so another costs only its kernel launches: measured 0.05 GiB outside of the allocator and 0.01 GiB in the pool.
+ANOTHER_SHAPE = GiB // 16
 
 flash_attention = torch.ops.aten._scaled_dot_product_flash_attention
 
@@ -38,36 +41,37 @@ flash_attention = torch.ops.aten._scaled_dot_product_flash_attention
 def stand_in_kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention for the dry run: q [B, S, H, D], k and v [B, T, H, D] -> [B, S, H, D], all on the meta device.
 
-    PyTorch's fused CUDA kernel has shapes, a derivative and a count of operations there, though PyTorch itself never
-    chooses it for meta tensors. It keeps q, k, v, its output and a float32 [B, H, S], as xFormers does: no S × T matrix.
+    Calls PyTorch's fused CUDA kernel, which also works on meta tensors (output shape, derivative, FLOP count), because
+    scaled_dot_product_attention would not choose it for them. It keeps q, k, v, its output and a float32 [B, H, S] for the
+    backward pass, as xFormers does, and no S × T matrix.
     """
     return flash_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))[0].transpose(1, 2)
 
 
 @dataclass(frozen=True)
 class BlockCosts:
-    """The forward pass of one block."""
+    """What the forward pass of one block costs."""
 
-    kept: int  # bytes that autograd keeps inside, save those that are kept whether the block is checkpointed or not
-    constant: int  # further bytes that do not grow with the batch: LoRA weights in the dtype of the activations
+    kept: int  # bytes saved for backward inside the block, except those that stay even if it is checkpointed
+    constant: int  # further bytes that do not grow with the batch: LoRA weights cast to the dtype of the activations
     input: int  # bytes kept instead if the block is checkpointed
     flops: int
-    written: int  # bytes that its operations return: a measure of the time that does not go into matrix products
+    written: int  # bytes that its operations return: a measure of the time spent outside of matrix products
 
     @property
     def worth(self) -> float:
-        """Seconds saved for each byte that is kept because the block is not checkpointed."""
+        """Seconds of recomputation saved per byte of memory, if the block is not checkpointed."""
         seconds = self.flops / FLOPS_PER_SECOND + self.written / BYTES_PER_SECOND
         return seconds / max(1, self.kept + self.constant - self.input)
 
 
 @dataclass(frozen=True)
 class Costs:
-    """The forward pass of a denoiser on `batch` images."""
+    """What the forward pass of a denoiser on `batch` images costs."""
 
     batch: int
-    blocks: dict[str, BlockCosts]  # {module path: what can be checkpointed}
-    outside: BlockCosts  # everything else, and what several blocks read (context, embedded timestep)
+    blocks: dict[str, BlockCosts]  # {module path: costs} of the blocks that can be checkpointed
+    outside: BlockCosts  # everything else, and tensors that several blocks read (context, embedded timestep)
     attention: Counter  # {(shape of q, shape of k): calls}, each [B, S, H, D]
 
     def held(self, checkpointed: Collection[str], micro: int) -> int:
@@ -77,13 +81,13 @@ class Costs:
         return sum(block.constant for block in kept) + math.ceil(growing * micro / self.batch)
 
     def peak(self, checkpointed: Collection[str], micro: int) -> int:
-        """Bytes at the worst moment of a training step of `micro` images, weights and MARGIN apart.
+        """Most bytes that a training step of `micro` images takes at any moment, weights and SAFETY_MARGIN not included.
 
-        Without checkpointing this is the end of the forward pass: the gradients that follow take less than what they free.
-        With it, the largest checkpointed block has run again and runs backward.
+        Without checkpointing the peak is at the end of the forward pass: the backward pass frees more than its gradients take.
+        With it, the peak is in the backward pass of the largest checkpointed block, whose activations were just recomputed.
         """
-        again = max((self.blocks[name].kept for name in checkpointed), default=0)
-        return self.held(checkpointed, micro) + math.ceil((1 + GRADIENTS) * again * micro / self.batch)
+        recomputed = max((self.blocks[name].kept for name in checkpointed), default=0)
+        return self.held(checkpointed, micro) + math.ceil((1 + GRADIENTS) * recomputed * micro / self.batch)
 
 
 # The dry run.
@@ -94,10 +98,10 @@ def tensors(tree: Any) -> list[Tensor]:
 
 
 class Ledger(TorchDispatchMode):
-    """Sees every operation, and every tensor that autograd saves, and books it on the block that runs (None: on none).
+    """Records every operation, and every tensor that autograd saves, under the block that is running (None: outside of all).
 
-    A storage is known by the address of its C++ object. All are held on to, lest an address come back for another: on the
-    meta device that costs nothing.
+    A storage is identified by the address of its C++ object. The ledger keeps every storage alive, so that no address is
+    reused; on the meta device that costs nothing.
     """
 
     def __init__(self, model: nn.Module):
@@ -105,7 +109,9 @@ class Ledger(TorchDispatchMode):
         self.block: str | None = None
         self.storages: dict[int, torch.UntypedStorage] = {}
         self.weights = {self.storage(t) for t in (*model.parameters(), *model.buffers())}
-        self.casts: set[int] = set()  # storages computed from weights alone
+        # Storages computed from weights alone, whose size does not depend on the batch. In h = x @ A.to(x.dtype).T autograd
+        # saves x and the cast of A: x counts as `kept`, which grows with the batch, the cast as `constant`.
+        self.casts: set[int] = set()
         self.inputs: dict[int, set] = defaultdict(set)  # {storage: blocks that it is passed to}
         self.savers: dict[int, set] = defaultdict(set)  # {storage: blocks that save it}
         self.flops: Counter[str | None] = Counter()
@@ -126,7 +132,9 @@ class Ledger(TorchDispatchMode):
         self.block = None
 
     def save(self, tensor: Tensor) -> Tensor:
-        """What autograd soon lets go of counts too: of SDXL the last layer of text encoder 1, 6 MB at batch 3."""
+        """Called for each tensor that autograd saves, even if it is freed before the backward pass because no loss depends on
+        it: in SDXL the last layer of text encoder 1, 6 MB at batch 3.
+        """
         self.savers[self.storage(tensor)].add(self.block)
         return tensor
 
@@ -141,16 +149,18 @@ class Ledger(TorchDispatchMode):
             self.attention[tuple(tuple(t.transpose(1, 2).shape) for t in args[:2])] += 1
         self.written[self.block] += sum(t.nbytes for t in tensors(result))
         read = {self.storage(t) for t in tensors((args, kwargs))}
-        if read and read - self.weights <= self.casts:
+        if read and read - self.weights <= self.casts:  # it reads nothing but weights and casts of weights
             self.casts |= {self.storage(t) for t in tensors(result)} - self.weights
         return result
 
     def costs(self, batch: int, block_names: list[str]) -> Costs:
-        """Adds up. What several blocks keep or read, or one block and its surroundings, counts once, as outside."""
-        with_backward = set().union(*self.savers.values())  # checkpointing keeps the input of these only
+        """Sums per block. A storage that several blocks save or read, or a block and the code around it, counts once, as
+        outside.
+        """
+        with_backward = set().union(*self.savers.values())  # a block that saves nothing keeps no input when checkpointed either
         kept: Counter[str | None] = Counter()
         constant: Counter[str | None] = Counter()
-        given: Counter[str | None] = Counter()
+        inputs: Counter[str | None] = Counter()
         for storage in (self.savers.keys() | self.inputs.keys()) - self.weights:
             size, savers, readers = self.storages[storage].nbytes(), self.savers[storage], self.inputs[storage] & with_backward
             owner, *others = savers | readers or {None}
@@ -160,20 +170,20 @@ class Ledger(TorchDispatchMode):
                 kept[None] += size
             else:
                 kept[owner] += size * len(savers)
-                given[owner] += size * len(readers)
+                inputs[owner] += size * len(readers)
 
         def block(name: str | None) -> BlockCosts:
-            return BlockCosts(kept[name], constant[name], given[name], self.flops[name], self.written[name])
+            return BlockCosts(kept[name], constant[name], inputs[name], self.flops[name], self.written[name])
 
         return Costs(batch, {name: block(name) for name in block_names}, block(None), self.attention)
 
 
 def dry_run(denoiser: nn.Module, block_names: list[str], text: tuple[Tensor, ...], latent_side: int | tuple[int, int]) -> Costs:
-    """Costs of one forward pass of `denoiser` (sdxl.Denoiser), whose weights are on the meta device.
+    """Costs of one forward pass of `denoiser` (model.sdxl.Denoiser), whose weights are on the meta device.
 
-    To be called when the adapters are added, no block is checkpointed yet and the attention of the U-Net is
-    `stand_in_kernel`. `block_names` are the paths of the modules that can be checkpointed, none inside another;
-    `text` is what it is told, on the meta device too, of a batch; `latent_side` is pixels / 8, or (h, w).
+    Call it when the adapters are added, no block is checkpointed yet and the attention of the U-Net is `stand_in_kernel`.
+    `block_names`: paths of the modules that can be checkpointed, none inside another. `text`: the denoiser's text inputs for a
+    batch, on the meta device too. `latent_side`: pixels / 8 of square images, or (h, w).
     """
     batch = len(text[0])
     h, w = (latent_side, latent_side) if isinstance(latent_side, int) else latent_side
@@ -197,11 +207,11 @@ def dry_run(denoiser: nn.Module, block_names: list[str], text: tuple[Tensor, ...
 @dataclass(frozen=True)
 class Plan:
     checkpointed: tuple[str, ...]  # module paths
-    blocks: int  # of so many
+    blocks: int  # how many could be checkpointed
     base: str  # precision that the frozen weights are stored in
     batch: int
     micro: int  # images that run through the model at once: a divisor of the batch
-    weights: int  # bytes that stay: the base as stored, LoRA and its optimiser
+    weights: int  # bytes taken all the time: the base as stored, LoRA and its optimiser
     whole_vae: bool  # the VAE encodes the whole batch at once, not image by image
     predicted: int  # peak of the memory that the allocator reserves, bytes
     budget: int  # bytes
@@ -215,31 +225,33 @@ class Plan:
 
     @property
     def oom_advice(self) -> str:
-        """What to say where memory runs out all the same: the prediction, and what would need less, by the order of `plans`."""
-        helps = [
+        """For the message if memory runs out in spite of the plan: its prediction, and the options that would save memory, in
+        the order of `plans`.
+        """
+        options = [
             *(["--checkpointing all"] if len(self.checkpointed) < self.blocks else []),
             *(["half of --bs and twice --grad-accum"] if self.micro > 1 else []),
             *(["--base-precision nf4"] if self.base != "nf4" else []),
             "a smaller --resolution",
         ]
-        told = f"the plan predicted a peak of {self.predicted / GiB:.1f} of {self.budget / GiB:.1f} GiB"
-        return f"{told}; what helps: less as --vram-gb, which plans for it, or {', '.join(helps)}"
+        prediction = f"the plan predicted a peak of {self.predicted / GiB:.1f} of {self.budget / GiB:.1f} GiB"
+        return f"{prediction}; what helps: less as --vram-gb, which plans for it, or {', '.join(options)}"
 
     def __str__(self) -> str:
         return f"{self.budget / GiB:.1f} GiB for tensors: {self.measures}; predicted peak {self.predicted / GiB:.1f} GiB"
 
 
 def plans(costs: Costs, fixed: dict[str, int], batch: int, budget: int, checkpointing: str, vae_image: int) -> Iterator[Plan]:
-    """Every plan in the order of preference, whether it fits or not. The arguments are those of `make_plan`."""
+    """Yields every plan in order of preference, whether it fits or not. The arguments are those of `make_plan`."""
     order = tuple(sorted(costs.blocks, key=lambda name: costs.blocks[name].worth))
-    numbers = {"auto": range(len(order) + 1), "all": [len(order)], "none": [0]}[checkpointing]
+    counts = {"auto": range(len(order) + 1), "all": [len(order)], "none": [0]}[checkpointing]
     for base, weights in fixed.items():
         for micro in (n for n in range(batch, 0, -1) if batch % n == 0):
-            for number in numbers:
-                training = costs.peak(order[:number], micro)
+            for count in counts:
+                training = costs.peak(order[:count], micro)
                 for whole_vae in (True, False):
                     peak = weights + SAFETY_MARGIN + max(training, vae_image * (batch if whole_vae else 1))
-                    yield Plan(order[:number], len(order), base, batch, micro, weights, whole_vae, peak, budget)
+                    yield Plan(order[:count], len(order), base, batch, micro, weights, whole_vae, peak, budget)
 
 
 def make_plan(
@@ -251,22 +263,23 @@ def make_plan(
     `fixed`: {precision of the base: bytes of all weights, of LoRA's gradients and of the optimiser's states}, in the order
     to try. `vae_image`: bytes that the VAE needs to encode one image, 0 if the latents are ready.
 
-    Raises UserError, which says what would help, if no plan fits.
+    Raises UserError, which names options that save memory, if no plan fits.
     """
-    tried = []
+    rejected = []
     for plan in plans(costs, fixed, batch, budget, checkpointing, vae_image):
         if plan.predicted <= budget:
             return plan
-        tried.append(plan)
-    smallest = min(tried, key=lambda plan: plan.predicted)
-    helps = [] if "nf4" in fixed else ["--base-precision nf4"]
-    room = budget - min(fixed.values()) - SAFETY_MARGIN  # beside the weights
+        rejected.append(plan)
+    smallest = min(rejected, key=lambda plan: plan.predicted)
+    options = [] if "nf4" in fixed else ["--base-precision nf4"]
+    room = budget - min(fixed.values()) - SAFETY_MARGIN  # what the weights leave for activations
     if room > 0:
-        helps += ["a smaller --resolution"]
-    if room > vae_image:  # then it is the training step that is too large
-        helps += ["--checkpointing auto"] if checkpointing == "none" else []
-        helps += ["--no-train-text-encoder"] if any(costs.blocks[n].kept for n in costs.blocks if n.startswith("text")) else []
+        options += ["a smaller --resolution"]
+    if room > vae_image:  # the VAE fits, so it is the training step that is too large
+        options += ["--checkpointing auto"] if checkpointing == "none" else []
+        trains_text = any(block.kept for name, block in costs.blocks.items() if name.startswith("text"))
+        options += ["--no-train-text-encoder"] if trains_text else []
     raise UserError(
         f"--vram-gb, or what is free, leaves {budget / GiB:.1f} GiB for tensors: the smallest plan ({smallest.measures}) needs "
-        f"{math.ceil(10 * smallest.predicted / GiB) / 10} GiB; what helps: {', '.join([*helps, 'a larger GPU'])}"
+        f"{math.ceil(10 * smallest.predicted / GiB) / 10} GiB; what helps: {', '.join([*options, 'a larger GPU'])}"
     )

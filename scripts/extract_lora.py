@@ -28,6 +28,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.errors import UserError, one_line_errors
 from common.files import check_writable, write_atomically
+from common.options import check_options, option
 from lora import TARGETS, LoRAConfig
 from lora_files.base_weights import STORED_DTYPES, Place, model_shapes, places, read_header, weight_files
 from lora_files.deltas import Deltas, delta_svd
@@ -48,7 +49,7 @@ class ExtractConfig:
     """The model that the source was tuned from, a folder or a checkpoint."""
     resize: bool = False
     """The source is a LoRA: write a smaller one."""
-    rank: int | None = None
+    rank: int | None = option(None, at_least=1)
     """Rank r of every layer."""
     error: float | None = None
     """Instead of --rank: each layer gets the smallest rank with |ΔW - B·A| / |ΔW| at most this (Frobenius norms)."""

@@ -43,7 +43,7 @@ def half(sdxl_meta) -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def real(half) -> Costs:
-    """Rank 8, three images of 1024 × 1024."""
+    """Costs of SDXL with LoRA of rank 8, for three images of 1024 × 1024."""
     return meta_costs(half, 3, 128)
 
 
@@ -76,7 +76,7 @@ def test_kept_is_what_autograd_saves_on_the_cpu(denoiser, side):
 
 
 class Live(TorchDispatchMode):
-    """Bytes of all storages made inside that are alive now, and their maximum."""
+    """Counts the bytes of the live storages that were allocated inside, now and at most."""
 
     def __init__(self):
         super().__init__()
@@ -90,18 +90,18 @@ class Live(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self.alive:
                     self.now += storage.nbytes()
-                    self.alive[storage._cdata] = weakref.ref(storage, partial(self.gone, storage._cdata, storage.nbytes()))
+                    self.alive[storage._cdata] = weakref.ref(storage, partial(self.freed, storage._cdata, storage.nbytes()))
             self.peak = max(self.peak, self.now)
         return result
 
-    def gone(self, key, size, _):
+    def freed(self, key, size, _):
         self.now -= size
         del self.alive[key]
 
 
 @pytest.mark.parametrize("share", [0, 0.5, 1])
 def test_a_real_step_holds_and_peaks_as_predicted(denoiser, share):
-    """Live tensors of a step on the CPU, the first blocks of a plan's order checkpointed."""
+    """Compares with the live tensors of a step on the CPU that checkpoints the first blocks in a plan's order."""
     costs = meta_costs(denoiser, 4, train_text_encoder=False)
     order = sorted(costs.blocks, key=lambda name: costs.blocks[name].worth)
     checkpointed = order[: round(share * len(order))]
@@ -117,11 +117,11 @@ def test_a_real_step_holds_and_peaks_as_predicted(denoiser, share):
 
 def test_costs_grow_with_the_batch_except_cast_weights(denoiser):
     two, six = (meta_costs(denoiser.half(), batch, rank=64) for batch in (2, 6))
-    for one, other in zip((*two.blocks.values(), two.outside), (*six.blocks.values(), six.outside), strict=True):
-        assert other.kept == pytest.approx(3 * one.kept, rel=1e-2)
-        assert other.input == pytest.approx(3 * one.input, rel=1e-2)
-        assert other.flops == pytest.approx(3 * one.flops, rel=1e-2)
-        assert other.constant == one.constant
+    for small, large in zip((*two.blocks.values(), two.outside), (*six.blocks.values(), six.outside), strict=True):
+        assert large.kept == pytest.approx(3 * small.kept, rel=1e-2)
+        assert large.input == pytest.approx(3 * small.input, rel=1e-2)
+        assert large.flops == pytest.approx(3 * small.flops, rel=1e-2)
+        assert large.constant == small.constant
     assert two.held((), 6) == pytest.approx(six.held((), 6), rel=1e-2)
     attn1 = 4 * 2 * 64 * 32 * 2  # q, k, v, out: A and B of rank 64, width 32, in two bytes
     attn2 = (2 * 2 * 32 + 2 * (32 + 80)) * 64 * 2  # k and v read the context of width 80
@@ -137,7 +137,7 @@ def test_frozen_text_encoders_keep_nothing(denoiser):
 
 
 def test_the_real_architecture(real, half):
-    """Against figures measured on an H100: 6.76 TFLOP a sample in the U-Net, and what the allocator reserved for two runs."""
+    """Compares with measurements on an H100: 6.76 TFLOP a sample in the U-Net, and the reserved memory of two runs."""
     assert real.attention == {
         ((3, 1024, 20, 64), (3, 1024, 20, 64)): 60,
         ((3, 1024, 20, 64), (3, 77, 20, 64)): 60,
@@ -146,11 +146,11 @@ def test_the_real_architecture(real, half):
     }
     unet = sum(block.flops for name, block in real.blocks.items() if name.startswith("unet.")) + real.outside.flops
     assert unet == pytest.approx(3 * 6.76e12, rel=0.01)
-    weights, each = 6.46 * GiB, bytes_per_trained("adamw8bit", torch.float16)
-    plan = make_plan(real, {"fp16": int(weights + each * 14_774_272)}, 3, 80 * GiB)
-    assert 1.0 <= plan.predicted / GiB / 21.15 < 1.04  # never less than it took
+    weights, per_parameter = 6.46 * GiB, bytes_per_trained("adamw8bit", torch.float16)
+    plan = make_plan(real, {"fp16": int(weights + per_parameter * 14_774_272)}, 3, 80 * GiB)
+    assert 1.0 <= plan.predicted / GiB / 21.15 < 1.04  # never less than was measured
     wide = meta_costs(half, 3, 128, targets="all")
-    plan = make_plan(wide, {"fp16": int(weights + each * 28_393_472)}, 3, 80 * GiB, checkpointing="all")
+    plan = make_plan(wide, {"fp16": int(weights + per_parameter * 28_393_472)}, 3, 80 * GiB, checkpointing="all")
     assert 1.0 <= plan.predicted / GiB / 9.38 < 1.04
 
 
@@ -158,12 +158,12 @@ def test_the_real_architecture(real, half):
 
 
 def effort(plan) -> tuple:
-    """What a plan gives way in, the dearest first."""
+    """What a plan gives up, as a sort key: the costliest first."""
     return ["fp16", "int8", "nf4"].index(plan.base), plan.batch // plan.micro, len(plan.checkpointed)
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_plan_fits_and_gives_way_no_more_than_needed(seed):
+def test_a_plan_fits_and_gives_up_no_more_than_needed(seed):
     costs, rng = synthetic(seed), random.Random(seed)
     fixed, batch, vae_image = {"fp16": 6 * GiB, "int8": 4 * GiB, "nf4": 2 * GiB}, rng.choice([1, 4, 6]), rng.randrange(2 * GiB)
     before = None
@@ -171,7 +171,7 @@ def test_a_plan_fits_and_gives_way_no_more_than_needed(seed):
         try:
             plan = make_plan(costs, fixed, batch, size, vae_image=vae_image)
         except UserError:
-            assert before is None, "less was enough"
+            assert before is None, "a smaller budget was enough"
             continue
         room = size - fixed[plan.base] - budget.SAFETY_MARGIN
         assert plan.predicted <= size == plan.budget
@@ -185,8 +185,8 @@ def test_a_plan_fits_and_gives_way_no_more_than_needed(seed):
     assert before is not None
 
 
-def test_the_order_of_giving_way(monkeypatch):
-    """Four blocks of 2 GiB on two images, one more of them while it runs again; a is run again in the least time."""
+def test_the_order_in_which_plans_save_memory(monkeypatch):
+    """Four blocks that keep 2 GiB for two images, and need 2 GiB once more during recomputation; "a" is the fastest."""
     monkeypatch.setattr(budget, "GRADIENTS", 0)
     monkeypatch.setattr(budget, "SAFETY_MARGIN", 0)
     blocks = {name: BlockCosts(2 * GiB, 0, 0, flops, 0) for name, flops in {"d": 40, "b": 20, "a": 10, "c": 30}.items()}
@@ -206,11 +206,11 @@ def test_the_order_of_giving_way(monkeypatch):
 
 
 def test_a_block_is_worth_what_it_keeps_beyond_its_input():
-    """The second gives back 2 GiB for 30 units of work, the first only 1 GiB for 20."""
+    """Checkpointing the second saves 2 GiB for 30 units of work, the first only 1 GiB for 20."""
     blocks = {"wide input": BlockCosts(3 * GiB, 0, 2 * GiB, 20, 0), "narrow input": BlockCosts(2 * GiB, 0, 0, 30, 0)}
     assert blocks["wide input"].worth > blocks["narrow input"].worth
     assert replace(blocks["narrow input"], written=2**30).worth > blocks["wide input"].worth
-    assert BlockCosts(0, 0, GiB, 1, 0).worth > 1e6 * blocks["wide input"].worth  # nothing to gain: never checkpointed in vain
+    assert BlockCosts(0, 0, GiB, 1, 0).worth > 1e6 * blocks["wide input"].worth  # saves nothing: comes last
 
 
 def test_checkpointing_is_obeyed(real):
@@ -234,7 +234,7 @@ def test_a_plan_in_one_line():
 
 
 @pytest.mark.parametrize(
-    ("fixed", "options", "helps"),
+    ("fixed", "options", "advice"),
     [
         ({"fp16": 6 * GiB}, {}, "--base-precision nf4, a larger GPU"),
         ({"fp16": 6 * GiB, "nf4": 3 * GiB}, {}, "a smaller --resolution, --no-train-text-encoder, a larger GPU"),
@@ -245,13 +245,13 @@ def test_a_plan_in_one_line():
         ),
     ],
 )  # fmt: skip
-def test_too_little_says_what_helps(real, fixed, options, helps):
+def test_the_error_of_too_small_a_budget_names_what_helps(real, fixed, options, advice):
     size = int(3.5 * GiB)
     with pytest.raises(UserError) as error:
         make_plan(real, fixed, 3, size, **options)
     text = str(error.value)
     assert text.startswith("--vram-gb, or what is free, leaves 3.5 GiB for tensors: the smallest plan (")
-    assert text.endswith(f"; what helps: {helps}")
+    assert text.endswith(f"; what helps: {advice}")
     assert "\n" not in text
     needed = float(text.split(" needs ")[1].split(" GiB")[0])
     assert make_plan(real, fixed, 3, int(needed * GiB), **options)

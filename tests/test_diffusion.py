@@ -21,7 +21,7 @@ def test_schedule_noising_and_targets_equal_ddpm_scheduler(pipe):
     assert make().target(x0, noise, t) is noise
 
 
-def test_perfect_prediction_has_no_loss_and_zero_prediction_the_noise():
+def test_a_perfect_prediction_has_no_loss_and_a_zero_prediction_that_of_the_noise():
     x0, noise, t = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([1, 500, 900])
     assert torch.equal(make().loss(noise, x0, noise, t), torch.zeros(3))
     loss = make().loss(torch.zeros_like(x0), x0, noise, t)
@@ -41,7 +41,7 @@ def test_min_snr_weights_equal_diffusers(prediction_type):
 
 
 def masked_loss(mask: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
-    """Loss of predictions that are wrong by `error` [B, 4, h, w]."""
+    """Loss [B] of predictions that are wrong by `error` [B, 4, h, w]."""
     t = torch.full((len(error),), 500)
     return make().loss(error, torch.zeros_like(error), torch.zeros_like(error), t, area_weights(mask))
 
@@ -56,19 +56,19 @@ def test_a_mask_of_ones_changes_no_bit(prediction_type, size):
     assert torch.equal(diffusion.loss(guess, x0, noise, t, area_weights(torch.ones(3, 1, *size))), plain)
 
 
-def test_the_masked_loss_is_that_of_the_area_which_counts():
+def test_the_masked_loss_is_the_mean_over_the_masked_area():
     error, mask = torch.randn(3, 4, 6, 5, requires_grad=True), torch.rand(3, 1, 6, 5)
     mask[0, :, :4], mask[1, :, 1:] = 0, 0
     loss = masked_loss(mask, error)
     wanted = (mask * error.square()).sum(dim=(1, 2, 3)) / (4 * mask.sum(dim=(1, 2, 3)))
     torch.testing.assert_close(loss, wanted)
-    torch.testing.assert_close(masked_loss(mask / 3, error), loss)  # however faint it is
+    torch.testing.assert_close(masked_loss(mask / 3, error), loss)  # only the ratio of weights matters
     assert torch.equal(masked_loss(mask, torch.where(mask > 0, error, 1e6)), loss)
     loss.sum().backward()
     assert torch.equal(error.grad != 0, (mask > 0).expand(-1, 4, -1, -1))
 
 
-def test_an_empty_mask_has_no_weight():
+def test_an_empty_mask_gives_no_loss():
     error, mask = torch.randn(2, 4, 6, 5, requires_grad=True), torch.zeros(2, 1, 6, 5)
     mask[1, 0, 2, 3] = 1 / 255
     loss = masked_loss(mask, error)
@@ -79,10 +79,10 @@ def test_an_empty_mask_has_no_weight():
 
 
 def test_draw_is_a_function_of_the_generator():
-    one, same, other = (make().draw((4, 4, 8, 8), torch.Generator().manual_seed(s)) for s in (1, 1, 2))
-    assert torch.equal(one[0], same[0])
-    assert torch.equal(one[1], same[1])
-    assert not torch.equal(one[0], other[0])
+    first, same, other = (make().draw((4, 4, 8, 8), torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert torch.equal(first[0], same[0])
+    assert torch.equal(first[1], same[1])
+    assert not torch.equal(first[0], other[0])
     t = make().draw((20_000, 1, 1, 1), torch.Generator().manual_seed(0))[1]
     assert (t.min(), t.max()) == (0, 999)
     assert abs(t.float().mean() - 499.5) < 10

@@ -22,18 +22,18 @@ def output_and_gradient(denoiser, adapter) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("targets", ["attention", "all"])
 @pytest.mark.parametrize("base", ["fp32", "int8"])
 def test_same_function_as_diffusers(denoiser, targets, base):
-    """Plain, LoRA and packed projections through our attention and GEGLU, against diffusers' own code."""
+    """Compares our attention and GEGLU with diffusers' own code, for plain, LoRA and packed projections."""
     if base != "fp32":
         quantise_base(denoiser, base, CPU)
     adapter = add_lora(denoiser, LoRAConfig(rank=2, targets=targets), denoiser.unused)
     shake(adapter)
-    theirs = output_and_gradient(denoiser, adapter)
+    expected = output_and_gradient(denoiser, adapter)
     fast.use_fast_kernels(denoiser.unet, fast.KERNELS["sdpa"])
-    ours = output_and_gradient(denoiser, adapter)
+    results = output_and_gradient(denoiser, adapter)
     assert any(type(m).__name__ == "GEGLU" and m.forward.__func__ is fast.geglu for m in denoiser.modules())
-    for mine, reference in zip(ours, theirs, strict=True):
+    for result, reference in zip(results, expected, strict=True):
         assert reference.abs().max() > 1e-3
-        torch.testing.assert_close(mine, reference, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(result, reference, atol=1e-5, rtol=1e-4)
 
 
 def test_gate_by_hand_equals_autograd():
@@ -41,7 +41,7 @@ def test_gate_by_hand_equals_autograd():
     assert torch.autograd.gradcheck(fast.Gate.apply, (h, g))
 
 
-def test_on_the_cpu_attention_is_pytorchs():
+def test_on_the_cpu_attention_is_sdpa():
     assert fast.choose_attention("auto", SHAPES, CPU, torch.float32) == "sdpa"
     assert fast.choose_attention("sdpa", SHAPES, CPU, torch.float32) == "sdpa"
 
@@ -58,11 +58,11 @@ def test_a_kernel_that_cannot_run_says_why():
     [
         lambda q, k, v: fast.sdpa(q, k, 1.05 * v),
         lambda q, k, v: fast.sdpa(q, k.detach(), v) + 0 * k.sum(),
-        lambda q, k, v: fast.sdpa(q, k, v) + (0 * v.mean()).sqrt(),  # its derivative is not a number
+        lambda q, k, v: fast.sdpa(q, k, v) + (0 * v.mean()).sqrt(),  # its derivative is NaN
     ],
 )
 def test_a_kernel_that_is_wrong_is_not_used(monkeypatch, wrong):
-    """Wrong forward, a wrong gradient only, a gradient that is not a number."""
+    """A wrong output; only a wrong gradient; only a NaN gradient."""
     monkeypatch.setitem(fast.KERNELS, "flash", wrong)
     with pytest.raises(UserError, match="--attention flash is not usable: it is wrong on cpu"):
         fast.choose_attention("flash", SHAPES, CPU, torch.float32)
@@ -70,11 +70,11 @@ def test_a_kernel_that_is_wrong_is_not_used(monkeypatch, wrong):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_every_kernel_of_the_gpu_is_right_and_the_fastest_is_taken(monkeypatch, dtype):
+def test_kernels_of_the_gpu_are_usable_and_the_fastest_is_chosen(monkeypatch, dtype):
     device = torch.device("cuda")
     big = fast.Shapes({(torch.Size((1, 1024, 4, 64)), torch.Size((1, 1024, 4, 64))): 2,
                           (torch.Size((1, 1024, 4, 64)), torch.Size((1, 77, 4, 64))): 2})  # fmt: skip
-    usable = [n for n in fast.KERNELS if not any(fast.why_not(n, q, k, device, dtype) for q, k in big)]
+    usable = [n for n in fast.KERNELS if not any(fast.kernel_problem(n, q, k, device, dtype) for q, k in big)]
     assert {"flash", "efficient", "sdpa"} <= set(usable)
     times = {name: 1.0 + (name != "efficient") for name in fast.KERNELS}
     named = {kernel: name for name, kernel in fast.KERNELS.items()}

@@ -23,12 +23,12 @@ def test_on_the_cpu_it_is_the_step_itself():
     step.release()
 
 
-def test_a_graph_asked_for_on_the_cpu_is_refused():
+def test_cuda_graph_on_is_refused_on_the_cpu():
     with pytest.raises(UserError, match="--cuda-graph on needs a CUDA device, not cpu"):
         GraphedStep(lambda x: x, [], "on", CPU)
 
 
-def test_work_between_steps_gets_the_memory_of_the_graphs_only_if_it_needs_it():
+def test_work_between_steps_frees_the_graphs_only_if_memory_runs_out():
     step, tries = GraphedStep(lambda x: x, [], "auto", CPU), []
 
     def work(room: int) -> str:
@@ -86,23 +86,23 @@ def run(step, batches, adapter) -> tuple[list[float], torch.Tensor]:
 
 @pytest.mark.gpu
 def test_graph_and_eager_step_have_the_same_gradient(training):
-    """Accumulated over batches of several shapes, first calls and replays; and again after the memory was given back."""
+    """Accumulated over batches of several shapes, first calls and replays; and once more after `release`."""
     adapter, _, step, batch = training
     batches = [batch(0), batch(1), batch(2, size=1), batch(3), batch(4, size=1, side=16), batch(5)]
     graphed = GraphedStep(step, [adapter.grad], "on", torch.device("cuda"))
     losses, gradient = run(step, batches, adapter)
     assert gradient.norm() > 1
     for _ in range(2):
-        ours, mine = run(graphed, batches, adapter)
-        assert ours == pytest.approx(losses, rel=1e-3)
-        assert (mine - gradient).norm() < 5e-3 * gradient.norm()
+        graphed_losses, graphed_gradient = run(graphed, batches, adapter)
+        assert graphed_losses == pytest.approx(losses, rel=1e-3)
+        assert (graphed_gradient - gradient).norm() < 5e-3 * gradient.norm()
         assert len(graphed.graphs) == 3
         graphed.release()
         assert not graphed.graphs
 
 
 @pytest.mark.gpu
-def test_a_skipped_step_stays_right(training):
+def test_an_overflow_in_a_graph(training):
     """An overflow changes nothing but the scale, and the next replay uses the new scale."""
     adapter, scaler, step, batch = training
     graphed = GraphedStep(step, [adapter.grad], "on", torch.device("cuda"))
@@ -133,18 +133,18 @@ def test_a_skipped_step_stays_right(training):
 
 
 @pytest.mark.gpu
-def test_where_capture_is_not_possible_it_says_so_once_and_goes_on(capsys):
+def test_a_step_that_cannot_be_captured_runs_eagerly_with_one_warning(capsys):
     total = torch.zeros(1, device="cuda")
 
     def step(x: torch.Tensor) -> torch.Tensor:
-        total.add_(x.sum().item())  # the host reads: no graph can hold that
+        total.add_(x.sum().item())  # .item() makes the host wait: no graph can hold that
         return total.clone()
 
-    given = torch.ones(3, device="cuda")
+    x = torch.ones(3, device="cuda")
     graphed = GraphedStep(step, [total], "auto", torch.device("cuda"))
-    assert [graphed(given).item() for _ in range(3)] == [3, 6, 9]
+    assert [graphed(x).item() for _ in range(3)] == [3, 6, 9]
     assert capsys.readouterr().err.count("no CUDA graph, every kernel is launched by itself: ") == 1
     with pytest.raises(UserError, match="--cuda-graph on: the step cannot be captured"):
-        GraphedStep(step, [total], "on", torch.device("cuda"))(given)
+        GraphedStep(step, [total], "on", torch.device("cuda"))(x)
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
-    torch.randn(1, device="cuda")  # draws again
+    torch.randn(1, device="cuda")  # the generator works again

@@ -1,4 +1,6 @@
-"""The house itself: floors, no forbidden dependency, nothing that unpickles or runs foreign code, and files found from afar."""
+"""The layout of the code: which package may import which, no forbidden dependency, nothing that unpickles or runs foreign code,
+and files that modules find by their own path.
+"""
 
 import ast
 from collections import defaultdict
@@ -13,7 +15,7 @@ from dataset.sources import DEMO
 from model.load import BASE, MODELS
 from model.render import DEMO_PROMPTS
 
-# Each floor may use all below it; packages of one floor each other, but not in a circle.
+# A package may import those of earlier rows, and those of its own row, but not in a circle.
 FLOORS = [
     {"common"},
     {"dataset", "model", "performance", "lora_files"},
@@ -26,7 +28,7 @@ FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 SOURCES = sorted(path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0].removesuffix(".py") in FLOOR)
 
 
-def room(path: Path) -> str:
+def package_of(path: Path) -> str:
     """The module or package at the root that a file belongs to."""
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
@@ -39,7 +41,7 @@ def imports(path: Path) -> set[str]:
 
 
 def top_level_names(path: Path) -> set[str]:
-    """What a file defines, imports apart."""
+    """The names that a file defines at its top level, without imports."""
     names = set()
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -50,30 +52,30 @@ def top_level_names(path: Path) -> set[str]:
     return names
 
 
-def test_the_root_has_five_doors():
+def test_the_root_has_five_modules():
     assert {path.name for path in ROOT.glob("*.py")} == {"train_lora.py", "infer.py", "lora.py", "data.py", "memory.py"}
     assert len(SOURCES) > 50
 
 
-def test_every_import_goes_down():
-    beside = defaultdict(set)
+def test_no_import_from_a_floor_above():
+    same_floor = defaultdict(set)
     for path in SOURCES:
         for name in imports(path):
-            here, there = room(path), name.split(".")[0]
-            if there in FLOOR and there != here:
-                assert FLOOR[there] <= FLOOR[here], f"{path.relative_to(ROOT)} imports {name} from a floor above"
-                if FLOOR[there] == FLOOR[here]:
-                    beside[here].add(there)
-    list(TopologicalSorter(beside).static_order())  # raises CycleError
+            importer, imported = package_of(path), name.split(".")[0]
+            if imported in FLOOR and imported != importer:
+                assert FLOOR[imported] <= FLOOR[importer], f"{path.relative_to(ROOT)} imports {name} from a floor above"
+                if FLOOR[imported] == FLOOR[importer]:
+                    same_floor[importer].add(imported)
+    list(TopologicalSorter(same_floor).static_order())  # raises CycleError
 
 
-def test_modules_of_a_package_import_each_other_in_no_circle():
+def test_modules_import_each_other_in_no_circle():
     modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in SOURCES}
     list(TopologicalSorter({name: imports(path) & modules.keys() for name, path in modules.items()}).static_order())
 
 
-def test_a_name_means_one_thing():
-    """No top-level name is defined in two files, but `main` of the scripts, their way to the suite, and type variables."""
+def test_no_top_level_name_is_defined_in_two_files():
+    """Except `main` and ROOT of the scripts, and type variables."""
     defined = defaultdict(list)
     for path in SOURCES:
         for name in top_level_names(path) - {"main", "ROOT", "T"}:
@@ -89,15 +91,15 @@ def test_no_script_is_imported_and_no_peft_or_accelerate(path):
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_nothing_foreign_is_run(path):
+def test_no_foreign_code_is_run(path):
     text = path.read_text()
     assert "trust_remote_code" not in text
     assert text.count("torch.load(") == text.count("weights_only=True")
 
 
-def test_what_is_found_from_a_modules_own_place_is_there():
-    """These break in silence when a file moves: what a state is made with, and what the suite brings along."""
-    assert suite_sources() == [path for path in SOURCES if room(path) != "scripts"]
+def test_files_that_modules_find_by_their_own_path():
+    """Moving a module would break these without an error: the sources that a saved state records, and bundled files."""
+    assert suite_sources() == [path for path in SOURCES if package_of(path) != "scripts"]
     assert DEMO_PROMPTS.read_text().count("\n") > 2
     assert list(DEMO.glob("*.tar"))
     assert (BASE / "unet/config.json").is_file()

@@ -49,7 +49,7 @@ def test_checkpointed_blocks_still_run_without_gradients(denoiser):
 
 
 def test_compiled_blocks_compute_the_same_and_compile_once(denoiser, monkeypatch):
-    """Without the code generator, which takes minutes: what Dynamo and AOTAutograd make of a block is what is tested."""
+    """Tests Dynamo and AOTAutograd only: the backend "aot_eager" leaves out the code generator, which would take minutes."""
     adapter = add_lora(denoiser, LoRAConfig(rank=2), denoiser.unused)
     shake(adapter)
     use_fast_kernels(denoiser.unet, KERNELS["sdpa"])
@@ -61,7 +61,7 @@ def test_compiled_blocks_compute_the_same_and_compile_once(denoiser, monkeypatch
     checkpoint_blocks(denoiser.unet, names[::2])
     torch.testing.assert_close(gradients(denoiser, adapter), plain)
     compiled = counters["frames"]["ok"]
-    assert 0 < compiled < len(names)  # blocks of a kind share
+    assert 0 < compiled < len(names)  # blocks of the same class and shapes share compiled code
     assert not counters["graph_break"]
     gradients(denoiser, adapter)
     assert counters["frames"]["ok"] == compiled
@@ -72,7 +72,7 @@ def flat_parameter(n: int = 5000) -> torch.nn.Parameter:
 
 
 def train(name: str, steps: int = 30) -> torch.Tensor:
-    """Fits a fixed target; returns the parameter."""
+    """Fits a parameter to a fixed target and returns it."""
     p, target = flat_parameter(), torch.randn(5000, generator=torch.Generator().manual_seed(1))
     optimizer = make_optimizer(name, [{"params": [p], "lr": 1e-2}])
     for _ in range(steps):
@@ -114,7 +114,7 @@ def test_an_overflow_changes_nothing_and_the_scaler_backs_off(name):
         return {"p": p.detach().clone(), **states}
 
     start = p.detach().clone()
-    step(float("inf"))  # at the very first step too
+    step(float("inf"))  # in the very first step, too
     assert torch.equal(p, start)
     step(1.0)
     before = snapshot()
@@ -159,12 +159,13 @@ def test_peak_memory_is_in_gib():
     assert 0.05 < allocated <= reserved < 50
 
 
-def test_the_budget_is_what_is_free_or_what_is_asked_for():
+def test_the_budget_is_the_free_memory_or_vram_gb():
     assert 0.1 * GiB < limit_memory(None, CPU) == limit_memory(None, CPU) < 1e4 * GiB
     assert limit_memory(2.5, CPU) == 2.5 * GiB
 
 
-def test_a_card_of_16_gb_that_has_less(monkeypatch):
+def test_vram_gb_above_the_free_memory_means_the_free_memory(monkeypatch):
+    """A card sold as one of 16 GB has 15.6 GiB, of which 14.6 are free here."""
     fractions, free, total = [], 14.6 * GiB, 15.6 * GiB
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (free, total))
     monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", lambda fraction, device: fractions.append(fraction))
@@ -181,7 +182,7 @@ def test_the_cap_is_enforced():
     budget = limit_memory(3, device)
     try:
         assert budget == 3 * GiB - CUDA_ITSELF
-        left = budget - torch.cuda.memory_reserved(device)  # of other tests of this process
+        left = budget - torch.cuda.memory_reserved(device)  # other tests of this process have reserved some
         torch.empty(left - 2**26, dtype=torch.uint8, device=device)
         with pytest.raises(torch.OutOfMemoryError):
             torch.empty(left + 2**26, dtype=torch.uint8, device=device)

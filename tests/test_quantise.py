@@ -16,11 +16,11 @@ from performance.quantise import PACKED_BASES, QuantisedLinear, packed_bytes, qu
 CPU = torch.device("cpu")
 EVERY_BASE = pytest.mark.parametrize("base", PACKED_BASES)
 EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-SHAPES = [(64, 128), (48, 80), (32, 100), (1, 64)]  # out, in; rows of whole blocks and not, a last block that is not full
+SHAPES = [(64, 128), (48, 80), (32, 100), (1, 64)]  # out, in; with and without rows of whole blocks, and a partial last block
 
 
 def plain(out: int, inner: int, dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Linear:
-    """A linear layer whose weights are normal, as those of a trained one nearly are."""
+    """A linear layer with normally distributed weights, similar to those of a trained one."""
     torch.manual_seed(0)
     layer = nn.Linear(inner, out, bias=bias)
     nn.init.normal_(layer.weight, std=0.02)
@@ -28,7 +28,7 @@ def plain(out: int, inner: int, dtype: torch.dtype = torch.float32, bias: bool =
 
 
 def held_bytes(layer: nn.Module) -> int:
-    """Of every tensor that a module holds, wherever it keeps it."""
+    """Bytes of all tensors of a module: parameters, buffers and plain attributes."""
     state = vars(layer)
     tensors = [*layer.parameters(), *layer.buffers(), *(v for v in state.values() if isinstance(v, torch.Tensor))]
     return sum(t.untyped_storage().nbytes() for t in tensors)
@@ -38,7 +38,7 @@ def held_bytes(layer: nn.Module) -> int:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_int8_is_within_half_a_step_of_every_row(shape, dtype):
     layer = plain(*shape, dtype)
-    layer.weight.data[0] *= 50  # rows of their own size
+    layer.weight.data[0] *= 50  # rows of different scale
     W = layer.weight.detach().double()
     dense = QuantisedLinear(layer, "int8", CPU).dense()
     assert dense.dtype == dtype
@@ -52,7 +52,7 @@ def test_int8_is_within_half_a_step_of_every_row(shape, dtype):
 @EVERY_DTYPE
 @pytest.mark.parametrize("shape", SHAPES)
 def test_nf4_is_within_half_a_gap_of_every_block(shape, dtype):
-    """The codes lie between -1 and 1 with a widest gap of 0.304."""
+    """The codes are between -1 and 1, and their widest gap is 0.304."""
     layer = plain(*shape, dtype)
     W = layer.weight.detach().double().flatten()
     dense = QuantisedLinear(layer, "nf4", CPU).dense()
@@ -108,7 +108,7 @@ def test_nothing_is_kept_for_the_backward_pass(base):
 @EVERY_BASE
 @EVERY_DTYPE
 @pytest.mark.parametrize("shape", [*SHAPES, (1280, 1280)])
-def test_bytes_are_those_foretold(base, dtype, shape):
+def test_bytes_are_as_predicted(base, dtype, shape):
     layer = plain(*shape, dtype)
     quantised = QuantisedLinear(layer, base, CPU)
     assert held_bytes(quantised) == packed_bytes(layer, base) + layer.bias.nbytes
@@ -117,7 +117,7 @@ def test_bytes_are_those_foretold(base, dtype, shape):
 
 
 @EVERY_BASE
-def test_it_is_a_linear_layer_without_its_weight(base):
+def test_it_is_a_linear_layer_with_a_packed_weight(base):
     layer = plain(48, 80)
     quantised = QuantisedLinear(layer, base, CPU)
     assert isinstance(quantised, nn.Linear)
@@ -153,7 +153,7 @@ def test_a_cuda_graph_holds_it(base):
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # what a kernel does at its first launch cannot be recorded
+    with torch.cuda.stream(side):  # the first launch of a kernel cannot be recorded
         wanted = step().clone()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
@@ -162,9 +162,9 @@ def test_a_cuda_graph_holds_it(base):
     got.zero_()
     graph.replay()
     torch.testing.assert_close(got, wanted)
-    off = (quantised.dense().cpu() - QuantisedLinear(layer.cpu(), base, CPU).dense()).abs()
-    assert off.max() < 2e-3  # one step of int8: what lies between two of them is rounded by each device in its own way
-    assert (off > 1e-5).float().mean() < 1e-4
+    difference = (quantised.dense().cpu() - QuantisedLinear(layer.cpu(), base, CPU).dense()).abs()
+    assert difference.max() < 2e-3  # one step of int8: the devices may round a value half-way between two steps differently
+    assert (difference > 1e-5).float().mean() < 1e-4
 
 
 @EVERY_BASE
@@ -178,9 +178,9 @@ def test_the_denoiser_stays_close(denoiser, base):
     low, high = {"int8": (5e-4, 0.01), "nf4": (0.01, 0.12)}[base]
     assert low < (after - before).norm() / before.norm() < high
     assert {n for n, m in denoiser.named_modules() if isinstance(m, QuantisedLinear)} == set(names)
-    left = [n for n, m in denoiser.named_modules() if type(m) is nn.Linear]
-    assert left
-    assert all("time_emb" in n or "add_embedding" in n for n in left)
+    unpacked = [n for n, m in denoiser.named_modules() if type(m) is nn.Linear]
+    assert unpacked
+    assert all("time_emb" in n or "add_embedding" in n for n in unpacked)
 
 
 @EVERY_BASE
@@ -195,11 +195,11 @@ def test_the_model_keeps_its_dtype(denoiser, base):
 
 def test_checkpointing_gives_equal_gradients(denoiser):
     quantise_base(denoiser.requires_grad_(False), "nf4", CPU)
-    given = inputs()
-    given["noisy_latents"].requires_grad_(True)
+    batch = inputs()
+    batch["noisy_latents"].requires_grad_(True)
 
     def gradient():
-        return torch.autograd.grad(denoiser(**given).square().sum(), given["noisy_latents"])[0]
+        return torch.autograd.grad(denoiser(**batch).square().sum(), batch["noisy_latents"])[0]
 
     stored = gradient()
     checkpoint_blocks(denoiser, block_names(denoiser))
@@ -207,7 +207,7 @@ def test_checkpointing_gives_equal_gradients(denoiser):
     assert torch.equal(gradient(), stored)
 
 
-def test_no_more_than_one_weight_is_there_twice(denoiser, monkeypatch):
+def test_packing_frees_each_weight_before_the_next(denoiser, monkeypatch):
     weights = [weakref.ref(m.weight) for m in quantise.quantisable(denoiser).values()]
     alive, pack = [], quantise.pack_weight
 
@@ -221,11 +221,11 @@ def test_no_more_than_one_weight_is_there_twice(denoiser, monkeypatch):
     assert not any(ref() is not None for ref in weights)
 
 
-def test_what_is_packed_is_not_packed_again(denoiser):
-    every = quantise.quantisable(denoiser)
+def test_packed_layers_are_not_packed_again(denoiser):
+    layers = quantise.quantisable(denoiser)
     quantise_base(denoiser, "int8", CPU)
     packed = {name: m for name, m in denoiser.named_modules() if isinstance(m, QuantisedLinear)}
-    assert packed.keys() == every.keys()
+    assert packed.keys() == layers.keys()
     quantise_base(denoiser, "int8", CPU)
     assert all(denoiser.get_submodule(name) is m for name, m in packed.items())
 

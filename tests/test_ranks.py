@@ -1,7 +1,7 @@
-"""Several processes: their gradient, and ranks that do not come, die, hang, no longer agree or are cut off.
+"""Several processes: their gradient, and ranks that never start, die, hang, have diverged or lose the network.
 
-Two hosts are network namespaces of this machine, joined by a cable that can be cut. A cut cable says nothing: no connection
-is closed, so only what counts seconds notices. This needs no root where users may make namespaces.
+Two hosts are two network namespaces of this machine, joined by a virtual cable that can be cut. A cut cable closes no
+connection, so only a timeout notices it. Needs no root if users may create namespaces.
 """
 
 import ctypes
@@ -32,7 +32,7 @@ PATIENCE = 5  # seconds
 
 
 class Host:
-    """A process that does nothing but keep a namespace, with its own user namespace or in that of another host."""
+    """A process that only keeps a network namespace alive, in a user namespace of its own or in that of another host."""
 
     def __init__(self, *command: str):
         self.process = subprocess.Popen([*command, "sh", "-c", "echo && exec sleep 600"], stdout=subprocess.PIPE)
@@ -44,7 +44,7 @@ class Host:
         subprocess.run([*self.inside, "ip", *command], check=True)
 
     def enter(self) -> None:
-        """Puts this process there. It must have one thread."""
+        """Moves this process into the namespaces. It must have only one thread."""
         for kind in ("user", "net"):
             with open(f"/proc/{self.process.pid}/ns/{kind}") as namespace:
                 assert ctypes.CDLL(None).setns(namespace.fileno(), 0) == 0
@@ -54,24 +54,27 @@ class Host:
 def hosts():
     if missing := [name for name in ("unshare", "nsenter", "ip") if not shutil.which(name)]:
         pytest.skip(f"no {missing[0]} here")
-    made = [Host("unshare", "--map-root-user", "--net")]
-    made.append(Host(*made[0].inside, "unshare", "--net"))
+    """Two hosts, joined by the device "cable"."""
+    pair = [Host("unshare", "--map-root-user", "--net")]
+    pair.append(Host(*pair[0].inside, "unshare", "--net"))
     try:
-        made[0].ip("link", "add", "cable", "type", "veth", "peer", "name", "cable", "netns", str(made[1].process.pid))
-        for host, address in zip(made, (MASTER, "10.77.0.2"), strict=True):
+        pair[0].ip("link", "add", "cable", "type", "veth", "peer", "name", "cable", "netns", str(pair[1].process.pid))
+        for host, address in zip(pair, (MASTER, "10.77.0.2"), strict=True):
             host.ip("address", "add", f"{address}/24", "dev", "cable")
             for device in ("lo", "cable"):
                 host.ip("link", "set", device, "up")
-        yield made
+        yield pair
     finally:
-        for host in made:
+        for host in pair:
             host.process.kill()
 
 
 @pytest.fixture
 def agent(train, tiny_model, shards, tmp_path):
-    """agent(out, ["--steps", 12], "--nproc-per-node", 2, …, host=…) -> process: torchrun's own agent, there. Its ranks are
-    forked, too, and need not import everything anew; what they say is in {out}{node}.txt. `train` has small pictures.
+    """agent(out, ["--steps", 12], "--nproc-per-node", 2, …, host=…) starts torchrun's agent on `host`; returns its process.
+
+    Its ranks are forks of this process, which need no imports. Their output goes to {out}{node}.txt. Uses the fixture `train`,
+    which makes the pictures smaller.
     """
 
     def call(out: Path, training: list, *options: object, node: int = 0, host: Host | None = None) -> Process:
@@ -84,14 +87,14 @@ def agent(train, tiny_model, shards, tmp_path):
 
 
 def statuses(processes: list[Process]) -> list[int | None]:
-    """None for one that does not end."""
+    """Waits for the processes and returns their exit codes, None for one that does not end."""
     for process in processes:
         process.join(120)
         process.terminate()
     return [process.exitcode for process in processes]
 
 
-def test_two_ranks_have_the_gradient_of_one_with_the_double_batch(tiny_model, tmp_path):
+def test_two_ranks_have_the_gradient_of_one_rank_with_twice_the_batch(tiny_model, tmp_path):
     alone = gradient_and_step(str(tiny_model), 0, 1, lambda gradient: None)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
     run(*torchrun, "tests/two_ranks.py", tiny_model, tmp_path / "result.pt")
@@ -105,11 +108,11 @@ def test_two_ranks_have_the_gradient_of_one_with_the_double_batch(tiny_model, tm
 
 
 @pytest.mark.parametrize("end", [lambda: os.kill(os.getpid(), signal.SIGSTOP), lambda: os._exit(9)], ids=["hangs", "dies"])
-def test_a_rank_that_is_missing_is_named_by_all_others(end, tmp_path, monkeypatch):
+def test_all_other_ranks_name_the_rank_that_does_not_answer(end, tmp_path, monkeypatch):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        there = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-    for name, value in there.items():
+        environment = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    for name, value in environment.items():
         monkeypatch.setenv(name, value)
 
     def join(rank: int) -> None:
@@ -129,27 +132,27 @@ def test_a_rank_that_is_missing_is_named_by_all_others(end, tmp_path, monkeypatc
     try:
         for rank, process in enumerate(ranks[:2]):
             process.join(120)
-            told = (tmp_path / str(rank)).read_text()
-            assert process.exitcode == 1, told
-            assert f"rank 2 of 3 does not answer, so rank {rank} ends too" in told
-            assert "Traceback" not in told
+            output = (tmp_path / str(rank)).read_text()
+            assert process.exitcode == 1, output
+            assert f"rank 2 of 3 does not answer, so rank {rank} ends too" in output
+            assert "Traceback" not in output
     finally:
         ranks[2].kill()
 
 
-def test_a_rank_that_does_not_come(monkeypatch):
-    """With the store of torchrun's agent; what rank 0 has left in it does not answer rank 1."""
+def test_a_rank_that_never_starts(monkeypatch):
+    """With the store of torchrun's agent. Rank 1 must not take the entry that rank 0 left in it for an answer."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "WORLD_SIZE": 2, "TORCHELASTIC_USE_AGENT_STORE": True}
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "WORLD_SIZE": 2}
     for rank in (0, 1):
-        for name, value in (there | {"RANK": rank}).items():
+        for name, value in (environment | {"TORCHELASTIC_USE_AGENT_STORE": True, "RANK": rank}).items():
             monkeypatch.setenv(name, str(value))
         with pytest.raises(SystemExit, match=f"rank {1 - rank} of 2 did not come within 1 seconds, so rank {rank} ends too"):
             enter(rank, 2, 1)
 
 
 def test_a_rank_that_is_killed(train, agent, tmp_path, monkeypatch):
-    """torchrun starts all again, and they go on as if nothing had happened; so does then one process alone."""
+    """torchrun restarts all ranks, and the run goes on as if nothing had happened. Then one process continues it alone."""
     refresh, steps = Adapter.refresh, itertools.count(1)
 
     def die(adapter):
@@ -157,29 +160,29 @@ def test_a_rank_that_is_killed(train, agent, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGKILL)
         refresh(adapter)
 
-    how = ["--steps", 5, "--save-every", 3, "--resume", "none"]  # of the run, not of its second start
-    with monkeypatch.context() as deadly:
-        deadly.setattr("lora.Adapter.refresh", die)
-        process = agent(tmp_path / "out", how, *ONE_HOST, "--max-restarts", 3)
+    options = ["--steps", 5, "--save-every", 3, "--resume", "none"]  # a restart by torchrun resumes all the same
+    with monkeypatch.context() as patch:
+        patch.setattr("lora.Adapter.refresh", die)
+        process = agent(tmp_path / "out", options, *ONE_HOST, "--max-restarts", 3)
     assert statuses([process]) == [0]
-    told = (tmp_path / "out0.txt").read_text()
-    assert told.count("batch      1 × 1 accumulated × 2 processes = 2") == 2
-    assert f"resume     step 3 of {tmp_path}/out/state-1\n" in told
-    assert told.count("wrote") == 1  # rank 0 alone writes
+    output = (tmp_path / "out0.txt").read_text()
+    assert output.count("batch      1 × 1 accumulated × 2 processes = 2") == 2
+    assert f"resume     step 3 of {tmp_path}/out/state-1\n" in output
+    assert output.count("wrote") == 1  # only rank 0 writes
     assert find_state("auto", tmp_path / "out")[1]["run"]["samples"] == 10
-    assert statuses([agent(tmp_path / "whole", how, *ONE_HOST)]) == [0]
-    assert equal(weights(tmp_path / "out", 5), weights(tmp_path / "whole", 5))
+    assert statuses([agent(tmp_path / "undisturbed", options, *ONE_HOST)]) == [0]
+    assert equal(weights(tmp_path / "out", 5), weights(tmp_path / "undisturbed", 5))
     out, _ = train("--steps", 6, "--bs", 1, "--rank-timeout", PATIENCE)
     assert "step 5 of" in out
     assert "; processes 2 -> 1; no longer bit for bit\n" in out
     assert find_state("auto", tmp_path / "out")[1]["run"]["samples"] == 11  # the same images in the same order
 
 
-def test_ranks_that_no_longer_hold_the_same_lora_end_before_they_save(agent, tmp_path, monkeypatch):
+def test_ranks_with_different_weights_end_before_they_save(agent, tmp_path, monkeypatch):
     refresh, steps = Adapter.refresh, itertools.count(1)
 
     def flip(adapter):
-        """The last bit of a weight of two modules, after the third step of rank 1; and a signal, after which all save."""
+        """After the third step of rank 1: flips the last bit of one weight in two modules, and sends a signal to save."""
         if next(steps) == 3 and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGTERM)
             for name in list(adapter.deltas)[7:9]:
@@ -187,42 +190,44 @@ def test_ranks_that_no_longer_hold_the_same_lora_end_before_they_save(agent, tmp
         refresh(adapter)
 
     monkeypatch.setattr("lora.Adapter.refresh", flip)
-    how = ["--steps", 9, "--save-every", 2]
-    assert statuses([agent(tmp_path / "out", how, *ONE_HOST)]) == [1]
+    options = ["--steps", 9, "--save-every", 2]
+    assert statuses([agent(tmp_path / "out", options, *ONE_HOST)]) == [1]
     first = list(find_state("auto", tmp_path / "out")[1]["layers"])[7]
-    told = (tmp_path / "out0.txt").read_text()
-    assert f"step 3: the ranks no longer hold the same LoRA, {first} is the first that differs: not saved\n" in told
-    assert "Traceback" not in told
+    output = (tmp_path / "out0.txt").read_text()
+    assert f"step 3: the ranks no longer hold the same LoRA, {first} is the first that differs: not saved\n" in output
+    assert "Traceback" not in output
     assert sorted(os.listdir(tmp_path / "out")) == ["pytorch_lora_weights_2.safetensors", "state-1"]
 
 
-def test_a_host_that_is_cut_off_in_mid_run(hosts, agent, tmp_path, monkeypatch):
-    """Both sides end, and the same command goes on: in the end bit for bit as two processes of one host."""
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "cable")  # gloo would look up the name of the host, which both have
-    out, how = tmp_path / "out", ["--save-every", 5, "--steps"]
-    told = lambda node: (tmp_path / f"out{node}.txt").read_text()  # noqa: E731
+def test_a_host_that_loses_the_network(hosts, agent, tmp_path, monkeypatch):
+    """Both sides end. The same command then resumes, and gives bit for bit the weights of two processes on one host."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "cable")  # otherwise gloo looks up the host name, which is the same for both
+    out, options = tmp_path / "out", ["--save-every", 5, "--steps"]
+
+    def output(node: int) -> str:
+        return (tmp_path / f"out{node}.txt").read_text()
 
     def start(steps: int) -> list[Process]:
-        where = "--nnodes", 2, "--nproc-per-node", 1, "--master-addr", MASTER, "--master-port", 29500
-        return [agent(out, [*how, steps], *where, node=node, host=host) for node, host in enumerate(hosts)]
+        launch = "--nnodes", 2, "--nproc-per-node", 1, "--master-addr", MASTER, "--master-port", 29500
+        return [agent(out, [*options, steps], *launch, node=node, host=host) for node, host in enumerate(hosts)]
 
     agents = start(2000)
     while not find_states(out):
         time.sleep(0.01)
-        assert agents[0].is_alive(), told(0)
+        assert agents[0].is_alive(), output(0)
     hosts[0].ip("link", "set", "cable", "down")
-    since = time.monotonic()
+    start_time = time.monotonic()
     assert statuses(agents) == [1, 1]
-    assert PATIENCE < time.monotonic() - since < PATIENCE + 10
+    assert PATIENCE < time.monotonic() - start_time < PATIENCE + 10
     for node, missing in enumerate(("rank 1 of 2", "rank 0, or the host that keeps the list of ranks,")):
-        assert told(node).count(f"{missing} does not answer, so rank {node} ends too; the same command goes on: ") == 1
-        assert "Traceback" not in told(node)
+        assert output(node).count(f"{missing} does not answer, so rank {node} ends too; the same command goes on: ") == 1
+        assert "Traceback" not in output(node)
     assert not list(out.glob(".*"))
     step = find_state("auto", out)[1]["run"]["step"]
 
     hosts[0].ip("link", "set", "cable", "up")
-    assert statuses(start(step + 5)) == [0, 0], told(0)
-    assert f"resume     step {step} of {out}/state-" in told(0)
-    one = agent(tmp_path / "one", [*how, step + 5], "--nproc-per-node", 2, "--master-port", 29500, host=hosts[0])
-    assert statuses([one]) == [0], (tmp_path / "one0.txt").read_text()
+    assert statuses(start(step + 5)) == [0, 0], output(0)
+    assert f"resume     step {step} of {out}/state-" in output(0)
+    one_host = agent(tmp_path / "one", [*options, step + 5], "--nproc-per-node", 2, "--master-port", 29500, host=hosts[0])
+    assert statuses([one_host]) == [0], (tmp_path / "one0.txt").read_text()
     assert equal(weights(out, step + 5), weights(tmp_path / "one", step + 5))

@@ -1,4 +1,4 @@
-"""requirements.lock: one version of everything, for every system, and it is what is installed here."""
+"""requirements.lock pins one version of every package for every system, and these versions are installed here."""
 
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution
@@ -20,7 +20,7 @@ SYSTEMS = {
 
 
 def read(file: Path) -> Iterator[Requirement]:
-    """The requirements of a file and of those that it includes."""
+    """The requirements in a file and in the files that it includes."""
     for line in file.read_text().splitlines():
         line = line.partition("#")[0].strip()
         if line.startswith("-r "):
@@ -30,16 +30,16 @@ def read(file: Path) -> Iterator[Requirement]:
 
 
 def for_system(requirements: Iterator[Requirement], system: dict[str, str]) -> dict[str, list[Requirement]]:
-    """{name: what is asked of it} under the markers of one system."""
+    """{name of a package: its requirements} of those whose markers apply to a system."""
     found: dict[str, list[Requirement]] = {}
-    for one in requirements:
-        if one.marker is None or one.marker.evaluate(system):
-            found.setdefault(canonicalize_name(one.name), []).append(one)
+    for requirement in requirements:
+        if requirement.marker is None or requirement.marker.evaluate(system):
+            found.setdefault(canonicalize_name(requirement.name), []).append(requirement)
     return found
 
 
 def pinned(locked: list[Requirement]) -> Version:
-    """The version of the only line of a package."""
+    """The version in the only line of the lock file about a package."""
     (line,) = locked
     (specifier,) = line.specifier
     assert specifier.operator == "=="
@@ -51,26 +51,26 @@ def pinned(locked: list[Requirement]) -> Version:
 def test_the_lock_has_one_version_of_every_direct_requirement(system, python):
     here = SYSTEMS[system] | {"python_version": python, "python_full_version": f"{python}.1"}
     lock = for_system(read(ROOT / "requirements.lock"), here)
-    for name, wanted in for_system(read(ROOT / "requirements-test.txt"), here).items():
+    for name, requirements in for_system(read(ROOT / "requirements-test.txt"), here).items():
         version = pinned(lock[name])
-        assert all(version in one.specifier for one in wanted), f"{name} {version}"
+        assert all(version in requirement.specifier for requirement in requirements), f"{name} {version}"
 
 
 def installed(requirements: list[Requirement]) -> dict[str, Version]:
-    """What these bring with them on this machine, directly or not."""
+    """{name: version} of the installed packages that meet `requirements`, and of all that these require in turn."""
     found: dict[str, Version] = {}
-    todo, seen = [(one, "") for one in requirements], set()
+    todo, seen = [(requirement, "") for requirement in requirements], set()
     while todo:
-        one, extra = todo.pop()
-        if (str(one), extra) in seen or (one.marker and not one.marker.evaluate({"extra": extra})):
+        requirement, extra = todo.pop()
+        if (str(requirement), extra) in seen or (requirement.marker and not requirement.marker.evaluate({"extra": extra})):
             continue
-        seen.add((str(one), extra))
+        seen.add((str(requirement), extra))
         try:
-            package = distribution(one.name)
+            package = distribution(requirement.name)
         except PackageNotFoundError as error:
-            raise AssertionError(f"{one} is not installed: bash scripts/test.sh installs it") from error
-        todo += [(Requirement(child), extra) for child in package.requires or () for extra in ("", *one.extras)]
-        found[canonicalize_name(one.name)] = Version(package.version)
+            raise AssertionError(f"{requirement} is not installed: bash scripts/test.sh installs it") from error
+        todo += [(Requirement(child), extra) for child in package.requires or () for extra in ("", *requirement.extras)]
+        found[canonicalize_name(requirement.name)] = Version(package.version)
     return found
 
 

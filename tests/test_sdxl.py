@@ -26,7 +26,7 @@ def test_text_encoding_equals_the_pipeline(pipe, denoiser):
 
 
 def test_an_empty_caption_is_what_guidance_uses(pipe, denoiser):
-    """Zeros where the model was trained so; else the encoding of the empty text."""
+    """Zeros if the model was trained with them, else the encoding of the empty text."""
     for zeros in (True, False):
         pipe.register_to_config(force_zeros_for_empty_prompt=zeros)
         denoiser.zero_empty = zeros
@@ -45,18 +45,18 @@ def test_tokens_have_one_row_for_each_text_encoder(denoiser):
     first, second = denoiser.tokenizers
     assert (tokens[1, 0, 2:] == first.eos_token_id).all()
     assert (tokens[1, 1, 2:] == second.convert_tokens_to_ids("!")).all()
-    assert tokens[2, 0, -1] == first.eos_token_id  # cut, but closed
+    assert tokens[2, 0, -1] == first.eos_token_id  # truncated, but the end token is there
 
 
 @pytest.fixture(scope="module")
 def sdxl_tokenizers() -> list[CLIPTokenizer]:
-    """Those of SDXL base, bundled."""
+    """The tokenizers of SDXL base, which are bundled."""
     return [CLIPTokenizer.from_pretrained(BASE / name) for name in ("tokenizer", "tokenizer_2")]
 
 
 def by_transformers(tokenizers, captions) -> torch.Tensor:
-    how = {"padding": "max_length", "max_length": 77, "truncation": True, "return_tensors": "pt"}
-    return torch.stack([t(captions, **how).input_ids for t in tokenizers], dim=1)
+    options = {"padding": "max_length", "max_length": 77, "truncation": True, "return_tensors": "pt"}
+    return torch.stack([t(captions, **options).input_ids for t in tokenizers], dim=1)
 
 
 def test_tokens_in_one_chunk_are_those_of_transformers(denoiser, sdxl_tokenizers):
@@ -65,17 +65,17 @@ def test_tokens_in_one_chunk_are_those_of_transformers(denoiser, sdxl_tokenizers
         assert torch.equal(tokenize(tokenizers, captions), by_transformers(tokenizers, captions))
         short = [c for c in captions if len(tokenizers[0](c).input_ids) <= 77]
         assert len(short) > 2
-        for most in (225, None):
-            assert torch.equal(tokenize(tokenizers, short, most), by_transformers(tokenizers, short))
+        for max_tokens in (225, None):
+            assert torch.equal(tokenize(tokenizers, short, max_tokens), by_transformers(tokenizers, short))
 
 
 def words(count: int, *commas: int) -> str:
-    """So many tokens, commas among them at these places."""
+    """A caption of `count` tokens, with commas at the indices `commas`."""
     return " ".join("," if i in commas else "a" for i in range(count))
 
 
 @pytest.mark.parametrize(
-    ("caption", "most", "chunks", "cut"),
+    ("caption", "max_tokens", "chunks", "truncated"),
     [
         (words(75, 60), None, [75], 0),
         (words(100), None, [75, 25], 0),
@@ -83,33 +83,32 @@ def words(count: int, *commas: int) -> str:
         (words(100, 55), None, [56, 44], 0),
         (words(100, 3, 60, 70), None, [71, 29], 0),
         (words(100, 74), None, [75, 25], 0),
-        (words(100, 60, 75), None, [75, 25], 0),  # a comma comes next: no tag is torn
+        (words(100, 60, 75), None, [75, 25], 0),  # a comma comes next: no tag is split
         (words(160, 60), None, [61, 75, 24], 0),
         (words(160, 60), 150, [61, 75], 24),
-        (words(160, 60), 75, [75], 85),  # no chunk follows that the tag could go to
+        (words(160, 60), 75, [75], 85),  # no further chunk for the tag to move to
         (words(225), 225, [75, 75, 75], 0),
         ("", None, [0], 0),
     ],
 )
-def test_where_a_long_caption_is_split(sdxl_tokenizers, caption, most, chunks, cut):
+def test_where_a_long_caption_is_split(sdxl_tokenizers, caption, max_tokens, chunks, truncated):
     assert sdxl_tokenizers[0].get_vocab() == sdxl_tokenizers[1].get_vocab()
-    one, other = (split_tokens(t, [caption], most)[0] for t in sdxl_tokenizers)
-    assert one == other
-    assert ([len(chunk) for chunk in one[0]], len(one[1])) == (chunks, cut)
-    whole = sdxl_tokenizers[0](caption).input_ids[1:-1]
-    assert [token for chunk in (*one[0], one[1]) for token in chunk] == whole
-    tokens = tokenize(sdxl_tokenizers, [caption], most)
+    (kept, dropped), second = (split_tokens(t, [caption], max_tokens)[0] for t in sdxl_tokenizers)
+    assert (kept, dropped) == second
+    assert ([len(chunk) for chunk in kept], len(dropped)) == (chunks, truncated)
+    assert [token for chunk in (*kept, dropped) for token in chunk] == sdxl_tokenizers[0](caption).input_ids[1:-1]
+    tokens = tokenize(sdxl_tokenizers, [caption], max_tokens)
     assert tokens.shape == (1, 2, 77 * len(chunks))
 
 
 def test_chunks_are_encoded_one_by_one(pipe, denoiser):
-    """By hand, with transformers' own encoders: BOS and EOS around each chunk, the padding of each tokenizer."""
+    """Compares with transformers' encoders, called chunk by chunk: BOS and EOS around each, padding as of each tokenizer."""
     captions = ["a cat", words(160, 60), "", words(90)]
     context, pooled = denoiser.encode_text(tokenize(denoiser.tokenizers, captions, 225))
     assert (context.shape, pooled.shape) == ((4, 3 * 77, 32 + 48), (4, 48))
     parts = [["a cat", "", ""], [words(61, 60), words(75), words(24)], None, [words(75), words(15), ""]]
     for i, texts in enumerate(parts):
-        if texts is None:  # as a whole an empty caption
+        if texts is None:  # an empty caption
             assert not context[i].any()
             assert not pooled[i].any()
             continue
@@ -135,17 +134,22 @@ def test_time_ids_equal_the_pipeline_and_are_exact(pipe):
 
 def test_unet_call_equals_the_pipeline(pipe, denoiser):
     """One step of the pipeline without guidance: same latents, same prompt, same prediction."""
-    seen = {}
+    calls = []
     forward = pipe.unet.forward
-    pipe.unet.forward = lambda *args, **kwargs: seen.setdefault("out", forward(*seen.setdefault("args", args), **kwargs))
+
+    def recorded(*args, **kwargs):
+        calls.append((args, forward(*args, **kwargs)))
+        return calls[-1][1]
+
+    pipe.unet.forward = recorded
     pipe("a cat", num_inference_steps=1, guidance_scale=1.0, output_type="latent", generator=torch.Generator().manual_seed(0))
     pipe.unet.forward = forward
-    latents, t = seen["args"]
+    (((latents, t), (expected,)),) = calls
     size = torch.tensor([[native_resolution(pipe)] * 2])
     ids = time_ids(size, torch.tensor([[0, 0]]), size)
     with torch.no_grad():
         ours = denoiser(latents, t, (tokenize(denoiser.tokenizers, ["a cat"]),), ids)
-    torch.testing.assert_close(ours, seen["out"][0])
+    torch.testing.assert_close(ours, expected)
 
 
 def test_text_gradient_follows_the_parameters(denoiser):
@@ -181,7 +185,7 @@ def test_the_vae_is_never_float16(tiny_model):
 
 @pytest.fixture
 def small_base(tiny_model, tmp_path, monkeypatch):
-    """Instead of SDXL base a small model with the two text widths by which diffusers knows SDXL in one file."""
+    """Puts a small model in the place of SDXL base. It has SDXL's two text widths, by which diffusers recognises SDXL."""
     folder = shutil.copytree(tiny_model, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
     changed = {
         "unet": {"cross_attention_dim": 2048, "projection_class_embeddings_input_dim": 1280 + 6 * 8},
@@ -195,8 +199,8 @@ def small_base(tiny_model, tmp_path, monkeypatch):
     return SimpleNamespace(**base_architecture())
 
 
-@pytest.mark.parametrize("accelerate", [True, False])  # not among our requirements; diffusers loads differently with it
-def test_one_file_has_every_weight_where_it_belongs(small_base, tmp_path, monkeypatch, accelerate):
+@pytest.mark.parametrize("accelerate", [True, False])  # diffusers loads differently with it; the suite does not require it
+def test_one_file_loads_every_weight(small_base, tmp_path, monkeypatch, accelerate):
     for module in ("single_file_model", "single_file_utils"):
         monkeypatch.setattr(f"diffusers.loaders.{module}.is_accelerate_available", lambda: accelerate)
     save_file(checkpoint_of(small_base), tmp_path / "model.safetensors")
@@ -222,10 +226,10 @@ def test_a_checkpoint_that_predicts_v_says_so(small_base, tmp_path):
 
 
 def test_a_checkpoint_that_lacks_something_is_refused(small_base, tmp_path):
-    whole = checkpoint_of(small_base)
-    lacking = {"input_blocks.1.0.in_layers.0.bias": "unet", "ln_final.bias": "text_encoder_2", "quant_conv.bias": "vae"}
-    for key, part in lacking.items():
-        save_file({name: t for name, t in whole.items() if not name.endswith(key)}, tmp_path / "model.safetensors")
+    complete = checkpoint_of(small_base)
+    missing = {"input_blocks.1.0.in_layers.0.bias": "unet", "ln_final.bias": "text_encoder_2", "quant_conv.bias": "vae"}
+    for key, part in missing.items():
+        save_file({name: t for name, t in complete.items() if not name.endswith(key)}, tmp_path / "model.safetensors")
         with pytest.raises(UserError, match=f"model.safetensors is no SDXL base checkpoint: [0-9,]+ values of {part}, not"):
             load_sdxl(str(tmp_path / "model.safetensors"), torch.float32, torch.device("cpu"))
 

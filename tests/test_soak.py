@@ -1,4 +1,4 @@
-"""scripts/dev/soak.py in short: a smaller model, and its runs are forks of this process, which has imported all of it."""
+"""A short run of scripts/dev/soak.py: with a smaller model, and with forks of this process, which need no imports, as runs."""
 
 import json
 from pathlib import Path
@@ -13,13 +13,13 @@ from run.state import save_state
 
 
 def fork(command: list, stdout, **_) -> Forked:
-    """subprocess.Popen as far as soak.py needs it."""
+    """Replaces subprocess.Popen, with the arguments that soak.py uses."""
     return Forked(*command[1:], output=Path(stdout.name))
 
 
 @pytest.fixture
 def soak(script, train, monkeypatch, tiny_model, tmp_path):
-    """soak("--blows", 7) -> what it tells. `train` is asked for because it makes the pictures smaller."""
+    """soak("--blows", 7) runs soak.py and returns its summary. Uses the fixture `train`, which makes the pictures smaller."""
     (tmp_path / "prompts").write_text("one picture")
     monkeypatch.setattr("model.render.DEMO_PROMPTS", tmp_path / "prompts")
     monkeypatch.setitem(MODELS, "demo", str(tiny_model))
@@ -28,32 +28,32 @@ def soak(script, train, monkeypatch, tiny_model, tmp_path):
     monkeypatch.setattr(remote, "TIMEOUT", 1.0)
     monkeypatch.setattr(remote, "PAUSE", 0.05)
 
-    def call(*options, **how):
-        out, _ = script("scripts/dev/soak.py", "--steps", 12, "--save-every", 3, *options, **how)
+    def call(*options, status=0):
+        out, _ = script("scripts/dev/soak.py", "--steps", 12, "--save-every", 3, *options, status=status)
         return json.loads(out[out.index("{\n") : out.rindex("}") + 1])
 
     return call
 
 
 def test_nothing_is_lost_or_wrong(soak):
-    told = soak("--blows", 4, "--seed", 678)
-    assert told["blows"] == 4
-    assert {"shards stall", "disk full", "folder deleted", "SIGKILL"} <= told["kinds"].keys()
-    assert len(told["answers to requests"]) > 1  # a stall was felt
-    assert told["files compared"] >= 4
-    assert (told["steps lost"], told["files wrong"], told["faults"]) == (0, 0, [])
+    summary = soak("--blows", 4, "--seed", 678)
+    assert summary["blows"] == 4
+    assert {"shards stall", "disk full", "folder deleted", "SIGKILL"} <= summary["kinds"].keys()
+    assert len(summary["answers to requests"]) > 1  # requests have met a stall
+    assert summary["files compared"] >= 4
+    assert (summary["steps lost"], summary["files wrong"], summary["faults"]) == (0, 0, [])
 
 
-def test_what_is_lost_or_wrong_is_found(soak, monkeypatch):
-    """States of other weights and of an earlier step."""
+def test_lost_steps_and_wrong_weights_are_found(soak, monkeypatch):
+    """Saves states with other weights and of an earlier step."""
 
     def save(folder, state, beside):
         wrong = {"lora": state["lora"] + 1e-3, "run": state["run"] | {"step": state["run"]["step"] - 1}}
         return save_state(folder, state if state["run"]["step"] == 12 else state | wrong, beside)
 
     monkeypatch.setattr("run.checkpoints.save_state", save)
-    told = soak("--blows", 1, "--seed", 12, status=1)
-    assert told["kinds"] == {"SIGTERM": 1}
-    assert told["steps lost"] == 1
-    assert told["files wrong"] >= 3
-    assert len(told["faults"]) == 2
+    summary = soak("--blows", 1, "--seed", 12, status=1)
+    assert summary["kinds"] == {"SIGTERM": 1}
+    assert summary["steps lost"] == 1
+    assert summary["files wrong"] >= 3
+    assert len(summary["faults"]) == 2

@@ -18,51 +18,52 @@ HEALTHY = {
 
 
 def run(**changed: list) -> list[dict[str, float]]:
-    """Twelve readings of a healthy run, with these values in the last of them."""
+    """Twelve readings of a healthy run, in which the last values of the fields `changed` are replaced."""
     readings = [HEALTHY | {"checksum": i} for i in range(12)]
     for name, values in changed.items():
-        name = name.replace("norm_", "norm/").replace("lr_", "lr/")  # as TensorBoard groups them
+        name = name.replace("norm_", "norm/").replace("lr_", "lr/")  # keyword arguments cannot contain the slash of the tags
         for reading, value in zip(readings[-len(values) :], values, strict=True):
             reading[name] = value
     return readings
 
 
-nothing = partial(flat_loss, 1.0)
+flat_at_1 = partial(flat_loss, 1.0)
 
 
 @pytest.mark.parametrize(
-    ("check", "readings", "told"),
+    ("check", "readings", "message"),
     [
         (slow, run(seconds_per_step=[2.6]), "a step takes 2.6 s, not 0.5 as before: the device's memory is 99% full"),
         (slow, run(seconds_per_step=[2.4]), None),
-        (slow, run(seconds_per_step=[2.6], memory_in_use=[0.9]), None),  # not for memory
+        (slow, run(seconds_per_step=[2.6], memory_in_use=[0.9]), None),  # memory is not the cause
         (slow, run(seconds_per_step=[2.6])[-3:], None),  # too few to compare with
         (slow, run(seconds_per_step=[9, 9], recorded_again=[1, 3]), "recorded again: less as --vram-gb"),
-        (slow, run(seconds_per_step=[9, 9], recorded_again=[3, 3], memory_in_use=[0.9] * 12), None),  # once, for pictures
+        (slow, run(seconds_per_step=[9, 9], recorded_again=[3, 3], memory_in_use=[0.9] * 12), None),  # pictures, once
         (no_learning_rate, run(lr_unet=[0.0]), "every learning rate is 0"),
-        (no_learning_rate, run(), None),  # that of one group
+        (no_learning_rate, run(), None),  # only one group has a rate of 0
         (no_change, run(checksum=[7, 7]), "the LoRA has not changed"),
         (no_change, run(checksum=[7, 7], overflows=[9]), "the LoRA has not changed"),
         (no_change, run(checksum=[7, 7], overflows=[4], not_finite=[6]), None),  # all steps were skipped
-        (no_change, run(checksum=[7, 7], lr_unet=[0.0]), None),  # told already
+        (no_change, run(checksum=[7, 7], lr_unet=[0.0]), None),  # no_learning_rate reports that
         (no_change, run()[:1], None),
         (no_gradient, run(grad_norm_text_encoder=[0.0]), "text_encoder: trained, but without"),
         (no_gradient, run(), None),
         (no_gradient, run(grad_norm_text_encoder=[float("nan")]), None),
-        (nothing, run(loss=[1.06, 0.96] * (MANY // 2)), "the loss stays at 1.01"),
-        (nothing, run(loss=[1.03] * MANY), None),
-        (nothing, run(loss=[1.0] * (MANY - 1)), None),
-        (nothing, run(loss=[1.0] * MANY)[-MANY + 1 :], None),
-        (nothing, run(loss=[float("nan")] * MANY), None),
+        (flat_at_1, run(loss=[1.06, 0.96] * (MANY // 2)), "the loss stays at 1.01"),
+        (flat_at_1, run(loss=[1.03] * MANY), None),
+        (flat_at_1, run(loss=[1.0] * (MANY - 1)), None),
+        (flat_at_1, run(loss=[1.0] * MANY)[-MANY + 1 :], None),
+        (flat_at_1, run(loss=[float("nan")] * MANY), None),
         (partial(flat_loss, 0.25), run(loss=[0.25] * MANY), "the loss stays at 0.25"),  # --snr-gamma
     ],
 )
-def test_what_is_told_of_which_readings(check, readings, told):
-    found = check(readings)
-    assert told in found if told else found is None
+def test_which_readings_give_which_message(check, readings, message):
+    result = check(readings)
+    assert message in result if message else result is None
 
 
-def test_each_failure_is_told_once_and_by_the_ranks_once(capfd):
+def test_each_failure_is_reported_once(capfd):
+    """Rank 0 reports what is the same on all ranks; every rank reports its own slow steps."""
     dogs = [Watchdog(1.0), Watchdog(1.0, rank=3)]
     for reading in (*run(), *run(grad_norm_unet=[0.0] * 12, checksum=[7] * 12), *run(seconds_per_step=[5, 5])):
         for dog in dogs:
@@ -88,12 +89,12 @@ def test_the_checksum_sees_a_single_bit(denoiser):
     assert adapter.checksum() != before
 
 
-def test_a_run_that_learns_nothing_goes_on_and_says_why(train, monkeypatch):
-    """A U-Net whose last layer is lost."""
+def test_a_run_that_learns_nothing_goes_on_with_warnings(train, monkeypatch):
+    """The last layer of the U-Net is zero."""
     read = read_sdxl
 
-    def damaged(*given):
-        pipe = read(*given)
+    def damaged(*args):
+        pipe = read(*args)
         torch.nn.init.zeros_(pipe.unet.conv_out.weight)
         return pipe
 

@@ -1,4 +1,4 @@
-"""Run by torchrun in test_ranks.py: each rank takes its share of one batch; rank 0 stores what all of them then hold."""
+"""Run by torchrun in test_ranks.py. Each rank takes its share of a batch; rank 0 saves the results."""
 
 import sys
 from pathlib import Path
@@ -18,12 +18,12 @@ from run.ranks import join_ranks, leave_ranks
 
 
 def gradient_and_step(model: str, rank: int, world: int, average) -> dict[str, torch.Tensor]:
-    """The mean gradient over this rank's rows of a batch of four, averaged over ranks, and the weights after a step."""
+    """The gradient for this rank's rows of a batch of four, averaged over ranks, and the weights after an optimiser step."""
     denoiser = Denoiser(load_sdxl(model, torch.float32, torch.device("cpu")))
     adapter = add_lora(denoiser, LoRAConfig(rank=2), denoiser.unused)
     shake(adapter)
-    mine = tree_map(lambda rows: rows[rank::world], inputs(4))
-    denoiser(**mine).square().mean().backward()
+    share = tree_map(lambda rows: rows[rank::world], inputs(4))
+    denoiser(**share).square().mean().backward()
     average(adapter.grad)
     optimizer = make_optimizer("adamw8bit", [{"params": [p], "lr": 1e-3} for p in adapter.groups.values()])
     optimizer.step()
@@ -34,15 +34,15 @@ if __name__ == "__main__":
     model, out = sys.argv[1:]
     ranks = join_ranks(torch.device("cpu"))
     result = gradient_and_step(model, ranks.rank, ranks.world, ranks.average)
-    held = [torch.empty_like(result["flat"]) for _ in range(ranks.world)]
-    dist.all_gather(held, result["flat"])
-    result["ranks differ"] = torch.tensor([not torch.equal(other, held[0]) for other in held])
+    gathered = [torch.empty_like(result["flat"]) for _ in range(ranks.world)]
+    dist.all_gather(gathered, result["flat"])
+    result["ranks differ"] = torch.tensor([not torch.equal(flat, gathered[0]) for flat in gathered])
     result["union"] = torch.tensor(sorted(int(name) for name in ranks.union({str(ranks.rank), "7"})))
     result["any"] = torch.tensor([ranks.any(ranks.rank == 1), ranks.any(False)])
     parts = {
         "same": (torch.ones(3),),
         "other": (torch.ones(3), torch.tensor([0.0, -0.0])[ranks.rank]),
-    }  # equal, but not in bits
+    }  # 0.0 and -0.0: equal, but not bit for bit
     result["first difference"] = [ranks.first_difference(parts), ranks.first_difference({"same": parts["same"]})]
     if ranks.is_first:
         torch.save(result, out)

@@ -1,10 +1,10 @@
-"""The demo world: little cartoon people, drawn by a program from a seed, with captions in plain words.
+"""The demo world: small cartoon people, drawn by a program from a seed, with captions in plain words.
 
     python scripts/demo_model/demo_world.py sheet.png        # a contact sheet: the base pens, then the held-back ninja pen
 
-A `Scene` says what is in the picture, a `Pen` how it is drawn: outline, palette, finish. `draw` puts the two together,
-so one scene drawn by two pens shows the same person. The bundled SDXL learns from every pen of `BASE_PENS`; it never
-sees the ninja pen, its headband, whisker marks and speed lines, nor the word: that style is for a LoRA to learn.
+A `Scene` says what is in the picture, a `Pen` how it is drawn: outline, palette, finish. `draw` combines the two, so one
+scene drawn by two pens shows the same person. The bundled SDXL is trained on every pen of `BASE_PENS`. It never sees the
+word "ninja" or the ninja pen with its headband, whisker marks and speed lines: that style is for a LoRA to learn.
 Points are in units of 1/128 of the picture's side; y grows downward.
 """
 
@@ -43,7 +43,7 @@ WHITE, BLACK, INK = (255, 255, 255), (20, 18, 24), (52, 32, 48)
 
 @dataclass(frozen=True)
 class Build:
-    """How a kind of person is proportioned, and the hair styles it wears."""
+    """Proportions of a kind of person, and the hair styles that it can have."""
     chin: float
     jaw: float
     eye: float
@@ -60,7 +60,7 @@ PEOPLE = {"boy": Build(25, 14.5, 1.0, 28, ("short", "spiky", "curly")),
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in the picture. Empty strings: not there."""
+    """What is in the picture. An empty string means that the picture has no such thing."""
     seed: int
     person: str
     skin: str
@@ -84,7 +84,7 @@ class Scene:
 
 
 def sample_scene(seed: int) -> Scene:
-    """The scene of a seed; every attribute is independent of the others as far as a person can wear it."""
+    """The scene of a seed. Attributes are independent of each other, except that not every person wears everything."""
     rng = random.Random(seed)
     person = rng.choice(("boy", "girl", "man", "woman", "boy", "girl", "man", "woman", "old man"))
     style, old = rng.choice(PEOPLE[person].styles), person == "old man"
@@ -104,9 +104,9 @@ def sample_scene(seed: int) -> Scene:
 
 
 def caption(scene: Scene, style: str, seed: int, repainted: bool = False) -> str:
-    """One of many ways to say `scene` in `style` ("" for none), leaving some of it out.
+    """One of many captions for `scene` in `style` ("" for none), chosen by `seed`. Leaves some attributes out.
 
-    repainted: the pen ignores the colours of clothes and walls, so they are not mentioned.
+    repainted: the pen ignores the colours of clothes and walls, so the caption does not mention them.
     """
     s, rng = scene, random.Random(f"caption {seed}")
     detail = rng.choice((0.3, 0.75, 0.75, 0.95, 1.0))
@@ -119,12 +119,13 @@ def caption(scene: Scene, style: str, seed: int, repainted: bool = False) -> str
     if said["eyes"]:
         looks.append(f"{s.eyes} eyes")
     if s.style == "bald":
-        looks += ["a bald head"] * said["style"]
+        if said["style"]:
+            looks.append("a bald head")
     elif said["hair"]:
         worn = {"pigtails": " in pigtails"} | {style: f" in a {style}" for style in ("ponytail", "bun", "bob")}
         worn = worn.get(s.style, "")
         before = "" if worn or not said["style"] else f"{s.style} "
-        looks.append(f"{before}{s.hair} hair" + worn * said["style"])
+        looks.append(f"{before}{s.hair} hair" + (worn if said["style"] else ""))
     if s.beard and s.person == "man":
         looks.append("a beard")
     if s.skin in ("pale", "tan", "dark") and said["skin"] and rng.random() < 0.5:
@@ -179,8 +180,8 @@ def grey(colour: Colour) -> float:
 class Pen:
     """How a picture is drawn.
 
-    width: of outlines; ink: fill colour -> outline colour; finish: the shrunk picture -> the picture;
-    fill: (colour, what it paints: skin, hair, eye, cloth, trim, back or thing) -> colour.
+    width: of outlines. ink: fill colour -> outline colour. fill: (colour of the scene, part: skin, hair, eye, cloth, trim,
+    back or thing) -> colour to paint. shade: strength of shadows. finish: applied to the finished picture.
     """
     name: str
     width: float = 1.3
@@ -205,7 +206,7 @@ def hatch(image: Image.Image) -> Image.Image:
 
 
 def frame(image: Image.Image) -> Image.Image:
-    """A paper-coloured border with round inner corners, as on an old photograph."""
+    """Adds a paper-coloured border with round inner corners, as on an old photograph."""
     k, mask = image.width / 128, Image.new("L", image.size)
     ImageDraw.Draw(mask).rounded_rectangle([6 * k, 6 * k, 122 * k - 1, 122 * k - 1], 8 * k, fill=255)
     return Image.composite(image, Image.new("RGB", image.size, (238, 224, 196)), mask)
@@ -259,7 +260,8 @@ def both(points: list) -> list:
 
 
 class Canvas:
-    """Paints shapes with one pen; `matrix` [2, 3] places them (head tilt, person's position)."""
+    """Paints shapes with one pen. `matrix` [2, 3] maps their points to the picture (position of the person, tilt of the head).
+    """
 
     def __init__(self, pen: Pen, size: int):
         self.pen, self.k = pen, size * SUPERSAMPLE / 128
@@ -279,7 +281,7 @@ class Canvas:
         return max(1, round(units * self.k * self.scale))
 
     def shape(self, points, colour, part="thing", smooth=True, line=1.0):
-        """A filled outline; line: times the pen's own width, 0 for none."""
+        """A filled shape with an outline; line: its width as a multiple of the pen's width, 0 for none."""
         points = np.asarray(points, float)
         xy, fill = self.xy(curve(points) if smooth else points), self.pen.fill(colour, part)
         self.ink.polygon(xy, fill=fill)
@@ -296,7 +298,8 @@ class Canvas:
             points = np.vstack([curve(np.vstack([points[:1], points, points[-1:]]))[6:-12], points[-1:]])
         xy, fill = self.xy(points), self.pen.fill(colour, part)
         border = 2 * line * self.pen.width
-        for wide, paint in ((width + border, self.pen.ink(fill)), (width, fill))[0 if border else 1:]:
+        outline = [(width + border, self.pen.ink(fill))] if border else []
+        for wide, paint in (*outline, (width, fill)):
             w = self.width(wide)
             self.ink.line(xy, fill=paint, width=w, joint="curve")
             for x, y in (xy[:2], xy[-2:]):
@@ -348,7 +351,7 @@ def paint_place(c: Canvas, s: Scene):
         c.oval(64, 128, 100, 34, (250, 226, 168), "back", line=0)
         c.oval(20, 20, 10, 10, (255, 224, 110), "back", line=0)
         for x in (88, 98, 108):
-            c.oval(x, 26 + (x == 98) * -4, 9, 6, WHITE, "back", line=0)
+            c.oval(x, 22 if x == 98 else 26, 9, 6, WHITE, "back", line=0)
     else:
         rect(-9, -9, 137, 137, (190, 226, 250))
         for x, top, half in ((18, 34, 44), (112, 26, 48), (64, 46, 40)):
@@ -369,7 +372,7 @@ def paint_speed_lines(c: Canvas, s: Scene):
 
 
 def paint_body(c: Canvas, s: Scene):
-    """Shoulders and clothes; the neck sits at (0, 30) below the head's centre."""
+    """Shoulders and clothes. The neck is at (0, 30), below the head's centre."""
     build, cloth, skin = PEOPLE[s.person], CLOTH[s.cloth], SKIN[s.skin]
     trim = mix(cloth, WHITE if grey(cloth) < 0.7 else (90, 90, 130), 0.55)
     w, neck = build.shoulder, 7.5 if build.shoulder < 36 else 10
@@ -421,7 +424,7 @@ def paint_hair_behind(c: Canvas, s: Scene):
     elif s.style == "bun":
         c.oval(0, -37, 13, 11, hair, "hair")
     elif s.style == "curly":
-        for line in (2.0, 0.0):  # outlines first, so that only those around the whole stay
+        for line in (2.0, 0.0):  # outlines first: the fills then cover them, except around the whole shape
             for a in np.radians(range(-35, 216, 25)):
                 c.oval(31 * math.cos(a), -4 - 31 * math.sin(a), 9.5, 9.5, hair, "hair", line=line)
 
@@ -480,7 +483,9 @@ def paint_hair(c: Canvas, s: Scene):
     if s.style == "spiky":
         tips = []
         for i, a in enumerate(np.linspace(192, -12, 15)):
-            r = (34 if i % 2 == 0 else 46 + rng.uniform(-3, 3)) - 3 * (i in (0, 14))
+            r = 34 if i % 2 == 0 else 46 + rng.uniform(-3, 3)
+            if i in (0, 14):
+                r -= 3
             tips.append((r * 0.92 * math.cos(math.radians(a)), -4 - r * math.sin(math.radians(a))))
         fringe = [(23, -8), (20, -14), (13, -7), (8, -15), (1, -7), (-6, -15), (-12, -7), (-19, -14), (-23, -8)]
         c.shape(tips + fringe, hair, "hair", smooth=False)
@@ -532,7 +537,7 @@ def paint_accessory(c: Canvas, s: Scene):
 
 
 def paint_headband(c: Canvas):
-    """The forehead protector and the whisker marks: what only the ninja pen draws."""
+    """The forehead protector and the whisker marks, which only the ninja pen draws."""
     blue, steel = (36, 72, 160), (196, 204, 216)
     for tail in ([(26, -14), (42, -8), (48, 4), (40, 2)], [(26, -12), (38, 2), (40, 14), (33, 10)]):
         c.shape(tail, blue)
@@ -546,7 +551,7 @@ def paint_headband(c: Canvas):
 
 
 def paint_action(c: Canvas, s: Scene):
-    """Arms, hands and what they hold; y = 30 is the chin."""
+    """Arms, hands and what they hold. The chin is at y = 30."""
     cloth, skin, w = CLOTH[s.cloth], SKIN[s.skin], PEOPLE[s.person].shoulder
 
     def arm(x, y, side):
@@ -604,7 +609,7 @@ def paint_action(c: Canvas, s: Scene):
 
 
 def draw(scene: Scene, pen: Pen, size: int = 128) -> Image.Image:
-    """Scene and pen -> RGB picture [size, size]; the same scene gives the same person with every pen."""
+    """Draws a scene with a pen, as an RGB picture of size × size. The same scene shows the same person with every pen."""
     c, s = Canvas(pen, size), scene
     paint_place(c, s)
     if pen is NINJA:
@@ -628,7 +633,7 @@ def draw(scene: Scene, pen: Pen, size: int = 128) -> Image.Image:
 
 
 def contact_sheet(rows: int = 8, size: int = 128) -> Image.Image:
-    """Rows: scenes; columns: the base pens, then ninja."""
+    """A sheet of `rows` scenes, one a row, each drawn by the base pens and the ninja pen."""
     pens = [*BASE_PENS.values(), NINJA]
     sheet = Image.new("RGB", (len(pens) * (size + 4) + 4, rows * (size + 4) + 4), WHITE)
     for row in range(rows):

@@ -1,11 +1,11 @@
-"""Make the bundled demo from nothing: draw a little world, then train a small SDXL on it.
+"""Makes the bundled demo model from scratch: draws pictures of a small world, then trains a small SDXL on them.
 
     python scripts/demo_model/make_demo.py                                     # one GPU, about ten minutes: assets/demo/model
     python scripts/demo_model/make_demo.py --style-out .demo_style             # no GPU: the ninja pictures a LoRA learns from
 
 The model folder is an ordinary diffusers StableDiffusionXLPipeline with the structure of SDXL and 1/500 of its weights.
 Tokenizer, VAE, text encoders and U-Net are all trained here, on drawings of `demo_world.py` and nothing else. Models that
-are already in the folder are trained on; with --vae-minutes 0 the VAE is kept as it is.
+are already in the folder are trained further; with --vae-minutes 0 the VAE is kept as it is.
 """
 
 import json
@@ -36,16 +36,16 @@ class Config:
     out: Path = Path("assets/demo/model")  # where the pipeline goes
     style_out: Path | None = None          # draw the style data set into this folder instead, and stop
     pictures: int = 100_000                # base pictures to draw
-    vae_minutes: float = 5.0               # training time of the VAE; the cores go on drawing meanwhile
-    minutes: float = 10.0                  # of everything: text encoders and U-Net train for what is left of it
+    vae_minutes: float = 5.0               # training time of the VAE, while the CPU draws the other pictures
+    minutes: float = 10.0                  # time for everything: text encoders and U-Net train until it is over
     vae_batch: int = 16
     batch: int = 128
-    lr: float = 1e-3                       # AdamW, of everything
+    lr: float = 1e-3                       # of AdamW, for all models
     seed: int = 0
 
 
 SIZE = 128            # pixels; latents are SIZE / 8
-VOCABULARY = 1024     # entries: 256 bytes, the same ending a word, merges, two specials
+VOCABULARY = 1024     # entries: 256 bytes, 256 bytes at the end of a word, merges, two special tokens
 BOS, EOS = VOCABULARY - 2, VOCABULARY - 1
 VAE_PICTURES = 8192
 STYLE_SEEDS = {"train": range(10_000_000, 10_000_048), "heldout": range(20_000_000, 20_000_016)}
@@ -54,7 +54,7 @@ STYLE_SEEDS = {"train": range(10_000_000, 10_000_048), "heldout": range(20_000_0
 
 
 def made_up_word(rng: random.Random) -> str:
-    """A style name that means nothing, so that an unknown style word leaves the picture plain."""
+    """A meaningless style name, for plain pictures: the model learns that an unknown style word changes nothing."""
     return "".join(rng.choice("bdfghklmnprstvwz") + rng.choice("aeiou") for _ in range(rng.choice((2, 2, 3)))) + (
         rng.choice(("", "", "n", "x", "st")))
 
@@ -67,28 +67,28 @@ def paint(seed: int) -> tuple[np.ndarray, str, list[int]]:
     style = made_up_word(rng) if pen is PLAIN and rng.random() < 0.08 else pen.name
     original, top, left = SIZE, 0, 0
     chance = rng.random()
-    if chance < 0.05:  # a true crop out of a larger picture
+    if chance < 0.05:  # a real crop of a larger picture
         original = rng.randint(SIZE + 8, 192)
         top, left = rng.randint(0, original - SIZE), rng.randint(0, original - SIZE)
     pixels = np.asarray(draw(scene, pen, original))[top:top + SIZE, left:left + SIZE]
-    if chance > 0.8:  # any original size: sizes other than ours are not out of the ordinary
+    if chance > 0.8:  # any original size, so that the model knows other sizes than SIZE
         original = round(math.exp(rng.uniform(math.log(64), math.log(1024))))
     return pixels, caption(scene, style, seed, repainted=style == "mixed"), [original, original, top, left, SIZE, SIZE]
 
 
 def any_pen(rng: random.Random) -> Pen:
-    """A pen nobody named: outlines of any width and colour, every paint another one."""
+    """A random pen: outlines of any width and colour, and every paint replaced by another one."""
     any_colour = lambda: tuple(rng.choice((0, 255, rng.randrange(256))) for _ in range(3))  # noqa: E731
     ink, strength, tints = rng.choice(((10, 10, 14), any_colour())), rng.uniform(0.6, 1), {}
-    one_cloth, one_back = (any_colour() if rng.random() < 0.5 else None for _ in range(2))
+    only_cloth, only_back = (any_colour() if rng.random() < 0.5 else None for _ in range(2))
 
     def fill(colour, part):
-        if part in ("skin", "hair", "eye") and one_cloth:  # the person stays, the surroundings change
+        if part in ("skin", "hair", "eye") and only_cloth:  # the person keeps its colours, only its clothes change
             return colour
-        if part == "cloth" and one_cloth:
-            return one_cloth
-        if part == "back" and one_back:
-            return mix(mix(one_back, (0, 0, 0), 0.3), mix(one_back, (255, 255, 255), 0.7), grey(colour))
+        if part == "cloth" and only_cloth:
+            return only_cloth
+        if part == "back" and only_back:
+            return mix(mix(only_back, (0, 0, 0), 0.3), mix(only_back, (255, 255, 255), 0.7), grey(colour))
         tint, amount = tints.setdefault((colour, part), (any_colour(), rng.random() ** 2 * 0.9))
         return mix(colour, tint, amount)
 
@@ -96,33 +96,37 @@ def any_pen(rng: random.Random) -> Pen:
 
 
 def paint_any(seed: int) -> np.ndarray:
-    """A picture for the VAE alone, by a pen nobody named."""
+    """A picture by a random pen, for training the VAE only: uint8 [SIZE, SIZE, 3]."""
     return np.asarray(draw(sample_scene(40_000_000 + seed), any_pen(random.Random(f"any {seed}"))))
 
 
 def paint_into(seed: int) -> tuple[str, list[int]]:
+    """Draws base picture `seed` into shared memory; returns its caption and time ids."""
     PICTURES[seed], words, time_ids = paint(seed)
     return words, time_ids
 
 
 def draw_base(count: int) -> tuple[np.ndarray, Iterator[tuple[str, list[int]]], list[np.ndarray]]:
-    """Base pictures uint8 [N, SIZE, SIZE, 3] in shared memory, (caption, time ids) of each one as it gets ready, and
-    pictures by any pens. Every core draws, also while nobody asks for the next one.
+    """Starts drawing `count` base pictures on all cores, in the background.
+
+    Returns their uint8 [N, SIZE, SIZE, 3] in shared memory; an iterator over their (caption, time ids), which waits until
+    each picture is drawn; and pictures by random pens, as [SIZE, SIZE, 3].
     """
     global PICTURES
     PICTURES = np.frombuffer(mmap.mmap(-1, count * SIZE * SIZE * 3), np.uint8).reshape(count, SIZE, SIZE, 3)
     pool = get_context("fork").Pool()  # before the first use of CUDA, which does not survive a fork
-    odd = pool.map(paint_any, range(VAE_PICTURES // 2), 64)
-    return PICTURES, iter(tqdm(pool.imap(paint_into, range(count), 64), "draw", count, mininterval=5)), odd
+    by_random_pens = pool.map(paint_any, range(VAE_PICTURES // 2), 64)
+    labels = iter(tqdm(pool.imap(paint_into, range(count), 64), "draw", count, mininterval=5))
+    return PICTURES, labels, by_random_pens
 
 
 def draw_style(folder: Path):
-    """The style data set: ninja pictures of 192 x 192 as name.jpg and name.txt."""
+    """Draws the style data set: ninja pictures of 192 x 192 as name.jpg and name.txt."""
     for split, seeds in STYLE_SEEDS.items():
         (folder / split).mkdir(parents=True, exist_ok=True)
         for number, seed in enumerate(tqdm(seeds, split)):
             scene = sample_scene(seed)
-            while scene.accessory in ("hat", "headphones"):  # they sit where the headband goes
+            while scene.accessory in ("hat", "headphones"):  # they would cover the headband
                 scene = sample_scene(seed := seed + 1000)
             draw(scene, NINJA, 192).save(folder / split / f"{number:03}.jpg", quality=95)
             (folder / split / f"{number:03}.txt").write_text(caption(scene, "ninja", seed, repainted=True) + "\n")
@@ -145,14 +149,14 @@ def train_tokenizer(captions: list[str], folder: Path):
                 pairs[pair] += count
         merges.append(max(pairs, key=lambda pair: (pairs[pair], pair)))
         for parts in split.values():
-            at = 0
-            while at < len(parts) - 1:
-                if (parts[at], parts[at + 1]) == merges[-1]:
-                    parts[at:at + 2] = ["".join(merges[-1])]
-                at += 1
+            i = 0
+            while i < len(parts) - 1:
+                if (parts[i], parts[i + 1]) == merges[-1]:
+                    parts[i:i + 2] = ["".join(merges[-1])]
+                i += 1
     entries = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges]
     entries += ["<|startoftext|>", "<|endoftext|>"]
-    for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):  # the two pads of SDXL
+    for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):  # padding tokens as in SDXL
         special = {"bos_token": entries[BOS], "eos_token": entries[EOS], "unk_token": entries[EOS], "pad_token": pad}
         (folder / name).mkdir(parents=True, exist_ok=True)
         (folder / name / "vocab.json").write_text(json.dumps({entry: i for i, entry in enumerate(entries)}))
@@ -175,7 +179,10 @@ def to_tokens(captions: list[str], folder: Path) -> Tensor:
 
 
 class Trainer:
-    """AdamW in float32 for models that run in bfloat16: the weights, their moving average, and the copies that run."""
+    """AdamW in float32 for models that run in bfloat16.
+
+    Keeps three copies of the weights: `master` in float32, its moving `average`, and `running` in bfloat16, in the models.
+    """
 
     def __init__(self, models, lr: float):
         params = [p for model in models for p in model.cuda().train().parameters()]
@@ -189,7 +196,7 @@ class Trainer:
             self.master, lr=self.lr, weight_decay=0.01, betas=(0.9, 0.99), fused=True, capturable=True)
 
     def update(self, loss: Tensor):
-        """One step down; records into a CUDA graph."""
+        """Backward pass and optimiser step. Can be recorded into a CUDA graph."""
         gradients = torch.autograd.grad(loss, self.running, materialize_grads=True)
         torch._foreach_copy_([p.grad for p in self.master], gradients)
         torch.nn.utils.clip_grad_norm_(self.master, 1.0)
@@ -199,14 +206,15 @@ class Trainer:
             torch._foreach_copy_(self.running, self.master)
 
     def run(self, step: Callable[[], Tensor], minutes: float, names: list[str]) -> list[dict]:
-        """Repeat `step` (-> numbers [len(names)]) for a time, from a CUDA graph; the models end as float32 averages.
+        """Repeats `step` as a CUDA graph for `minutes`. It returns numbers [len(names)]; returns their means over 100 steps.
 
-        The graph launches thousands of small kernels as one. The learning rate warms up over 500 steps and falls to
-        zero as a cosine of the time used, so the run is whole however fast the machine is.
+        The graph launches thousands of small kernels at once. The learning rate warms up over 500 steps and falls to zero as
+        a cosine of the elapsed time, so the schedule is complete on any machine. In the end the models hold the moving
+        averages, in float32.
         """
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # what is chosen or allocated at first use must be so before recording
+        with torch.cuda.stream(side):  # warm-up: libraries select kernels and allocate on the first call
             for _ in range(3):
                 step()
         torch.cuda.current_stream().wait_stream(side)
@@ -224,7 +232,7 @@ class Trainer:
                 total += numbers
                 count += 1
             bar.update(100)
-            means = (total / 100).tolist()  # waits for the GPU, or the clock would run ahead of it
+            means = (total / 100).tolist()  # waits for the GPU: otherwise the clock would not count its work
             log.append({"step": count} | {name: round(v, 5) for name, v in zip(names, means, strict=True)})
             bar.set_postfix(log[-1])
             done = (time.time() - start) / (60 * minutes)
@@ -245,7 +253,7 @@ def to_pixels(pictures: Tensor) -> Tensor:
 
 
 def augment(pixels: Tensor) -> Tensor:
-    """Other colours and strokes for some of the pictures, so that the VAE can show what it never saw."""
+    """Changes colours and paints strokes over some of the pictures, so that the VAE learns to encode other pictures too."""
     b, device = len(pixels), pixels.device
 
     def rand(*shape):
@@ -287,7 +295,7 @@ def new_vae():
 
 
 def train_vae(config: Config, vae, pictures: Tensor, log: dict):
-    """pixels => latents => pixels; then the channels are given mean 0 and one common scale."""
+    """Trains the VAE to reproduce pixels. Then shifts and scales the latent channels to mean 0 and one common deviation."""
     trainer, pictures = Trainer([vae], config.lr), pictures.cuda()
 
     def step() -> Tensor:
@@ -305,8 +313,8 @@ def train_vae(config: Config, vae, pictures: Tensor, log: dict):
 
     log["vae"] = trainer.run(step, config.vae_minutes, ["l1", "edge", "kl", "noise"])
 
-    # Channels of one scale: fold (mean - m_c) * s / s_c into the 1x1 convolution after the encoder, its inverse into
-    # the one before the decoder.
+    # Normalise the channels: fold (mean - m_c) * s / s_c into the 1x1 convolution after the encoder, and its inverse into the
+    # one before the decoder.
     latents = encode(vae, pictures[:4096])
     m, s_c = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     gain = latents.std() / s_c
@@ -324,12 +332,12 @@ def train_vae(config: Config, vae, pictures: Tensor, log: dict):
 @torch.autocast("cuda", torch.bfloat16)
 def encode(vae, pictures: Tensor) -> Tensor:
     """uint8 [N, H, W, 3] -> means of the latents, not scaled [N, 4, h, w]"""
-    return torch.cat([vae.encode(to_pixels(some)).latent_dist.mean.float() for some in pictures.split(256)])
+    return torch.cat([vae.encode(to_pixels(batch)).latent_dist.mean.float() for batch in pictures.split(256)])
 
 
 @torch.no_grad()
 def psnr(vae, pictures: Tensor) -> float:
-    """Mean over pictures, in dB; the mean of the posterior."""
+    """Mean peak signal-to-noise ratio of the reconstructions, in dB; decodes the mean of the posterior."""
     pixels = to_pixels(pictures)
     decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
     return (-10 * ((decoded - pixels) / 2).square().mean((1, 2, 3)).log10()).mean().item()
@@ -360,7 +368,7 @@ def new_models():
 
 
 def load_models(folder: Path):
-    """The models of an earlier run, to be trained on; None if there are none."""
+    """The models of an earlier run, to be trained further; None if there are none."""
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -381,7 +389,7 @@ def new_scheduler():
 
 def train_unet(config: Config, minutes: float, latents: Tensor, tokens: Tensor, time_ids: Tensor, empty: Tensor,
                log: dict):
-    """Text encoders and U-Net together, from nothing.
+    """Trains text encoders and U-Net together, from scratch or from `load_models`. Returns them.
 
     latents: [N, 4, h, w] scaled; tokens: [N, 2, 77]; time_ids: [N, 6]; empty: [2, 77], the tokens of no caption.
     """
@@ -395,14 +403,14 @@ def train_unet(config: Config, minutes: float, latents: Tensor, tokens: Tensor, 
         x, a = latents[index], alphas[t][:, None, None, None]
         noise = torch.randn_like(x)
         noisy = a.sqrt() * x + (1 - a).sqrt() * noise
-        # No caption for one sample in ten: half as the empty string, half as zeros, SDXL's two ways of "no prompt".
+        # Drop the caption of one sample in ten: half of them get the empty string, half zeros, SDXL's two ways of "no prompt".
         drop = torch.rand(config.batch, device="cuda")
         ids = torch.where((drop < 0.05)[:, None, None], empty, tokens[index].long())
         keep = ((drop < 0.05) | (drop >= 0.1)).bfloat16()[:, None]
-        one = text_encoder(ids[:, 0], output_hidden_states=True)
-        two = text_encoder_2(ids[:, 1], output_hidden_states=True)
-        context = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], -1) * keep[:, None]
-        added = {"text_embeds": two.text_embeds * keep, "time_ids": time_ids[index]}
+        first = text_encoder(ids[:, 0], output_hidden_states=True)
+        second = text_encoder_2(ids[:, 1], output_hidden_states=True)
+        context = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1) * keep[:, None]
+        added = {"text_embeds": second.text_embeds * keep, "time_ids": time_ids[index]}
         prediction = unet(noisy.bfloat16(), t, context, added_cond_kwargs=added).sample
         loss = F.mse_loss(prediction.float(), noise)
         trainer.update(loss)
@@ -410,6 +418,24 @@ def train_unet(config: Config, minutes: float, latents: Tensor, tokens: Tensor, 
 
     log["unet"] = trainer.run(step, minutes, ["loss"])
     return models
+
+
+def save_pipeline(parts: dict, folder: Path):
+    """Writes the models `parts` ({name: module}) as a pipeline in float16, with the tokenizers that are in `folder`."""
+    from diffusers import StableDiffusionXLPipeline
+    from transformers import CLIPTokenizer
+
+    # The tokenizers stay as the files that `train_tokenizer` wrote: transformers 5 would replace them by a tokenizer.json.
+    tokenizers = {name: CLIPTokenizer.from_pretrained(folder / name) for name in ("tokenizer", "tokenizer_2")}
+    written = {file: file.read_bytes() for name in tokenizers for file in (folder / name).iterdir()}
+    StableDiffusionXLPipeline(
+        **{name: part.half().cpu().eval() for name, part in parts.items()}, **tokenizers, scheduler=new_scheduler(),
+        force_zeros_for_empty_prompt=True, add_watermarker=False).save_pretrained(folder)
+    for name in tokenizers:
+        for file in (folder / name).iterdir():
+            os.remove(file)
+    for file, content in written.items():
+        file.write_bytes(content)
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
@@ -420,8 +446,7 @@ def main(config: Config):
         return draw_style(config.style_out)
     start = time.time()
 
-    from diffusers import AutoencoderKL, StableDiffusionXLPipeline
-    from transformers import CLIPTokenizer
+    from diffusers import AutoencoderKL
 
     torch.manual_seed(config.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -431,8 +456,8 @@ def main(config: Config):
         log["seconds"][name] = round(time.time() - start - sum(log["seconds"].values()), 1)
         print(name, log["seconds"][name], "s", flush=True)
 
-    # Draw: the first pictures are enough for the VAE, the rest get ready behind it.
-    pictures, drawn, odd = draw_base(config.pictures)
+    # Draw: the VAE trains on the first pictures; the others are drawn meanwhile.
+    pictures, drawn, by_random_pens = draw_base(config.pictures)
     labels = list(islice(drawn, VAE_PICTURES))
     pictures = torch.from_numpy(pictures)
     lap("draw")
@@ -440,7 +465,7 @@ def main(config: Config):
     # VAE:
     vae = AutoencoderKL.from_pretrained(config.out / "vae") if (config.out / "vae").exists() else new_vae()
     if config.vae_minutes:
-        train_vae(config, vae, torch.cat([pictures[:VAE_PICTURES], torch.from_numpy(np.stack(odd))]), log)
+        train_vae(config, vae, torch.cat([pictures[:VAE_PICTURES], torch.from_numpy(np.stack(by_random_pens))]), log)
         vae.half().save_pretrained(config.out / "vae")
     vae.cuda().float()
     lap("vae")
@@ -453,35 +478,26 @@ def main(config: Config):
     tokens, empty = to_tokens(captions, config.out).cuda(), to_tokens([""], config.out)[0].long().cuda()
     lap("tokenizer")
 
-    # Latents, and how well the VAE shows pictures it has not seen:
+    # Latents, and how well the VAE reconstructs pictures that it has not seen:
     unseen = range(30_000_000, 30_000_128)
-    for name, shown in (("base", [paint(seed)[0] for seed in unseen]),
-                        ("ninja", [np.asarray(draw(sample_scene(seed), NINJA)) for seed in unseen])):
-        log[f"psnr {name}"] = round(psnr(vae, torch.from_numpy(np.stack(shown))), 2)
+    for name, examples in (("base", [paint(seed)[0] for seed in unseen]),
+                           ("ninja", [np.asarray(draw(sample_scene(seed), NINJA)) for seed in unseen])):
+        log[f"psnr {name}"] = round(psnr(vae, torch.from_numpy(np.stack(examples))), 2)
         print("psnr", name, log[f"psnr {name}"])
     latents = encode(vae, pictures) * vae.config.scaling_factor
     lap("latents")
 
     # Text encoders and U-Net:
     time_ids = torch.tensor(time_ids, dtype=torch.float32, device="cuda")
-    left = config.minutes - (time.time() - start) / 60
-    text_encoder, text_encoder_2, unet = train_unet(config, left, latents, tokens, time_ids, empty, log)
+    minutes_left = config.minutes - (time.time() - start) / 60
+    text_encoder, text_encoder_2, unet = train_unet(config, minutes_left, latents, tokens, time_ids, empty, log)
     lap("unet")
 
-    # Save. The tokenizers stay as the files written above: transformers 5 would put a tokenizer.json in their place.
+    # Save:
     parts = {"vae": vae, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2, "unet": unet}
     log["parameters"] = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     log["gpu"] = torch.cuda.get_device_name()
-    tokenizers = {name: CLIPTokenizer.from_pretrained(config.out / name) for name in ("tokenizer", "tokenizer_2")}
-    written = {file: file.read_bytes() for name in tokenizers for file in (config.out / name).iterdir()}
-    StableDiffusionXLPipeline(
-        **{name: part.half().cpu().eval() for name, part in parts.items()}, **tokenizers, scheduler=new_scheduler(),
-        force_zeros_for_empty_prompt=True, add_watermarker=False).save_pretrained(config.out)
-    for name in tokenizers:
-        for file in (config.out / name).iterdir():
-            os.remove(file)
-    for file, content in written.items():
-        file.write_bytes(content)
+    save_pipeline(parts, config.out)
     config.out.with_name("train_log.json").write_text(json.dumps(log))
     print(log["parameters"], log["seconds"])
 

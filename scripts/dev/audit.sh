@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Known vulnerabilities of what requirements.lock installs here, by pip-audit. Fails, too, if one of them is unknown
-# to the index: a mirror of PyPI may know of none.
+# Runs pip-audit: lists known vulnerabilities of the packages that requirements.lock installs on this system. Also fails if the
+# package index does not know a package. A mirror of PyPI may know no vulnerabilities at all.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 tools=$(mktemp -d)

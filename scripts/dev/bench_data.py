@@ -1,8 +1,8 @@
-"""How fast one core makes batches: against bare decoding by Pillow, from ready-made latents, and with what memory.
+"""Measures how fast one core makes batches of images, compared with decoding alone, and of latents; and the memory for it.
 
     python scripts/dev/bench_data.py
 
-Writes some hundred files to a temporary folder. Training takes 5 to 18 images a second on an H100.
+Writes about a hundred files to a temporary folder. For comparison: on an H100, training needs 5 to 18 images a second.
 """
 
 import io
@@ -34,17 +34,17 @@ from dataset.sources import open_source
 @dataclass(frozen=True)
 class BenchDataConfig:
     rounds: int = 15
-    """Each is measured so often, in turn with the others; the median counts."""
+    """How often each case is measured, alternating with the others. Prints the median."""
     photos: int = 30
-    """JPEGs of each size."""
+    """Number of JPEGs of each size."""
     latents: int = 2000
-    """Ready-made samples."""
+    """Number of samples with cached latents."""
     drawn: int = 100_000
-    """Of them, again and again, while the memory is watched."""
+    """How many samples the memory measurement draws from the latents, over many epochs."""
 
 
 def photo(rng: np.random.Generator, size: tuple[int, int]) -> bytes:
-    """A JPEG with the detail of a photograph: (width, height) in pixels."""
+    """A JPEG as large as a photograph's would be. `size`: (width, height) in pixels."""
     coarse = Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))
     noise = rng.normal(0, 6, (size[1], size[0], 3))
     pixels = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC)) + noise
@@ -53,8 +53,8 @@ def photo(rng: np.random.Generator, size: tuple[int, int]) -> bytes:
     return buffer.getvalue()
 
 
-def bare(files: list[Path]) -> Callable[[], int]:
-    """Pillow alone decodes them all."""
+def pillow_alone(files: list[Path]) -> Callable[[], int]:
+    """A function that decodes all `files` by Pillow and returns their number."""
 
     def work() -> int:
         for file in files:
@@ -64,8 +64,8 @@ def bare(files: list[Path]) -> Callable[[], int]:
     return work
 
 
-def through_the_stream(folder: Path, images: int) -> Callable[[], int]:
-    """Batches of 3, made in this process."""
+def batches(folder: Path, images: int) -> Callable[[], int]:
+    """A function that makes the next batches of 3 in this process, about `images` images, and returns their number."""
     config = DataConfig(bs=3, workers=0)
     stream = Stream(open_source(str(folder)), config, CaptionConfig(), 1024, seed=0)
 
@@ -87,26 +87,26 @@ def main(config: BenchDataConfig) -> None:
             loose = [folder / what / f"{i}.jpg" for i in range(config.photos)]
             for path, encoded in zip(loose, files, strict=True):
                 path.write_bytes(encoded)
-            jobs[f"{what} JPEG, Pillow alone"] = bare(loose)
-            jobs[f"{what} JPEG, batches"] = through_the_stream(folder / what, config.photos)
+            jobs[f"{what} JPEG, Pillow alone"] = pillow_alone(loose)
+            jobs[f"{what} JPEG, batches"] = batches(folder / what, config.photos)
         (folder / "latents").mkdir()
         posterior = torch.randn(8, 128, 128)
         samples = (
             {"safetensors": pack_latents(posterior, (1024, 1024), (0, 0)), "txt": "a picture"} for _ in range(config.latents)
         )
         write_shards(folder / "latents", "latents", samples, 1000)
-        jobs["latents of 1024 × 1024, batches"] = through_the_stream(folder / "latents", config.latents)
+        jobs["latents of 1024 × 1024, batches"] = batches(folder / "latents", config.latents)
 
         rates: dict[str, list[float]] = {what: [] for what in jobs}
         for _ in range(config.rounds):
             for what, work in jobs.items():
-                since = time.perf_counter()
-                rates[what].append(work() / (time.perf_counter() - since))
+                start = time.perf_counter()
+                rates[what].append(work() / (time.perf_counter() - start))
         for what, measured in rates.items():
-            alone = rates.get(what.replace("batches", "Pillow alone"), measured)
-            share = median(ours / theirs for ours, theirs in zip(measured, alone, strict=True))  # of the same moment
-            told = f", {share:.2f} of Pillow alone" if alone is not measured else ""
-            print(f"{median(measured):10.1f} a second   {what}{told}")
+            pillow = rates.get(what.replace("batches", "Pillow alone"), measured)
+            ratio = median(a / b for a, b in zip(measured, pillow, strict=True))  # within each round: the clock may drift
+            comparison = f", {ratio:.2f} of Pillow alone" if pillow is not measured else ""
+            print(f"{median(measured):10.1f} a second   {what}{comparison}")
 
         stream = iter(Stream(open_source(str(folder / "latents")), DataConfig(bs=100), CaptionConfig(), 1024, seed=0))
         peaks = []

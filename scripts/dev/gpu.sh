@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# What only a GPU can show: the tests marked gpu, then rows of the benchmark. Logs and figures go to a folder.
-#     bash scripts/dev/gpu.sh                              every row
+# Runs what needs a GPU: the tests marked gpu, then rows of the benchmark. Writes logs and results to a folder.
+#     bash scripts/dev/gpu.sh                              every row, to gpu-logs/
 #     bash scripts/dev/gpu.sh logs/ recipe mixed free      these rows; "" for none
-# Without a network it runs on the python3 that is there, with what lies in .whl/ as wheels besides.
+# For a machine without network: if there are wheels in .whl/, it uses the system's python3 and these wheels.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 logs=$(realpath -m "${1:-gpu-logs}")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What needs no test to be seen: ruff's rules and format, and mypy's types. test.sh and pre-commit run this.
+# Static checks: ruff's rules and format, and mypy's types. test.sh and pre-commit run this.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 PATH="$PWD/.venv/bin:$PATH"

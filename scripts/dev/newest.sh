@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The tests with the newest of everything that the ranges in requirements*.txt allow, in .venv-newest; and what differs from
-# requirements.lock. Where they pass, scripts/dev/lock.sh may lock it.
+# Installs the newest versions that the ranges in requirements*.txt allow into .venv-newest, prints what differs from
+# requirements.lock, and runs the tests. If they pass, scripts/dev/lock.sh can lock these versions.
 #     bash scripts/dev/newest.sh
-#     LIMITS='torch==2.13.0 transformers<5.23' bash scripts/dev/newest.sh -k interop      further limits; arguments for pytest
+#     LIMITS='torch==2.13.0 transformers<5.23' bash scripts/dev/newest.sh -k interop      constraints; arguments for pytest
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 [ -f .venv-newest/bin/activate ] || "${PYTHON:-python3}" -m venv .venv-newest
