@@ -39,8 +39,8 @@ class InferConfig:
     compare: bool = False
     """Render the base model too, as the column on the left."""
     lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A LoRA file of any tool, or a folder of them: the newest in it; `:0.8` after it is its strength. May be repeated, to merge
-    several. None given: checkpoints/."""
+    """A LoRA file of any tool, or a folder of them: the newest in it; `:0.8` after it is its strength. May be repeated, to
+    merge several. None given: checkpoints/."""
     lora_parts: str = "unet,te1,te2"
     """What of the LoRA is merged: U-Net, text encoders 1 and 2."""
     model: str | None = None
