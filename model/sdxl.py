@@ -1,7 +1,4 @@
-"""What is SDXL: loading, tokens, both text encoders, VAE, micro-conditioning (Podell et al. 2023, arXiv:2307.01952).
-
-The only file that knows diffusers' and transformers' model classes.
-"""
+"""SDXL as one module: both text encoders, U-Net, micro-conditioning (Podell et al. 2023, arXiv:2307.01952)."""
 
 from typing import Any
 
@@ -52,7 +49,7 @@ def time_ids(original_size: Tensor, crop: Tensor, size: Tensor) -> Tensor:
 
 
 def text_shapes(denoiser: "Denoiser", batch: int, chunks: int) -> tuple[Tensor, ...]:
-    """What a denoiser is told of the captions of a batch, on the meta device."""
+    """The `text` of `Denoiser.forward` for a batch whose captions take `chunks` of 77 tokens, on the meta device."""
     room = denoiser.empty.shape[2] * chunks
     if denoiser.text_encoder is not None:
         return (torch.empty(batch, 2, room, dtype=torch.int64, device="meta"),)
@@ -65,8 +62,8 @@ def text_shapes(denoiser: "Denoiser", batch: int, chunks: int) -> tuple[Tensor, 
 class Denoiser(nn.Module):
     """U-Net and both text encoders as one module: everything that can be trained, from tokens to prediction.
 
-    "Train the text encoders?" is then only a question of which parameters require a gradient. Without text it is the U-Net
-    alone, which is told context and pooled.
+    "Train the text encoders?" is then only a question of which parameters require a gradient. `with_text=False`: the U-Net
+    alone, for context and pooled that were computed before.
     """
 
     text_encoder: Any  # None without text
@@ -105,13 +102,13 @@ class Denoiser(nn.Module):
             context = context.view(len(tokens), tokens.shape[2], -1)
             pooled = second.text_embeds[:: chunks.shape[2]]
             if self.zero_empty:
-                told = (chunks != self.empty.to(chunks.device)[:, :, None]).any(dim=(1, 2, 3)).to(pooled.dtype)
-                context, pooled = context * told[:, None, None], pooled * told[:, None]
+                captioned = (chunks != self.empty.to(chunks.device)[:, :, None]).any(dim=(1, 2, 3)).to(pooled.dtype)
+                context, pooled = context * captioned[:, None, None], pooled * captioned[:, None]
         return context, pooled
 
     @torch.no_grad()
     def text_signature(self) -> list[float]:
-        """Numbers that tell one pair of text encoders from another: some of what they make of a fixed caption."""
+        """Some 32 numbers that differ between two pairs of text encoders: a part of what they make of a fixed caption."""
         tokens = tokenize(self.tokenizers, ["a picture of a cat"]).to(self.text_encoder.device)
         context, pooled = (states.float() for states in self.encode_text(tokens))
         parts = [part[:: len(part) // 16] for part in (context[0, -1], pooled[0])]
@@ -125,15 +122,17 @@ class Denoiser(nn.Module):
 
     @torch.no_grad()
     def describe(self, prompt: str, negative: str | None) -> dict[str, str | Tensor | None]:
-        """What diffusers' pipeline is to be told of a prompt and its negative: the texts; or, if one of them has more than 75
+        """Arguments of diffusers' pipeline for a prompt and its negative: the texts; or, if one of them has more than 75
         tokens, their context and pooled, both in as many chunks as the longer one needs.
         """
         tokens = tokenize(self.tokenizers, [prompt, negative or ""], None).to(self.text_encoder.device)
         if tokens.shape == (2, *self.empty.shape[1:]):
             return {"prompt": prompt, "negative_prompt": negative}
-        (context, pooled), (against, pooled_against) = (self.encode_text(one) for one in tokens.split(1))
-        asked: dict[str, str | Tensor | None] = {"prompt_embeds": context, "pooled_prompt_embeds": pooled}
-        return asked | {"negative_prompt_embeds": against, "negative_pooled_prompt_embeds": pooled_against}
+        (context, pooled), (negative_context, negative_pooled) = (self.encode_text(row) for row in tokens.split(1))
+        return {
+            "prompt_embeds": context, "pooled_prompt_embeds": pooled,
+            "negative_prompt_embeds": negative_context, "negative_pooled_prompt_embeds": negative_pooled,
+        }  # fmt: skip
 
     def forward(self, noisy_latents: Tensor, timesteps: Tensor, text: tuple[Tensor, ...], time_ids: Tensor) -> Tensor:
         """[B, 4, h, w], [B], (tokens [B, 2, 77·n],) or (context, pooled) as from `encode_text`, [B, 6] -> prediction

@@ -47,24 +47,23 @@ def close_chunks(tokenizer: CLIPTokenizer, chunks: list[list[int]]) -> list[int]
     return [token for chunk in chunks for token in bos + chunk + eos + pad * (room - len(chunk))]
 
 
-# Captions -> what the denoiser is told of them: an object that the training loop calls with every batch.
+# The `text` of a training step: an object that is called with the captions of every batch.
 
 
 class TokenInputs:
-    """Tokens, which the text encoders read in every step; counts what is cut."""
-
-    tensors = 1  # that it gives
+    """Tokens, which the text encoders read in every step. Counts what is cut."""
 
     def __init__(self, tokenizers: list[CLIPTokenizer], max_tokens: int):
         self.tokenizers, self.max_tokens = tokenizers, max_tokens
         self.cut: Counter[int] = Counter()
 
-    def __call__(self, captions: list[str], ready: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """-> (tokens [B, 2, 77·n],)."""
+    def __call__(self, captions: list[str], encoded: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """-> (tokens [B, 2, 77·n],). `encoded` is ()."""
         self.cut.update(len(rest) for _, rest in split_tokens(self.tokenizers[0], captions, self.max_tokens))
         return (tokenize(self.tokenizers, captions, self.max_tokens),)
 
     def advice(self) -> str | None:
+        """For the end of a run: what to know about captions that were cut."""
         if not (most := max(self.cut, default=0)):
             return None
         share = f"{1 - self.cut[0] / self.cut.total():.1%} of the captions"
@@ -72,18 +71,18 @@ class TokenInputs:
 
 
 class CachedText:
-    """What cache.py has kept of the text encoders; a dropped caption is told as the empty one."""
-
-    tensors = 2
+    """Captions that scripts/cache_latents.py has encoded. A dropped caption gets what the encoders make of the empty one."""
 
     def __init__(self, empty: tuple[Tensor, Tensor]):
         self.empty = empty
 
-    def __call__(self, captions: list[str], ready: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """-> (context [B, 77, d1 + d2], pooled [B, d2])."""
-        told = torch.tensor([bool(caption) for caption in captions])
-        pairs = zip(ready, self.empty, strict=True)
-        return tuple(torch.where(told.view(-1, *(t.ndim - 1) * [1]), t.to(none.dtype), none) for t, none in pairs)
+    def __call__(self, captions: list[str], encoded: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """`encoded`: context [B, 77, d1 + d2] and pooled [B, d2] -> the same, with those of the empty caption put in."""
+        context, pooled = encoded
+        empty_context, empty_pooled = self.empty
+        kept = torch.tensor([bool(caption) for caption in captions])
+        context = torch.where(kept[:, None, None], context.to(empty_context.dtype), empty_context)
+        return context, torch.where(kept[:, None], pooled.to(empty_pooled.dtype), empty_pooled)
 
     def advice(self) -> None:
         return None

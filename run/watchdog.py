@@ -1,6 +1,4 @@
-"""What goes wrong in a run without an error, told and never hidden: numbers that are not finite, with the sample they come from
-and the module they begin in; and training that goes on but learns nothing, or crawls.
-"""
+"""Warnings of failures that raise no error: training that goes on but learns nothing, or becomes many times slower."""
 
 import math
 from collections.abc import Callable
@@ -9,8 +7,8 @@ from statistics import mean, median
 
 from common.errors import warn
 
-# Quiet failures. Each check looks at all readings of the run so far, the newest last, and says what is wrong, or None.
-# A reading is {name: number}: what is logged, and seconds_per_step, steps, memory_in_use, checksum, recorded_again.
+# Each check gets all readings of the run so far, the newest last, and returns what is wrong, or None.
+# A reading is {name: number}: the scalars of the log, and checksum and recorded_again.
 Readings = list[dict[str, float]]
 SLOW, FULL = 5, 0.95  # times the median; share of the device's memory
 FEW, MANY = 3, 10  # readings
@@ -18,17 +16,17 @@ NEAR_NOTHING = 0.02  # of the loss of a network that predicts nothing
 
 
 def slow(readings: Readings) -> str | None:
-    """Steps that take longer than they did, where the cause is memory. Waiting for data is told at the end of the run."""
+    """Steps that take longer than before, if memory is the cause. Waiting for data is reported at the end of the run."""
     *before, now = readings
     usual = median(one["seconds_per_step"] for one in before) if len(before) >= FEW else math.inf
     if now["seconds_per_step"] <= SLOW * usual:
         return None
-    told = f"a step takes {now['seconds_per_step']:.2g} s, not {usual:.2g} as before"
+    message = f"a step takes {now['seconds_per_step']:.2g} s, not {usual:.2g} as before"
     if now["recorded_again"] > before[-1]["recorded_again"] > before[-2]["recorded_again"]:
-        return f"{told}: its CUDA graphs are given up for memory and recorded again: less as --vram-gb, or --cuda-graph off"
+        return f"{message}: its CUDA graphs are given up for memory and recorded again: less as --vram-gb, or --cuda-graph off"
     if now["memory_in_use"] > FULL:
         used = f"the device's memory is {now['memory_in_use']:.0%} full and may spill to the host"
-        return f"{told}: {used}: less as --vram-gb, or close what else uses the device"
+        return f"{message}: {used}: less as --vram-gb, or close what else uses the device"
     return None
 
 
@@ -64,14 +62,14 @@ def flat_loss(nothing: float, readings: Readings) -> str | None:
     losses = [one["loss"] for one in readings[-MANY:]]
     if len(losses) < MANY or not abs(mean(losses) / nothing - 1) < NEAR_NOTHING:
         return None
-    told = f"the loss stays at {mean(losses):.2f}, that of a network which predicts nothing"
-    return f"{told}: is --model whole, and does it predict what its scheduler's prediction_type says?"
+    message = f"the loss stays at {mean(losses):.2f}, that of a network which predicts nothing"
+    return f"{message}: is --model whole, and does it predict what its scheduler's prediction_type says?"
 
 
 class Watchdog:
-    """Shown what the loop reads, it warns once of each quiet failure, in one line on stderr, and never ends the run.
+    """Checks the readings of a run, and warns once of each failure, in one line on stderr. Never ends the run.
 
-    Ranks differ only in their device and the first speaks for all, so that the others look at nothing else.
+    Ranks can differ in the speed of their device only: for all else the first rank warns.
     """
 
     def __init__(self, nothing: float, rank: int = 0):
@@ -82,7 +80,7 @@ class Watchdog:
 
     def see(self, reading: dict[str, float]) -> None:
         self.readings.append(reading)
-        told = {check: check(self.readings) for check in self.checks}
-        self.checks = [check for check in self.checks if not told[check]]
-        for line in filter(None, told.values()):
+        warnings = {check: check(self.readings) for check in self.checks}
+        self.checks = [check for check in self.checks if not warnings[check]]
+        for line in filter(None, warnings.values()):
             warn(f"{self.name}: {line}")
