@@ -181,12 +181,12 @@ class Adapter:
         """Sum of all weights' bits, read as int32: it differs if a single weight does. The host waits for the device."""
         return int(self.flat.view(torch.int32).sum(dtype=torch.int64))
 
-    def undo(self) -> None:
+    def zero_gradients(self) -> None:
         """Zeroes both gradient buffers, also what a backward pass that was broken off has left in `low_grad`."""
         self.low_grad.zero_()
         self.grad.zero_()
 
-    def refresh(self) -> None:
+    def update_layers(self) -> None:
         """After `flat` has changed: copies it into the layers' weights `low`, and zeroes `grad`."""
         if self.low is not self.flat:
             self.low.copy_(self.flat)

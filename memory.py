@@ -6,9 +6,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
+from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from common.errors import UserError
@@ -70,6 +71,9 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return precision if precision != "auto" else "fp16" if device.type == "cuda" else "fp32"
 
 
+# Devices.
+
+
 def resolve_device(device: str) -> torch.device:
     """'auto' -> CUDA if there is one, else CPU; 'cuda' -> this process's own. Raises UserError if it is not here."""
     if device == "auto":
@@ -110,15 +114,15 @@ CUDA_ITSELF = GiB  # context, loaded kernels and recorded graph, outside of PyTo
 
 
 def limit_memory(vram_gb: float | None, device: torch.device) -> int:
-    """--vram-gb -> bytes that tensors may take, enforced from here on by PyTorch's allocator; on the CPU only planned with.
+    """--vram-gb -> bytes that tensors may take. On CUDA the allocator refuses more from here on.
 
-    None: what is free now; of the host, all it has: a plan must not depend on what its cache of files holds just then. More
-    than is free is that: a card that is sold as one of 16 GB has 15.6 GiB, and a desktop takes its part.
+    None: all that is free now, and no cap; on the CPU all memory of the host, because what is free there varies with its file
+    cache. At most what is free: a card that is sold as one of 16 GB has 15.6 GiB, and a desktop takes its part.
     """
     if device.type != "cuda":
         return int(vram_gb * GiB) if vram_gb else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     free, total = torch.cuda.mem_get_info(device)  # the context is there by now
-    left = free - CUDA_ITSELF // 2
+    left = free - CUDA_ITSELF // 2  # the other half is taken already
     if vram_gb is None:
         return left
     budget = max(0, min(left, int(vram_gb * GiB) - CUDA_ITSELF))
@@ -127,7 +131,7 @@ def limit_memory(vram_gb: float | None, device: torch.device) -> int:
 
 
 def peak_memory(device: torch.device) -> tuple[float, float]:
-    """GiB (allocated, reserved by the allocator) at their highest so far; on the CPU twice the peak of this process."""
+    """GiB (allocated, reserved by the allocator) at their highest so far; on the CPU both are the peak of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GiB, torch.cuda.max_memory_reserved(device) / GiB
     import resource  # not on Windows
@@ -164,32 +168,33 @@ def describe_out_of_memory(error: torch.OutOfMemoryError) -> str:
 
 
 def plan_memory(
-    pipe: Any, lora: LoRAConfig, memory: MemoryConfig, workload: Workload, device: torch.device, budget: int
-) -> Plan:
+    pipe: StableDiffusionXLPipeline, lora: LoRAConfig, memory: MemoryConfig, workload: Workload, device: torch.device,
+    budget: int,
+) -> Plan:  # fmt: skip
     """How a step of `workload` fits into `budget` bytes, by a dry run on shapes without weights. `memory` is resolved.
 
     Raises UserError, which says what would help, if it does not fit.
     """
     budget -= ANOTHER_SHAPE * (workload.shapes - 1)  # the first shape's graph is in what was calibrated
-    shapes = blueprint(pipe, with_text=not workload.has_text)
+    denoiser = blueprint(pipe, with_text=not workload.has_text)
     vae = vae_dtype(device)
-    unpacked = sum(p.nbytes for p in shapes.parameters())
+    unpacked = sum(p.nbytes for p in denoiser.parameters())
     unpacked += 0 if workload.has_latents else sum(p.numel() for p in pipe.vae.parameters()) * vae.itemsize
-    linears = quantisable(shapes).values()
+    linears = quantisable(denoiser).values()
     saved = {base: sum(m.weight.nbytes - packed_bytes(m, base) for m in linears) for base in PACKED_BASES}
-    adapter = add_lora(shapes, lora, shapes.unused, dtype=memory.dtype)
+    adapter = add_lora(denoiser, lora, denoiser.unused, dtype=memory.dtype)
     trained = adapter.flat.numel() * bytes_per_trained(memory.optimizer, memory.dtype)
-    use_fast_kernels(shapes.unet, stand_in_kernel)
-    text = text_shapes(shapes, workload.batch, workload.chunks)
-    costs = dry_run(shapes, block_names(shapes), text, workload.resolution // pipe.vae_scale_factor)
+    use_fast_kernels(denoiser.unet, stand_in_kernel)
+    text = text_shapes(denoiser, workload.batch, workload.chunks)
+    costs = dry_run(denoiser, block_names(denoiser), text, workload.resolution // pipe.vae_scale_factor)
     fixed = {base: unpacked - saved.get(base, 0) + trained for base in possible_bases(memory, device)}
     vae_image = 0 if workload.has_latents else ENCODING * workload.resolution**2 * vae.itemsize
     plan = make_plan(costs, fixed, workload.batch, budget, checkpointing=memory.checkpointing, vae_image=vae_image)
 
-    def of_micro_batch(shape: torch.Size) -> torch.Size:
+    def of_piece(shape: torch.Size) -> torch.Size:
         return torch.Size((plan.micro, *shape[1:]))
 
-    attention = {(of_micro_batch(q), of_micro_batch(k)): calls for (q, k), calls in costs.attention.items()}
+    attention = {(of_piece(q), of_piece(k)): calls for (q, k), calls in costs.attention.items()}
     return replace(plan, attention=Shapes(attention))
 
 

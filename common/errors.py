@@ -1,6 +1,6 @@
 """How a script reports a user's mistake: one line on stderr that names the flag or file and what to do, exit status 2.
 
-Any exception that is not a UserError is a bug and keeps its traceback.
+A bug keeps its traceback. How a training run ends otherwise is in run/ending.py.
 """
 
 import sys

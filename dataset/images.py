@@ -1,11 +1,22 @@
 """Encoded images of any kind -> upright RGB in sRGB -> the pixels of a bucket."""
 
 import io
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 Size = tuple[int, int]  # (height, width)
+
+
+class Decoded(NamedTuple):
+    """What training needs of one image."""
+
+    values: np.ndarray  # pixels [h, w, 3] uint8, or of cached latents the posterior [8, h/8, w/8] float16
+    original: Size  # of the upright image
+    crop: tuple[int, int]  # (top, left) in the resized image
+    mask: np.ndarray | None = None  # loss mask [h/8, w/8] uint8
+
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "avif")  # extensions of files that are read as images
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP")  # Pillow may open no others: PostScript would be run

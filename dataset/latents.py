@@ -2,11 +2,10 @@
 
 import json
 
-import numpy as np
 import torch
 from safetensors.torch import load, save
 
-from dataset.images import Size
+from dataset.images import Decoded, Size
 
 LATENTS = "safetensors"  # the extension of a sample of cached latents
 
@@ -36,19 +35,17 @@ LATENT_KEYS = {False: ("posterior", "crop", "mask"), True: ("mirrored", "mirrore
 TEXT_KEYS = ("context", "pooled")
 
 
-def pack_latents(posterior: torch.Tensor, original_size: Size, crop: Size, mirrored: tuple = (), mask: tuple = ()) -> bytes:
-    """posterior [8, h, w], mean and standard deviation of the latents -> the bytes of key.safetensors in a shard, float16.
-
-    `mask`: (loss mask [h, w] uint8,) or (). `mirrored`: (posterior, crop) or (posterior, crop, mask) of the mirrored image.
-    """
-    tensors = {"original_size": torch.tensor(original_size)}
-    for flip, values in ((False, (posterior, crop, *mask)), (True, mirrored)):
-        tensors |= {name: torch.as_tensor(value) for name, value in zip(LATENT_KEYS[flip], values, strict=False)}
+def pack_latents(latents: Decoded, mirrored: Decoded | None = None) -> bytes:
+    """The latents of an image, and of its mirror image if there are any -> the bytes of key.safetensors in a shard, float16."""
+    tensors = {"original_size": torch.tensor(latents.original)}
+    for flip, part in ((False, latents), (True, mirrored)):
+        values = (part.values, part.crop, part.mask) if part else ()
+        tensors |= {name: torch.as_tensor(v) for name, v in zip(LATENT_KEYS[flip], values, strict=False) if v is not None}
     return save({name: (t.half() if t.is_floating_point() else t).contiguous() for name, t in tensors.items()})
 
 
-def unpack_latents(encoded: bytes, flip: bool, masked: bool = False) -> tuple[np.ndarray, Size, Size, *tuple[np.ndarray, ...]]:
-    """-> posterior [8, h/8, w/8] float16, original (h, w), crop (top, left) and, if `masked`, loss mask [h/8, w/8] uint8.
+def unpack_latents(encoded: bytes, flip: bool, masked: bool = False) -> Decoded:
+    """The latents of an image, or if `flip` of its mirror image; with its loss mask if `masked`.
 
     Raises ValueError, or what safetensors raises, if it is damaged or not finite: one NaN would spoil the whole training.
     """
@@ -61,7 +58,8 @@ def unpack_latents(encoded: bytes, flip: bool, masked: bool = False) -> tuple[np
         raise ValueError("its tensors are not those of latents")
     if not posterior.abs().max() < torch.inf:  # false for NaN too, and faster than isfinite().all()
         raise ValueError("its latents are not finite")
-    return posterior.numpy(), tuple(original.tolist()), tuple(crop.tolist()), *(m.numpy() for m in mask)
+    (height, width), (top, left) = original.tolist(), crop.tolist()
+    return Decoded(posterior.numpy(), (height, width), (top, left), mask[0].numpy() if mask else None)
 
 
 def with_text(encoded: bytes, text: tuple[torch.Tensor, ...] | None) -> bytes:

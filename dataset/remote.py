@@ -49,9 +49,9 @@ def scheme_of(data: str) -> str | None:
         return None
     if scheme not in SCHEMES:
         known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
-        raise UserError(f"--data: {scheme.partition(':')[0]}: is refused: give a path, or a URL of {known}")
+        raise UserError(f"{scheme.partition(':')[0]}: is refused: give a path, or a URL of {known}")
     if "@" in rest.partition("/")[0] or "?" in rest or "#" in rest:
-        raise UserError(f"--data {scheme}://…: credentials and queries belong in no URL: give them in the environment")
+        raise UserError(f"{scheme}://…: credentials and queries belong in no URL: give them in the environment")
     return scheme
 
 
@@ -65,7 +65,7 @@ def connect(scheme: str, process: int) -> fsspec.AbstractFileSystem:
     try:
         driver = fsspec.get_filesystem_class(scheme)
     except ImportError:
-        raise UserError(f"--data: {scheme}:// needs a driver: pip install -r requirements-cloud.txt") from None
+        raise UserError(f"{scheme}:// needs a driver: pip install -r requirements-cloud.txt") from None
     if scheme == "hf":
         return driver(skip_instance_cache=True)
     if scheme == "s3":
@@ -100,9 +100,9 @@ def request_with_retries(url: str, request: Callable[[fsspec.AbstractFileSystem]
         except Exception as error:  # the drivers let through errors of many libraries
             reason, temporary = describe_failure(error)
             if not temporary:
-                raise UserError(f"--data {url}: {reason}") from None
+                raise UserError(f"{url}: {reason}") from None
             if tries == most_tries:
-                raise UserError(f"--data {url}: {reason}, {tries} times over") from None
+                raise UserError(f"{url}: {reason}, {tries} times over") from None
         time.sleep(PAUSE * 2 ** (tries - 1) * random.uniform(0.75, 1.25))  # random, so that workers do not all return at once
 
 
@@ -266,7 +266,7 @@ def remote_index(folder: str) -> dict[str, Shard]:
                 return b""
             raise
 
-    return read_lines(request_with_retries(url, request), f"--data {url}")
+    return read_lines(request_with_retries(url, request), url)
 
 
 def shard_urls(folder: str, index: dict[str, Shard]) -> list[str]:
@@ -277,7 +277,7 @@ def shard_urls(folder: str, index: dict[str, Shard]) -> list[str]:
         names |= {path.rpartition("/")[2] for path in paths if path.endswith(".tar")}
     elif not index:
         advice = "name the .tar files by a brace pattern, or write the index with scripts/make_shards.py"
-        raise UserError(f"--data {folder}: no {INDEX} there, and a web server cannot list a folder: {advice}")
+        raise UserError(f"{folder}: no {INDEX} there, and a web server cannot list a folder: {advice}")
     if not names:
-        raise UserError(f"--data {folder}: no .tar files there")
+        raise UserError(f"{folder}: no .tar files there")
     return [folder + (quote(name) if folder.startswith(HTTP) else name) for name in sorted(names)]

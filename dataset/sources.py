@@ -101,12 +101,12 @@ def open_mixture(data: tuple[str, ...], cache: Cache | None = None) -> Source:
     pairs = [split_weight(value) for value in data or ("demo",)]
     weights = [weight for _, weight in pairs if weight is not None]
     if weights and len(weights) < len(pairs):
-        raise UserError(f"--data {' '.join(data)}: give all of them a weight (:3 at the end), or none")
+        raise UserError(f"{' '.join(data)}: give all of them a weight (:3 at the end), or none")
     sources = [open_source(name, cache) for name, _ in pairs]
     if len({source.has_latents for source in sources}) > 1:
-        raise UserError(f"--data {' '.join(data)}: these hold both images and latents: train on one kind")
+        raise UserError(f"{' '.join(data)}: these hold both images and latents: train on one kind")
     if len({(source.vae_signature, source.text_signature) for source in sources}) > 1:
-        raise UserError(f"--data {' '.join(data)}: these latents were made by several models")
+        raise UserError(f"{' '.join(data)}: these latents were made by several models")
     first, *others = sources
     if not others:
         return first
@@ -142,7 +142,7 @@ def split_weight(data: str) -> tuple[str, float | None]:
     if not colon or port or os.path.exists(data):
         return data, None
     if not 0 < value < float("inf"):
-        raise UserError(f"--data {data}: a weight must be above 0")
+        raise UserError(f"{data}: a weight must be above 0")
     return name, value
 
 
@@ -153,13 +153,13 @@ def open_source(data: str, cache: Cache | None = None) -> Source:
     a caption.
     """
     if not data:  # from an unset shell variable; Path("") would be the working directory
-        raise UserError("--data is empty")
+        raise UserError("the name of the data is empty")
     path = DEMO if data == "demo" else Path(data)
     refused: list[str] = []
     shards: Sequence[tuple[File | RemoteFile, Shard]]
     try:
         if re.fullmatch(r"[\w.-]+/[\w-]+", data) and not path.exists():
-            raise UserError(f"--data {data} does not exist; a data set of the hub: scripts/make_shards.py {data} --out shards/")
+            raise UserError(f"{data} does not exist; a data set of the hub: scripts/make_shards.py {data} --out shards/")
         if scheme_of(data):
             shards = remote_shards(expand(data), cache)
         else:
@@ -168,13 +168,13 @@ def open_source(data: str, cache: Cache | None = None) -> Source:
             shards = [(File(tar), shard) for tar, shard in local_shards(path)]
         source = of_shards(shards) if shards else scan_folder(path)
     except OSError as error:
-        raise UserError(f"--data {data}: {error}") from None
+        raise UserError(f"{data}: {error}") from None
     source.uncaptioned.extend(refused)
     if not source.samples:
         reason = "no " + ", ".join(IMAGE_SUFFIXES)
         if lacking := len(source.uncaptioned):
             reason = f"{lacking} have none: put name.txt beside name.jpg, or a metadata.jsonl with file_name and text"
-        raise UserError(f"--data {data}: no image with a caption there ({reason})")
+        raise UserError(f"{data}: no image with a caption there ({reason})")
     return source
 
 
@@ -183,7 +183,7 @@ def expand(pattern: str) -> list[str]:
     try:
         return list(braceexpand(pattern))
     except UnbalancedBracesError:
-        raise UserError(f"--data {pattern}: a brace is not closed") from None
+        raise UserError(f"{pattern}: a brace is not closed") from None
 
 
 def local_shards(path: Path) -> list[tuple[Path, Shard]]:
@@ -197,10 +197,10 @@ def local_shards(path: Path) -> list[tuple[Path, Shard]]:
         tars = sorted({*tars, *(path / name for name, shard in index.get(path, {}).items() if shard.bytes)})
     for tar in tars:
         if not tar.is_file():
-            raise UserError(f"--data {path}: {tar} does not exist")
+            raise UserError(f"{tar} does not exist")
     for folder in index:
         if unfinished(folder):
-            raise UserError(f"--data {path}: the writing of these shards was interrupted: the same command goes on with it")
+            raise UserError(f"{path}: the writing of these shards was interrupted: the same command goes on with it")
     shards = []
     for tar in tqdm(tars, desc="looking through the shards", unit="shard", delay=2, leave=False):
         shard = index[tar.parent].get(tar.name)

@@ -18,9 +18,9 @@ class DiffusionConfig:
         check_options(self)
 
 
-def area_weights(mask: Tensor) -> Tensor:
-    """Loss mask [B, 1, h, w] in 0…1 -> the weights of the squared error, of mean 1 for each sample, or all 0 if its mask is:
-    the loss is then that of the area which counts, however small that is.
+def weights_of_mask(mask: Tensor) -> Tensor:
+    """Loss mask [B, 1, h, w] in 0…1 -> the weights of the squared error. Scales each mask to mean 1, so that the loss is the
+    mean over the unmasked area, however small that is. An empty mask gives weights, and loss, 0.
     """
     area = mask.mean(dim=(1, 2, 3), keepdim=True)
     return mask / torch.where(area > 0, area, 1)
@@ -43,8 +43,10 @@ class Diffusion:
             self.weights = snr.clamp(max=config.snr_gamma) / (snr + 1 if self.v_prediction else snr)
 
     @property
-    def mean_weight(self) -> float:
-        """The expected loss of a prediction that is 0."""
+    def loss_of_zero_prediction(self) -> float:
+        """Expected, for ε: E[w·ε²] = E[w], which is 1 without --snr-gamma. For v it is about that, as SDXL's latents have a
+        variance of about 1.
+        """
         return self.weights.mean().item()
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -65,12 +67,14 @@ class Diffusion:
         alpha = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         return alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
 
-    def loss(self, prediction: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor, area: Tensor | None = None) -> Tensor:
+    def loss(
+        self, prediction: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor, weights: Tensor | None = None
+    ) -> Tensor:
         """The loss of each sample, [B] float32. `prediction` of x_t, latents and noise are [B, 4, h, w].
 
-        With `area`, the `area_weights` of a loss mask, it is Σ mask · error² / (Σ mask · channels).
+        With the `weights_of_mask` of a loss mask it is Σ mask · error² / (Σ mask · channels).
         """
         error = (prediction.float() - self.target(latents, noise, timesteps)).square()
-        if area is not None:
-            error = error * area
+        if weights is not None:
+            error = error * weights
         return error.mean(dim=(1, 2, 3)) * self.weights[timesteps]

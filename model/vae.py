@@ -19,6 +19,11 @@ def vae_dtype(device: torch.device) -> torch.dtype:
 ENCODING, DECODING = 768, 1220
 
 
+def normalise(images: Tensor) -> Tensor:
+    """Images [B, h, w, 3] uint8 -> pixels [B, 3, h, w] float32 in [-1, 1]."""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
 @torch.no_grad()
 def encode_pixels(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
     """pixels [B, 3, H, W] in [-1, 1] -> posterior [B, 8, H/8, W/8] float32: mean and standard deviation of the latents."""

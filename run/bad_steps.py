@@ -1,4 +1,7 @@
-"""Steps whose loss or gradient is not a finite number. They have changed nothing: what made them so is looked for."""
+"""Finds the samples that make a step bad: its loss is not finite, or its gradient overflows at every loss scale.
+
+A bad step has changed nothing, because the optimiser skipped it.
+"""
 
 import copy
 import json
@@ -16,7 +19,7 @@ from common.errors import UserError, warn
 from common.files import TolerantWriter, write_atomically
 from common.options import check_options, option
 from data import Stream
-from run.accumulation import GraphedBackward, Step, rows_of
+from run.accumulation import Step, rows_of
 from run.checkpoints import Run
 from run.ending import RunFailed
 from run.ranks import Ranks
@@ -25,7 +28,7 @@ from run.ranks import Ranks
 @dataclass(frozen=True)
 class BadStepsConfig:
     max_bad_steps: int = option(20, at_least=1, resume="free")
-    """Steps in a row whose loss is not a finite number; then the run ends."""
+    """The run ends after so many bad steps in a row, which have no finite loss."""
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -34,24 +37,21 @@ class BadStepsConfig:
 class BadSteps:
     """Repeats bad steps sample by sample, and counts which samples spoil them."""
 
-    def __init__(
-        self, config: BadStepsConfig, grad_accum: int, run: Run, stream: Stream, step: Step, backward: GraphedBackward,
-        ranks: Ranks,
-    ):  # fmt: skip
+    def __init__(self, config: BadStepsConfig, grad_accum: int, run: Run, stream: Stream, train_step: Step, ranks: Ranks):
         self.config, self.grad_accum, self.run, self.stream = config, grad_accum, run, stream
-        self.step, self.backward, self.ranks = step, backward, ranks
+        self.train_step, self.ranks = train_step, ranks
 
-    def examine(self, spoilt: list[bool]) -> None:
-        """`spoilt`: for each of the last steps, whether it was bad.
+    def examine(self, bad: list[bool]) -> None:
+        """`bad`: for each of the last steps, whether it was bad. Called by all ranks.
 
         Adds to `run.hits` and `run.bad_steps`, and writes what it finds to nonfinite-{step}/ in the folder of the log. Raises
         RunFailed if too many steps in a row were bad.
         """
-        if any(spoilt):
-            self.backward.release()  # a step outside of the graphs needs their memory
-        for number, bad in enumerate(spoilt, self.run.step - len(spoilt)):
-            self.run.bad_steps = self.run.bad_steps + 1 if bad else 0
-            if bad:
+        if any(bad):
+            self.train_step.graphed.release()  # a step outside of the graphs needs their memory
+        for number, was_bad in enumerate(bad, self.run.step - len(bad)):
+            self.run.bad_steps = self.run.bad_steps + 1 if was_bad else 0
+            if was_bad:
                 self.report(number, self.repeat(number))
         if self.run.bad_steps >= self.config.max_bad_steps:
             raise RunFailed(
@@ -59,22 +59,22 @@ class BadSteps:
             )
 
     def repeat(self, number: int) -> list[dict]:
-        """Makes this rank's share of the step after `number` others once more, sample by sample. The gradient is zero after."""
-        adapter, again, found = self.step.adapter, copy.copy(self.stream), []
-        global_batches = (self.run.step - number) * self.grad_accum * self.ranks.world  # since the beginning of that step
-        again.start = self.run.samples // self.stream.config.bs - global_batches
+        """Makes this rank's share of step `number`, counted from 0, once more, sample by sample. The gradient is zero after."""
+        adapter, again, found = self.train_step.adapter, copy.copy(self.stream), []
+        batches_since = (self.run.step - number) * self.grad_accum * self.ranks.world  # of all ranks, as `start` counts them
+        again.start = self.run.samples // self.stream.config.bs - batches_since
         with suppress(torch.OutOfMemoryError, UserError):  # without memory, or data: what was found by then
-            for micro, batch in zip(range(self.grad_accum), again, strict=False):
-                inputs = self.step.inputs(batch, number, micro)
+            for index, batch in zip(range(self.grad_accum), again, strict=False):
+                inputs = self.train_step.inputs(batch, number, index)
                 for n, (name, caption) in enumerate(zip(batch.names, batch.captions, strict=True)):
                     sample = rows_of(inputs, slice(n, n + 1))
-                    with largest_values(self.step.model.denoiser) as modules:
-                        loss = self.step.backward(sample).item()
+                    with largest_values(self.train_step.model.denoiser) as modules:
+                        loss = self.train_step.backward(sample).item()
                     finite = math.isfinite(loss + adapter.grad.sum().item())
                     facts = {"sample": name, "caption": caption, "timestep": sample.timesteps.item(), "modules": modules}
                     found.append({"finite": finite, **facts})
-                    adapter.refresh()
-        adapter.undo()
+                    adapter.zero_gradients()
+        adapter.zero_gradients()
         return found
 
     def report(self, number: int, found: list[dict]) -> None:
@@ -87,6 +87,13 @@ class BadSteps:
         if self.ranks.is_first:
             reason = f"by {', '.join(sorted(guilty))}" if guilty else "which could not be repeated"
             warn(f"step {number + 1} had no finite loss or gradient and was skipped, {reason}: see {file.parent}")
+
+
+def not_finite(losses: list[float], norms: list[float], scale: float) -> list[bool]:
+    """For each step whether it is bad. One with a finite loss and an overflow of the gradient is not, while the loss scale is
+    above 1: a smaller scale mends that. At a scale of 1 or less the gradient counts, too.
+    """
+    return [not math.isfinite(loss + (norm if scale <= 1 else 0.0)) for loss, norm in zip(losses, norms, strict=True)]
 
 
 @contextmanager

@@ -53,7 +53,7 @@ LAYOUT_SUFFIXES = {  # --format: {layout of a file: what its name ends in, after
     "both": {"kohya": "", "diffusers": "_diffusers"},
 }
 
-HITS = 3  # steps that a sample may spoil before it is left out
+MAX_SPOILT_STEPS = 3  # a sample that has spoilt so many is left out
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Run:
 
     log_dir: str
     step: int = 0
-    samples: int = 0  # of the data stream, over all ranks
+    samples: int = 0  # position in the data stream, over all ranks
     saved: tuple[str, ...] = ()  # LoRA files that this run has written and not yet removed
     bad_steps: int = 0  # in a row
     hits: dict[str, int] = field(default_factory=dict)  # {sample: how many steps it has spoilt}
@@ -73,12 +73,12 @@ class Run:
         self.step, self.samples = self.step + 1, self.samples + samples
 
     def leave_out(self, samples: int) -> bool:
-        """Leaves out those of all `samples` that have spoilt too many steps. Returns whether there are more than before.
+        """Leaves out the samples that have spoilt too many steps. Returns whether there are more than before.
 
-        If that would be all of them, none: then the samples are not the cause.
+        If that would be all `samples` of the data set, it adds none: then the samples are not the cause.
         """
         before = self.left_out
-        spoilers = {name for name, count in self.hits.items() if count >= HITS}
+        spoilers = {name for name, count in self.hits.items() if count >= MAX_SPOILT_STEPS}
         self.left_out = before | spoilers if len(before | spoilers) < samples else before
         return len(self.left_out) > len(before)
 
@@ -97,9 +97,9 @@ class Checkpoints:
         self.adapter, self.shapes, self.optimiser = adapter, shapes, optimiser
         self.made = provenance(flags, source.fingerprint, ranks.world)
         self.disk = TolerantWriter()
-        self.saved_step = 0  # or the step that was resumed from
+        self.saved_step = 0  # of the last attempt to save, or of the state that was loaded
         self.resumed = ""  # one line: from which state, and what has changed since
-        self.state: Path | None = None  # that was resumed from
+        self.state: Path | None = None  # folder of the state that was loaded
 
     def start_or_resume(self, log_dir: str) -> Run:
         """The beginning of a run with its log in `log_dir`, or what a saved state left. Rank 0 looks for the state."""
@@ -118,14 +118,6 @@ class Checkpoints:
         leave_ranks()
         return Ending.FINISHED
 
-    def claim_out(self) -> Path | None:
-        """Checks that --out can be written, and moves what another run has left there aside: returns the folder that it is in.
-
-        Raises UserError.
-        """
-        check_writable("--out", self.config.out)
-        return None if self.state and self.in_out(self.state) else self.set_aside()
-
     def find(self) -> tuple[Path, dict] | None:
         """The state to resume from.
 
@@ -141,22 +133,27 @@ class Checkpoints:
                     return own
         return find_state(resume, out)
 
-    def in_out(self, state: Path) -> bool:
+    def belongs_to_out(self, state: Path) -> bool:
         """Whether a state is of a run in --out. Files and log of any other run are not ours to write."""
         return state.parent.resolve() == self.config.out.resolve()
 
-    def set_aside(self) -> Path | None:
-        """Moves what another run has left in --out to a folder there, so that this one overwrites nothing of it."""
+    def prepare_out(self) -> None:
+        """On rank 0: creates --out, and moves what another run has left there to a folder in it, so that this run overwrites
+        nothing of it. Raises UserError if --out cannot be written.
+        """
+        if not self.ranks.is_first:
+            return
         out = self.config.out
+        check_writable("--out", out)
         paths = [*find_states(out), *sorted(out.glob("pytorch_lora_weights_*"))]
-        if not paths:
-            return None
+        if not paths or (self.state and self.belongs_to_out(self.state)):
+            return
         folders = (out / f"before-{n}" for n in itertools.count(1))
         aside = next(folder for folder in folders if not folder.exists())
         aside.mkdir()
         for path in paths:
             path.rename(aside / path.name)
-        return aside
+        print(f"aside      what another run has left in {out} is in {aside} now", flush=True)
 
     def serialise(self, step: int) -> Iterator[tuple[str, bytes]]:
         """Name and content of each LoRA file at `step`."""
@@ -192,7 +189,9 @@ class Checkpoints:
 
     def write(self, run: Run) -> float:
         """Writes the LoRA files, checks them, and writes the state of the run; then removes what this run wrote beyond the
-        --keep newest. Returns the largest difference of a file's weights from the live ones. Raises OSError.
+        --keep newest. Returns the largest difference of a file's weights from the live ones.
+
+        Raises OSError, and UserError if the weights are not finite or a file does not read back as they are.
         """
         out, files, errors = self.config.out, dict(self.serialise(run.step)), []
         dtype, consequence = DTYPES[self.config.save_dtype], "the last one was kept"
@@ -205,7 +204,7 @@ class Checkpoints:
         run.saved = (*(name for name in run.saved if name not in files), *files)
         state = {"lora": self.adapter.flat, "layers": list(self.adapter.modules), **self.optimiser.state_dict()}
         state |= {"run": asdict(run), "made": self.made}
-        save_state(out, state, files)  # with the names of files that are removed below: killed here, the next save does it
+        save_state(out, state, files)  # it still names the files removed below: killed here, the next save removes them
         kept = run.saved[-self.config.keep * len(files) :] if self.config.keep else run.saved
         partly_written = out.glob(".pytorch_lora_weights_*")  # by a process that was killed
         for old in (*(out / name for name in run.saved if name not in kept), *partly_written):
@@ -223,26 +222,28 @@ class Checkpoints:
             raise UserError(f"--resume {path}: this is no state of train_lora.py")
         flags = changed(state["made"]["flags"], self.made["flags"], "--")
         beyond = changed(state["made"]["beyond"], self.made["beyond"])
-        fixed = ", ".join(change for name, change in flags.items() if self.policies[name] == "fixed")
-        if fixed or state["layers"] != list(self.adapter.modules):
-            raise UserError(f"{path} does not fit: {fixed}: change it back, or another --out, or --resume none")
+        fixed = [change for name, change in flags.items() if self.policies[name] == "fixed"]
+        if not fixed and state["layers"] != list(self.adapter.modules):
+            fixed = ["LoRA on other layers"]
+        if fixed:
+            raise UserError(f"{path} does not fit: {', '.join(fixed)}: change it back, or another --out, or --resume none")
         not_free = ", ".join(change for name, change in flags.items() if self.policies[name] != "free")
         if not_free and not self.config.resume_override:
             raise UserError(f"{path} is of another run: {not_free}: change it back, or another --out, or --resume-override")
         self.adapter.flat.copy_(state["lora"])
-        self.adapter.refresh()
+        self.adapter.update_layers()
         self.optimiser.load_state_dict(state)
         run = Run(**state["run"])
-        if not self.in_out(path):
+        if not self.belongs_to_out(path):
             run.saved = ()
-        if not self.in_out(path) or "log_dir" in flags:
+        if not self.belongs_to_out(path) or "log_dir" in flags:
             run.log_dir = log_dir
         changes = "".join(f"; {change}" for change in [*flags.values(), *beyond.values()])
         return run, changes + ("; no longer bit for bit" if "processes" in beyond else "")
 
 
 def provenance(flags: dict[str, object], fingerprint: str, world: int) -> dict:
-    """What a state was made with: every flag, with the content of the data in place of its path; and what is no flag."""
+    """What a state was made with: every flag, with the fingerprint of the data in place of its path; and what is no flag."""
     suite = hashlib.sha256(b"".join(path.read_bytes() for path in suite_sources()))
     beyond = {"processes": world, "torch": str(torch.__version__), "suite": suite.hexdigest()[:8]}
     return {"flags": flags | {"data": f"files {fingerprint[:8]}"}, "beyond": beyond}

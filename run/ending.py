@@ -1,4 +1,4 @@
-"""How a run ends: decided here, with one exit status and one sentence for each way."""
+"""The ways in which a run ends, each with its exit status and its reason."""
 
 import os
 import sys
@@ -18,17 +18,14 @@ T = TypeVar("T")
 
 
 class Ending(Enum):
-    """(exit status, why the run ended before its last step).
-
-    A mistake in the command is a UserError: status 2 (common/errors.py).
-    """
+    """(exit status, reason in the last line). A mistake in the command is a UserError: status 2 (common/errors.py)."""
 
     FINISHED = os.EX_OK, ""
-    STOPPED = os.EX_TEMPFAIL, "stopped by a signal"
+    FAILED = 1, ""  # a RunFailed gives the reason
     OUT_OF_MEMORY = os.EX_OSERR, "memory ran out"
     DATA_LOST = os.EX_IOERR, "the data cannot be read"
-    NOT_SAVED = os.EX_IOERR, "it could not be saved"
-    FAILED = 1, "training went wrong"  # RunFailed
+    NOT_SAVED = os.EX_IOERR, "could not be saved"
+    STOPPED = os.EX_TEMPFAIL, "stopped by a signal"
 
     @property
     def status(self) -> int:
@@ -38,13 +35,18 @@ class Ending(Enum):
     def reason(self) -> str:
         return self.value[1]
 
+    @property
+    def nothing_saved(self) -> str:
+        """The last line of a run that made no step."""
+        return f"{self.reason} before a step was made: nothing to save"
+
 
 class RunFailed(Exception):
     """What training itself cannot mend. Its text is the whole message; nothing more is saved."""
 
 
 def agree_on_ending(ranks: Ranks, *, finished: bool, out_of_memory: bool, data_lost: bool, not_saved: bool) -> Ending:
-    """The same on every rank: the worst of what happened to one of them."""
+    """The ending of a run that trained, the same on every rank: the worst of what happened to one of them."""
     happened = {Ending.NOT_SAVED: not_saved, Ending.DATA_LOST: data_lost, Ending.OUT_OF_MEMORY: out_of_memory}
     for ending, here in happened.items():
         if ranks.any(here):
@@ -62,12 +64,13 @@ def run_script(name: str, main: Callable[[T], Ending], config: type[T], descript
             ending = main(tyro.cli(config, description=description, config=(tyro.conf.OmitArgPrefixes,)))
         except Stopped:
             ending = Ending.STOPPED
-            print(f"{ending.reason} before a step was made: nothing to save")
+            print(ending.nothing_saved)
         except RunFailed as error:
             ending = Ending.FAILED
             warn(str(error))
         except torch.OutOfMemoryError as error:
             ending = Ending.OUT_OF_MEMORY
-            advice = "; what helps: less as --vram-gb, --checkpointing all, --base-precision nf4"
-            warn(f"{name}: {describe_out_of_memory(error)}{advice if not hasattr(error, '__notes__') else ''}")
+            planned = hasattr(error, "__notes__")  # which end in the advice of the plan
+            advice = "" if planned else "; what helps: a smaller --vram-gb, --checkpointing all, --base-precision nf4"
+            warn(f"{name}: {describe_out_of_memory(error)}{advice}")
     return ending.status

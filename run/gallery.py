@@ -29,7 +29,7 @@ class GalleryConfig:
     def __post_init__(self) -> None:
         check_options(self)
 
-    def read(self, model: str) -> list[str]:
+    def read_prompts(self, model: str) -> list[str]:
         """The prompts for --model. Raises UserError if their file cannot be read."""
         return read_prompts(self.prompts, model) if self.pictures else []
 
@@ -52,7 +52,10 @@ class Gallery:
         self.base: dict[int, Image.Image] = {}
 
     def draw(self, step: int) -> np.ndarray | None:
-        """One sheet after `step`, a row for each prompt: [H, W, 3] uint8; None without prompts, or if a signal came before."""
+        """One sheet after `step`, a row for each prompt: [H, W, 3] uint8; None without prompts, or if a signal came before.
+
+        Called by all ranks.
+        """
         if not self.prompts:
             return None
         with (
@@ -68,7 +71,7 @@ class Gallery:
         """{number of the prompt: base and LoRA side by side} of this rank's prompts, until a signal comes."""
         rows = {}
         for i in range(self.ranks.rank, len(self.prompts), self.ranks.world):
-            if self.stop.asked:
+            if self.stop.requested:
                 break
             if i not in self.base:
                 with self.adapter.disabled():

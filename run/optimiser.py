@@ -20,11 +20,11 @@ class OptimiserConfig:
     lr: float | None = option(None, at_least=0)
     """Learning rate. None: 1e-4; for the bundled model, which is 16 times narrower than SDXL, 2e-3."""
     text_encoder_lr: float | None = option(None, at_least=0)
-    """Learning rate of both text encoders. None: --lr."""
+    """Learning rate of both text encoders. None: that of --lr."""
     lr_schedule: Literal["constant", "cosine", "linear"] = option("constant")
-    """After the warm-up: constant, or falling to zero at the last step."""
+    """After the warm-up: constant, or falling towards zero, which it would reach one step after the last."""
     warmup: int = option(0, at_least=0)
-    """Steps over which the learning rate rises from zero."""
+    """Steps over which the learning rate rises: it begins at 1/(WARMUP + 1) of its value."""
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -44,10 +44,10 @@ def lr_factor(step: int, steps: int, config: OptimiserConfig) -> float:
 
 
 class Optimiser:
-    """Updates an adapter from its gradient. No method waits for the device but `scale` and the state's."""
+    """Updates an adapter from its gradient. `step` does not wait for the device."""
 
     def __init__(self, config: OptimiserConfig, kind: str, adapter: Adapter, steps: int, dtype: torch.dtype):
-        """`config` is resolved; `kind`: --optimizer; `steps` of the run; `dtype` of the activations."""
+        """`config` is resolved; `kind`: --optimizer; `steps`: of the run. The loss is scaled if `dtype` is float16."""
         self.config, self.kind, self.adapter, self.steps = config, kind, adapter, steps
         self.rates: dict[str, Any] = {"unet": config.lr, "text_encoder": config.text_encoder_lr}
         self.optimizer = make_optimizer(kind, [{"name": name, "params": [p]} for name, p in adapter.groups.items()])
@@ -64,11 +64,12 @@ class Optimiser:
         """
         self.scaler.unscale_(self.optimizer)
         norms = self.adapter.clip(MAX_GRAD_NORM)
-        # Both optimisers skip the update where this is 1. In fp16 the scaler puts its own in place of it; else it does nothing.
+        # Both optimisers skip the update where `found_inf` is 1. In fp16 the scaler replaces it by its own; otherwise the
+        # scaler is disabled, and this one counts.
         self.optimizer.found_inf = (~norms.isfinite()).any().float()  # type: ignore[attr-defined]
         self.scaler.step(self.optimizer)
         update_scale(self.scaler, loss)
-        self.adapter.refresh()
+        self.adapter.update_layers()
         return norms
 
     @property
@@ -89,4 +90,5 @@ class Optimiser:
             self.scaler.load_state_dict(state["scaler"])
 
     def __str__(self) -> str:
-        return f"{self.kind}, learning rate {self.config.lr:g}, text encoders {self.config.text_encoder_lr:g}"
+        text = f", text encoders {self.rates['text_encoder']:g}" if "text_encoder" in self.adapter.groups else ""
+        return f"{self.kind}, learning rate {self.rates['unet']:g}{text}"

@@ -1,4 +1,4 @@
-"""One program under plain `python` and under `torchrun`: what torchrun did not set gets the value for one process."""
+"""Rank, number of processes and collectives, under torchrun or plain `python` (one process)."""
 
 import hashlib
 import os
@@ -38,14 +38,13 @@ class RanksConfig:
 
 @dataclass
 class Ranks:
-    """Which process this is, of how many. With one process every method is a no-op.
+    """Which process this is, of how many, and their collectives; a single process communicates with nobody.
 
     If a rank dies, or does not arrive at a collective, the others exit with one line that names it.
     """
 
     rank: int
     world: int
-    timeout: float = 300.0  # seconds
     store: dist.Store | None = None
     host: dist.ProcessGroup | None = None  # gloo, for tensors and objects in the host's memory
     collectives: int = 0  # that this rank has arrived at
@@ -66,7 +65,7 @@ class Ranks:
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             warn(f"{self.missing()} does not answer, so rank {self.rank} ends too; the same command goes on: {reason}")
-            time.sleep(self.is_first)  # rank 0 may hold the store that the others look into now
+            time.sleep(1 if self.is_first else 0)  # rank 0 may hold the store that the others look into now
             os._exit(1)  # an orderly exit would wait for the device, and that for the missing rank
 
     def missing(self) -> str:
@@ -79,8 +78,8 @@ class Ranks:
         return f"rank {', '.join(late)} of {self.world}" if late else f"one of {self.world} ranks"
 
     def late(self) -> list[str]:
-        """The ranks that have arrived at fewer collectives than this one. If there is none, a host was cut off during a
-        collective: then those that do not notice that it failed. Such a one may also be waiting for another that has died.
+        """The ranks that have arrived at fewer collectives than this one. If there are none, the network was cut during a
+        collective: then the ranks that do not notice that it failed. Such a rank may also be waiting for one that has died.
         """
         assert self.store is not None
         self.store.set(f"noticed {self.rank}", "")
@@ -122,7 +121,7 @@ class Ranks:
             dist.broadcast_object_list(values, src=0, group=self.host)
         return values[0]
 
-    def gather(self, value: object) -> list:
+    def gather(self, value: T) -> list[T]:
         """The values of all ranks, on every rank."""
         values = [value] * self.world
         if self.world > 1:
@@ -152,7 +151,7 @@ def join_ranks(device: torch.device, timeout: float = 300.0) -> Ranks:
 
     A collective waits `timeout` seconds for a rank; one of the devices twice that, so that the hosts notice first.
     """
-    ranks = Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), timeout)
+    ranks = Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     if ranks.world > 1:
         ranks.store = enter(ranks.rank, ranks.world, max(timeout, START_TIMEOUT))
         backend, longer = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=2 * timeout)

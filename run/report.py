@@ -18,18 +18,17 @@ from common.errors import warn, warn_of
 from common.files import TolerantWriter, check_writable
 from common.options import check_options, option
 from data import Loader, Stream
-from lora import Adapter
 from memory import memory_in_use, peak_memory
-from performance.cuda_graph import GraphedStep
 from performance.memory_plan import Plan
+from run.accumulation import Step
+from run.bad_steps import not_finite
 from run.checkpoints import Checkpoints, Run
 from run.ending import Ending
 from run.optimiser import Optimiser
 from run.ranks import Ranks
-from run.setup import TrainingModel
 from run.watchdog import Watchdog
 
-LOG_EVERY = 10  # steps; the host waits for the device only then
+LOG_EVERY = 10  # steps; reading makes the host wait for the device, and so do saves and checks of the ranks
 AGAIN = 60  # seconds until a log that could not be written is tried again
 
 
@@ -47,42 +46,48 @@ class ReportConfig:
 
 
 class Report:
-    """Of one run, by rank 0; the other ranks measure as well, and warn of their own device."""
+    """Rank 0 prints and logs. The other ranks only measure, and warn if their device becomes slow."""
 
     def __init__(
-        self, run: Run, steps: int, images_per_step: int, ranks: Ranks, adapter: Adapter, optimiser: Optimiser,
-        backward: GraphedStep, loss_of_nothing: float, started: float,
-    ):  # fmt: skip
-        """`steps`: the last one; `loss_of_nothing`: of a prediction that is 0; `started`: time.perf_counter() of the script."""
-        self.run, self.steps, self.images_per_step, self.ranks = run, steps, images_per_step, ranks
-        self.adapter, self.optimiser, self.backward, self.started = adapter, optimiser, backward, started
-        self.device, self.first_step = adapter.flat.device, run.step
-        self.log: Log | NoLog = NoLog()
-        self.watchdog = Watchdog(loss_of_nothing, ranks.rank)
-        self.meter = Meter(self.device, adapter.groups, LOG_EVERY)
+        self,
+        run: Run,
+        steps: int,
+        samples_per_step: int,
+        ranks: Ranks,
+        train_step: Step,
+        optimiser: Optimiser,
+        started: float,
+    ):
+        """`steps`: the last one; `started`: time.perf_counter() of the script. Raises UserError if it cannot write the log."""
+        self.run, self.steps, self.samples_per_step, self.ranks = run, steps, samples_per_step, ranks
+        self.adapter, self.model, self.graphed = train_step.adapter, train_step.model, train_step.graphed
+        self.optimiser, self.started, self.first_step = optimiser, started, run.step
+        self.device = self.model.device
+        self.meter = Meter(self.device, self.adapter.groups, LOG_EVERY)
+        self.watchdog = Watchdog(train_step.diffusion.loss_of_zero_prediction, ranks.rank)
         self.progress = tqdm(disable=True)
+        self.log: Log | NoLog = NoLog()
+        if ranks.is_first:
+            check_writable("--log-dir", Path(run.log_dir).parent)
 
-    def opening(self, model: TrainingModel, stream: Stream, plan: Plan, checkpoints: Checkpoints) -> None:
-        """Prints what the run is about to do, and begins to measure. Raises UserError for a folder that cannot be written."""
+    def opening(self, stream: Stream, plan: Plan, checkpoints: Checkpoints) -> None:
+        """Begins the log and the measurements, and prints what the run is about to do."""
         if self.ranks.is_first:
-            check_writable("--log-dir", Path(self.run.log_dir).parent)
-            aside = checkpoints.claim_out()
             self.log = Log(self.run.log_dir, self.run.step + 1, TolerantWriter())
             self.log.add_text("config", f"```json\n{json.dumps(checkpoints.flags, indent=2)}\n```", self.run.step)
-            lines = {"aside": f"what another run has left in {checkpoints.config.out} is in {aside} now" if aside else ""}
-            for name, line in (lines | self.summary(model, stream, plan, checkpoints)).items():
+            for name, line in self.summary(stream, plan, checkpoints).items():
                 if line:
                     print(f"{name:10} {line}", flush=True)
         self.progress = tqdm(total=self.steps, initial=self.run.step, unit="step", disable=not self.ranks.is_first)
         self.meter.restart()
 
-    def summary(self, model: TrainingModel, stream: Stream, plan: Plan, checkpoints: Checkpoints) -> dict[str, str]:
+    def summary(self, stream: Stream, plan: Plan, checkpoints: Checkpoints) -> dict[str, str]:
         """{name: what the run is about to do}, in the order of printing; "" is left out."""
         flags, source = checkpoints.flags, stream.source
-        total, trained, layers = model.parameters, self.adapter.flat.numel(), len(self.adapter.modules)
-        processes, samples = self.ranks.world, self.images_per_step
+        total, trained, layers = self.model.parameter_count, self.adapter.flat.numel(), len(self.adapter.modules)
+        processes, samples = self.ranks.world, self.samples_per_step
         epochs = self.steps * samples / source.samples
-        launching = "every kernel launched" if self.backward.eager else "CUDA graph"
+        launching = "every kernel launched" if self.graphed.eager else "CUDA graph"
         return {
             "resume": checkpoints.resumed,
             "model": f"{flags['model']}: U-Net and text encoders {total:,} parameters, frozen; {stream.resolution} px",
@@ -106,7 +111,7 @@ class Report:
             tqdm.write(self.measured())
 
     def measured(self) -> str:
-        """What has become of the plan. The host waits for the device."""
+        """The memory that the plan has led to. The host waits for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         peak, reserved = peak_memory(self.device)
@@ -116,12 +121,12 @@ class Report:
         )
 
     def read(self) -> list[bool]:
-        """Logs what was measured since the last reading. Returns for each step since then whether it was bad: its loss or its
-        gradient was not finite. The host waits for the device.
+        """Logs what was measured since the last reading, and lets the watchdog check it. Returns for each step since then
+        whether it was bad (run/bad_steps.py). The host waits for the device.
         """
         if not self.meter.steps:
             return []
-        scalars, spoilt = self.meter.read(self.images_per_step, self.optimiser.scale)
+        scalars, spoilt = self.meter.read(self.samples_per_step, self.optimiser.scale)
         rates = dict(self.optimiser.learning_rates())
         shown = {"lr": f"{next(iter(rates.values())):.2e}", "img_s": f"{scalars['images_per_second']:.2f}"}
         self.progress.set_postfix(loss=f"{scalars['loss']:.4f}", **shown)
@@ -130,7 +135,7 @@ class Report:
         scalars["memory_in_use"] = memory_in_use(self.device)
         for name, value in scalars.items():
             self.log.add_scalar(name, value, self.run.step)
-        checks = {"checksum": self.adapter.checksum(), "recorded_again": self.backward.recorded_again}
+        checks = {"checksum": self.adapter.checksum(), "recorded_again": self.graphed.recorded_again}
         self.watchdog.see(scalars | checks)
         return spoilt
 
@@ -146,7 +151,7 @@ class Report:
         self.meter.restart()
 
     def closing(self, ending: Ending, checkpoints: Checkpoints, loader: Loader, advice: str | None) -> None:
-        """Prints what has become of the run, and `advice` for the next one."""
+        """Prints how the run ended, and `advice` for the next one. Called by all ranks."""
         self.progress.close()
         if loader.error and self.run.step > self.first_step:
             warn_of("train_lora.py", loader.error)
@@ -155,12 +160,12 @@ class Report:
             return
         command = "the same command" + (" without --resume none" if checkpoints.config.resume == "none" else "")
         if ending is Ending.NOT_SAVED:
-            warn(f"step {self.run.step} could not be saved")
+            warn(f"step {self.run.step} {ending.reason}")
         elif self.run.saved:
             next_time = f": {ending.reason}, {command} goes on from there" if ending.reason else ""
             print(f"wrote {checkpoints.config.out / self.run.saved[-1]}{next_time}")
         else:
-            print(f"{ending.reason} before a step was made: nothing to save")
+            print(ending.nothing_saved)
         self.log.close()
         for line in filter(None, (self.meter.advice(), advice)):
             print(line)
@@ -170,7 +175,7 @@ class Report:
 
 class Meter:
     """Loss and gradient norms of each step, images per second and share of the time spent waiting for data since the last
-    reading, which comes after `most` steps at the latest. Adding costs no synchronisation, reading costs one.
+    reading, which comes after `most` steps at the latest. Only reading makes the host wait for the device.
     """
 
     def __init__(self, device: torch.device, groups: Collection[str], most: int):
@@ -220,13 +225,6 @@ class Meter:
             helps = "more --workers, or latents made ready by scripts/cache_latents.py"
             return f"waiting for data took {share:.0%} of the time: {helps}"
         return None
-
-
-def not_finite(losses: list[float], norms: list[float], scale: float) -> list[bool]:
-    """For each step whether it is spoilt. A finite loss with an overflow of the gradient is not, while the loss scale is above
-    1: a smaller one mends that. At a scale of 1 or less there is nothing to mend: then the gradient counts, too.
-    """
-    return [not math.isfinite(loss + (norm if scale <= 1 else 0.0)) for loss, norm in zip(losses, norms, strict=True)]
 
 
 class Log:

@@ -1,19 +1,19 @@
-"""SDXL as the training loop uses it: put on the device, and what of the data has to fit to it."""
+"""SDXL on the training device, and checks that cached data was made by it."""
 
 import random
-from typing import Any
 
 import torch
+from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
 from common.errors import UserError
-from data import Batch, Workload, normalise
+from data import Batch, Workload
 from dataset.captions import CaptionConfig
 from dataset.sources import Source
 from memory import note_if_out_of_memory, temporarily_on
 from model.sdxl import Denoiser
 from model.text import CachedText, TokenInputs
-from model.vae import encode_pixels, same_signature, sample_latents, vae_dtype, vae_signature
+from model.vae import encode_pixels, normalise, same_signature, sample_latents, vae_dtype, vae_signature
 from performance.memory_plan import Plan
 from performance.quantise import PACKED_BASES, check_quantisable, quantise_base
 
@@ -23,24 +23,30 @@ def seed_of(*parts: int) -> int:
     return random.Random(str(parts)).getrandbits(63)
 
 
-def check_together(source: Source, pipe: Any, name: str, captions: CaptionConfig, cached_text: bool) -> None:
-    """Raises UserError if ready-made latents or text do not fit the model or the options for captions.
-
-    `name`: --model. `cached_text`: the text is read from the shards.
+def check_together(source: Source, pipe: StableDiffusionXLPipeline, name: str, captions: CaptionConfig, has_text: bool) -> None:
+    """Raises UserError if cached latents were made by another VAE than that of `name` (--model), or if an option for captions
+    comes too late for cached text, which is in use if `has_text`. TrainingModel checks who made that text.
     """
     if source.vae_signature and not same_signature(source.vae_signature, vae_signature(pipe.vae)):
         raise UserError(f"--data: these latents were made by another VAE than that of --model {name}")
-    if cached_text and (captions.shuffle_tags or captions.caption_prefix or captions.max_tokens > 75):
+    if has_text and (captions.shuffle_tags or captions.caption_prefix or captions.max_tokens > 75):
         raise UserError(
             "--shuffle-tags, --caption-prefix and --max-tokens: this text was encoded already, by cache_latents.py --text"
         )
 
 
 class TrainingModel:
-    """Frozen U-Net, text encoders and VAE. What the shards hold ready-made is not computed, and its model stays on the host."""
+    """Frozen U-Net, text encoders and VAE. What the shards hold cached is not computed, and its model stays on the host."""
 
     def __init__(
-        self, pipe: Any, name: str, source: Source, captions: CaptionConfig, work: Workload, plan: Plan, device: torch.device
+        self,
+        pipe: StableDiffusionXLPipeline,
+        name: str,
+        source: Source,
+        captions: CaptionConfig,
+        work: Workload,
+        plan: Plan,
+        device: torch.device,
     ):
         """`pipe` as from read_sdxl, on the host; `name`: --model.
 
@@ -49,7 +55,7 @@ class TrainingModel:
         """
         self.pipe, self.vae, self.device, self.has_latents = pipe, pipe.vae, device, work.has_latents
         self.full_denoiser = Denoiser(pipe)  # with its text encoders: for pictures
-        self.parameters = sum(p.numel() for p in self.full_denoiser.parameters())
+        self.parameter_count = sum(p.numel() for p in self.full_denoiser.parameters())
         self.denoiser = Denoiser(pipe, with_text=False) if work.has_text else self.full_denoiser
         self.kept_on_host = [pipe.vae] if work.has_latents else []  # but for pictures
         self.text_inputs: TokenInputs | CachedText
@@ -66,17 +72,18 @@ class TrainingModel:
             check_quantisable(plan.base, device)
             quantise_base(self.denoiser, plan.base, device)
         self.denoiser.to(device)
-        pipe.vae.to("cpu" if work.has_latents else device, vae_dtype(device)).use_slicing = not plan.whole_vae
+        pipe.vae.to("cpu" if work.has_latents else device, vae_dtype(device))
+        pipe.vae.use_slicing = not plan.whole_vae  # encodes image by image
 
     def latent_shape(self, batch: Batch) -> tuple[int, int, int, int]:
-        """[B, 4, h/8, w/8] of the batch's bucket."""
+        """(B, 4, h, w) of the batch's bucket."""
         h, w = (batch.size[0] // self.pipe.vae_scale_factor).tolist()
         return len(batch.images), self.pipe.unet.config.in_channels, h, w
 
     def encode(self, images: Tensor, noise: Tensor) -> Tensor:
-        """Pixels [B, h, w, 3] uint8, or ready-made posteriors [B, 8, h/8, w/8] -> latents [B, 4, h/8, w/8] float32.
+        """Images [B, 8h, 8w, 3] uint8, or cached posteriors [B, 8, h, w] -> latents [B, 4, h, w] float32.
 
-        `noise` [B, 4, h/8, w/8] draws them from their posterior.
+        `noise` [B, 4, h, w] draws them from their posterior.
         """
         with note_if_out_of_memory("encoding images"):
             posterior = images if self.has_latents else encode_pixels(self.vae, normalise(images))

@@ -31,16 +31,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.errors import UserError, one_line_errors
 from common.files import check_writable
 from common.options import check_options, option
-from data import DataConfig, assign_buckets, decode, describe_buckets, normalise, read_by_workers
+from data import DataConfig, assign_buckets, decode, describe_buckets
 from dataset.captions import CaptionConfig, choose_caption
+from dataset.images import Decoded
 from dataset.latents import LATENTS, pack_latents, unpack_text, with_text
+from dataset.loading import read_by_workers
 from dataset.shards import Shard, already_there, finish, write_shard
 from dataset.sources import File, Source, open_source
 from memory import resolve_device
 from model.load import native_resolution, read_sdxl
 from model.sdxl import Denoiser
 from model.text import tokenize
-from model.vae import encode_pixels, hash_weights, vae_signature
+from model.vae import encode_pixels, hash_weights, normalise, vae_signature
 from run.ranks import Ranks, join_ranks, leave_ranks
 
 FORMAT = "1"  # of an entry: with another number all entries are made anew
@@ -126,12 +128,12 @@ class Keys(Dataset):
 
 @dataclass
 class Pictures(Dataset):
-    """Item n: (name, captions, results of `data.decode` for the image and, with --flip, its mirror image; or why it failed)."""
+    """Item n: (name, captions, the decoded image and, with --flip, its mirror image; or why it cannot be decoded)."""
 
     keys: Keys
     skip: set[int]  # numbers of samples whose pictures are not needed
 
-    def __getitem__(self, n: int) -> tuple[str, list[str], list[tuple] | str]:
+    def __getitem__(self, n: int) -> tuple[str, list[str], list[Decoded] | str]:
         keys, raw = self.keys, self.keys.source.read_sample(n)
         captions = keys.captions(hashlib.sha256(raw.image).hexdigest(), raw.captions)
         if n in self.skip:
@@ -162,20 +164,19 @@ class Encoder:
             self.text = Denoiser(pipe)
             self.signatures["text"] = self.text.text_signature()
 
-    def latents(self, pictures: list[tuple]) -> bytes:
-        """`data.decode`'s results for an image, and its mirror image if any -> packed latents.
+    def latents(self, pictures: list[Decoded]) -> bytes:
+        """An image, and its mirror image if any -> packed latents.
 
         Raises ValueError if they are not finite in float16.
         """
-        encoded = [(self.posterior(pixels), crop, *mask) for pixels, _, crop, *mask in pictures]
-        if not all(posterior.half().isfinite().all() for posterior, *_ in encoded):
+        latents = [picture._replace(values=self.posterior(picture.values)) for picture in pictures]
+        if not all(torch.from_numpy(part.values).half().isfinite().all() for part in latents):
             raise ValueError("its latents are not finite in float16")
-        (posterior, crop, *mask), *mirrored = encoded
-        return pack_latents(posterior, pictures[0][1], crop, mirrored[0] if mirrored else (), tuple(mask))
+        return pack_latents(*latents)
 
-    def posterior(self, pixels: np.ndarray) -> torch.Tensor:
-        """Pixels [h, w, 3] uint8 -> mean and standard deviation [8, h/8, w/8], float32, on the CPU."""
-        return encode_pixels(self.vae, normalise(torch.tensor(pixels)[None].to(self.device)))[0].cpu()
+    def posterior(self, image: np.ndarray) -> np.ndarray:
+        """Image [h, w, 3] uint8 -> mean and standard deviation [8, h/8, w/8] float32."""
+        return encode_pixels(self.vae, normalise(torch.tensor(image)[None].to(self.device)))[0].cpu().numpy()
 
     @torch.no_grad()
     def states(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor] | None:

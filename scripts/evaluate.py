@@ -23,7 +23,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.errors import UserError, one_line_errors
 from common.options import check_options, option
-from data import decode, normalise
+from data import decode
+from dataset.images import Decoded
 from dataset.sources import open_source
 from lora import merge_lora
 from lora_files.deltas import layer_shapes
@@ -34,7 +35,7 @@ from model.load import load_sdxl, native_resolution
 from model.render import render
 from model.sdxl import Denoiser, time_ids
 from model.text import tokenize
-from model.vae import decode_latents, encode_pixels, sample_latents
+from model.vae import decode_latents, encode_pixels, normalise, sample_latents
 
 HELD_OUT = Path(__file__).parents[1] / "assets/demo/heldout"
 
@@ -59,21 +60,21 @@ class EvaluateConfig:
 
 
 @torch.no_grad()
-def denoising_loss(denoiser: Denoiser, diffusion: Diffusion, vae: Any, samples: list, timesteps: int) -> float:
-    """Mean over samples and timesteps; image i at timestep k always gets the same noise.
-
-    `samples`: [(pixels [H, W, 3] uint8, original size, crop, caption)].
-    """
+def denoising_loss(
+    denoiser: Denoiser, diffusion: Diffusion, vae: Any, samples: list[tuple[Decoded, str]], timesteps: int
+) -> float:
+    """Mean over samples, (image, caption), and timesteps; image i at timestep k always gets the same noise."""
     device, losses = vae.device, []
-    for i, (pixels, original, crop, caption) in enumerate(tqdm(samples, desc="loss", unit="img", leave=False)):
+    for i, (image, caption) in enumerate(tqdm(samples, desc="loss", unit="img", leave=False)):
         generator = torch.Generator(device).manual_seed(i)
-        posterior = encode_pixels(vae, normalise(torch.tensor(pixels)[None].to(device)))
+        posterior = encode_pixels(vae, normalise(torch.tensor(image.values)[None].to(device)))
         posterior_noise = torch.randn(posterior[:, :4].shape, generator=generator, device=device)
         latents = sample_latents(vae, posterior, posterior_noise).expand(timesteps, -1, -1, -1)
         noise = torch.randn(latents.shape, generator=generator, device=device)
         t = ((torch.arange(timesteps, device=device) + 0.5) * len(diffusion.alphas_cumprod) / timesteps).long()
         tokens = tokenize(denoiser.tokenizers, [caption] * timesteps, None).to(device)
-        ids = time_ids(*(torch.tensor([size] * timesteps) for size in (original, crop, pixels.shape[:2]))).to(device)
+        sizes = (image.original, image.crop, image.values.shape[:2])
+        ids = time_ids(*(torch.tensor([size] * timesteps) for size in sizes)).to(device)
         prediction = denoiser(diffusion.add_noise(latents, noise, t), t, (tokens,), ids)
         losses.append(diffusion.loss(prediction, latents, noise, t).mean().item())
     return sum(losses) / len(losses)
@@ -106,12 +107,12 @@ def main(config: EvaluateConfig) -> None:
     samples = []
     for raw in map(source.read_sample, range(source.samples)):
         try:
-            samples.append((*decode(raw, (size, size), flip=False), raw.captions[0]))
+            samples.append((decode(raw, (size, size), flip=False), raw.captions[0]))
         except Exception as error:  # whatever a broken file makes Pillow raise
             print(f"left out {raw.name}: {error}")
     if not samples:
         raise UserError(f"--data {config.data}: no image can be decoded")
-    captions = [caption for *_, caption in samples[: config.pictures]]
+    captions = [caption for _, caption in samples[: config.pictures]]
     decoder = partial(decode_latents, pipe.vae)
     draw = partial(render, pipe, denoiser.describe, decoder, captions, seed=0, steps=20, guidance=5.0, size=size)
     results = {}
@@ -124,7 +125,7 @@ def main(config: EvaluateConfig) -> None:
     print(f"held-out denoising loss ({len(samples)} images x {config.timesteps} timesteps, the same noise)")
     print(f"  base {base_loss:.4f}   LoRA {lora_loss:.4f}   {100 * (lora_loss / base_loss - 1):+.1f} %")
     if captions:
-        style_pictures = [Image.fromarray(pixels) for pixels, *_ in samples]
+        style_pictures = [Image.fromarray(image.values) for image, _ in samples]
         style, base, tuned = map(statistics, (style_pictures, base_pictures, lora_pictures))
         print(f"distance of {len(captions)} pictures to the held-out style images (0 equal, 1 disjoint)")
         for name, reference in style.items():

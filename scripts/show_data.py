@@ -122,7 +122,7 @@ def caption_lines(source: Source, config: CaptionConfig) -> list[str]:
 
 
 def main(config: ShowConfig) -> None:
-    source = open_mixture(config.dataset.data, config.dataset.cache)
+    source = open_mixture(config.dataset.data, config.dataset.open_cache())
     if source.has_latents:
         raise UserError("--data holds latents: give the images that they were made of")
     check_writable("the folder of --out", config.out.parent)

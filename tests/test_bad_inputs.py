@@ -29,7 +29,7 @@ from common.errors import UserError
 from data import DataConfig, Stream
 from dataset.buckets import resized
 from dataset.captions import CaptionConfig
-from dataset.images import fit
+from dataset.images import Decoded, fit
 from dataset.latents import pack_latents
 from dataset.sources import open_mixture
 from model.load import BASE
@@ -37,7 +37,7 @@ from model.text import tokenize
 
 PHOTO = photograph(3, 90, 70)
 JPEG, PNG = encoded(PHOTO, "JPEG"), encoded(PHOTO)
-LATENTS = pack_latents(torch.zeros(8, 8, 8), (70, 90), (0, 9))
+LATENTS = pack_latents(Decoded(np.zeros((8, 8, 8)), (70, 90), (0, 9)))
 GOOD = ("good.jpg", JPEG), ("good.txt", b"good")
 BAD = ("bad.jpg", JPEG), ("bad.txt", b"bad")
 CASES = {}

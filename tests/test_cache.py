@@ -12,14 +12,14 @@ from safetensors.torch import load_file, save_file
 from test_train import last
 
 from common.errors import UserError
-from data import DataConfig, assign_buckets, decode, normalise
+from data import DataConfig, assign_buckets, decode
 from dataset.latents import unpack_latents, unpack_text
 from dataset.shards import INDEX, read_index
 from dataset.sources import open_source
 from model.load import load_sdxl
 from model.sdxl import Denoiser
 from model.text import tokenize
-from model.vae import encode_pixels
+from model.vae import encode_pixels, normalise
 
 
 def contents(folder) -> dict[str, bytes]:
@@ -39,11 +39,10 @@ def test_cached_latents_are_what_the_vae_gives_for_the_same_images(script, tiny_
         wanted, ready = images.read_sample(n), latents.read_sample(n)
         assert ready.captions == wanted.captions
         for flip in (False, True):
-            pixels, *wanted_sizes = decode(wanted, sizes[bucket[n]], flip)
-            posterior, *ready_sizes = unpack_latents(ready.image, flip)
-            ours = encode_pixels(pipe.vae, normalise(torch.tensor(pixels)[None]))[0]
-            torch.testing.assert_close(torch.from_numpy(posterior).float(), ours, atol=1e-3, rtol=1e-3)
-            assert ready_sizes == wanted_sizes
+            image, cached = decode(wanted, sizes[bucket[n]], flip), unpack_latents(ready.image, flip)
+            ours = encode_pixels(pipe.vae, normalise(torch.tensor(image.values)[None]))[0]
+            torch.testing.assert_close(torch.from_numpy(cached.values).float(), ours, atol=1e-3, rtol=1e-3)
+            assert (cached.original, cached.crop) == (image.original, image.crop)
     _, err = script("scripts/cache_latents.py", tmp_path, "--model", tiny_model, "--out", tmp_path / "b", status=2)
     assert err == f"cache_latents.py: {tmp_path} holds latents already\n"
 
@@ -56,11 +55,11 @@ def test_cached_masks_are_those_of_the_images(script, tiny_model, cutouts, tmp_p
     pipe = load_sdxl(str(tiny_model), torch.float32, torch.device("cpu"))
     for n in range(4):
         for flip in (False, True):
-            pixels, *_, wanted = decode(images.read_sample(n), sizes[bucket[n]], flip, masked=True)
-            posterior, *_, mask = unpack_latents(latents.read_sample(n).image, flip, masked=True)
-            assert np.array_equal(mask, wanted)
-            ours = encode_pixels(pipe.vae, normalise(torch.tensor(pixels)[None]))[0]
-            torch.testing.assert_close(torch.from_numpy(posterior).float(), ours, atol=1e-3, rtol=1e-3)
+            image = decode(images.read_sample(n), sizes[bucket[n]], flip, masked=True)
+            cached = unpack_latents(latents.read_sample(n).image, flip, masked=True)
+            assert np.array_equal(cached.mask, image.mask)
+            ours = encode_pixels(pipe.vae, normalise(torch.tensor(image.values)[None]))[0]
+            torch.testing.assert_close(torch.from_numpy(cached.values).float(), ours, atol=1e-3, rtol=1e-3)
 
 
 def test_after_a_change_only_what_changed_is_made_anew(script, tiny_model, photos, tmp_path):

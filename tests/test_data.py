@@ -15,12 +15,15 @@ from PIL import Image
 
 from common.errors import UserError
 from common.signals import SIGNALS, blocked_signals
-from data import DataConfig, Stream, decode, describe_buckets, hide_lost_connection, make_loader, normalise
+from data import DataConfig, Stream, decode, describe_buckets, make_loader
 from dataset.buckets import bucket_sizes
 from dataset.captions import CaptionConfig
+from dataset.images import Decoded
 from dataset.latents import pack_latents
+from dataset.loading import hide_lost_connection
 from dataset.shards import split_captions
 from dataset.sources import EncodedSample, open_mixture, open_source
+from model.vae import normalise
 
 
 def stream(data, bs: int = 2, resolution: int = 64, seed: int = 0, **options) -> Stream:
@@ -68,22 +71,22 @@ def test_a_stream_continues_from_any_batch(shards, workers):
 
 def test_pixels_sizes_and_crop():
     image = photograph(0, 300, 200)
-    pixels, original, crop = decode(EncodedSample("x", encoded(image), []), (64, 64), flip=False)
+    pixels, original, crop, mask = decode(EncodedSample("x", encoded(image), []), (64, 64), flip=False)
+    assert mask is None
     assert (pixels.shape, pixels.dtype) == ((64, 64, 3), np.uint8)
     assert (original, crop) == ((200, 300), (0, 16))
     wanted = np.asarray(image.resize((96, 64), Image.Resampling.LANCZOS).crop((16, 0, 80, 64)))
     assert np.array_equal(pixels, wanted)
-    assert decode(EncodedSample("x", encoded(image), []), (48, 80), flip=False)[2] == (2, 0)  # of 53 x 80
+    assert decode(EncodedSample("x", encoded(image), []), (48, 80), flip=False).crop == (2, 0)  # of 53 x 80
     values = normalise(torch.tensor([[[[0, 255, 51]]]], dtype=torch.uint8))
     torch.testing.assert_close(values, torch.tensor([-1.0, 1, -0.6]).view(1, 3, 1, 1))
 
 
 def test_flip_mirrors_pixels_and_crop():
     raw = EncodedSample("x", encoded(photograph(1, 201, 100)), [])
-    plain, _, (_, left) = decode(raw, (50, 50), flip=False)
-    mirrored, _, (_, mirrored_left) = decode(raw, (50, 50), flip=True)
-    assert left + mirrored_left + 50 in (100, 101)  # of a resized width of 100
-    assert np.abs(plain[:, ::-1].astype(int) - mirrored).mean() < 2
+    plain, mirrored = (decode(raw, (50, 50), flip) for flip in (False, True))
+    assert plain.crop[1] + mirrored.crop[1] + 50 in (100, 101)  # of a resized width of 100
+    assert np.abs(plain.values[:, ::-1].astype(int) - mirrored.values).mean() < 2
 
 
 def test_flip_and_dropout_rates(shards):
@@ -327,9 +330,9 @@ def test_the_mask_follows_the_image(size, bucket, flip):
     assert np.abs(mask - red).max() <= 0.5
     opaque = EncodedSample("x", encoded(photograph(1, *size)), [])
     same = decode(opaque, bucket, flip, masked=True)
-    assert np.array_equal(same[0], pixels)  # its own colours, not those on white
-    assert (same[3] == 255).all()
-    assert [original, crop] == list(decode(raw, bucket, flip)[1:])
+    assert np.array_equal(same.values, pixels)  # its own colours, not those on white
+    assert (same.mask == 255).all()
+    assert (original, crop, None) == decode(raw, bucket, flip)[1:]
 
 
 def test_a_batch_has_a_mask_only_if_asked(photos, tmp_path):
@@ -356,7 +359,7 @@ def latent_shard(path, count: int = 3, side: int = 8, **also) -> None:
     with wds.TarWriter(str(path)) as tar:
         for i in range(count):
             posterior = torch.full((8, side, side), float(i))
-            files = {"safetensors": pack_latents(posterior, (100 + i, 200), (i, 5)), "txt": f"number {i}"}
+            files = {"safetensors": pack_latents(Decoded(posterior.numpy(), (100 + i, 200), (i, 5))), "txt": f"number {i}"}
             tar.write({"__key__": f"{i:03}", **files, **also})
 
 
@@ -377,8 +380,8 @@ def test_latents_come_as_they_are_with_their_sizes(tmp_path):
 def test_latents_of_several_buckets_and_mirrored_ones(tmp_path):
     with wds.TarWriter(str(tmp_path / "a.tar")) as tar:
         for i, (height, width) in enumerate([(4, 16), (8, 8), (8, 8), (16, 4)]):
-            posterior = torch.full((8, height, width), float(i))
-            packed = pack_latents(posterior, (10, 10), (0, 1), mirrored=(-posterior, (0, 2)))
+            values = np.full((8, height, width), float(i))
+            packed = pack_latents(Decoded(values, (10, 10), (0, 1)), Decoded(-values, (10, 10), (0, 2)))
             tar.write({"__key__": f"{i}", "safetensors": packed, "txt": f"number {i}"})
     seen = stream(tmp_path, bs=1, bucket_step=16, flip=True)
     assert seen.source.has_mirrored
@@ -393,10 +396,10 @@ def test_latents_of_several_buckets_and_mirrored_ones(tmp_path):
 
 
 def test_latents_with_masks(tmp_path):
-    (plain, other), posterior = np.random.default_rng(0).integers(0, 256, (2, 8, 8), np.uint8), torch.zeros(8, 8, 8)
+    (plain, other), values = np.random.default_rng(0).integers(0, 256, (2, 8, 8), np.uint8), np.zeros((8, 8, 8))
     (tmp_path / "a").mkdir()
     with wds.TarWriter(str(tmp_path / "a/a.tar")) as tar:
-        packed = pack_latents(posterior, (10, 10), (0, 1), (posterior + 1, (0, 2), other), mask=(plain,))
+        packed = pack_latents(Decoded(values, (10, 10), (0, 1), plain), Decoded(values + 1, (10, 10), (0, 2), other))
         tar.write({"__key__": "0", "safetensors": packed, "txt": "a"})
     source = open_source(str(tmp_path / "a"))
     assert (source.has_masks, source.has_mirrored) == (True, True)

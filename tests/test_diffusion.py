@@ -4,7 +4,7 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
 from common.errors import UserError
-from model.diffusion import Diffusion, DiffusionConfig, area_weights
+from model.diffusion import Diffusion, DiffusionConfig, weights_of_mask
 
 SCHEDULE = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 
@@ -43,7 +43,7 @@ def test_min_snr_weights_equal_diffusers(prediction_type):
 def masked_loss(mask: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
     """Loss [B] of predictions that are wrong by `error` [B, 4, h, w]."""
     t = torch.full((len(error),), 500)
-    return make().loss(error, torch.zeros_like(error), torch.zeros_like(error), t, area_weights(mask))
+    return make().loss(error, torch.zeros_like(error), torch.zeros_like(error), t, weights_of_mask(mask))
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 9), (104, 152)])
@@ -53,7 +53,7 @@ def test_a_mask_of_ones_changes_no_bit(prediction_type, size):
     guess = torch.randn(3, 4, *size)
     diffusion = make(prediction_type, snr_gamma=5.0)
     plain = diffusion.loss(guess, x0, noise, t)
-    assert torch.equal(diffusion.loss(guess, x0, noise, t, area_weights(torch.ones(3, 1, *size))), plain)
+    assert torch.equal(diffusion.loss(guess, x0, noise, t, weights_of_mask(torch.ones(3, 1, *size))), plain)
 
 
 def test_the_masked_loss_is_the_mean_over_the_masked_area():

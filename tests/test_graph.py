@@ -120,7 +120,7 @@ def test_an_overflow_in_a_graph(training):
         gradient = adapter.grad.clone()
         scaler.step(optimizer)
         scaler.update()
-        adapter.refresh()
+        adapter.update_layers()
         return gradient
 
     before = adapter.flat.clone()

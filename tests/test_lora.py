@@ -25,7 +25,7 @@ def inputs(batch: int = 2, seed: int = 0) -> dict:
 def shake(adapter: Adapter) -> None:
     """Makes every ΔW differ from zero."""
     adapter.flat.copy_(0.05 * torch.randn(adapter.flat.shape, generator=torch.Generator().manual_seed(1)))
-    adapter.refresh()
+    adapter.update_layers()
 
 
 def test_identity_at_start_bit_for_bit(denoiser):
@@ -216,7 +216,7 @@ def test_half_precision_layers_beside_float32_masters(pipe):
     denoiser(**inputs(seed=1)).float().square().mean().backward()
     adapter.collect_gradients()
     assert torch.equal(adapter.grad, gradients[0] + gradients[1])
-    adapter.refresh()
+    adapter.update_layers()
     assert not adapter.grad.any()
 
 

@@ -36,12 +36,12 @@ def test_render_equals_the_pipeline(pipe, denoiser):
 
 def test_gallery_shows_base_and_adapter(pipe, denoiser):
     adapter = add_lora(denoiser, LoRAConfig(), denoiser.unused)
-    stop = SimpleNamespace(asked=True)
+    stop = SimpleNamespace(requested=True)
     plan = SimpleNamespace(oom_advice="", weights=0, budget=2**40)
     facts = {"pipe": pipe, "vae": pipe.vae, "device": torch.device("cpu"), "kept_on_host": [], "full_denoiser": denoiser}
     gallery = Gallery(SimpleNamespace(**facts), adapter, ["a"], 64, Ranks(0, 1), stop, plan)
     assert gallery.draw(7) is None
-    stop.asked = False
+    stop.requested = False
     same = gallery.draw(7)
     shake(adapter)
     changed = gallery.draw(7)

@@ -153,7 +153,7 @@ def test_a_rank_that_never_starts(monkeypatch):
 
 def test_a_rank_that_is_killed(train, agent, tmp_path, monkeypatch):
     """torchrun restarts all ranks, and the run goes on as if nothing had happened. Then one process continues it alone."""
-    refresh, steps = Adapter.refresh, itertools.count(1)
+    refresh, steps = Adapter.update_layers, itertools.count(1)
 
     def die(adapter):
         if next(steps) == 4 and (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "0"):
@@ -162,7 +162,7 @@ def test_a_rank_that_is_killed(train, agent, tmp_path, monkeypatch):
 
     options = ["--steps", 5, "--save-every", 3, "--resume", "none"]  # a restart by torchrun resumes all the same
     with monkeypatch.context() as patch:
-        patch.setattr("lora.Adapter.refresh", die)
+        patch.setattr("lora.Adapter.update_layers", die)
         process = agent(tmp_path / "out", options, *ONE_HOST, "--max-restarts", 3)
     assert statuses([process]) == [0]
     output = (tmp_path / "out0.txt").read_text()
@@ -179,7 +179,7 @@ def test_a_rank_that_is_killed(train, agent, tmp_path, monkeypatch):
 
 
 def test_ranks_with_different_weights_end_before_they_save(agent, tmp_path, monkeypatch):
-    refresh, steps = Adapter.refresh, itertools.count(1)
+    refresh, steps = Adapter.update_layers, itertools.count(1)
 
     def flip(adapter):
         """After the third step of rank 1: flips the last bit of one weight in two modules, and sends a signal to save."""
@@ -189,7 +189,7 @@ def test_ranks_with_different_weights_end_before_they_save(agent, tmp_path, monk
                 adapter.deltas[name][1].view(torch.int32)[0, 0] ^= 1
         refresh(adapter)
 
-    monkeypatch.setattr("lora.Adapter.refresh", flip)
+    monkeypatch.setattr("lora.Adapter.update_layers", flip)
     options = ["--steps", 9, "--save-every", 2]
     assert statuses([agent(tmp_path / "out", options, *ONE_HOST)]) == [1]
     first = list(find_state("auto", tmp_path / "out")[1]["layers"])[7]

@@ -260,7 +260,7 @@ def test_lasting_faults_are_one_line_naming_the_url(server, shards, fault, reaso
     source = open_source(serve(server, shards))
     server.requests.clear()
     server.always = fault
-    with pytest.raises(UserError, match=rf"^--data {server.url}/shards/photos-000000\.tar: {reason}$"):
+    with pytest.raises(UserError, match=rf"^{server.url}/shards/photos-000000\.tar: {reason}$"):
         source.read_sample(0)
     assert len(server.requests) == tries
 
@@ -344,7 +344,7 @@ def test_a_failing_bucket_is_tried_again(server, monkeypatch):
         assert len(server.requests) == 3, fault
     for server.always, reason in ((500, "HTTP status 500"), ("closed", "the connection failed")):
         server.requests.clear()
-        with pytest.raises(UserError, match=rf"^--data s3://b/a\.tar: {reason}.*, 6 times over$"):
+        with pytest.raises(UserError, match=rf"^s3://b/a\.tar: {reason}.*, 6 times over$"):
             file.read((10, 20))
         assert len(server.requests) == 6
 
@@ -353,7 +353,7 @@ def test_a_failing_bucket_is_tried_again(server, monkeypatch):
 def test_an_error_in_a_worker_reaches_the_user_unchanged(server, shards, workers):
     source = open_source(serve(server, shards))
     server.always = 404
-    with pytest.raises(UserError, match=r"^--data http://\S+\.tar: is not there$"):
+    with pytest.raises(UserError, match=r"^http://\S+\.tar: is not there$"):
         batches(source, workers=workers)
     with pytest.raises(UserError, match="is not there"):
         Stream(source, DataConfig(workers=0), CaptionConfig(), 64, 0).first_decodable(0)
@@ -365,7 +365,7 @@ def test_an_error_in_a_worker_reaches_the_user_unchanged(server, shards, workers
 @pytest.mark.parametrize("data", ["pipe:touch attacked", "file:/etc/x.tar", "file:///x.tar", "ftp://h/x.tar", "S3://b/x.tar",
                                   "memory://x.tar", "simplecache::s3://b/x.tar", "{https://me:geheim@h/x.tar,b}"])  # fmt: skip
 def test_other_schemes_are_refused_by_name(data):
-    with pytest.raises(UserError, match=rf"^--data: {re.escape(data.partition(':')[0])}: is refused") as caught:
+    with pytest.raises(UserError, match=rf"^{re.escape(data.partition(':')[0])}: is refused") as caught:
         open_mixture((data,))
     assert "geheim" not in str(caught.value)
 
@@ -398,7 +398,7 @@ def test_the_text_of_a_drivers_error_is_not_repeated(monkeypatch):
 def test_a_missing_driver_is_one_line(scheme, monkeypatch):
     monkeypatch.setitem(sys.modules, {"http": "fsspec.implementations.http", "s3": "s3fs", "gs": "gcsfs"}[scheme], None)
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, scheme, raising=False)
-    with pytest.raises(UserError, match=rf"^--data: {scheme}:// needs a driver: pip install -r requirements-cloud\.txt$"):
+    with pytest.raises(UserError, match=rf"^{scheme}:// needs a driver: pip install -r requirements-cloud\.txt$"):
         open_source(f"{scheme}://b/a.tar")
 
 
@@ -541,7 +541,7 @@ def test_the_least_recently_used_file_goes_first(tmp_path):
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--data-cache .*file cannot be written: "):
-        DataConfig(data_cache=str(tmp_path / "file")).cache  # noqa: B018
+        DataConfig(data_cache=str(tmp_path / "file")).open_cache()
     with pytest.raises(UserError, match="--data-cache-gb must be above 0"):
         DataConfig(data_cache_gb=0)
 
@@ -574,5 +574,5 @@ def test_a_server_that_goes_away_ends_training_with_one_line(train, server, shar
     server.faults = [None] * 5  # the index, three sizes, the first image
     server.always = 500
     _, err = train("--steps", 4, "--workers", 2, "--data", url, status=2)
-    assert re.search(rf"train_lora\.py: --data {url}photos-00000\d\.tar: HTTP status 500, 6 times over$", err, re.M)
+    assert re.search(rf"train_lora\.py: {url}photos-00000\d\.tar: HTTP status 500, 6 times over$", err, re.M)
     assert "Traceback" not in err

@@ -27,6 +27,7 @@ from common.errors import UserError
 from common.files import TolerantWriter, write_atomically
 from common.signals import SIGNALS
 from data import Workload
+from dataset.images import Decoded
 from dataset.latents import pack_latents
 from dataset.sources import Source, open_source
 from lora import Adapter, LoRAConfig
@@ -269,7 +270,13 @@ def far_latents(file: Path, broken: set[int]) -> Path:
         for i in range(3):
             posterior = torch.randn(8, 8, 8, generator=torch.Generator().manual_seed(i)).abs()
             posterior *= 1e4 if i in broken else 1
-            tar.write({"__key__": f"{i}", "safetensors": pack_latents(posterior, (64, 64), (0, 0)), "txt": f"picture {i}"})
+            tar.write(
+                {
+                    "__key__": f"{i}",
+                    "safetensors": pack_latents(Decoded(posterior.numpy(), (64, 64), (0, 0))),
+                    "txt": f"picture {i}",
+                }
+            )
     return file
 
 
@@ -371,7 +378,13 @@ def latents(tmp_path):
     with wds.TarWriter(str(tmp_path / "latents.tar")) as tar:
         for i in range(3):
             posterior = torch.randn(8, 8, 8, generator=torch.Generator().manual_seed(i)).abs()
-            tar.write({"__key__": f"{i}", "safetensors": pack_latents(posterior, (64, 64), (0, 0)), "txt": "a picture"})
+            tar.write(
+                {
+                    "__key__": f"{i}",
+                    "safetensors": pack_latents(Decoded(posterior.numpy(), (64, 64), (0, 0))),
+                    "txt": "a picture",
+                }
+            )
     return tmp_path / "latents.tar"
 
 
@@ -638,7 +651,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(train, tiny_model, shards, 
 def test_a_signal_ends_the_wait_for_data(train, tmp_path, monkeypatch, workers, late, told):
     """An image does not come for a minute, but a signal does: the steps before are saved, if there are any."""
     choose, count, how, began = data.choose_caption, itertools.count(), ["--steps", 4, "--workers", workers], time.monotonic()
-    refresh, main, steps = Adapter.refresh, os.getpid(), Value("q", 0)
+    refresh, main, steps = Adapter.update_layers, os.getpid(), Value("q", 0)
 
     def end_step(adapter):
         refresh(adapter)
@@ -652,7 +665,7 @@ def test_a_signal_ends_the_wait_for_data(train, tmp_path, monkeypatch, workers, 
             time.sleep(60)
         return choose(*given)
 
-    monkeypatch.setattr("lora.Adapter.refresh", end_step)
+    monkeypatch.setattr("lora.Adapter.update_layers", end_step)
     monkeypatch.setattr("data.choose_caption", stall)
     assert told in train(*how, status=75)[0]
     assert time.monotonic() - began < 40
@@ -666,15 +679,16 @@ def test_a_second_ctrl_c_ends_at_once():
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         stop = StopRequest()
+        stop.end_setup()
         assert stop.wait(int) == 0
         with pytest.raises(ZeroDivisionError):
             stop.wait(lambda: 1 / 0)
-        assert not stop.asked
+        assert not stop.requested
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.asked
+        assert stop.requested
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
         os.kill(os.getpid(), signal.SIGTERM)  # as a job is told twice
-        assert signal.getsignal(signal.SIGTERM) == stop.ask
+        assert signal.getsignal(signal.SIGTERM) == stop.on_signal
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         StopRequest()
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # as nohup has asked

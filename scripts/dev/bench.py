@@ -33,6 +33,7 @@ from common.errors import UserError, one_line_errors
 from data import DataConfig, Stream
 from dataset.buckets import bucket_sizes
 from dataset.captions import CaptionConfig
+from dataset.images import Decoded
 from dataset.latents import pack_latents
 from dataset.sources import open_source
 from lora import LoRAConfig, add_lora, merge_lora
@@ -130,7 +131,7 @@ def make_shards(folder: Path, count: int = 64) -> None:
                     height, width = mixed[i % len(mixed)] if name == "mixed" else (1024, 1024)
                     mean = torch.randn(4, height // 8, width // 8)
                     posterior = torch.cat([mean, torch.full_like(mean, 0.05)])
-                    sample["safetensors"] = pack_latents(posterior, (height, width), (0, 0))
+                    sample["safetensors"] = pack_latents(Decoded(posterior.numpy(), (height, width), (0, 0)))
                 else:
                     coarse = Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))
                     size = (1024, 1152) if i % 2 else (1216, 1024)

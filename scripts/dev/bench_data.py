@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from common.errors import one_line_errors
 from data import DataConfig, Stream
 from dataset.captions import CaptionConfig
+from dataset.images import Decoded
 from dataset.latents import pack_latents
 from dataset.shards import write_shards
 from dataset.sources import open_source
@@ -92,7 +93,8 @@ def main(config: BenchDataConfig) -> None:
         (folder / "latents").mkdir()
         posterior = torch.randn(8, 128, 128)
         samples = (
-            {"safetensors": pack_latents(posterior, (1024, 1024), (0, 0)), "txt": "a picture"} for _ in range(config.latents)
+            {"safetensors": pack_latents(Decoded(posterior.numpy(), (1024, 1024), (0, 0))), "txt": "a picture"}
+            for _ in range(config.latents)
         )
         write_shards(folder / "latents", "latents", samples, 1000)
         jobs["latents of 1024 × 1024, batches"] = batches(folder / "latents", config.latents)
