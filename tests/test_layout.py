@@ -69,6 +69,18 @@ def test_no_import_from_a_floor_above():
     list(TopologicalSorter(same_floor).static_order())  # raises CycleError
 
 
+def test_functions_fit_on_a_screen():
+    """At most 60 lines, but for the training script's `main`, which shows a whole run. The two scripts nest no functions."""
+    limits = {("train_lora.py", "main"): 110}
+    for path in SOURCES:
+        name = str(path.relative_to(ROOT))
+        for function in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)):
+            assert function.end_lineno - function.lineno < limits.get((name, function.name), 60), f"{name} {function.name}"
+            nested = [node.name for node in ast.walk(function) if isinstance(node, ast.FunctionDef) and node is not function]
+            assert not nested or name not in ("train_lora.py", "infer.py"), f"{name} {function.name}: {nested}"
+    assert (ROOT / "train_lora.py").read_text().count("\n") <= 250
+
+
 def test_modules_import_each_other_in_no_circle():
     modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in SOURCES}
     list(TopologicalSorter({name: imports(path) & modules.keys() for name, path in modules.items()}).static_order())
