@@ -12,7 +12,7 @@ import sys
 from multiprocessing import get_context
 from pathlib import Path
 
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # models this small only wait for a second thread
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # for models this small a second thread only costs time
 
 import numpy as np
 import pytest
@@ -44,14 +44,14 @@ def make_tokenizer(folder: Path, pad: str):
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked `gpu` need CUDA; elsewhere they are skipped, and say so."""
+    """Skips the tests marked `gpu` on a machine without CUDA."""
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA here"))
 
 
 def pytest_collection_finish():
-    """Every test file has imported what it needs: none of that need be looked through for garbage again and again."""
+    """Saves time: the garbage collector no longer visits the imported modules, which live until the end anyway."""
     gc.collect()
     gc.freeze()
 
@@ -89,12 +89,12 @@ def tiny_model(tmp_path_factory) -> Path:
     tokenizer_2, _ = make_tokenizer(folder / "t2", "!")
     text = {"vocab_size": vocabulary, "num_attention_heads": 2, "num_hidden_layers": 3, "max_position_embeddings": 77}
     text |= {"bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1}
-    one = CLIPTextModel(CLIPTextConfig(hidden_size=32, intermediate_size=64, projection_dim=32, **text))
-    two = CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=48, intermediate_size=96, projection_dim=48, **text))
+    encoder = CLIPTextModel(CLIPTextConfig(hidden_size=32, intermediate_size=64, projection_dim=32, **text))
+    encoder_2 = CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=48, intermediate_size=96, projection_dim=48, **text))
     scheduler = EulerDiscreteScheduler(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1, timestep_spacing="leading"
     )
-    pipe = StableDiffusionXLPipeline(vae, one, two, tokenizer, tokenizer_2, unet, scheduler, add_watermarker=False)
+    pipe = StableDiffusionXLPipeline(vae, encoder, encoder_2, tokenizer, tokenizer_2, unet, scheduler, add_watermarker=False)
     pipe.save_pretrained(folder / "model")
     return folder / "model"
 
@@ -138,7 +138,7 @@ def photos(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def cutouts(tmp_path_factory) -> Path:
-    """Four captioned PNGs of several shapes; of each all but a circle is transparent."""
+    """Four captioned PNGs of several shapes, transparent outside a circle."""
     folder = tmp_path_factory.mktemp("cutouts")
     for i, size in enumerate([(130, 130), (150, 140), (200, 100), (100, 180)]):
         image = photograph(i, *size)
@@ -159,34 +159,35 @@ def shards(photos, tmp_path_factory) -> Path:
 
 
 def run(*command: object) -> subprocess.CompletedProcess:
-    """Runs a program as a user would and checks that it ended well."""
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
+    """Runs a program as a user would, and checks that its exit status is 0."""
+    completed = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert completed.returncode == 0, f"{command} exited with {completed.returncode}\n{completed.stdout}\n{completed.stderr}"
+    return completed
 
 
 def run_main(name: str, *arguments: object) -> int:
-    """A script's own entry point in this process, which saves the seconds that importing torch takes. Returns its status."""
-    before, sys.argv = sys.argv, [name, *map(str, arguments)]
+    """Runs a script in this process, which saves the seconds that importing torch takes. Returns its exit status."""
+    argv, sys.argv = sys.argv, [name, *map(str, arguments)]
     try:
         runpy.run_path(str(ROOT / name), run_name="__main__")
         return 0
-    except SystemExit as end:
-        return end.code or 0
+    except SystemExit as error:
+        return error.code or 0
     finally:
-        sys.argv = before
+        sys.argv = argv
 
 
 class Forked(get_context("fork").Process):
-    """A script in a process and a session of its own, as under torchrun: a signal to its group reaches its workers, too. It
-    is a fork of this process, which has imported everything already. What it prints is in the file `output`.
+    """Runs a script in a fork of this process, which has imported everything already. Its output goes to the file `output`.
+
+    It has a session of its own, as under torchrun: a signal to its process group reaches its workers, too.
     """
 
     def __init__(self, name: str, *arguments: object, output: Path):
-        super().__init__(target=self.be, args=(name, arguments, output))
+        super().__init__(target=self.run_script, args=(name, arguments, output))
         self.start()
 
-    def be(self, name: str, arguments: tuple, output: Path) -> None:
+    def run_script(self, name: str, arguments: tuple, output: Path) -> None:
         os.setsid()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
@@ -204,7 +205,7 @@ class Forked(get_context("fork").Process):
 
 
 def fork_torchrun(name: str, arguments: list, options: list, output: Path, enter=lambda: None) -> get_context("fork").Process:
-    """torchrun's own agent in a fork of this process, and its ranks in forks of that; `enter` is called before anything."""
+    """Starts torchrun's own agent in a fork of this process, and its ranks in forks of that. The agent first calls `enter`."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
     from torch.distributed.run import config_from_args, parse_args
@@ -212,20 +213,20 @@ def fork_torchrun(name: str, arguments: list, options: list, output: Path, enter
     config, *_ = config_from_args(parse_args([*map(str, options), name]))
     config.start_method = "fork"
 
-    def rank() -> None:
+    def run_rank() -> None:
         if status := run_main(name, *arguments):
             sys.exit(status)
 
-    def agent() -> None:
+    def run_agent() -> None:
         sys.stdout = sys.stderr = open(output, "a", buffering=1)  # noqa: SIM115
-        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # PyTorch 2.15 logs where a fork has failed
+        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # PyTorch 2.15 logs failed forks
         enter()
         try:
-            elastic_launch(config, rank)()
+            elastic_launch(config, run_rank)()
         except ChildFailedError:
             sys.exit(1)
 
-    process = get_context("fork").Process(target=agent)
+    process = get_context("fork").Process(target=run_agent)
     process.start()
     return process
 
@@ -235,7 +236,7 @@ ONE_HOST = ["--nproc-per-node", 2, "--rdzv-backend", "c10d", "--rdzv-endpoint", 
 
 @pytest.fixture
 def script(capfd):
-    """script("train_lora.py", "--rank", "8", status=0) -> (stdout, stderr), by `run_main`."""
+    """script("train_lora.py", "--rank", 8, status=0) runs a script, checks its exit status and returns (stdout, stderr)."""
     from common.signals import SIGNALS
 
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
@@ -244,13 +245,13 @@ def script(capfd):
         streams = sys.stdout, sys.stderr
         capfd.readouterr()
         try:
-            ended = run_main(name, *arguments)
+            exit_status = run_main(name, *arguments)
         finally:
             sys.stdout, sys.stderr = streams
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         out, err = capfd.readouterr()
-        assert ended == status, f"{name} {arguments} ended with {ended}\n{out}\n{err}"
+        assert exit_status == status, f"{name} {arguments} exited with {exit_status}\n{out}\n{err}"
         return out, err
 
     return call
@@ -261,27 +262,29 @@ DRY_RUNS: dict = {}
 
 @pytest.fixture
 def train(script, tiny_model, shards, tmp_path, monkeypatch):
-    """train("--steps", 4) runs the training script on the tiny model, without pictures; files go to a fresh folder."""
-    from model.render import render  # three pictures of 20 steps would take most of a test's time
-    from performance.memory_plan import dry_run  # more than half of the time of a short run, and a function of these shapes
+    """train("--steps", 4) runs train_lora.py on the tiny model, writing to a fresh folder. Returns (stdout, stderr).
 
-    def remembered(denoiser, block_names, text, latent_side):
+    Draws no pictures by default. With --pictures it draws one a save, in two steps: three in 20 would take most of the time.
+    """
+    from model.render import render
+    from performance.memory_plan import dry_run  # takes more than half of a short run; its result depends on the key alone
+
+    def cached_dry_run(denoiser, block_names, text, latent_side):
         key = repr(denoiser), tuple(block_names), [(t.shape, t.dtype) for t in text], latent_side
         key = str((*key, [(p.dtype, p.requires_grad) for p in denoiser.parameters()]))
         if key not in DRY_RUNS:
             DRY_RUNS[key] = dry_run(denoiser, block_names, text, latent_side)
         return DRY_RUNS[key]
 
-    monkeypatch.setattr("memory.dry_run", remembered)
-
+    monkeypatch.setattr("memory.dry_run", cached_dry_run)
     monkeypatch.setattr("model.render.NARUTO_PROMPTS", ["one picture a save is enough"])
     monkeypatch.setattr("run.gallery.render", lambda *args, **options: render(*args, **{**options, "steps": 2}))
     base = ["--model", tiny_model, "--rank", 2, "--bs", 2, "--workers", 0, "--device", "cpu", "--no-pictures"]
     base += ["--out", tmp_path / "out", "--log-dir", tmp_path / "runs"]
 
-    def call(*options, **how):
+    def call(*options, status: int = 0):
         data = [] if "--data" in options else ["--data", shards]
-        return script("train_lora.py", *base, *data, *options, **how)
+        return script("train_lora.py", *base, *data, *options, status=status)
 
     return call
 
@@ -294,7 +297,7 @@ def sdxl_meta() -> torch.nn.Module:
 
     with torch.device("meta"):
         parts = base_architecture()
-    model = Denoiser.__new__(Denoiser)  # without its tokenizers
+    model = Denoiser.__new__(Denoiser)  # __init__ would need tokenizers
     torch.nn.Module.__init__(model)
     model.unet, model.text_encoder, model.text_encoder_2 = (parts[n] for n in ("unet", "text_encoder", "text_encoder_2"))
     return model

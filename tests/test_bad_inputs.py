@@ -95,13 +95,13 @@ def tagged(*entries: tuple[int, int, bytes]) -> bytes:
 
 
 def with_bad_file(path: Path, make: Callable[[Path], object]) -> Callable[[Path], None]:
-    """A good image, and with a caption a bad one that `make` creates: no ordinary file."""
+    """Fills a folder with a good image and a captioned bad one, which `make` creates: not an ordinary file."""
     return lambda folder: (put(folder, *GOOD, BAD[1]), make(folder / path))
 
 
 def unreadable(path: Path) -> None:
     path.touch(mode=0)
-    if os.access(path, os.R_OK):  # we are root, who cannot read this one
+    if os.access(path, os.R_OK):  # root ignores the mode, but cannot read this file either
         path.unlink()
         path.symlink_to("/proc/self/mem")
 
@@ -111,11 +111,11 @@ def enormous(path: Path) -> None:
     os.truncate(path, 50 * 2**30)
 
 
-def swapped() -> tuple[bytes, Image.Image]:
+def swapped_colours() -> tuple[bytes, Image.Image]:
     """A palette image whose colour profile swaps red and green, and what it looks like."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    for one, other in ((b"rXYZ", b"...."), (b"gXYZ", b"rXYZ"), (b"....", b"gXYZ"), ("sRGB".encode("utf-16-be"), b"\0x" * 4)):
-        profile = profile.replace(one, other)
+    for old, new in ((b"rXYZ", b"...."), (b"gXYZ", b"rXYZ"), (b"....", b"gXYZ"), ("sRGB".encode("utf-16-be"), b"\0x" * 4)):
+        profile = profile.replace(old, new)
     palette = PHOTO.convert("P", palette=Image.Palette.ADAPTIVE)
     red, green, blue = PHOTO.split()
     return encoded(palette, icc_profile=profile), Image.merge("RGB", (green, red, blue))
@@ -124,61 +124,65 @@ def swapped() -> tuple[bytes, Image.Image]:
 GREY, STRIP = PHOTO.convert("L"), Image.linear_gradient("L").resize((1, 10**6))
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 ZEROS = zlib.compress(bytes(10**8))
-LATER = [photograph(4, 90, 70)]
+SECOND_FRAME = [photograph(4, 90, 70)]
 for kind, extension in (("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"), ("AVIF", "avif")):
-    whole, outcome = encoded(PHOTO, kind), f"skipped bad.{extension}"
-    image(f"{kind} cut in its pixels", outcome, whole[: len(whole) * 2 // 3], extension)
-    image(f"{kind} cut in its header", outcome, whole[:20], extension)
+    content, outcome = encoded(PHOTO, kind), f"skipped bad.{extension}"
+    image(f"{kind} truncated in its pixels", outcome, content[: len(content) * 2 // 3], extension)
+    image(f"{kind} truncated in its header", outcome, content[:20], extension)
 for name, content in (
-    ("of no bytes", b""),
+    ("empty", b""),
     ("random bytes", np.random.default_rng(0).bytes(5000)),
     ("a server's error page", b"<!DOCTYPE html><html><title>404 Not Found</title></html>"),
     ("SVG", b'<svg xmlns="http://www.w3.org/2000/svg" width="90" height="70"><rect width="90" height="70"/></svg>'),
     ("PostScript, which Pillow would run", encoded(PHOTO, "EPS")),
-    ("a kind that nobody trains on", encoded(PHOTO, "PCX")),
-    ("no width", png(0, 70)),
+    ("PCX, which is not supported", encoded(PHOTO, "PCX")),
+    ("PNG of width 0", png(0, 70)),
     ("pixel bomb", encoded(Image.new("1", (20_000, 20_000)))),
-    ("PNG that says it is enormous", png(2**31 - 1, 2**31 - 1)),
+    ("PNG with an enormous size in its header", png(2**31 - 1, 2**31 - 1)),
     ("PNG with a wrong checksum", PNG[:29] + b"0000" + PNG[33:]),
     ("PNG with a text of 100 MB in a few KB", png(90, 70, chunk(b"zTXt", b"x\0\0" + ZEROS))),
 ):
     image(name, "skipped bad.jpg", content)
 for name, content, *picture in (
     ("PNG named .jpg", PNG),
-    ("PNG that says it is higher: black below", png(90, 75), PHOTO.crop((0, 0, 90, 75))),
-    ("JPEG with something behind it", JPEG + PNG),
-    ("animated GIF named .jpg", encoded(PHOTO, "GIF", save_all=True, append_images=LATER)),
-    ("animated WebP named .jpg", encoded(PHOTO, "WEBP", save_all=True, append_images=LATER)),
+    ("PNG with too large a height in its header: black below", png(90, 75), PHOTO.crop((0, 0, 90, 75))),
+    ("JPEG followed by other bytes", JPEG + PNG),
+    ("animated GIF named .jpg", encoded(PHOTO, "GIF", save_all=True, append_images=SECOND_FRAME)),
+    ("animated WebP named .jpg", encoded(PHOTO, "WEBP", save_all=True, append_images=SECOND_FRAME)),
     ("one pixel", encoded(PHOTO.crop((0, 0, 1, 1))), PHOTO.crop((0, 0, 1, 1))),
     ("strip of 1 × 1,000,000 pixels", encoded(STRIP), STRIP.convert("RGB")),
     ("16 bits", encoded(Image.fromarray(np.asarray(GREY).astype(np.uint16) * 257)), GREY.convert("RGB")),
     ("CMYK", encoded(PHOTO.convert("CMYK"), "JPEG")),
-    ("palette with a profile", *swapped()),
-    ("profile that is none", encoded(PHOTO, icc_profile=b"no profile")),
-    ("profile cut off", encoded(PHOTO, icc_profile=SRGB[:300])),
+    ("palette with a profile", *swapped_colours()),
+    ("invalid profile", encoded(PHOTO, icc_profile=b"no profile")),
+    ("truncated profile", encoded(PHOTO, icc_profile=SRGB[:300])),
     ("profile of another kind of image", encoded(PHOTO.convert("CMYK"), "JPEG", icc_profile=SRGB)),
-    ("EXIF that is none", with_exif(b"no EXIF at all")),
-    ("EXIF of no bytes", with_exif(b"")),
-    ("EXIF that leads out of itself", with_exif(b"II*\0\xff\xff\xff\xff")),
-    ("EXIF of turn 99", tagged((0x112, 3, b"\0\x63"))),
-    ("EXIF of a turn that is text", tagged((0x112, 2, b"x"))),
-    ("EXIF of turn 1/0", tagged((0x112, 5, b"\0\0\0\x1a"))),
+    ("invalid EXIF", with_exif(b"no EXIF at all")),
+    ("empty EXIF", with_exif(b"")),
+    ("EXIF with an offset beyond its end", with_exif(b"II*\0\xff\xff\xff\xff")),
+    ("EXIF orientation 99", tagged((0x112, 3, b"\0\x63"))),
+    ("EXIF orientation that is text", tagged((0x112, 2, b"x"))),
+    ("EXIF orientation 1/0", tagged((0x112, 5, b"\0\0\0\x1a"))),
     (
-        "EXIF with a number for a text",
+        "EXIF with a number where a text belongs",
         tagged((0x10E, 11, b"????"), (0x112, 3, b"\0\x06")),
         PHOTO.transpose(Image.Transpose.ROTATE_270),
     ),
 ):
     image(name, "used", content, picture=(picture or [PHOTO])[0])
-case("image: not to be read", "skipped bad.jpg", with_bad_file("bad.jpg", unreadable))
+case("image: unreadable", "skipped bad.jpg", with_bad_file("bad.jpg", unreadable))
 case("image: link to nowhere", "skipped bad.jpg", with_bad_file("bad.jpg", lambda path: path.symlink_to("nowhere.jpg")))
 case("image: link to itself", "skipped bad.jpg", with_bad_file("bad.jpg", lambda path: path.symlink_to("bad.jpg")))
 case("image: file of 50 GB", "skipped bad.jpg", with_bad_file("bad.jpg", enormous))
 case("image: a pipe", "", with_bad_file("bad.jpg", os.mkfifo))
 case("image: a folder", "", with_bad_file("bad.jpg", Path.mkdir))
 ESCAPE = ("b\x1b[2J.jpg", b""), ("b\x1b[2J.txt", b"bad")
-case("image: named to clear the terminal", r"skipped b\x1b[2J.jpg", lambda at: put(at, *GOOD, *ESCAPE))
-case("image: named in no UTF-8", "skipped b\\xff.jpg", lambda at: put(at, *GOOD, ("b\udcff.jpg", b""), ("b\udcff.txt", b"bad")))
+case("image: name that would clear the terminal", r"skipped b\x1b[2J.jpg", lambda folder: put(folder, *GOOD, *ESCAPE))
+case(
+    "image: name that is not UTF-8",
+    "skipped b\\xff.jpg",
+    lambda folder: put(folder, *GOOD, ("b\udcff.jpg", b""), ("b\udcff.txt", b"bad")),
+)
 
 
 # Captions, in a folder and in a shard.
@@ -189,9 +193,9 @@ def caption(name: str, text: bytes, *, expected: str | None, extension: str = "t
     captioned = BAD[0], (f"bad.{extension}", text)
     if extension == "txt":
         outcome = "uncaptioned bad.jpg" if expected is None else "used"
-        case(f"caption in a folder: {name}", outcome, lambda at: put(at, *GOOD, *captioned), caption=expected)
+        case(f"caption in a folder: {name}", outcome, lambda folder: put(folder, *GOOD, *captioned), caption=expected)
     outcome = "uncaptioned x.tar:bad" if expected is None else "used"
-    case(f"caption in a shard: {name}", outcome, lambda at: pack(at, *GOOD, *captioned), caption=expected)
+    case(f"caption in a shard: {name}", outcome, lambda folder: pack(folder, *GOOD, *captioned), caption=expected)
 
 
 caption("empty", b"", expected=None)
@@ -199,23 +203,23 @@ caption("only spaces", b" \n\t \n", expected=None)
 caption("only a byte order mark", b"\xef\xbb\xbf\n", expected=None)
 caption("byte order mark", b"\xef\xbb\xbfbad", expected="bad")
 caption("UTF-16, as Windows writes it", "bad".encode("utf-16"), expected="bad")
-caption("no UTF-8", b"bad \xff caf\xe9", expected="bad \ufffd caf\ufffd")
+caption("not UTF-8", b"bad \xff caf\xe9", expected="bad \ufffd caf\ufffd")
 caption("NUL bytes", b"bad\0\0", expected="bad\0\0")
 caption("of 10 MB", b"bad " * 2_500_000, expected=None)
-caption("JSON cut off", b'{"captions": ["bad"', expected=None)
+caption("truncated JSON", b'{"captions": ["bad"', expected=None)
 caption("JSON nested 10,000 deep", b'{"captions": ' + b"[" * 10_000 + b"]" * 10_000 + b"}", expected=None)
-caption("JSON with captions that are none", b'{"captions": [1, null, {"a": "b"}, ""]}', expected=None)
-caption("JSON with half of a character", b'{"captions": ["bad \\ud800"]}', expected="bad ?")
+caption("JSON with captions of other types", b'{"captions": [1, null, {"a": "b"}, ""]}', expected=None)
+caption("JSON with a lone surrogate", b'{"captions": ["bad \\ud800"]}', expected="bad ?")
 caption("JSON with a byte order mark", b'\xef\xbb\xbf{"captions": "bad"}', expected="bad", extension="json")
 caption("JSON that is a number", b"3", expected=None, extension="json")
 caption("JSON that is a list", b'["bad"]', expected=None, extension="json")
-case("caption in a folder: none", "uncaptioned bad.jpg", lambda at: put(at, *GOOD, BAD[0]))
+case("caption in a folder: missing", "uncaptioned bad.jpg", lambda folder: put(folder, *GOOD, BAD[0]))
 case(
-    "caption in a folder: not to be read",
+    "caption in a folder: unreadable",
     "uncaptioned bad.jpg",
-    lambda at: (put(at, *GOOD, BAD[0]), unreadable(at / "bad.txt")),
+    lambda folder: (put(folder, *GOOD, BAD[0]), unreadable(folder / "bad.txt")),
 )
-case("caption in a shard: none", "uncaptioned x.tar:bad", lambda at: pack(at, *GOOD, BAD[0]))
+case("caption in a shard: missing", "uncaptioned x.tar:bad", lambda folder: pack(folder, *GOOD, BAD[0]))
 
 
 # Tar files.
@@ -226,7 +230,7 @@ def members(name: str, outcome: str, *files: tuple[str | tarfile.TarInfo, bytes]
 
 
 def changed(name: str, outcome: str, change: Callable[[bytes], bytes]) -> None:
-    """`change`: a tar with a bad and a good sample -> the bytes that replace it."""
+    """A case whose tar of a bad and a good sample is replaced by what `change` makes of its bytes."""
 
     def make(folder: Path) -> None:
         pack(folder, *BAD, *GOOD)
@@ -265,40 +269,40 @@ class Attack:
 
 SAMPLE = 512 * (3 + -(-len(JPEG) // 512))  # bytes of a sample in a tar
 REFUSED = "error 'bad.jpg', which is no plain file or leads out of it"
-changed("no tar", "error x.tar is no tar file", lambda tar: b"x" * 5000)
-changed("of no bytes", "error x.tar is no tar file", lambda tar: b"")
+changed("not a tar", "error x.tar is no tar file", lambda tar: b"x" * 5000)
+changed("empty", "error x.tar is no tar file", lambda tar: b"")
 changed("compressed", "error x.tar is no tar file", gzip.compress)
-changed("cut", "cut x.tar, used", lambda tar: tar[: SAMPLE + 700])
-changed("without an end", "cut x.tar, used", lambda tar: tar[: 2 * SAMPLE])
+changed("truncated", "cut x.tar, used", lambda tar: tar[: SAMPLE + 700])
+changed("without its end marker", "cut x.tar, used", lambda tar: tar[: 2 * SAMPLE])
 changed("damaged in the middle", "cut x.tar, used", lambda tar: tar[:SAMPLE] + b"\xff" * 512 + tar[SAMPLE + 512 :])
-changed("two in one", "cut x.tar, used", lambda tar: tar + tar)
+changed("two tars in one file", "cut x.tar, used", lambda tar: tar + tar)
 changed("size of 8 GB", "cut x.tar, used", lambda tar: resize(tar, b"77777777777\0"))
 changed("size of 2^80", "cut x.tar, used", lambda tar: resize(tar, b"\x80\1" + bytes(10)))
-changed("size below zero", "error 'good.jpg' of a size below zero", lambda tar: resize(tar, b"\xff" * 10 + b"\xfe\0"))
-members("nothing in it", "error no image with a caption there")
-members("names without an ending", "error no image with a caption there", ("jpg", JPEG), ("txt", b"bad"))
+changed("negative size", "error 'good.jpg' of a size below zero", lambda tar: resize(tar, b"\xff" * 10 + b"\xfe\0"))
+members("without members", "error no image with a caption there")
+members("names without an extension", "error no image with a caption there", ("jpg", JPEG), ("txt", b"bad"))
 members("link", REFUSED, special(tarfile.SYMTYPE, "/etc/passwd"), *GOOD)
 members("hard link", REFUSED, *GOOD, special(tarfile.LNKTYPE, "good.jpg"))
 members("device", REFUSED, special(tarfile.CHRTYPE), *GOOD)
 members("pipe", REFUSED, special(tarfile.FIFOTYPE), *GOOD)
 members("absolute name", "error '/bad.jpg', which is no plain file or leads out", ("/bad.jpg", JPEG), ("/bad.txt", b"bad"))
-members("name that climbs", "error 'a/../../bad.jpg', which is no plain file or leads out", ("a/../../bad.jpg", JPEG), *GOOD)
+members("name with ..", "error 'a/../../bad.jpg', which is no plain file or leads out", ("a/../../bad.jpg", JPEG), *GOOD)
 members("name twice", "error two files of the same name", *BAD, *GOOD, *BAD)
 members("name twice but for its case", "error two files of the same name", *BAD, ("bad.JPG", JPEG))
 members("pickles", "used", *BAD, *((f"bad.{kind}", pickle.dumps(Attack())) for kind in ("pyd", "pickle", "pth", "npy")), *GOOD)
-members("image apart from its caption", "uncaptioned x.tar:bad", BAD[0], *GOOD, BAD[1])
+members("image not next to its caption", "uncaptioned x.tar:bad", BAD[0], *GOOD, BAD[1])
 members("name with another dot", "uncaptioned x.tar:bad.2.jpg", ("bad.2.jpg", JPEG), ("bad.2.txt", b"bad"), *GOOD)
 members("name of 300 characters", "used", ("bad" * 100 + ".jpg", JPEG), ("bad" * 100 + ".txt", b"bad"))
 members("name beyond ASCII", "used", ("büße/猫.jpg", JPEG), ("büße/猫.txt", b"bad"))
 members(
-    "name that speaks to the terminal",
+    "name with terminal escapes",
     r"skipped x.tar:b\x1b]0;x\x07\n",
     ("b\x1b]0;x\7\n.jpg", b""),
     ("b\x1b]0;x\7\n.txt", b"bad"),
     *GOOD,
 )
-members("name that is no UTF-8", "skipped x.tar:b\\xff", ("b\udcff.jpg", b""), ("b\udcff.txt", b"bad"), *GOOD)
-case("tar: file with holes, of 50 GB", REFUSED, sparse)
+members("name that is not UTF-8", "skipped x.tar:b\\xff", ("b\udcff.jpg", b""), ("b\udcff.txt", b"bad"), *GOOD)
+case("tar: sparse file of 50 GB", REFUSED, sparse)
 
 
 # Folders.
@@ -314,68 +318,73 @@ def row(file_name: object = "bad.jpg", text: object = "bad") -> str:
 
 
 LINE = "error metadata.jsonl line 2: needs file_name and text"
-OUT = "is no name in this folder"
-metadata("line that is no JSON", LINE, row(), "{file_name")
-metadata("line cut off", LINE, row(), row()[:20])
+OUTSIDE = "is no name in this folder"
+metadata("line that is not JSON", LINE, row(), "{file_name")
+metadata("truncated line", LINE, row(), row()[:20])
 metadata("line nested 100,000 deep", LINE, row(), "[" * 100_000)
 metadata("line without a text", LINE, row(), '{"file_name": "bad.jpg"}')
 metadata("line that is a number", LINE, row(), "3")
 metadata("name that is a number", LINE, row(), row(3))
-metadata("name that leads out", f"error line 2: '../../etc/passwd.jpg' {OUT}", row(), row("../../etc/passwd.jpg"))
-metadata("absolute name", f"error line 1: '/etc/passwd.jpg' {OUT}", row("/etc/passwd.jpg"))
-metadata("name with a NUL byte", f"error line 1: 'bad\\x00.jpg' {OUT}", row("bad\0.jpg"))
-metadata("name with half of a character", f"error line 1: 'bad\\ud800.jpg' {OUT}", row("bad\ud800.jpg"))
-metadata("image that is not there", "skipped nowhere.jpg, used", row(), row("nowhere.jpg"))
-metadata("text that is none", "uncaptioned bad.jpg", row(text={"a": "bad"}))
-metadata("some texts that are none", "used", row(text=[1, None, "bad", ""]))
+metadata("name outside the folder", f"error line 2: '../../etc/passwd.jpg' {OUTSIDE}", row(), row("../../etc/passwd.jpg"))
+metadata("absolute name", f"error line 1: '/etc/passwd.jpg' {OUTSIDE}", row("/etc/passwd.jpg"))
+metadata("name with a NUL byte", f"error line 1: 'bad\\x00.jpg' {OUTSIDE}", row("bad\0.jpg"))
+metadata("name with a lone surrogate", f"error line 1: 'bad\\ud800.jpg' {OUTSIDE}", row("bad\ud800.jpg"))
+metadata("missing image", "skipped nowhere.jpg, used", row(), row("nowhere.jpg"))
+metadata("text of another type", "uncaptioned bad.jpg", row(text={"a": "bad"}))
+metadata("some texts of other types", "used", row(text=[1, None, "bad", ""]))
 metadata(
     "byte order mark and a separator of lines", "used", "\ufeff" + row(), '{"file_name": "good.jpg", "text": "good\u2028"}'
 )
 case("metadata.jsonl: a folder", "", lambda folder: (put(folder, *GOOD), (folder / "metadata.jsonl").mkdir()))
-case("metadata.jsonl: not to be read", "error /data: [Errno ", lambda at: (put(at, *GOOD), unreadable(at / "metadata.jsonl")))
-case("folder: not there", "error --data nowhere: nowhere does not exist", lambda folder: None, "{}/nowhere")
+case(
+    "metadata.jsonl: unreadable",
+    "error /data: [Errno ",
+    lambda folder: (put(folder, *GOOD), unreadable(folder / "metadata.jsonl")),
+)
+case("folder: missing", "error --data nowhere: nowhere does not exist", lambda folder: None, "{}/nowhere")
 case("folder: empty", "error no image with a caption there", lambda folder: None)
-case("folder: an image", "error good.jpg is no tar file", lambda folder: put(folder, *GOOD), "{}/good.jpg")
+case("folder: an image instead", "error good.jpg is no tar file", lambda folder: put(folder, *GOOD), "{}/good.jpg")
 
 
 # The index of shards.
 
+REST = SAMPLE - 512, 3, 70, 90  # the end of the bad sample's entry: caption offset and bytes, height, width
+
 
 def index(name: str, outcome: str, /, **fields) -> None:
-    """An index line in which `fields` replace the true ones."""
+    """A case whose index has one line, in which `fields` replace the right ones."""
 
     def make(folder: Path) -> None:
         pack(folder, *BAD, *GOOD)
         size = (folder / "x.tar").stat().st_size
-        samples = [[n, at + 512, len(JPEG), at + SAMPLE - 512, s, 70, 90] for n, at, s in (("bad", 0, 3), ("good", SAMPLE, 4))]
+        samples = [["bad", 512, len(JPEG), *REST], ["good", SAMPLE + 512, len(JPEG), 2 * SAMPLE - 512, 4, 70, 90]]
         put(folder, ("index.jsonl", json.dumps({"name": "x.tar", "bytes": size, "samples": samples, **fields}).encode()))
 
     case(f"index.jsonl: {name}", outcome, make)
 
 
-LINE = "error index.jsonl line 1 is no line of an index"
-REST = SAMPLE - 512, 3, 70, 90
+NO_INDEX = "error index.jsonl line 1 is no line of an index"
 index("as it should be", "used")
-index("of another file", "used", bytes=9999, samples=[["other", 1, 2, 3, 4, 5, 6]])
+index("of a tar that has changed since", "used", bytes=9999, samples=[["other", 1, 2, 3, 4, 5, 6]])
 index(
-    "where the image is not",
+    "wrong offsets",
     "skipped x.tar:bad",
     samples=[["bad", 700, 50, *REST], ["good", 512, len(JPEG), 2 * SAMPLE - 512, 4, 70, 90]],
 )
-index("tar that is not there", "error y.tar does not exist", name="y.tar")
-index("name that leads out", LINE, name="../x.tar")
-index("name that is a number", LINE, name=3)
-index("number below zero", LINE, samples=[["bad", -512, 3, *REST]])
-index("enormous number", LINE, samples=[["bad", 512, 10**30, *REST]])
-index("infinite number", LINE, samples=[["bad", float("inf"), 3, *REST]])
-index("enormous picture", LINE, samples=[["bad", 512, 3, 512, 3, 10**30, 90]])
-index("image beyond the end", LINE, samples=[["bad", 512, 10**15, *REST]])
-index("too few numbers", LINE, samples=[["bad", 1, 2]])
-index("samples that are none", LINE, samples=7)
-index("names that are none", LINE, uncaptioned=5)
-index("kind that is none", "used", latents=[])
-index("VAE that is none", LINE, vae=["x"])
-case("index.jsonl: no JSON", LINE, lambda folder: (pack(folder, *GOOD), put(folder, ("index.jsonl", b"\xff\xfe{"))))
+index("missing tar", "error y.tar does not exist", name="y.tar")
+index("name outside the folder", NO_INDEX, name="../x.tar")
+index("name that is a number", NO_INDEX, name=3)
+index("negative number", NO_INDEX, samples=[["bad", -512, 3, *REST]])
+index("enormous number", NO_INDEX, samples=[["bad", 512, 10**30, *REST]])
+index("infinite number", NO_INDEX, samples=[["bad", float("inf"), 3, *REST]])
+index("enormous picture", NO_INDEX, samples=[["bad", 512, 3, 512, 3, 10**30, 90]])
+index("image beyond the end", NO_INDEX, samples=[["bad", 512, 10**15, *REST]])
+index("too few numbers", NO_INDEX, samples=[["bad", 1, 2]])
+index("samples that are no list", NO_INDEX, samples=7)
+index("uncaptioned that is no list", NO_INDEX, uncaptioned=5)
+index("latents that is no boolean", "used", latents=[])
+index("VAE that is no signature", NO_INDEX, vae=["x"])
+case("index.jsonl: not JSON", NO_INDEX, lambda folder: (pack(folder, *GOOD), put(folder, ("index.jsonl", b"\xff\xfe{"))))
 case(
     "index.jsonl: interrupted",
     "error was interrupted",
@@ -392,23 +401,23 @@ def latents(name: str, outcome: str, content: bytes) -> None:
 
 
 def shaped(shape: object) -> bytes:
-    """Latents that are only a header."""
+    """Latents with this shape in their header, and no data."""
     text = json.dumps({"posterior": {"dtype": "F16", "shape": shape, "data_offsets": [0, 0]}}).encode()
     return len(text).to_bytes(8, "little") + text
 
 
 def tensors(**others: torch.Tensor) -> bytes:
-    right = {"posterior": torch.zeros(8, 8, 8).half(), "original_size": torch.tensor([70, 90]), "crop": torch.tensor([0, 9])}
-    return save(right | others)
+    valid = {"posterior": torch.zeros(8, 8, 8).half(), "original_size": torch.tensor([70, 90]), "crop": torch.tensor([0, 9])}
+    return save(valid | others)
 
 
 def wrong_size_in_index(folder: Path) -> None:
-    """The index has another size for the latents than they have."""
+    """Makes a shard whose index gives the bad latents another size than they have."""
     small = tensors(posterior=torch.zeros(8, 4, 16).half())
     pack(folder, ("bad.safetensors", small), BAD[1], ("good.safetensors", LATENTS), GOOD[1])
     with tarfile.open(folder / "x.tar") as tar:
-        at = {member.name: (member.offset_data, member.size) for member in tar}
-    samples = [[name, *at[f"{name}.safetensors"], *at[f"{name}.txt"], 64, 64] for name in ("bad", "good")]
+        positions = {member.name: (member.offset_data, member.size) for member in tar}
+    samples = [[name, *positions[f"{name}.safetensors"], *positions[f"{name}.txt"], 64, 64] for name in ("bad", "good")]
     line = {"name": "x.tar", "bytes": (folder / "x.tar").stat().st_size, "samples": samples, "latents": True}
     put(folder, ("index.jsonl", json.dumps(line).encode()))
 
@@ -418,15 +427,15 @@ ONE_NAN[3, 2, 1] = torch.nan
 latents("as they should be", "used", tensors())
 latents("of another resolution", "error bad holds latents of 96 × 96 pixels", tensors(posterior=torch.zeros(8, 12, 12).half()))
 for name, content in (
-    ("of no bytes", b""),
-    ("cut in their header", LATENTS[:50]),
-    ("cut in their numbers", LATENTS[:-100]),
+    ("empty", b""),
+    ("truncated in their header", LATENTS[:50]),
+    ("truncated in their numbers", LATENTS[:-100]),
     ("header of 2^63 bytes", (2**63).to_bytes(8, "little") + LATENTS[8:]),
     ("header nested 50,000 deep", (50_000).to_bytes(8, "little") + b"[" * 50_000),
     ("shape of texts", shaped(["a", "b", "c"])),
     ("shape that is a text", shaped("abc")),
-    ("shape below zero", shaped([8, -8, -8])),
-    ("shape without end", shaped([8, 10**30, 8])),
+    ("negative shape", shaped([8, -8, -8])),
+    ("enormous shape", shaped([8, 10**30, 8])),
     ("shape of fractions", shaped([8, 8.5, 8.5])),
     ("NaN", tensors(posterior=ONE_NAN)),
     ("infinite", tensors(posterior=torch.full((8, 8, 8), torch.inf).half())),
@@ -441,14 +450,17 @@ for name, content in (
     latents(name, "skipped x.tar:bad", content)
 case("latents: of another size than in the index", "skipped x.tar:bad", wrong_size_in_index)
 case(
-    "latents: beside images", "error both images and latents", lambda at: pack(at, ("bad.safetensors", LATENTS), BAD[1], *GOOD)
+    "latents: mixed with images",
+    "error both images and latents",
+    lambda folder: pack(folder, ("bad.safetensors", LATENTS), BAD[1], *GOOD),
 )
 
 
 # --data.
 
 
-def two(folder: Path) -> None:
+def images_and_latents(folder: Path) -> None:
+    """Makes a folder a of images and a folder b with a shard of latents."""
     for name in "ab":
         (folder / name).mkdir()
     put(folder / "a", *GOOD)
@@ -458,18 +470,18 @@ def two(folder: Path) -> None:
 for name, outcome, *data in (
     ("a command", "error pipe: is refused", "pipe:touch attacked; cat {}/b/x.tar"),
     ("open brace", "error a brace is not closed", "{}/{{000..002.tar"),
-    ("brace over nothing", "error 000.tar does not exist", "{}/{{000..002}}.tar"),
+    ("braces that match no file", "error 000.tar does not exist", "{}/{{000..002}}.tar"),
     ("name of 5,000 characters", "error name too long", "x" * 5000),
     ("name with a NUL byte", "error does not exist", "{}/a\0b"),
-    ("nothing", "error is empty", ""),
+    ("empty", "error is empty", ""),
     ("weight of zero", "error a weight must be above 0", "{}/a:0"),
-    ("weight below zero", "error a weight must be above 0", "{}/a:-1"),
+    ("negative weight", "error a weight must be above 0", "{}/a:-1"),
     ("weight that is no number", "error a weight must be above 0", "{}/a:nan"),
     ("infinite weight", "error a weight must be above 0", "{}/a:1e999"),
     ("a weight for one of two", "error give all of them a weight", "{}/a:1", "{}/a"),
     ("images and latents", "error both images and latents", "{}/a:1", "{}/b:1"),
 ):
-    case(f"--data: {name}", outcome, two, *data)
+    case(f"--data: {name}", outcome, images_and_latents, *data)
 
 
 @pytest.fixture(scope="module")
@@ -493,14 +505,14 @@ def bounded(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_bad_input_gives(name, tmp_path, tokenizer, bounded):
+def test_bad_input_has_the_expected_outcome(name, tmp_path, tokenizer, bounded):
     make, data, outcome, picture, caption = CASES[name]
     folder = tmp_path / "data"
     folder.mkdir()
     make(folder)
     error = ""
     try:
-        source = open_mixture(tuple(one.format(folder) for one in data))
+        source = open_mixture(tuple(value.format(folder) for value in data))
         stream = Stream(source, DataConfig(bs=2, bucket_step=16, workers=0), CaptionConfig(), 64, 0)
         batches = list(islice(stream, 12))
     except UserError as raised:
@@ -518,8 +530,8 @@ def test_what_bad_input_gives(name, tmp_path, tokenizer, bounded):
     assert seen.keys() <= {caption, "good"}
     if "used" in outcome and not source.has_latents:
         bucket = seen[caption].shape[:2]
-        wanted, _ = fit(picture, resized(picture.size[::-1], bucket), bucket, flip=False)
-        assert np.abs(seen[caption].astype(float) - wanted).mean() < 9
+        expected, _ = fit(picture, resized(picture.size[::-1], bucket), bucket, flip=False)
+        assert np.abs(seen[caption].astype(float) - expected).mean() < 9
     tokenize([tokenizer], list(seen))
-    " ".join(reports).encode()  # they can be printed
+    " ".join(reports).encode()  # raises if they cannot be printed
     assert not Path("attacked").exists()

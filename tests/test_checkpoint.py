@@ -22,12 +22,12 @@ def test_a_file_is_complete_or_absent(tmp_path, monkeypatch):
     assert os.listdir(path.parent) == ["file"]
 
 
-def test_a_state_comes_back_as_it_was(tmp_path):
+def test_a_state_loads_as_it_was_saved(tmp_path):
     state = {"step": 3, "lora": torch.randn(5), "optimizer": {"state": {0: {"m": torch.arange(3, dtype=torch.uint8)}}}}
-    back = load_state(save_state(tmp_path, state, {}))
-    assert back["step"] == 3
-    assert torch.equal(back["lora"], state["lora"])
-    assert torch.equal(back["optimizer"]["state"][0]["m"], state["optimizer"]["state"][0]["m"])
+    loaded = load_state(save_state(tmp_path, state, {}))
+    assert loaded["step"] == 3
+    assert torch.equal(loaded["lora"], state["lora"])
+    assert torch.equal(loaded["optimizer"]["state"][0]["m"], state["optimizer"]["state"][0]["m"])
 
 
 def test_find_state(tmp_path):
@@ -48,13 +48,13 @@ def test_a_state_of_the_old_format_is_an_error(tmp_path):
         find_state("auto", tmp_path)
 
 
-def test_auto_takes_the_newest_whole_state(tmp_path, capfd):
+def test_auto_takes_the_newest_complete_state(tmp_path, capfd):
     first = save_state(tmp_path, {"step": 1}, {})
     for number, spoil in ((2, lambda p: (p / STATE).write_bytes(b"")), (3, lambda p: (p / MANIFEST).unlink())):
         spoil(shutil.copytree(first, tmp_path / f"state-{number}"))
     torn = shutil.copytree(first, tmp_path / "state-4") / STATE
     torn.write_bytes(torn.read_bytes()[:-1] + b"x")
-    shutil.copytree(first, tmp_path / ".state-5")  # as it is before its rename
+    shutil.copytree(first, tmp_path / ".state-5")  # a save killed before its last rename
     assert find_state("auto", tmp_path) == (first, {"step": 1})
     warnings = capfd.readouterr().err.splitlines()
     assert all(f"state-{n} is not a readable state" in line for n, line in zip((4, 3, 2), warnings, strict=True))
@@ -78,16 +78,16 @@ def test_the_last_state_is_kept_until_the_new_one_was_read_back(tmp_path):
     assert find_state("auto", tmp_path)[1] == {"step": 2}
 
 
-def test_a_save_killed_at_any_write_leaves_a_whole_state(tmp_path, monkeypatch):
-    """The save is killed at each call that changes the disk in turn."""
+def test_a_save_killed_at_any_write_leaves_a_complete_state(tmp_path, monkeypatch):
+    """Kills one save at its first call that changes the disk, the next at its second, and so on until a save gets through."""
 
     class Killed(BaseException):  # not an Exception: as with SIGKILL, no handler runs
         pass
 
     changing = [(os, "fsync"), (os, "rename"), (os, "replace"), (os, "mkdir"), (os, "unlink"), (os, "rmdir")]
-    steps, countdown = {0}, 0
+    found, countdown = {0}, 0
 
-    def mortal(call):
+    def with_countdown(call):
         def wrapped(*arguments, **options):
             nonlocal countdown
             countdown -= 1
@@ -99,18 +99,18 @@ def test_a_save_killed_at_any_write_leaves_a_whole_state(tmp_path, monkeypatch):
 
     save_state(tmp_path, {"step": 0}, {})
     for module, name in changing:
-        monkeypatch.setattr(module, name, mortal(getattr(module, name)))
+        monkeypatch.setattr(module, name, with_countdown(getattr(module, name)))
     for step in range(1, 100):
         countdown = step
         try:
             save_state(tmp_path, {"step": step}, {})
         except Killed:
-            steps.add(find_state("auto", tmp_path)[1]["step"])
+            found.add(find_state("auto", tmp_path)[1]["step"])
             continue
         break
     assert 10 < step < 99
     assert find_state("auto", tmp_path)[1] == {"step": step}
-    assert steps > {0}  # if it is killed while it removes the old state, the new one counts
+    assert found > {0}  # killed while it removed the old state: the new one was complete
     assert len(os.listdir(tmp_path)) == 1
 
 
@@ -131,24 +131,24 @@ def test_a_state_never_runs_code(tmp_path):
 
 
 def test_a_write_error_is_reported_once(tmp_path, capfd):
-    disk = TolerantWriter()
+    writer = TolerantWriter()
     for _ in range(2):
-        assert disk("the file", (tmp_path / "no/file").touch) is None
-    assert disk.failed
-    assert disk("the file", lambda: 3) == 3
-    assert not disk.failed
+        assert writer("the file", (tmp_path / "no/file").touch) is None
+    assert writer.failed
+    assert writer("the file", lambda: 3) == 3
+    assert not writer.failed
     assert capfd.readouterr().err.count("the file could not be written") == 1
 
 
 def test_a_folder_that_vanishes_while_it_is_read_back_is_a_write_error(tmp_path, monkeypatch, capfd):
-    def gone(read):
+    def without_folder(read):
         return lambda path: (shutil.rmtree(tmp_path), read(path))
 
-    monkeypatch.setattr("run.state.read_state", gone(read_state))
+    monkeypatch.setattr("run.state.read_state", without_folder(read_state))
     assert TolerantWriter()("the state", lambda: save_state(tmp_path, {"step": 1}, {})) is None
     lora = tmp_path / "lora.safetensors"
     for read in (read_metadata, lambda path: torch.UntypedStorage.from_file(str(path), nbytes=1)):  # a RuntimeError
-        assert TolerantWriter()("the file", lambda read=read: write_atomically(lora, b"", gone(read))) is None
+        assert TolerantWriter()("the file", lambda read=read: write_atomically(lora, b"", without_folder(read))) is None
     assert capfd.readouterr().err.count("could not be written ([Errno 2] No such file") == 3
     with pytest.raises(UserError, match="is not a readable"):
         TolerantWriter()("the file", lambda: write_atomically(lora, b"rubbish", read_metadata))

@@ -1,4 +1,4 @@
-"""README.md, CONTRIBUTING.md and docs/: every command parses, every link leads to a file, and the tree is what is there."""
+"""README.md, CONTRIBUTING.md and docs/: every command parses, every link leads to a file, the tree lists the files."""
 
 import contextlib
 import functools
@@ -16,7 +16,7 @@ from conftest import ROOT, run_main
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHER_COMMANDS = {"cp", "for", "hf", "pip", "pre-commit", "source", "tensorboard"}
-OF_OTHERS = {  # flags in the text that are not of this suite
+FOREIGN_FLAGS = {  # flags in the text that belong to other programs
     "torchrun": {"--max-restarts", "--nproc-per-node", "--node-rank", "--signals-to-handle", "--shutdown-timeout"},
     "kohya": {"--fp8_base"},
     "sbatch": {"--nodes"},
@@ -36,7 +36,7 @@ def prose(page: Path) -> str:
 
 
 def inline_code(page: Path) -> list[str]:
-    """What is between backticks, in one line each."""
+    """The texts between backticks, each joined into one line."""
     return [" ".join(code.split()) for code in INLINE.findall(prose(page))]
 
 
@@ -45,16 +45,16 @@ def inline_code(page: Path) -> list[str]:
 
 @functools.cache
 def parser(script: str) -> Callable[[list[str]], object]:
-    """A function from arguments to the script's options. The script's own call of tyro is caught, and its main never runs."""
+    """A function from arguments to the script's options. Records the script's call of tyro.cli; its main never runs."""
     calls = []
 
-    def caught(*args, **kwargs):
+    def record(*args, **kwargs):
         calls.append((args, kwargs))
         raise SystemExit(0)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tyro, "cli", caught)
-        for stream in ("stdout", "stderr"):  # train_lora.py puts its own in their place
+        patch.setattr(tyro, "cli", record)
+        for stream in ("stdout", "stderr"):  # train_lora.py replaces them
             patch.setattr(sys, stream, getattr(sys, stream))
         run_main(script)
     ((args, kwargs),) = calls
@@ -69,8 +69,8 @@ def check_script(script: str, arguments: list[str]) -> str | None:
     try:
         with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
             parser(script)(arguments)
-    except SystemExit as end:
-        return printed.getvalue() if end.code else None
+    except SystemExit as error:
+        return printed.getvalue() if error.code else None
     except Exception as error:  # a UserError of the options
         return str(error)
     return None
@@ -141,7 +141,7 @@ def test_every_command_can_be_run(page):
         ("curl example.org", "OTHER_COMMANDS"),
     ],
 )
-def test_a_wrong_command_is_found(command, problem):
+def test_wrong_commands_are_found(command, problem):
     found = check_command(shlex.split(command))
     assert (found is None) if problem is None else (problem in found), found
 
@@ -155,7 +155,7 @@ def flags(script: str) -> set[str]:
 
 def test_every_flag_in_the_text_is_a_flag_of_a_script():
     scripts = [str(file.relative_to(ROOT)) for folder in ("scripts", "scripts/dev") for file in (ROOT / folder).glob("*.py")]
-    known = set().union(*OF_OTHERS.values(), *map(flags, ["train_lora.py", "infer.py", *scripts]))
+    known = set().union(*FOREIGN_FLAGS.values(), *map(flags, ["train_lora.py", "infer.py", *scripts]))
     used = {flag for page in PAGES for code in inline_code(page) for flag in re.findall(r"(?<!\S)--[a-z][\w-]*", code)}
     assert {"--vram-gb", "--data-cache-gb", "--verify", "--parts"} <= used & known
     assert not used - known
@@ -186,7 +186,7 @@ def test_the_readme_is_short():
 
 
 def tree() -> dict[str, set[str]]:
-    """The tree in the README: {folder: files}. A line that is indented goes on with the files of the folder above it."""
+    """The tree in the README: {folder: files}. An indented line lists more files of the folder above it."""
     (block,) = (text for text in fences(ROOT / "README.md", "") if "train_lora.py " in text)
     found: dict[str, set[str]] = {"": set()}
     for line in block.splitlines():
@@ -200,13 +200,13 @@ def tree() -> dict[str, set[str]]:
     return found
 
 
-def test_the_tree_in_the_readme_is_what_is_there():
-    named = tree()
-    for folder, files in named.items():
+def test_the_tree_in_the_readme_lists_the_files():
+    listed = tree()
+    for folder, files in listed.items():
         assert (ROOT / folder).is_dir(), folder
         assert not [file for file in files if not (ROOT / folder / file).exists()], folder
     kinds = {".py", ".sh", ".slurm"}
     packages = [f"{init.parent.relative_to(ROOT)}/" for init in ROOT.glob("*/__init__.py")]
     for folder in ["", *packages, "scripts/", "scripts/dev/", "scripts/demo_model/"]:
-        there = {path.name for path in (ROOT / folder).iterdir() if path.suffix in kinds} - {"__init__.py"}
-        assert there <= named[folder], folder or "the root"
+        present = {path.name for path in (ROOT / folder).iterdir() if path.suffix in kinds} - {"__init__.py"}
+        assert present <= listed[folder], folder or "the root"

@@ -1,4 +1,4 @@
-"""Several processes: their gradient, and ranks that never start, die, hang, have diverged or lose the network.
+"""Several processes: their gradient, and ranks that never start, die, hang, diverge or lose the network.
 
 Two hosts are two network namespaces of this machine, joined by a virtual cable that can be cut. A cut cable closes no
 connection, so only a timeout notices it. Needs no root if users may create namespaces.
@@ -28,7 +28,7 @@ from run.ranks import enter, join_ranks
 from run.state import find_state, find_states
 
 MASTER = "10.77.0.1"
-PATIENCE = 5  # seconds
+TIMEOUT = 5  # --rank-timeout, in seconds
 
 
 class Host:
@@ -52,9 +52,9 @@ class Host:
 
 @pytest.fixture
 def hosts():
+    """Two hosts, joined by the network device "cable"."""
     if missing := [name for name in ("unshare", "nsenter", "ip") if not shutil.which(name)]:
         pytest.skip(f"no {missing[0]} here")
-    """Two hosts, joined by the device "cable"."""
     pair = [Host("unshare", "--map-root-user", "--net")]
     pair.append(Host(*pair[0].inside, "unshare", "--net"))
     try:
@@ -79,9 +79,9 @@ def agent(train, tiny_model, shards, tmp_path):
 
     def call(out: Path, training: list, *options: object, node: int = 0, host: Host | None = None) -> Process:
         command = ["--model", tiny_model, "--data", shards, "--rank", 2, "--bs", 1, "--workers", 0, "--device", "cpu"]
-        command += ["--rank-timeout", PATIENCE, "--out", out, "--log-dir", f"{out}-runs", *training]
-        enter = host.enter if host else lambda: None
-        return fork_torchrun("train_lora.py", command, [*options, f"--node-rank={node}"], Path(f"{out}{node}.txt"), enter)
+        command += ["--rank-timeout", TIMEOUT, "--out", out, "--log-dir", f"{out}-runs", *training]
+        enter_host = host.enter if host else lambda: None
+        return fork_torchrun("train_lora.py", command, [*options, f"--node-rank={node}"], Path(f"{out}{node}.txt"), enter_host)
 
     return call
 
@@ -107,8 +107,8 @@ def test_two_ranks_have_the_gradient_of_one_rank_with_twice_the_batch(tiny_model
     assert both["first difference"] == ["other", None]
 
 
-@pytest.mark.parametrize("end", [lambda: os.kill(os.getpid(), signal.SIGSTOP), lambda: os._exit(9)], ids=["hangs", "dies"])
-def test_all_other_ranks_name_the_rank_that_does_not_answer(end, tmp_path, monkeypatch):
+@pytest.mark.parametrize("fail", [lambda: os.kill(os.getpid(), signal.SIGSTOP), lambda: os._exit(9)], ids=["hangs", "dies"])
+def test_all_other_ranks_name_the_rank_that_does_not_answer(fail, tmp_path, monkeypatch):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         environment = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
@@ -122,7 +122,7 @@ def test_all_other_ranks_name_the_rank_that_does_not_answer(end, tmp_path, monke
         ranks = join_ranks(torch.device("cpu"), 4)
         ranks.any(False)
         if rank == 2:
-            end()
+            fail()
         ranks.any(False)
         ranks.any(False)
 
@@ -141,7 +141,7 @@ def test_all_other_ranks_name_the_rank_that_does_not_answer(end, tmp_path, monke
 
 
 def test_a_rank_that_never_starts(monkeypatch):
-    """With the store of torchrun's agent. Rank 1 must not take the entry that rank 0 left in it for an answer."""
+    """With the store of torchrun's agent. Rank 0 leaves its entry in the store; rank 1 must not take that for an answer."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "WORLD_SIZE": 2}
     for rank in (0, 1):
@@ -172,13 +172,13 @@ def test_a_rank_that_is_killed(train, agent, tmp_path, monkeypatch):
     assert find_state("auto", tmp_path / "out")[1]["run"]["samples"] == 10
     assert statuses([agent(tmp_path / "undisturbed", options, *ONE_HOST)]) == [0]
     assert equal(weights(tmp_path / "out", 5), weights(tmp_path / "undisturbed", 5))
-    out, _ = train("--steps", 6, "--bs", 1, "--rank-timeout", PATIENCE)
+    out, _ = train("--steps", 6, "--bs", 1, "--rank-timeout", TIMEOUT)
     assert "step 5 of" in out
     assert "; processes 2 -> 1; no longer bit for bit\n" in out
     assert find_state("auto", tmp_path / "out")[1]["run"]["samples"] == 11  # the same images in the same order
 
 
-def test_ranks_with_different_weights_end_before_they_save(agent, tmp_path, monkeypatch):
+def test_ranks_with_different_weights_end_without_saving(agent, tmp_path, monkeypatch):
     refresh, steps = Adapter.update_layers, itertools.count(1)
 
     def flip(adapter):
@@ -218,7 +218,7 @@ def test_a_host_that_loses_the_network(hosts, agent, tmp_path, monkeypatch):
     hosts[0].ip("link", "set", "cable", "down")
     start_time = time.monotonic()
     assert statuses(agents) == [1, 1]
-    assert PATIENCE < time.monotonic() - start_time < PATIENCE + 10
+    assert TIMEOUT < time.monotonic() - start_time < TIMEOUT + 10
     for node, missing in enumerate(("rank 1 of 2", "rank 0, or the host that keeps the list of ranks,")):
         assert output(node).count(f"{missing} does not answer, so rank {node} ends too; the same command goes on: ") == 1
         assert "Traceback" not in output(node)
@@ -228,6 +228,6 @@ def test_a_host_that_loses_the_network(hosts, agent, tmp_path, monkeypatch):
     hosts[0].ip("link", "set", "cable", "up")
     assert statuses(start(step + 5)) == [0, 0], output(0)
     assert f"resume     step {step} of {out}/state-" in output(0)
-    one_host = agent(tmp_path / "one", [*options, step + 5], "--nproc-per-node", 2, "--master-port", 29500, host=hosts[0])
-    assert statuses([one_host]) == [0], (tmp_path / "one0.txt").read_text()
-    assert equal(weights(out, step + 5), weights(tmp_path / "one", step + 5))
+    one_host = agent(tmp_path / "one_host", [*options, step + 5], "--nproc-per-node", 2, "--master-port", 29500, host=hosts[0])
+    assert statuses([one_host]) == [0], (tmp_path / "one_host0.txt").read_text()
+    assert equal(weights(out, step + 5), weights(tmp_path / "one_host", step + 5))

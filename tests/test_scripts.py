@@ -89,7 +89,7 @@ def test_make_shards_mistakes(script, tmp_path):
 
 def test_bench_needs_a_gpu(script):
     if torch.cuda.is_available():
-        pytest.skip("this machine has one: bench.py would run for minutes")
+        pytest.skip("this machine has a GPU: bench.py would run for minutes")
     _, err = script("scripts/dev/bench.py", status=2)
     assert err == "bench.py: nothing to measure here: a GPU with CUDA is needed\n"
     _, err = script("scripts/dev/bench.py", "--rows", "recipe", "nonsense", status=2)
@@ -123,8 +123,8 @@ def test_the_contact_sheet_shows_what_training_sees(script, photos, tmp_path):
     stream = Stream(open_source(str(folder)), DataConfig(bs=2, bucket_step=16), CaptionConfig(), 64, 0)
     first = next(iter(stream)).images[0].numpy()
     y, width = 6 + (256 - len(first)) // 2, first.shape[1]
-    at = [x for x in range(268 - width) if np.array_equal(sheet[y, x : x + width], first[0])]
-    assert at == [(268 - width) // 2]
+    matches = [x for x in range(268 - width) if np.array_equal(sheet[y, x : x + width], first[0])]
+    assert matches == [(268 - width) // 2]
     (folder / "photo2.jpg").write_bytes(b"no picture")
     out, _ = script("scripts/show_data.py", *options, "--images", 40, "--out", tmp_path / "sheet.png")
     assert re.search(r"^\d of these cannot be decoded, others stand in for them: .*photo2\.jpg", out, re.M)
@@ -139,9 +139,9 @@ def test_the_contact_sheet_fades_what_a_mask_hides(script, cutouts, tmp_path):
     config = DataConfig(bs=1, buckets=False, masked_loss=True)
     batch = next(iter(Stream(open_source(str(cutouts)), config, CaptionConfig(), 128, 0)))
     shown = sheet[70 : 70 + 128, 70 : 70 + 128]
-    pixels, seen = batch.images[0].numpy().astype(int), (batch.mask[0, 0] == 1).numpy().repeat(8, 0).repeat(8, 1)
-    assert 0.2 < seen.mean() < 0.8
-    assert np.array_equal(shown[seen], pixels[seen])
+    pixels, visible = batch.images[0].numpy().astype(int), (batch.mask[0, 0] == 1).numpy().repeat(8, 0).repeat(8, 1)
+    assert 0.2 < visible.mean() < 0.8
+    assert np.array_equal(shown[visible], pixels[visible])
     hidden = (batch.mask[0, 0] == 0).numpy().repeat(8, 0).repeat(8, 1)
     assert np.abs(shown[hidden] - 160).mean() < 0.3 * np.abs(pixels[hidden] - 160).mean()
 
@@ -149,27 +149,27 @@ def test_the_contact_sheet_fades_what_a_mask_hides(script, cutouts, tmp_path):
 def test_converting_keeps_the_weights(script, denoiser, tiny_model, tmp_path):
     adapter = add_lora(denoiser, LoRAConfig(rank=3, alpha=2, targets="all"), denoiser.unused)
     shake(adapter)
-    ours, theirs, back = (tmp_path / f"{name}.safetensors" for name in ("ours", "theirs", "back"))
+    kohya, diffusers, back = (tmp_path / f"{name}.safetensors" for name in ("kohya", "diffusers", "back"))
     config = {"model": "demo", "rank": 3, "alpha": 2.0, "targets": "all", "resolution": 64}
-    ours.write_bytes(serialise(adapter.deltas, make_header(config, images=7, step=5), dtype=torch.float32))
+    kohya.write_bytes(serialise(adapter.deltas, make_header(config, images=7, step=5), dtype=torch.float32))
     options = ["--model", tiny_model, "--save-dtype", "fp32"]
-    out, _ = script("scripts/convert_lora.py", ours, theirs, "--format", "diffusers", *options)
+    out, _ = script("scripts/convert_lora.py", kohya, diffusers, "--format", "diffusers", *options)
     assert "in the diffusers layout, largest difference 0" in out
-    script("scripts/convert_lora.py", theirs, back, *options)
-    start = [8 + int.from_bytes(file.read_bytes()[:8], "little") for file in (back, ours)]
-    assert back.read_bytes()[start[0] :] == ours.read_bytes()[start[1] :]
-    assert read_metadata(back) == read_metadata(ours)
+    script("scripts/convert_lora.py", diffusers, back, *options)
+    data_start = [8 + int.from_bytes(file.read_bytes()[:8], "little") for file in (back, kohya)]
+    assert back.read_bytes()[data_start[0] :] == kohya.read_bytes()[data_start[1] :]
+    assert read_metadata(back) == read_metadata(kohya)
     bare = tmp_path / "bare.safetensors"
-    save_file(load_file(theirs), bare)  # as a tool writes it that adds no metadata
+    save_file(load_file(diffusers), bare)  # as from a tool that adds no metadata
     script("scripts/convert_lora.py", bare, tmp_path / "listed.safetensors", *options)
     assert read_metadata(tmp_path / "listed.safetensors").items() >= A1111_HEADER.items()
     large = {name: (A * 1e6, B, alpha) for name, (A, B, alpha) in adapter.deltas.items()}
     bare.write_bytes(serialise(large, {}, dtype=torch.float32))
     _, err = script("scripts/convert_lora.py", bare, tmp_path / "x.safetensors", "--model", tiny_model, status=2)
     assert "is not finite in float16, so no file was written" in err
-    _, err = script("scripts/convert_lora.py", ours, back, *options, status=2)
+    _, err = script("scripts/convert_lora.py", kohya, back, *options, status=2)
     assert err == f"convert_lora.py: {back} is there already: remove it or choose another name\n"
-    _, err = script("scripts/convert_lora.py", ours, tmp_path / "x.safetensors", status=2)  # for the real SDXL
+    _, err = script("scripts/convert_lora.py", kohya, tmp_path / "x.safetensors", status=2)  # without --model: the real SDXL
     assert "does not fit the model: it is for another model, whose text has 80 channels, not 2048" in err
     assert not (tmp_path / "x.safetensors").exists()
 
@@ -208,10 +208,10 @@ def merged_in_memory(model, files) -> nn.ModuleDict:
 def test_merging_into_a_folder_is_merging_in_memory(script, two_loras, tiny_model, tmp_path):
     a, b = two_loras
     script("scripts/merge_lora.py", tiny_model, tmp_path / "merged", "--lora", f"{a}:0.8", "--lora", f"{b}:-0.5")
-    wanted = merged_in_memory(tiny_model, two_loras).state_dict()
-    ours = parts_of(load_sdxl(str(tmp_path / "merged"), torch.float32, torch.device("cpu"))).state_dict()
-    assert ours.keys() == wanted.keys()
-    assert all(torch.equal(ours[key], tensor) for key, tensor in wanted.items())
+    expected = merged_in_memory(tiny_model, two_loras).state_dict()
+    merged = parts_of(load_sdxl(str(tmp_path / "merged"), torch.float32, torch.device("cpu"))).state_dict()
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(merged[key], tensor) for key, tensor in expected.items())
     for file in tiny_model.rglob("*"):
         if file.is_file() and not re.search(r"(unet|text_encoder\w*)/.*safetensors", str(file)):
             assert (tmp_path / "merged" / file.relative_to(tiny_model)).read_bytes() == file.read_bytes()
@@ -222,43 +222,43 @@ def test_merging_into_a_folder_is_merging_in_memory(script, two_loras, tiny_mode
 def test_merging_into_one_checkpoint_file(script, two_loras, tiny_model, tmp_path):
     a, b = two_loras
     base, merged = tmp_path / "base.safetensors", tmp_path / "merged.safetensors"
-    plain = load_sdxl(str(tiny_model), torch.float32, torch.device("cpu")).to(torch.float16).to(torch.float32)
-    plain.save_pretrained(tmp_path / "rounded")  # the same weights, as float16 holds them
-    save_file({key: t.half() for key, t in checkpoint_of(plain).items()}, base, {"by": "somebody"})
+    rounded = load_sdxl(str(tiny_model), torch.float32, torch.device("cpu")).to(torch.float16).to(torch.float32)
+    rounded.save_pretrained(tmp_path / "rounded")  # the weights that the float16 file below holds
+    save_file({key: t.half() for key, t in checkpoint_of(rounded).items()}, base, {"by": "somebody"})
     script("scripts/merge_lora.py", base, merged, "--lora", f"{a}:0.8", "--lora", f"{b}:-0.5")
-    ours, before = load_file(merged), load_file(base)
-    assert ours.keys() == before.keys()
-    assert all(ours[key].dtype == torch.float16 for key in ours)
+    tensors, before = load_file(merged), load_file(base)
+    assert tensors.keys() == before.keys()
+    assert all(tensors[key].dtype == torch.float16 for key in tensors)
     assert read_metadata(merged)["by"] == "somebody"
     in_memory = checkpoint_of(merged_in_memory(tmp_path / "rounded", two_loras))
-    wanted = {key: tensor.half() for key, tensor in in_memory.items()}
-    assert all(torch.equal(ours[key], tensor) for key, tensor in wanted.items())  # both LoRA in float32, rounded once
-    touched = {key for key, tensor in wanted.items() if not torch.equal(tensor, before[key])}
-    assert {key for key in ours if not torch.equal(ours[key], before[key])} == touched
+    expected = {key: tensor.half() for key, tensor in in_memory.items()}
+    assert all(torch.equal(tensors[key], tensor) for key, tensor in expected.items())  # both LoRA in float32, rounded once
+    touched = {key for key, tensor in expected.items() if not torch.equal(tensor, before[key])}
+    assert {key for key in tensors if not torch.equal(tensors[key], before[key])} == touched
     for part in ("in_proj_weight", "model.text_projection", "input_blocks.1.0.in_layers.2.weight"):
         assert any(part in key for key in touched)
 
 
 def test_merge_mistakes(script, two_loras, tiny_model, tmp_path):
-    def refused(message: str, *options):
+    def check(message: str, *options):
         _, err = script("scripts/merge_lora.py", *options, status=2)
         assert err.count("\n") == 1
         assert message in err
         assert not list(tmp_path.glob("m*"))
 
-    refused("--lora is missing", tiny_model, tmp_path / "m")
-    refused("is neither a file nor a diffusers folder", ROOT / "scripts", tmp_path / "m", "--lora", two_loras[0])
-    refused("is there already", tiny_model, two_loras[1], "--lora", two_loras[0])
-    refused("is inside of", tiny_model, tiny_model / "unet/merged", "--lora", two_loras[0])
+    check("--lora is missing", tiny_model, tmp_path / "m")
+    check("is neither a file nor a diffusers folder", ROOT / "scripts", tmp_path / "m", "--lora", two_loras[0])
+    check("is there already", tiny_model, two_loras[1], "--lora", two_loras[0])
+    check("is inside of", tiny_model, tiny_model / "unet/merged", "--lora", two_loras[0])
     (tmp_path / "empty/unet").mkdir(parents=True)
     (tmp_path / "empty/model_index.json").touch()
-    refused("has no .safetensors file in text_encoder, text_encoder_2, unet", tmp_path / "empty", tmp_path / "m",
+    check("has no .safetensors file in text_encoder, text_encoder_2, unet", tmp_path / "empty", tmp_path / "m",
             "--lora", two_loras[0])  # fmt: skip
     fp8 = {key: t.to(torch.float8_e4m3fn) for key, t in load_file(next((tiny_model / "unet").glob("*.safetensors"))).items()}
     shutil.copytree(tiny_model, tmp_path / "fp8")
     save_file(fp8, next((tmp_path / "fp8/unet").glob("*.safetensors")))
-    refused("is F8_E4M3, which cannot be added to", tmp_path / "fp8", tmp_path / "m", "--lora", two_loras[0])
+    check("is F8_E4M3, which cannot be added to", tmp_path / "fp8", tmp_path / "m", "--lora", two_loras[0])
     (tmp_path / "bad.safetensors").write_bytes(b"rubbish")
-    refused("bad.safetensors is not a readable", tmp_path / "bad.safetensors", tmp_path / "m", "--lora", two_loras[0])
-    refused("bad.safetensors is not a readable", tiny_model, tmp_path / "m", "--lora", tmp_path / "bad.safetensors")
-    refused("does not fit the model", ROOT / "assets/demo/model", tmp_path / "m", "--lora", two_loras[0])
+    check("bad.safetensors is not a readable", tmp_path / "bad.safetensors", tmp_path / "m", "--lora", two_loras[0])
+    check("bad.safetensors is not a readable", tiny_model, tmp_path / "m", "--lora", tmp_path / "bad.safetensors")
+    check("does not fit the model", ROOT / "assets/demo/model", tmp_path / "m", "--lora", two_loras[0])

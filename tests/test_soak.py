@@ -1,4 +1,4 @@
-"""A short run of scripts/dev/soak.py: with a smaller model, and with forks of this process, which need no imports, as runs."""
+"""A short run of scripts/dev/soak.py with a smaller model. The training runs are forks of this process: they import nothing."""
 
 import json
 from pathlib import Path
@@ -39,17 +39,17 @@ def test_nothing_is_lost_or_wrong(soak):
     summary = soak("--blows", 4, "--seed", 678)
     assert summary["blows"] == 4
     assert {"shards stall", "disk full", "folder deleted", "SIGKILL"} <= summary["kinds"].keys()
-    assert len(summary["answers to requests"]) > 1  # requests have met a stall
+    assert len(summary["answers to requests"]) > 1  # some requests met a stall
     assert summary["files compared"] >= 4
     assert (summary["steps lost"], summary["files wrong"], summary["faults"]) == (0, 0, [])
 
 
 def test_lost_steps_and_wrong_weights_are_found(soak, monkeypatch):
-    """Saves states with other weights and of an earlier step."""
+    """Every state but the last is saved with other weights and an earlier step."""
 
-    def save(folder, state, beside):
+    def save(folder, state, files):
         wrong = {"lora": state["lora"] + 1e-3, "run": state["run"] | {"step": state["run"]["step"] - 1}}
-        return save_state(folder, state if state["run"]["step"] == 12 else state | wrong, beside)
+        return save_state(folder, state if state["run"]["step"] == 12 else state | wrong, files)
 
     monkeypatch.setattr("run.checkpoints.save_state", save)
     summary = soak("--blows", 1, "--seed", 12, status=1)

@@ -46,15 +46,15 @@ from run.state import find_state, find_states, save_state
 from run.stop import StopRequest
 
 CPU = torch.device("cpu")
-READY = Workload(batch=3, resolution=64, chunks=1, shapes=1, has_latents=True, has_text=False)
+LATENTS_ONLY = Workload(batch=3, resolution=64, chunks=1, shapes=1, has_latents=True, has_text=False)
 
 
 def weights(folder, step: int) -> dict[str, torch.Tensor]:
     return load_file(folder / f"pytorch_lora_weights_{step}.safetensors")
 
 
-def equal(one: dict, other: dict) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+def equal(first: dict, second: dict) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(tensor, second[key]) for key, tensor in first.items())
 
 
 def last(folder, scalar: str) -> float:
@@ -63,7 +63,7 @@ def last(folder, scalar: str) -> float:
     return EventAccumulator(str(events)).Reload().Scalars(scalar)[-1].value
 
 
-def test_a_run_writes_what_it_says(train, tiny_model, shards, tmp_path):
+def test_a_run_writes_weights_metadata_and_logs(train, tiny_model, shards, tmp_path):
     out, err = train("--steps", 7, "--save-every", 3, "--keep", 2, "--pictures")
     files = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
     assert files == ["pytorch_lora_weights_6.safetensors", "pytorch_lora_weights_7.safetensors"]
@@ -82,14 +82,14 @@ def test_a_run_writes_what_it_says(train, tiny_model, shards, tmp_path):
     assert "7/7" in err
     assert "loss=" in err
 
-    told = read_metadata(tmp_path / "out" / files[1])
-    assert told["sdxl_lora.dataset"] == open_source(str(shards)).fingerprint
-    config = json.loads(told["sdxl_lora.config"])
+    header = read_metadata(tmp_path / "out" / files[1])
+    assert header["sdxl_lora.dataset"] == open_source(str(shards)).fingerprint
+    config = json.loads(header["sdxl_lora.config"])
     resolved = {"rank": 2, "alpha": 2, "resolution": 64, "lr": 1e-4, "text_encoder_lr": 1e-4, "precision": "fp32"}
     assert config.items() >= {**resolved, "attention": "sdpa", "steps": 7, "model": str(tiny_model)}.items()
     (events,) = (tmp_path / "runs").iterdir()
     log = EventAccumulator(str(events)).Reload()
-    wanted = {
+    expected = {
         "loss",
         "grad_norm",
         "images_per_second",
@@ -100,7 +100,7 @@ def test_a_run_writes_what_it_says(train, tiny_model, shards, tmp_path):
         "lr/text_encoder",
         "loss_scale",
     }
-    assert wanted <= set(log.Tags()["scalars"])
+    assert expected <= set(log.Tags()["scalars"])
     assert [event.step for event in log.Images("compare")] == [3, 6, 7]
     assert "config/text_summary" in log.Tags()["tensors"]
 
@@ -115,52 +115,54 @@ def test_training_on_shards_lowers_the_held_out_loss(train, script, tmp_path):
 
 
 @pytest.mark.parametrize(("optimizer", "precision"), [("adamw8bit", "fp16"), ("adamw", "bf16")])
-def test_a_run_resumed_twice_ends_as_one_that_never_stopped(train, tmp_path, optimizer, precision):
+def test_a_run_resumed_twice_equals_an_uninterrupted_one(train, tmp_path, optimizer, precision):
     """Bit for bit: weights, optimiser state, loss scale, data position, flips, dropout, noise."""
-    how = ["--grad-accum", 2, "--flip", "--caption-dropout", 0.3, "--warmup", 2, "--optimizer", optimizer, "--workers", 2]
-    how += ["--precision", precision, "--lr", 1e-2]
-    train("--steps", 6, *how)
-    train("--steps", 2, *how, "--out", tmp_path / "parts")
-    train("--steps", 4, *how, "--out", tmp_path / "parts", "--workers", 1)
-    out, err = train("--steps", 6, *how, "--out", tmp_path / "parts")
-    assert "4/6" in err  # it went on from there
+    options = ["--grad-accum", 2, "--flip", "--caption-dropout", 0.3, "--warmup", 2, "--optimizer", optimizer, "--workers", 2]
+    options += ["--precision", precision, "--lr", 1e-2]
+    train("--steps", 6, *options)
+    train("--steps", 2, *options, "--out", tmp_path / "parts")
+    train("--steps", 4, *options, "--out", tmp_path / "parts", "--workers", 1)
+    out, err = train("--steps", 6, *options, "--out", tmp_path / "parts")
+    assert "4/6" in err  # resumed at step 4
     assert equal(weights(tmp_path / "parts", 6), weights(tmp_path / "out", 6))
     assert not equal(weights(tmp_path / "parts", 4), weights(tmp_path / "out", 6))
-    whole, parts = (find_state("auto", tmp_path / name)[1] for name in ("out", "parts"))
-    assert torch.equal(whole["lora"], parts["lora"])
-    assert whole["scaler"] == parts["scaler"]
-    assert whole["run"]["samples"] == parts["run"]["samples"] == 24
-    for one, other in zip(*(tree_leaves(state["optimizer"]) for state in (whole, parts)), strict=True):
-        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
-    out, _ = train("--steps", 6, *how, "--out", tmp_path / "parts")
+    uninterrupted, resumed = (find_state("auto", tmp_path / name)[1] for name in ("out", "parts"))
+    assert torch.equal(uninterrupted["lora"], resumed["lora"])
+    assert uninterrupted["scaler"] == resumed["scaler"]
+    assert uninterrupted["run"]["samples"] == resumed["run"]["samples"] == 24
+    for expected, actual in zip(*(tree_leaves(state["optimizer"]) for state in (uninterrupted, resumed)), strict=True):
+        assert torch.equal(expected, actual) if isinstance(expected, torch.Tensor) else expected == actual
+    out, _ = train("--steps", 6, *options, "--out", tmp_path / "parts")
     assert "is at step 6 already" in out
 
 
 def test_both_layouts_hold_the_same_weights(train, tiny_model, tmp_path):
     train("--steps", 5, "--save-every", 2, "--keep", 2, "--format", "both", "--save-dtype", "fp32", "--lr", 1e-2)
     names = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
-    wanted = [f"pytorch_lora_weights_{step}{suffix}.safetensors" for step in (4, 5) for suffix in ("", "_diffusers")]
-    assert names == sorted(wanted)
+    expected = [f"pytorch_lora_weights_{step}{suffix}.safetensors" for step in (4, 5) for suffix in ("", "_diffusers")]
+    assert names == sorted(expected)
     shapes = layer_shapes(Denoiser(read_sdxl(str(tiny_model), torch.float32)))
-    kohya, diffusers = (read_lora(tmp_path / "out" / name, shapes) for name in wanted[2:])
+    kohya, diffusers = (read_lora(tmp_path / "out" / name, shapes) for name in expected[2:])
     assert largest_difference(kohya, diffusers) == 0
     assert any(B.any() for _, B, _ in kohya.values())
-    assert last(tmp_path / "runs", "largest_error_of_the_file") == 0  # in float32
+    assert last(tmp_path / "runs", "largest_error_of_the_file") == 0  # float32 loses nothing
 
 
 def test_a_file_that_reads_back_wrong_is_not_kept(train, tmp_path, monkeypatch):
     train("--steps", 1)
     before = (tmp_path / "out/pytorch_lora_weights_1.safetensors").read_bytes()
-    honest = serialise
-    wrong = lambda deltas, *rest: honest({p: (A, B + 0.01, alpha) for p, (A, B, alpha) in deltas.items()}, *rest)  # noqa: E731
-    monkeypatch.setattr("run.checkpoints.serialise", wrong)
+
+    def serialise_wrong(deltas, *rest):
+        return serialise({p: (A, B + 0.01, alpha) for p, (A, B, alpha) in deltas.items()}, *rest)
+
+    monkeypatch.setattr("run.checkpoints.serialise", serialise_wrong)
     _, err = train("--steps", 2, status=2)
     assert "the LoRA file read back differs from the weights by 0.01, so the last one was kept" in err
     assert (tmp_path / "out/pytorch_lora_weights_1.safetensors").read_bytes() == before
     assert len(os.listdir(tmp_path / "out")) == 2
 
 
-def test_what_has_changed_since_the_state_is_shown_and_refused_unless_it_may(train, shards, photos, tmp_path):
+def test_changed_options_are_shown_on_resume_and_refused_unless_overridden(train, shards, photos, tmp_path):
     train("--steps", 1)
     (state,) = (tmp_path / "out").glob("state-*")
     _, err = train("--steps", 2, "--rank", 4, "--lr", 1e-3, "--resume-override", status=2)
@@ -172,31 +174,31 @@ def test_what_has_changed_since_the_state_is_shown_and_refused_unless_it_may(tra
     changes = rf"{files}, --precision fp32 -> fp16, --base-precision fp32 -> fp16, --lr 0.0001 -> 0.0002, "
     changes += "--text-encoder-lr 0.0001 -> 0.0002"
     assert re.search(rf"is of another run: {changes}: change it back, or another --out, or --resume-override", err)
-    same = shutil.copytree(shards, tmp_path / "elsewhere")
-    out, _ = train("--steps", 2, "--keep", 1, "--data", same)
+    copy = shutil.copytree(shards, tmp_path / "elsewhere")
+    out, _ = train("--steps", 2, "--keep", 1, "--data", copy)
     assert f"resume     step 1 of {state}; --keep None -> 1; --steps 1 -> 2\n" in out
     out, _ = train("--steps", 4, "--keep", 1, "--lr", 1e-2, "--precision", "fp16", "--resume-override", "--save-dtype", "fp32")
-    assert "step 2 of" in out  # the scaler of fp16 starts anew
+    assert "step 2 of" in out  # with a new loss scaler for fp16
     assert last(tmp_path / "runs", "lr/unet") == pytest.approx(1e-2)
     train("--steps", 2, "--rank", 4, "--resume", "none")
 
 
-def test_going_on_elsewhere_leaves_the_first_run_alone(train, tmp_path, monkeypatch):
+def test_resuming_into_another_folder_leaves_the_first_run_alone(train, tmp_path, monkeypatch):
     train("--steps", 2, "--save-every", 1)
     train("--steps", 4, "--save-every", 1, "--keep", 1, "--resume", tmp_path / "out", "--out", tmp_path / "b")
     assert sorted(p.name for p in (tmp_path / "b").glob("*.safetensors")) == ["pytorch_lora_weights_4.safetensors"]
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 2
-    how = ["--resume", tmp_path / "out", "--out", tmp_path / "b", "--log-dir", tmp_path / "log"]
-    out, _ = train("--steps", 5, *how)
-    assert f"resume     step 4 of {tmp_path}/b/state-" in out  # the same command goes on with what it has saved
+    options = ["--resume", tmp_path / "out", "--out", tmp_path / "b", "--log-dir", tmp_path / "log"]
+    out, _ = train("--steps", 5, *options)
+    assert f"resume     step 4 of {tmp_path}/b/state-" in out  # the same command resumes its own state
     assert last(tmp_path / "log", "loss") > 0
     out, _ = train("--steps", 3, "--resume", "none", "--out", tmp_path / "b")
     assert f"aside      what another run has left in {tmp_path}/b is in {tmp_path}/b/before-1 now\n" in out
-    kept = {p.name for p in (tmp_path / "b/before-1").iterdir()}
-    assert {"pytorch_lora_weights_4.safetensors", "pytorch_lora_weights_5.safetensors"} < kept
+    moved = {p.name for p in (tmp_path / "b/before-1").iterdir()}
+    assert {"pytorch_lora_weights_4.safetensors", "pytorch_lora_weights_5.safetensors"} < moved
     assert find_states(tmp_path / "b/before-1")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    out, _ = train("--steps", 1, "--resume", "none")  # its first attempt had saved nothing
+    out, _ = train("--steps", 1, "--resume", "none")  # restarted by Slurm before it had saved anything
     assert "/before-1 now\n" in out
     out, _ = train("--steps", 2, "--resume", "none")
     assert "resume     step 1 of" in out
@@ -212,7 +214,7 @@ def test_weights_that_are_not_finite_are_never_written(train, tmp_path):
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_what_the_disk_refuses_is_tried_again_at_the_next_save(train, tmp_path, monkeypatch):
+def test_a_failed_save_is_tried_again_at_the_next_one(train, tmp_path, monkeypatch):
     def write(path, *rest):
         if "_4." in path.name or "_6." in path.name:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -220,8 +222,8 @@ def test_what_the_disk_refuses_is_tried_again_at_the_next_save(train, tmp_path, 
             shutil.rmtree(tmp_path / "out")
         write_atomically(path, *rest)
 
-    for room in ("run.state", "run.checkpoints"):
-        monkeypatch.setattr(f"{room}.write_atomically", write)
+    for module in ("run.state", "run.checkpoints"):
+        monkeypatch.setattr(f"{module}.write_atomically", write)
     _, err = train("--steps", 6, "--save-every", 2, status=74)
     assert err.count("No space left on device") == 1
     assert err.endswith("step 6 could not be saved\n")
@@ -234,15 +236,19 @@ def test_what_the_disk_refuses_is_tried_again_at_the_next_save(train, tmp_path, 
 
 def test_a_log_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("threading.excepthook", threading.excepthook)
-    log, opened = Log(str(tmp_path), 0, TolerantWriter()), []
+    log, attempts = Log(str(tmp_path), 0, TolerantWriter()), []
+
+    def fail(*arguments):
+        attempts.append(arguments)
+        (tmp_path / "no/file").touch()
+
     with monkeypatch.context() as broken:
         for method in ("write", "__init__"):
-            name = f"tensorboard.summary.writer.record_writer.RecordWriter.{method}"
-            broken.setattr(name, lambda *given: opened.append(given) or (tmp_path / "no/file").touch())
+            broken.setattr(f"tensorboard.summary.writer.record_writer.RecordWriter.{method}", fail)
         for step in range(3):
             log.add_scalar("before", step, step)
             log.flush()
-    assert len(opened) <= 2  # not again at every call
+    assert len(attempts) <= 2  # a log that failed is not tried again at every call
     monkeypatch.setattr("run.report.AGAIN", 0)
     log.add_scalar("after", 1.0, 3)
     log.close()
@@ -254,18 +260,17 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatch
 
 @pytest.fixture
 def spoilt(monkeypatch):
-    """Latents far off become NaN once they are in the training step: as they are in a shard they would be left out."""
-    sample = sample_latents
+    """Turns latents above 1000 into NaN within the training step; NaN in a shard would be left out when it is read."""
 
-    def spoil(*given):
-        latents = sample(*given)
+    def spoil(*arguments):
+        latents = sample_latents(*arguments)
         return latents * torch.where(latents.abs().amax(dim=(1, 2, 3), keepdim=True) > 1e3, torch.nan, 1)
 
     monkeypatch.setattr("run.setup.sample_latents", spoil)
 
 
-def far_latents(file: Path, broken: set[int]) -> Path:
-    """A shard of three ready-made latents, some of them far off."""
+def latents_to_spoil(file: Path, broken: set[int]) -> Path:
+    """Writes a shard of three latents; those with a number in `broken` are so large that `spoilt` turns them into NaN."""
     with wds.TarWriter(str(file)) as tar:
         for i in range(3):
             posterior = torch.randn(8, 8, 8, generator=torch.Generator().manual_seed(i)).abs()
@@ -281,63 +286,63 @@ def far_latents(file: Path, broken: set[int]) -> Path:
 
 
 @pytest.mark.parametrize(("optimizer", "precision"), [("adamw8bit", "fp16"), ("adamw", "fp32")])
-def test_a_sample_that_spoils_steps_is_named_and_left_out(train, spoilt, tmp_path, optimizer, precision):
-    how = ["--data", far_latents(tmp_path / "nan.tar", {1}), "--bs", 1, "--optimizer", optimizer, "--precision", precision]
-    how += ["--lr", 1e-2, "--save-every", 100]
-    out, err = train(*how, "--steps", 15)
-    told = [int(step) for step in re.findall(r"step (\d+) had no finite loss .* skipped, by nan\.tar:1: see", err)]
-    assert 3 <= len(told) <= 4  # one in three until step 10
-    assert all(step <= 10 for step in told)
+def test_a_sample_without_a_finite_loss_is_named_and_left_out(train, spoilt, tmp_path, optimizer, precision):
+    options = ["--data", latents_to_spoil(tmp_path / "nan.tar", {1}), "--bs", 1, "--lr", 1e-2, "--save-every", 100]
+    options += ["--optimizer", optimizer, "--precision", precision]
+    out, err = train(*options, "--steps", 15)
+    skipped = [int(step) for step in re.findall(r"step (\d+) had no finite loss .* skipped, by nan\.tar:1: see", err)]
+    assert 3 <= len(skipped) <= 4  # one step in three, until step 10
+    assert all(step <= 10 for step in skipped)
     assert "skipped 1 images, broken, left out or without a caption: nan.tar:1" in out
     (log,) = (tmp_path / "runs").iterdir()
-    (sample,) = json.loads((log / f"nonfinite-{told[0]}/rank0.json").read_text())
+    (sample,) = json.loads((log / f"nonfinite-{skipped[0]}/rank0.json").read_text())
     assert (sample["sample"], sample["caption"], sample["finite"]) == ("nan.tar:1", "picture 1", False)
     assert 0 <= sample["timestep"] < 1000
     first = sample["modules"]["unet.conv_in"]
-    assert first[0] != first[0]  # the network was given it
-    assert next(values[0] for name, values in sample["modules"].items() if "text_encoder" in name) > 0  # its text was finite
+    assert first[0] != first[0]  # NaN has reached the U-Net
+    assert next(values[0] for name, values in sample["modules"].items() if "text_encoder" in name) > 0  # their text was finite
     state = find_state("auto", tmp_path / "out")[1]
     run, scaler = state["run"], state["scaler"]
-    assert precision == "fp32" or scaler["scale"] == 2**16  # no smaller one would have mended the loss
-    assert (run["hits"], run["left_out"], run["bad_steps"]) == ({"nan.tar:1": len(told)}, {"nan.tar:1"}, 0)
-    train(*how, "--steps", 7, "--out", tmp_path / "parts")
-    train(*how, "--steps", 15, "--out", tmp_path / "parts")
+    assert precision == "fp32" or scaler["scale"] == 2**16  # not halved: no smaller scale makes this loss finite
+    assert (run["hits"], run["left_out"], run["bad_steps"]) == ({"nan.tar:1": len(skipped)}, {"nan.tar:1"}, 0)
+    train(*options, "--steps", 7, "--out", tmp_path / "parts")
+    train(*options, "--steps", 15, "--out", tmp_path / "parts")
     assert equal(weights(tmp_path / "out", 15), weights(tmp_path / "parts", 15))
 
 
 def test_steps_without_a_finite_loss_change_nothing_and_end_the_run(train, spoilt, tmp_path):
-    how = ["--data", far_latents(tmp_path / "nan.tar", {0, 1, 2}), "--precision", "bf16"]
-    train(*how, "--steps", 2)
+    options = ["--data", latents_to_spoil(tmp_path / "nan.tar", {0, 1, 2}), "--precision", "bf16"]
+    train(*options, "--steps", 2)
     assert not any(t.any() for key, t in weights(tmp_path / "out", 2).items() if "lora_up" in key)
     (log,) = (tmp_path / "runs").iterdir()
-    _, err = train(*how, "--steps", 99, "--max-bad-steps", 9, status=1)
+    _, err = train(*options, "--steps", 99, "--max-bad-steps", 9, status=1)
     assert f"stopped: 10 steps in a row had no finite loss, see {log}/nonfinite-*" in err
     assert sorted(os.listdir(tmp_path / "out")) == ["pytorch_lora_weights_2.safetensors", "state-1"]
     run = Run("", hits={"a": 3, "b": 3, "c": 2})
-    assert not run.leave_out(2)  # it is not theirs
+    assert not run.leave_out(2)  # that would leave out every sample, so they are not the cause
     assert run.leave_out(3)
     assert run.left_out == {"a", "b"}
 
 
-def test_data_that_goes_ends_the_run_after_a_save(train, spoilt, tmp_path, monkeypatch):
-    """Also if a step before it was spoilt, whose samples would be read again."""
-    raw, count = Source.read_sample, itertools.count()
+def test_unreadable_data_ends_the_run_after_a_save(train, spoilt, tmp_path, monkeypatch):
+    """Also after a step without a finite loss, whose samples would be read again to be named."""
+    read_sample, count = Source.read_sample, itertools.count()
 
-    def go(source, n):
+    def fail(source, n):
         if next(count) > 8:
             raise UserError("--data: the server does not answer")
-        return raw(source, n)
+        return read_sample(source, n)
 
     with monkeypatch.context() as broken:
-        broken.setattr("dataset.sources.Source.read_sample", go)
+        broken.setattr("dataset.sources.Source.read_sample", fail)
         out, err = train("--steps", 9, status=74)
     assert err.endswith("train_lora.py: --data: the server does not answer\n")
     step = int(re.search(r"weights_(\d)\.safetensors: the data cannot be read, the same command goes on from there", out)[1])
     out, _ = train("--steps", step + 1)
     assert f"resume     step {step} of" in out
-    monkeypatch.setattr("dataset.sources.Source.read_sample", go)
+    monkeypatch.setattr("dataset.sources.Source.read_sample", fail)
     count = itertools.count(5)
-    out, _ = train("--data", far_latents(tmp_path / "nan.tar", {0, 1, 2}), "--out", tmp_path / "b", status=74)
+    out, _ = train("--data", latents_to_spoil(tmp_path / "nan.tar", {0, 1, 2}), "--out", tmp_path / "b", status=74)
     assert "weights_1.safetensors: the data cannot be read" in out
 
 
@@ -353,7 +358,7 @@ def test_learning_rates(train, tmp_path):
     assert {key for key, moved in ups.items() if not moved} == {key for key in ups if "lora_te" in key}
 
 
-def test_other_choices_train(train, tmp_path):
+def test_other_options_train(train, tmp_path):
     train("--steps", 2, "--no-train-text-encoder", "--targets", "all", "--checkpointing", "all", "--snr-gamma", 5)
     keys = weights(tmp_path / "out", 2).keys()
     assert any("ff_net" in key for key in keys)
@@ -363,7 +368,7 @@ def test_other_choices_train(train, tmp_path):
 
 
 @pytest.mark.parametrize("base", ["int8", "nf4"])
-def test_a_packed_base_trains_and_merges_into_the_unpacked_one(train, script, tiny_model, tmp_path, base):
+def test_a_lora_trained_on_a_quantised_base_merges_into_the_original(train, script, tiny_model, tmp_path, base):
     out, _ = train("--steps", 2, "--base-precision", base, "--targets", "all")
     assert f", {base} base, " in out
     config = json.loads(read_metadata(tmp_path / "out/pytorch_lora_weights_2.safetensors")["sdxl_lora.config"])
@@ -374,7 +379,7 @@ def test_a_packed_base_trains_and_merges_into_the_unpacked_one(train, script, ti
 
 @pytest.fixture
 def latents(tmp_path):
-    """A shard of three ready-made latents."""
+    """A shard of three latents."""
     with wds.TarWriter(str(tmp_path / "latents.tar")) as tar:
         for i in range(3):
             posterior = torch.randn(8, 8, 8, generator=torch.Generator().manual_seed(i)).abs()
@@ -388,7 +393,7 @@ def latents(tmp_path):
     return tmp_path / "latents.tar"
 
 
-def test_ready_made_latents_train_without_the_vae(train, latents, tmp_path, monkeypatch):
+def test_latents_train_without_the_vae(train, latents, tmp_path, monkeypatch):
     monkeypatch.setattr("diffusers.AutoencoderKL.encode", None)
     train("--data", latents, "--steps", 2)
     assert weights(tmp_path / "out", 2)
@@ -398,11 +403,11 @@ def test_ready_made_latents_train_without_the_vae(train, latents, tmp_path, monk
 
 
 def test_the_masked_loss_from_images_and_from_latents(train, script, tiny_model, cutouts, latents, tmp_path):
-    how, ran = ["--steps", 2, "--bs", 2, "--bucket-step", 16, "--flip", "--lr", 1e-2], {}
+    options, results = ["--steps", 2, "--bs", 2, "--bucket-step", 16, "--flip", "--lr", 1e-2], {}
 
-    def run(name: str, data, *options):
-        train("--data", data, *how, "--out", tmp_path / name, "--log-dir", tmp_path / name / "runs", *options)
-        ran[name] = weights(tmp_path / name, 2)
+    def run(name: str, data, *more):
+        train("--data", data, *options, "--out", tmp_path / name, "--log-dir", tmp_path / name / "runs", *more)
+        results[name] = weights(tmp_path / name, 2)
 
     run("images", cutouts, "--masked-loss")
     cached = ["--model", tiny_model, "--device", "cpu", "--bucket-step", 16, "--flip", "--out", tmp_path / "cached"]
@@ -410,7 +415,7 @@ def test_the_masked_loss_from_images_and_from_latents(train, script, tiny_model,
     run("cached", tmp_path / "cached", "--masked-loss")
     assert last(tmp_path / "cached/runs", "loss") == pytest.approx(last(tmp_path / "images/runs", "loss"), rel=1e-3)
     run("ignored", tmp_path / "cached")
-    assert not equal(ran["cached"], ran["ignored"])
+    assert not equal(results["cached"], results["ignored"])
     _, err = train("--data", latents, "--masked-loss", "--out", tmp_path / "b", status=2)
     assert err.startswith(
         "train_lora.py: --masked-loss: these latents were made without masks: make them anew with cache_latents.py"
@@ -420,15 +425,18 @@ def test_the_masked_loss_from_images_and_from_latents(train, script, tiny_model,
 
 
 def test_latents_give_the_loss_curve_of_their_images(train, script, tiny_model, photos, tmp_path, monkeypatch):
-    """But for what float16 takes: 2e-6 of the loss. One pixel aside would be 3e-4, deviations of 0.9 times 6e-4, none 1e-2."""
+    """Up to rounding: latents are stored in float16, which changes the loss by 2e-6 of it.
+
+    Mistakes would show: images shifted by one pixel change it by 3e-4, standard deviations × 0.9 by 6e-4, × 0 by 1e-2.
+    """
     bucketed = "--bucket-step", 16, "--flip"
     script(
         "scripts/cache_latents.py", photos, "--model", tiny_model, "--device", "cpu", *bucketed, "--out", tmp_path / "latents"
     )
 
     def curve(name: str, pictures) -> np.ndarray:
-        where = "--out", tmp_path / name, "--log-dir", tmp_path / name / "runs"
-        train("--data", pictures, "--steps", 20, "--lr", 1e-3, *bucketed, *where)
+        folders = "--out", tmp_path / name, "--log-dir", tmp_path / name / "runs"
+        train("--data", pictures, "--steps", 20, "--lr", 1e-3, *bucketed, *folders)
         (events,) = (tmp_path / name / "runs").iterdir()
         return np.array([scalar.value for scalar in EventAccumulator(str(events)).Reload().Scalars("loss")])
 
@@ -436,12 +444,17 @@ def test_latents_give_the_loss_curve_of_their_images(train, script, tiny_model, 
     assert len(images) == 2
     np.testing.assert_allclose(cached, images, rtol=2e-5)
     fit = data.fit
-    monkeypatch.setattr("data.fit", lambda *how: (np.roll(fit(*how)[0], 1, axis=1), fit(*how)[1]))
-    assert np.abs(curve("aside", photos) / images - 1).max() > 1e-4  # this would be seen
+
+    def fit_and_shift(*arguments):
+        pixels, crop = fit(*arguments)
+        return np.roll(pixels, 1, axis=1), crop
+
+    monkeypatch.setattr("data.fit", fit_and_shift)
+    assert np.abs(curve("shifted", photos) / images - 1).max() > 1e-4
 
 
 def test_all_masked_and_nothing_masked(train, photos, tmp_path):
-    """Opaque images train bit for bit as without masks; of transparent ones nothing is learned, and nothing breaks."""
+    """Opaque images train bit for bit as without masks; from transparent ones nothing is learnt, and nothing breaks."""
     train("--data", photos, "--steps", 2)
     train("--data", photos, "--steps", 2, "--masked-loss", "--out", tmp_path / "b")
     assert equal(weights(tmp_path / "out", 2), weights(tmp_path / "b", 2))
@@ -454,15 +467,15 @@ def test_all_masked_and_nothing_masked(train, photos, tmp_path):
 
 
 def test_latents_of_another_vae_are_refused(train, script, tiny_model, shards, tmp_path):
-    how = ["--device", "cpu", "--model"]
-    script("scripts/cache_latents.py", shards, "--out", tmp_path / "ours", *how, tiny_model)
-    for precision in ("fp32", "fp16"):  # what the files lose in it does not count
+    options = ["--device", "cpu", "--model"]
+    script("scripts/cache_latents.py", shards, "--out", tmp_path / "ours", *options, tiny_model)
+    for precision in ("fp32", "fp16"):  # a VAE that is rounded to fp16 is still the same VAE
         train("--data", tmp_path / "ours", "--steps", 1, "--precision", precision, "--out", tmp_path / precision)
-    other = shutil.copytree(tiny_model, tmp_path / "model")
-    file = next((other / "vae").glob("*.safetensors"))
+    changed_model = shutil.copytree(tiny_model, tmp_path / "model")
+    file = next((changed_model / "vae").glob("*.safetensors"))
     tensors = load_file(file)
     save_file({key: 1.1 * t if key.startswith("quant_conv") else t for key, t in tensors.items()}, file)
-    script("scripts/cache_latents.py", shards, "--out", tmp_path / "theirs", *how, other)
+    script("scripts/cache_latents.py", shards, "--out", tmp_path / "theirs", *options, changed_model)
     _, err = train("--data", tmp_path / "theirs", "--steps", 1, "--out", tmp_path / "b", status=2)
     assert err == f"train_lora.py: --data: these latents were made by another VAE than that of --model {tiny_model}\n"
     assert not (tmp_path / "b").exists()
@@ -470,127 +483,127 @@ def test_latents_of_another_vae_are_refused(train, script, tiny_model, shards, t
     assert err.endswith("these latents were made by several models\n")
     tensors["quant_conv.weight"] *= float("inf")
     save_file(tensors, file)
-    out, _ = script("scripts/cache_latents.py", shards, "--out", tmp_path / "none", *how, other)
+    out, _ = script("scripts/cache_latents.py", shards, "--out", tmp_path / "none", *options, changed_model)
     assert "0 images in 0 shards" in out
     assert out.count("(its latents are not finite in float16)") == 7
 
 
-def test_buckets_of_several_shapes_train_and_go_on_bit_for_bit(train, tmp_path):
-    how = ["--bucket-step", 16, "--flip", "--caption-dropout", 0.2, "--workers", 2]
-    out, _ = train(*how, "--steps", 6)
+def test_buckets_of_several_shapes_train_and_resume_bit_for_bit(train, tmp_path):
+    options = ["--bucket-step", 16, "--flip", "--caption-dropout", 0.2, "--workers", 2]
+    out, _ = train(*options, "--steps", 6)
     assert re.search(r"^buckets    [2-5] of 5 buckets, [\d.]+% of the images cropped away, none enlarged$", out, re.M)
-    train(*how, "--steps", 3, "--out", tmp_path / "b")
-    train(*how, "--steps", 6, "--out", tmp_path / "b")
+    train(*options, "--steps", 3, "--out", tmp_path / "b")
+    train(*options, "--steps", 6, "--out", tmp_path / "b")
     assert equal(weights(tmp_path / "out", 6), weights(tmp_path / "b", 6))
 
 
-def test_long_captions_are_cut_and_counted_or_told_in_chunks(train, photos, tiny_model, tmp_path):
+def test_long_captions_are_truncated_or_encoded_in_chunks(train, photos, tiny_model, tmp_path):
     folder = shutil.copytree(photos, tmp_path / "photos")
     (folder / "photo0.txt").write_text("a " * 100)
     (folder / "photo1.txt").write_text("a " * 80)
-    how = ["--data", folder, "--bs", 1, "--steps", 7, "--no-buckets"]
-    out, _ = train(*how)
+    options = ["--data", folder, "--bs", 1, "--steps", 7, "--no-buckets"]
+    out, _ = train(*options)
     assert "28.6% of the captions have more than --max-tokens 75 and were cut, by up to 25 tokens" in out
-    out, _ = train(*how, "--max-tokens", 150, "--out", tmp_path / "b")
+    out, _ = train(*options, "--max-tokens", 150, "--out", tmp_path / "b")
     assert "of the captions" not in out
     assert not equal(weights(tmp_path / "out", 7), weights(tmp_path / "b", 7))
     train("--steps", 1, "--out", tmp_path / "c")
     train("--steps", 1, "--out", tmp_path / "d", "--max-tokens", 225)
     assert equal(weights(tmp_path / "c", 1), weights(tmp_path / "d", 1))  # every caption fits into one chunk
     pipe, memory = read_sdxl(str(tiny_model), torch.float32), MemoryConfig().resolved(CPU)
-    short, long = (plan_memory(pipe, LoRAConfig(), memory, READY._replace(chunks=n), CPU, 2**34) for n in (1, 3))
-    assert {k[1] for q, k in long.attention if k[1] != q[1]} == {3 * 77}  # the memory for the longest
+    short, long = (plan_memory(pipe, LoRAConfig(), memory, LATENTS_ONLY._replace(chunks=n), CPU, 2**34) for n in (1, 3))
+    assert {k[1] for q, k in long.attention if k[1] != q[1]} == {3 * 77}  # the plan is for the longest caption
     assert long.predicted > short.predicted
 
 
-def test_waiting_for_data_is_told_with_what_to_do(train, tmp_path, monkeypatch):
+def test_waiting_for_data_is_reported_with_advice(train, tmp_path, monkeypatch):
     meter = Meter(torch.device("cpu"), ["unet"], 10)
-    for shares, told in (([], False), ([0.9], False), ([0.9, 0.04, 0.05], False), ([0.0, 0.05, 0.06], True)):
+    for shares, reported in (([], False), ([0.9], False), ([0.9, 0.04, 0.05], False), ([0.0, 0.05, 0.06], True)):
         meter.shares = shares
-        assert bool(meter.advice()) == told  # the first reading holds the start of the workers
+        assert bool(meter.advice()) == reported  # the first reading includes the start of the workers
     choose = data.choose_caption
-    monkeypatch.setattr("data.choose_caption", lambda *given: time.sleep(0.05) or choose(*given))
+    monkeypatch.setattr("data.choose_caption", lambda *arguments: time.sleep(0.05) or choose(*arguments))
     out, err = train("--steps", 12, "--save-every", 12)
     assert "warning" not in err
     assert re.search(r"^waiting for data took [1-9]\d% of the time: more --workers, or latents", out, re.M)
     assert last(tmp_path / "runs", "waiting_for_data") > 0.1
 
 
-def test_a_batch_in_pieces_is_the_same_run(train, latents, tiny_model, tmp_path):
-    """A budget just too small for the whole batch: one image at a time, and the same weights but for rounding."""
+def test_a_batch_in_pieces_gives_the_same_run(train, latents, tiny_model, tmp_path):
+    """A budget one byte too small for the whole batch: one image at a time, and the same weights up to rounding."""
     memory = MemoryConfig(checkpointing="none", optimizer="adamw").resolved(CPU)
     pipe = read_sdxl(str(tiny_model), torch.float32)
-    whole = plan_memory(pipe, LoRAConfig(rank=2), memory, READY._replace(batch=2), CPU, 2**34)
-    how = ["--data", latents, "--steps", 2, "--checkpointing", "none", "--optimizer", "adamw"]
-    short = f"{(whole.predicted - 1) / 2**30:.12f}"
-    out, _ = train(*how, "--log-dir", tmp_path / "whole")
+    whole = plan_memory(pipe, LoRAConfig(rank=2), memory, LATENTS_ONLY._replace(batch=2), CPU, 2**34)
+    options = ["--data", latents, "--steps", 2, "--checkpointing", "none", "--optimizer", "adamw"]
+    budget = f"{(whole.predicted - 1) / 2**30:.12f}"
+    out, _ = train(*options, "--log-dir", tmp_path / "whole")
     assert "batch in one piece" in out
-    out, _ = train(*how, "--vram-gb", short, "--out", tmp_path / "b", "--log-dir", tmp_path / "pieces")
+    out, _ = train(*options, "--vram-gb", budget, "--out", tmp_path / "b", "--log-dir", tmp_path / "pieces")
     assert "batch in 2 pieces" in out
-    train(*how, "--bs", 1, "--grad-accum", 2, "--out", tmp_path / "c", "--log-dir", tmp_path / "accumulated")
+    train(*options, "--bs", 1, "--grad-accum", 2, "--out", tmp_path / "c", "--log-dir", tmp_path / "accumulated")
     for scalar in ("loss", "grad_norm"):
-        wanted = last(tmp_path / "whole", scalar)
-        assert last(tmp_path / "pieces", scalar) == pytest.approx(wanted, rel=1e-4)
-        assert last(tmp_path / "accumulated", scalar) == pytest.approx(wanted, rel=0.7)  # of other noise
-    one, other = weights(tmp_path / "out", 2), weights(tmp_path / "b", 2)
-    assert any(t.any() for key, t in one.items() if "lora_up" in key)
-    for key, tensor in one.items():
-        torch.testing.assert_close(other[key], tensor, atol=1e-4, rtol=1e-2)
+        expected_scalar = last(tmp_path / "whole", scalar)
+        assert last(tmp_path / "pieces", scalar) == pytest.approx(expected_scalar, rel=1e-4)
+        assert last(tmp_path / "accumulated", scalar) == pytest.approx(expected_scalar, rel=0.7)  # with other noise
+    expected, actual = weights(tmp_path / "out", 2), weights(tmp_path / "b", 2)
+    assert any(t.any() for key, t in expected.items() if "lora_up" in key)
+    for key, tensor in expected.items():
+        torch.testing.assert_close(actual[key], tensor, atol=1e-4, rtol=1e-2)
 
 
 @pytest.fixture
 def short(monkeypatch):
-    """short({2, 5}): memory runs out at the end of these backward passes, counted from 0, before their gradient is gathered."""
-    gather = Adapter.collect_gradients
+    """short({2, 5}) makes memory run out at the end of these backward passes (from 0), before their gradient is collected."""
+    collect = Adapter.collect_gradients
 
-    def at(calls: set[int]) -> None:
+    def call(passes: set[int]) -> None:
         count = itertools.count()
 
         def fail(adapter):
-            if next(count) in calls:
+            if next(count) in passes:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has")
-            gather(adapter)
+            collect(adapter)
 
         monkeypatch.setattr("lora.Adapter.collect_gradients", fail)
 
-    return at
+    return call
 
 
-def test_a_step_without_memory_is_made_again_in_halves(train, tmp_path, short):
-    """Bit for bit, where there is nothing to halve; but for rounding, where there is. What a failed attempt added is undone."""
-    how = ["--steps", 3, "--grad-accum", 2, "--optimizer", "adamw", "--save-dtype", "fp32"]
+def test_a_step_that_runs_out_of_memory_is_repeated_in_halves(train, tmp_path, short):
+    """A failed attempt leaves nothing in the gradient: bit for bit with one image at once, else up to rounding."""
+    options = ["--steps", 3, "--grad-accum", 2, "--optimizer", "adamw", "--save-dtype", "fp32"]
     for precision, bs in (("bf16", 1), ("fp32", 2)):
-        one, other = tmp_path / f"whole{bs}", tmp_path / f"short{bs}"
-        case = [*how, "--precision", precision, "--bs", bs]
+        undisturbed, disturbed = tmp_path / f"whole{bs}", tmp_path / f"short{bs}"
+        case = [*options, "--precision", precision, "--bs", bs]
         short(set())
-        train(*case, "--out", one / "out", "--log-dir", one / "runs")
-        short({3, 5})  # the second batch of step 1; of the new attempt the second piece, for bs 1 the second batch again
-        _, err = train(*case, "--out", other / "out", "--log-dir", other / "runs")
+        train(*case, "--out", undisturbed / "out", "--log-dir", undisturbed / "runs")
+        short({3, 5})  # step 1: its second batch; when repeated, the second piece, with bs 1 the second batch
+        _, err = train(*case, "--out", disturbed / "out", "--log-dir", disturbed / "runs")
         assert err.count("out of memory, ") == err.count("from here on in pieces of 1\n") == 2
         assert f"in step 2, {bs} images of 64 × 64 at once (CUDA out of memory. Tried to allocate 2.00 MiB); the plan" in err
-        assert bs > 1 or equal(weights(other / "out", 3), weights(one / "out", 3))
+        assert bs > 1 or equal(weights(disturbed / "out", 3), weights(undisturbed / "out", 3))
         for scalar in ("loss", "grad_norm"):
-            assert last(other / "runs", scalar) == pytest.approx(last(one / "runs", scalar), rel=1e-3)
+            assert last(disturbed / "runs", scalar) == pytest.approx(last(undisturbed / "runs", scalar), rel=1e-3)
 
 
-def test_without_memory_for_good_the_last_whole_step_is_saved(train, tmp_path, short):
-    how = ["--steps", 4, "--optimizer", "adamw"]
+def test_if_memory_runs_out_again_the_last_complete_step_is_saved(train, tmp_path, short):
+    options = ["--steps", 4, "--optimizer", "adamw"]
     short({2, 3, 4})
-    out, err = train(*how, status=71)
+    out, err = train(*options, status=71)
     assert "what helps: less as --vram-gb, which plans for it, or --checkpointing all, half of --bs" in err
     assert err.count("tried twice in halves: the run ends\n") == 1
     assert "weights_2.safetensors: memory ran out, the same command goes on from there" in out
-    train(*how)
-    train(*how, "--out", tmp_path / "whole")
+    train(*options)
+    train(*options, "--out", tmp_path / "whole")
     assert equal(weights(tmp_path / "out", 4), weights(tmp_path / "whole", 4))
     short({0, 1, 2})
-    out, _ = train(*how, "--out", tmp_path / "none", status=71)
+    out, _ = train(*options, "--out", tmp_path / "none", status=71)
     assert "wrote" not in out
     assert not os.listdir(tmp_path / "none")
 
 
-def test_pictures_without_memory_end_the_run_after_its_save(train, tmp_path, monkeypatch):
-    def render(*given, **how):
+def test_pictures_that_run_out_of_memory_end_the_run_after_its_save(train, tmp_path, monkeypatch):
+    def render(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has")
 
     monkeypatch.setattr("run.gallery.render", render)
@@ -616,20 +629,20 @@ def test_broken_images_are_reported_at_the_end(train, photos, tmp_path):
     assert re.search(r"skipped 2 images, .*photo0\.jpg, .*photo1\.jpg$", out.strip())
 
 
-def test_a_signal_saves_and_the_same_command_goes_on(train, tiny_model, shards, tmp_path):
-    """To all processes, as of a terminal that is closed and of a job that is told twice: in the end as if nothing had been."""
+def test_a_signal_saves_and_the_same_command_resumes(train, tiny_model, shards, tmp_path):
+    """Three signals to all processes, as a closed terminal and Slurm send them. The resumed run equals an uninterrupted one."""
     options = ["--bs", 1, "--workers", 2, "--caption-dropout", 0.3]
-    where = ["--out", tmp_path / "out", "--log-dir", tmp_path / "runs", "--no-pictures"]
-    command = ["--model", tiny_model, "--data", shards, "--rank", 2, *options, "--steps", 5000, *where]
-    process = Forked("train_lora.py", *command, output=tmp_path / "told")
-    told = tmp_path / "told"
-    while not (told.exists() and "loss=" in told.read_text()):
+    folders = ["--out", tmp_path / "out", "--log-dir", tmp_path / "runs", "--no-pictures"]
+    command = ["--model", tiny_model, "--data", shards, "--rank", 2, *options, "--steps", 5000, *folders]
+    output = tmp_path / "output"
+    process = Forked("train_lora.py", *command, output=output)
+    while not (output.exists() and "loss=" in output.read_text()):
         assert process.poll() is None
         time.sleep(0.01)
     for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
         os.killpg(process.pid, number)
     process.wait(120)
-    out = told.read_text()
+    out = output.read_text()
     assert process.poll() == 75, out
     assert "Traceback" not in out
     step = int(re.search(r"weights_(\d+)\.safetensors: stopped by a signal, the same", out)[1])
@@ -641,37 +654,37 @@ def test_a_signal_saves_and_the_same_command_goes_on(train, tiny_model, shards, 
 
 
 @pytest.mark.parametrize(
-    ("workers", "late", "told"),
+    ("workers", "stalled", "message"),
     [
         (0, 0, "before a step was made: nothing"),
         (0, 4, "weights_2.safetensors: stopped"),
         (1, 4, "weights_2.safetensors: stopped"),
     ],
 )
-def test_a_signal_ends_the_wait_for_data(train, tmp_path, monkeypatch, workers, late, told):
-    """An image does not come for a minute, but a signal does: the steps before are saved, if there are any."""
-    choose, count, how, began = data.choose_caption, itertools.count(), ["--steps", 4, "--workers", workers], time.monotonic()
-    refresh, main, steps = Adapter.update_layers, os.getpid(), Value("q", 0)
+def test_a_signal_ends_the_wait_for_data(train, tmp_path, monkeypatch, workers, stalled, message):
+    """Image number `stalled` takes a minute, and a signal comes meanwhile: the steps before it are saved, if there are any."""
+    choose, count, options = data.choose_caption, itertools.count(), ["--steps", 4, "--workers", workers]
+    refresh, pid, steps, start = Adapter.update_layers, os.getpid(), Value("q", 0), time.monotonic()
 
     def end_step(adapter):
         refresh(adapter)
         steps.value += 1
 
-    def stall(*given):
-        if next(count) == late:
-            while steps.value < late // 2:  # a worker is ahead of the loop
+    def stall(*arguments):
+        if next(count) == stalled:
+            while steps.value < stalled // 2:  # a worker is ahead of the training loop
                 time.sleep(0.01)
-            os.kill(main, signal.SIGTERM)
+            os.kill(pid, signal.SIGTERM)
             time.sleep(60)
-        return choose(*given)
+        return choose(*arguments)
 
     monkeypatch.setattr("lora.Adapter.update_layers", end_step)
     monkeypatch.setattr("data.choose_caption", stall)
-    assert told in train(*how, status=75)[0]
-    assert time.monotonic() - began < 40
+    assert message in train(*options, status=75)[0]
+    assert time.monotonic() - start < 40
     monkeypatch.setattr("data.choose_caption", choose)
-    train(*how)
-    train(*how, "--workers", 0, "--out", tmp_path / "whole")
+    train(*options)
+    train(*options, "--workers", 0, "--out", tmp_path / "whole")
     assert equal(weights(tmp_path / "out", 4), weights(tmp_path / "whole", 4))
 
 
@@ -687,23 +700,23 @@ def test_a_second_ctrl_c_ends_at_once():
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.requested
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
-        os.kill(os.getpid(), signal.SIGTERM)  # as a job is told twice
+        os.kill(os.getpid(), signal.SIGTERM)  # Slurm may signal a job twice
         assert signal.getsignal(signal.SIGTERM) == stop.on_signal
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         StopRequest()
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # as nohup has asked
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # as under nohup
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 def test_a_signal_before_the_first_step_ends_the_run(train, monkeypatch):
-    monkeypatch.setattr("model.load.read_sdxl", lambda *given: os.kill(os.getpid(), signal.SIGUSR1) or time.sleep(60))
+    monkeypatch.setattr("model.load.read_sdxl", lambda *args: os.kill(os.getpid(), signal.SIGUSR1) or time.sleep(60))
     out, err = train("--steps", 2, status=75)
     assert (out, err) == ("stopped by a signal before a step was made: nothing to save\n", "")
 
 
-def test_a_full_disk_behind_the_output_does_not_end_the_run(train, tmp_path, monkeypatch):
+def test_output_to_a_full_disk_does_not_end_the_run(train, tmp_path, monkeypatch):
     full = open("/dev/full", "w")  # noqa: SIM115 (closing it fails, too)
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, full)
@@ -714,7 +727,7 @@ def test_a_full_disk_behind_the_output_does_not_end_the_run(train, tmp_path, mon
 
 
 @pytest.mark.parametrize(("status", "requeued"), [(75, True), (0, False), (1, False)])
-def test_a_job_of_slurm_is_queued_again_if_it_was_stopped(tmp_path, status, requeued):
+def test_a_slurm_job_is_requeued_if_a_signal_stopped_it(tmp_path, status, requeued):
     """With stand-ins for Slurm's commands and for python."""
     stand_ins = {
         "srun": 'shift; SLURM_PROCID=1 SLURM_LOCALID=1 SLURM_NTASKS=2 "$@"',
@@ -726,51 +739,52 @@ def test_a_job_of_slurm_is_queued_again_if_it_was_stopped(tmp_path, status, requ
         (tmp_path / name).chmod(0o755)
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "host[1-2]", "PATH": f"{tmp_path}:/usr/bin:/bin"}
     script = [ROOT / "scripts/train.slurm", "--steps", "9"]
-    done = subprocess.run(["bash", *script], env=job, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == status, done.stderr
-    assert done.stdout.startswith("train_lora.py --steps 9 1 1 2 host1 20007\n")
+    completed = subprocess.run(["bash", *script], env=job, cwd=tmp_path, capture_output=True, text=True)
+    assert completed.returncode == status, completed.stderr
+    assert completed.stdout.startswith("train_lora.py --steps 9 1 1 2 host1 20007\n")
     assert ("requeue 7" in (tmp_path / "scontrol").read_text()) == requeued
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("base", ["fp16", "nf4"])
 def test_a_run_on_a_gpu_is_the_same_with_and_without_a_graph(train, latents, tmp_path, base):
-    """Saves and pictures in between give the graph's memory back and take the VAE to the GPU and away."""
-    how = ["--device", "cuda", "--data", latents, "--steps", 7, "--save-every", 3, "--base-precision", base, "--workers", 2]
-    how += ["--pictures"]
-    out, _ = train(*how, "--cuda-graph", "on", "--log-dir", tmp_path / "graph")
+    """Pictures at every save release the graph's memory and move the VAE to the GPU and back."""
+    options = ["--device", "cuda", "--data", latents, "--steps", 7, "--save-every", 3, "--base-precision", base, "--workers", 2]
+    options += ["--pictures"]
+    out, _ = train(*options, "--cuda-graph", "on", "--log-dir", tmp_path / "graph")
     assert "CUDA graph" in out
-    train(*how, "--cuda-graph", "off", "--out", tmp_path / "eager", "--log-dir", tmp_path / "launched")
+    train(*options, "--cuda-graph", "off", "--out", tmp_path / "eager", "--log-dir", tmp_path / "launched")
     assert last(tmp_path / "graph", "loss") == pytest.approx(last(tmp_path / "launched", "loss"), rel=1e-2)
     ups = [[t.float().flatten() for key, t in weights(tmp_path / f, 7).items() if "lora_up" in key] for f in ("out", "eager")]
-    # All of up is what was learnt: it begins at zero. Atomic sums differ from run to run; of another seed the cosine is 0.
+    # lora_up starts at zero: all of it was learnt. Atomic sums differ from run to run; with another seed the cosine is 0.
     assert torch.cosine_similarity(torch.cat(ups[0]), torch.cat(ups[1]), 0) > 0.95
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("cuda_graph", ["off", "on"])
-def test_a_gpu_that_gets_full_makes_its_steps_in_halves(train, tmp_path, monkeypatch, cuda_graph):
-    """From the third step on, a whole batch asks the allocator for all that the card has, after its backward pass; half of one
-    does not. With a graph that is in the middle of a capture, for which the whole batch is recorded anew.
-    """
-    how = ["--device", "cuda", "--bs", 4, "--steps", 4, "--cuda-graph", cuda_graph, "--optimizer", "adamw"]
-    train(*how, "--out", tmp_path / "whole", "--log-dir", tmp_path / "undisturbed")
-    step, gather, count, samples = GraphedStep.__call__, Adapter.collect_gradients, itertools.count(), []
+def test_a_gpu_that_fills_up_computes_its_steps_in_halves(train, tmp_path, monkeypatch, cuda_graph):
+    """From the third step on, a whole batch allocates as much as the card has, after its backward pass; half a batch does not.
 
-    def make(self, inputs):
+    With CUDA graphs this is in the middle of a capture: the graph is released first, so that the whole batch is captured anew.
+    """
+    options = ["--device", "cuda", "--bs", 4, "--steps", 4, "--cuda-graph", cuda_graph, "--optimizer", "adamw"]
+    train(*options, "--out", tmp_path / "whole", "--log-dir", tmp_path / "undisturbed")
+    step, collect, count, samples = GraphedStep.__call__, Adapter.collect_gradients, itertools.count(), []
+
+    def call_step(self, inputs):
         samples.append(len(inputs.images))
         if next(count) >= 2 and samples[-1] == 4:
             self.release()
         return step(self, inputs)
 
-    def ask(adapter):
+    def collect_without_memory(adapter):
         if len(samples) > 2 and samples[-1] == 4 and torch.cuda.is_current_stream_capturing() == (cuda_graph == "on"):
             torch.empty(torch.cuda.get_device_properties(0).total_memory, dtype=torch.uint8, device="cuda")
-        gather(adapter)
+        collect(adapter)
 
-    monkeypatch.setattr("performance.cuda_graph.GraphedStep.__call__", make)
-    monkeypatch.setattr("lora.Adapter.collect_gradients", ask)
-    _, err = train(*how)
+    monkeypatch.setattr("performance.cuda_graph.GraphedStep.__call__", call_step)
+    monkeypatch.setattr("lora.Adapter.collect_gradients", collect_without_memory)
+    _, err = train(*options)
     assert err.count("CUDA out of memory. Tried to allocate") == 1
     assert "from here on in pieces of 2\n" in err
     assert samples == [4, 4, 4, 2, 2, 2, 2]
@@ -816,7 +830,7 @@ def test_mistakes(train, tmp_path, options, message):
     assert not (tmp_path / "runs").exists() or not any((tmp_path / "runs").iterdir())
 
 
-def test_xformers_asked_for_and_not_usable(train):
+def test_xformers_where_it_cannot_be_used(train):
     if torch.cuda.is_available():
         pytest.skip("xFormers runs on this machine")
     _, err = train("--attention", "xformers", status=2)

@@ -57,17 +57,17 @@ flat_at_1 = partial(flat_loss, 1.0)
         (partial(flat_loss, 0.25), run(loss=[0.25] * MANY), "the loss stays at 0.25"),  # --snr-gamma
     ],
 )
-def test_which_readings_give_which_message(check, readings, message):
+def test_each_check_warns_about_its_readings(check, readings, message):
     result = check(readings)
     assert message in result if message else result is None
 
 
 def test_each_failure_is_reported_once(capfd):
-    """Rank 0 reports what is the same on all ranks; every rank reports its own slow steps."""
-    dogs = [Watchdog(1.0), Watchdog(1.0, rank=3)]
+    """Rank 0 alone reports failures that all ranks share; every rank reports its own slow steps."""
+    watchdogs = [Watchdog(1.0), Watchdog(1.0, rank=3)]
     for reading in (*run(), *run(grad_norm_unet=[0.0] * 12, checksum=[7] * 12), *run(seconds_per_step=[5, 5])):
-        for dog in dogs:
-            dog.see(reading)
+        for watchdog in watchdogs:
+            watchdog.see(reading)
     lines = capfd.readouterr().err.splitlines()
     assert [line.partition(": ")[0] for line in lines] == ["warning", "warning", "warning", "warning of rank 3"]
     assert "unet: trained, but" in lines[0]
@@ -75,10 +75,10 @@ def test_each_failure_is_reported_once(capfd):
     assert all("takes 5 s" in line for line in lines[2:])
 
 
-def test_a_warning_is_not_written_behind_the_progress_bar(capfd):
+def test_a_warning_starts_on_a_line_of_its_own(capfd):
     with tqdm(total=3):
         warn("something is wrong")
-    assert re.search(r"\r +\rsomething is wrong\n", capfd.readouterr().err)  # the bar was wiped away
+    assert re.search(r"\r +\rsomething is wrong\n", capfd.readouterr().err)  # spaces erase the progress bar
 
 
 def test_the_checksum_sees_a_single_bit(denoiser):
