@@ -341,7 +341,7 @@ case(
     "error /data: [Errno ",
     lambda folder: (put(folder, *GOOD), unreadable(folder / "metadata.jsonl")),
 )
-case("folder: missing", "error --data nowhere: nowhere does not exist", lambda folder: None, "{}/nowhere")
+case("folder: missing", "error nowhere does not exist", lambda folder: None, "{}/nowhere")
 case("folder: empty", "error no image with a caption there", lambda folder: None)
 case("folder: an image instead", "error good.jpg is no tar file", lambda folder: put(folder, *GOOD), "{}/good.jpg")
 

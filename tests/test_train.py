@@ -800,7 +800,7 @@ def test_a_gpu_that_fills_up_computes_its_steps_in_halves(train, tmp_path, monke
         (["--model", "/nowhere"], "--model /nowhere: no such file or folder"),
         (["--model", "tests"], "--model tests is no diffusers folder"),
         (["--model", "sdxl"], "hf download stabilityai/stable-diffusion-xl-base-1.0"),
-        (["--data", "/nowhere"], "--data /nowhere: /nowhere does not exist"),
+        (["--data", "/nowhere"], "train_lora.py: /nowhere does not exist"),
         (["--data", "scripts"], "no image with a caption"),
         (["--rank", 0], "--rank must be at least 1"),
         (["--bs", 0], "--bs must be at least 1"),
