@@ -197,39 +197,40 @@ def main(config: TrainConfig) -> Ending:
     start, samples_per_step = run.step, train_step.samples * ranks.world
     report = Report(run, config.steps, samples_per_step, ranks, train_step, optimiser, STARTED)
     checkpoints.prepare_out()
-    report.opening(stream, plan, checkpoints)
     bad_steps = BadSteps(config.bad_steps, config.grad_accum, run, stream, train_step, ranks)
     gallery = Gallery(model, adapter, prompts, resolution, ranks, stop, plan)
+    stop.end_setup()  # from here on the loop notices a signal: an exception would leave worker processes half made
     loader = Loader(stream, run.samples, run.left_out, pin_memory=device.type == "cuda")
-    stop.end_setup()
+    report.opening(stream, plan, checkpoints)
 
     # The loop. What is random, and the learning rate, are functions of the step.
     upcoming = Upcoming.MORE_STEPS
-    while run.step < config.steps and upcoming is Upcoming.MORE_STEPS:
-        optimiser.set_learning_rates(run.step)
-        batches = loader.take(config.grad_accum, stop.wait)
-        loss = accumulate(batches, run.step)  # None: a signal came before the data, the data is lost, or memory ran out
-        upcoming = Upcoming(ranks.min(Upcoming.of(loss, stop)))  # the ranks do what the least of them can
-        if loss is None or upcoming is Upcoming.NO_STEP:  # here, or on another rank
-            break
-        ranks.average(adapter.grad)
-        ranks.average(loss)
-        norms = optimiser.step(loss)
-        run.advance(samples_per_step)
-        report.after_step(loss, norms, loader.waited)
+    with report.progress:
+        while run.step < config.steps and upcoming is Upcoming.MORE_STEPS:
+            optimiser.set_learning_rates(run.step)
+            batches = loader.take(config.grad_accum, stop.wait)
+            loss = accumulate(batches, run.step)  # None: a signal came before the data, the data is lost, or memory ran out
+            upcoming = Upcoming(ranks.min(Upcoming.of(loss, stop)))  # the ranks do what the least of them can
+            if loss is None or upcoming is Upcoming.NO_STEP:  # here, or on another rank
+                break
+            ranks.average(adapter.grad)
+            ranks.average(loss)
+            norms = optimiser.step(loss)
+            run.advance(samples_per_step)
+            report.after_step(loss, norms, loader.waited)
 
-        logging = run.step % LOG_EVERY == 0
-        saving = upcoming is Upcoming.LAST_STEP or run.step % config.checkpoints.save_every == 0 or run.step == config.steps
-        if saving or logging:
-            bad_steps.examine(report.read())
-        if logging and run.leave_out(source.samples):  # not at other saves: the order of batches may not depend on --save-every
-            loader.restart(run.samples, run.left_out)
-        if saving:
-            report.saved(checkpoints.save(run))
-        elif run.step % config.ranks.check_ranks_every == 0:
-            checkpoints.check_ranks(run)
-        if saving and upcoming is Upcoming.MORE_STEPS:  # after the weights are safe
-            report.pictures(train_step.graphed.retry_without_graphs(partial(gallery.draw, run.step)))
+            logging = run.step % LOG_EVERY == 0
+            saving = upcoming is Upcoming.LAST_STEP or checkpoints.is_due(run.step, config.steps)
+            if run.step % config.ranks.check_ranks_every == 0 and not saving:
+                checkpoints.check_ranks(run)
+            if saving or logging:
+                bad_steps.examine(report.read())
+            if logging and run.leave_out(source.samples):  # not at other saves: batches may not depend on --save-every
+                loader.restart(run.samples, run.left_out)
+            if saving:
+                report.saved(checkpoints.save(run))
+            if saving and upcoming is Upcoming.MORE_STEPS:  # after the weights are safe
+                report.pictures(train_step.graphed.retry_without_graphs(partial(gallery.draw, run.step)))
 
     # The end: whatever ended the loop, the last whole step is saved.
     bad_steps.examine(report.read())

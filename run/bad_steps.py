@@ -47,6 +47,8 @@ class BadSteps:
         Adds to `run.hits` and `run.bad_steps`, and writes what it finds to nonfinite-{step}/ in the folder of the log. Raises
         RunFailed if too many steps in a row were bad.
         """
+        if not bad:
+            return
         if any(bad):
             self.train_step.graphed.release()  # a step outside of the graphs needs their memory
         for number, was_bad in enumerate(bad, self.run.step - len(bad)):

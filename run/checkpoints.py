@@ -167,6 +167,9 @@ class Checkpoints:
         name, content = next(self.serialise(step))
         return f"{self.config.out / name}, {len(content) / 1e6:.2f} MB"
 
+    def is_due(self, step: int, last: int) -> bool:
+        return step % self.config.save_every == 0 or step == last
+
     def check_ranks(self, run: Run) -> None:
         """Raises RunFailed if the ranks no longer hold the same LoRA."""
         weights = {name: (A, B) for name, (A, B, _) in self.adapter.deltas.items()}

@@ -71,7 +71,7 @@ class Report:
             check_writable("--log-dir", Path(run.log_dir).parent)
 
     def opening(self, stream: Stream, plan: Plan, checkpoints: Checkpoints) -> None:
-        """Begins the log and the measurements, and prints what the run is about to do."""
+        """Begins the log, prints what the run is about to do, and begins to measure."""
         if self.ranks.is_first:
             self.log = Log(self.run.log_dir, self.run.step + 1, TolerantWriter())
             self.log.add_text("config", f"```json\n{json.dumps(checkpoints.flags, indent=2)}\n```", self.run.step)
@@ -152,7 +152,6 @@ class Report:
 
     def closing(self, ending: Ending, checkpoints: Checkpoints, loader: Loader, advice: str | None) -> None:
         """Prints how the run ended, and `advice` for the next one. Called by all ranks."""
-        self.progress.close()
         if loader.error and self.run.step > self.first_step:
             warn_of("train_lora.py", loader.error)
         names = sorted(self.ranks.union(loader.skipped))

@@ -310,13 +310,17 @@ def test_a_sample_without_a_finite_loss_is_named_and_left_out(train, spoilt, tmp
     assert equal(weights(tmp_path / "out", 15), weights(tmp_path / "parts", 15))
 
 
-def test_steps_without_a_finite_loss_change_nothing_and_end_the_run(train, spoilt, tmp_path):
+def test_steps_without_a_finite_loss_change_nothing_and_end_the_run(train, spoilt, short, tmp_path):
     options = ["--data", latents_to_spoil(tmp_path / "nan.tar", {0, 1, 2}), "--precision", "bf16"]
     train(*options, "--steps", 2)
     assert not any(t.any() for key, t in weights(tmp_path / "out", 2).items() if "lora_up" in key)
     (log,) = (tmp_path / "runs").iterdir()
+    short({0, 1, 2})
+    out, _ = train(*options, "--steps", 99, "--max-bad-steps", 1, status=71)  # no step was made, so none was bad
+    assert "weights_2.safetensors: memory ran out" in out
+    short(set())
     _, err = train(*options, "--steps", 99, "--max-bad-steps", 9, status=1)
-    assert f"stopped: 10 steps in a row had no finite loss, see {log}/nonfinite-*" in err
+    assert err.endswith(f"stopped: 10 steps in a row had no finite loss, see {log}/nonfinite-*\n")
     assert sorted(os.listdir(tmp_path / "out")) == ["pytorch_lora_weights_2.safetensors", "state-1"]
     run = Run("", hits={"a": 3, "b": 3, "c": 2})
     assert not run.leave_out(2)  # that would leave out every sample, so they are not the cause
