@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 from common.errors import UserError, one_line_errors
@@ -26,7 +25,7 @@ from lora import merge_lora
 from lora_files.deltas import Deltas, check_fit, layer_shapes
 from lora_files.read import newest_lora, read_lora, trained_on, with_strength
 from memory import DTYPES, resolve_device, resolve_precision
-from model.load import load_sdxl, native_resolution
+from model.load import Pipeline, load_sdxl, native_resolution
 from model.render import read_prompts, render
 from model.sdxl import SAMPLERS, Denoiser
 from model.vae import decode_latents
@@ -147,7 +146,7 @@ def check_empty(flag: str, folder: Path) -> None:
     check_writable(flag, folder)
 
 
-def save_merged(pipe: StableDiffusionXLPipeline, scheduler: object, folder: Path) -> None:
+def save_merged(pipe: Pipeline, scheduler: object, folder: Path) -> None:
     """A diffusers folder of the merged model, with the model's own scheduler instead of the --sampler."""
     sampler, pipe.scheduler = pipe.scheduler, scheduler
     pipe.save_pretrained(folder)

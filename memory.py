@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from common.errors import UserError
 from common.options import check_options, option
 from data import Workload
 from lora import LoRAConfig, add_lora
+from model.load import Pipeline
 from model.sdxl import Denoiser, blueprint, text_shapes
 from model.vae import ENCODING, vae_dtype
 from performance.adamw8bit import bytes_per_trained
@@ -168,7 +168,7 @@ def describe_out_of_memory(error: torch.OutOfMemoryError) -> str:
 
 
 def plan_memory(
-    pipe: StableDiffusionXLPipeline, lora: LoRAConfig, memory: MemoryConfig, workload: Workload, device: torch.device,
+    pipe: Pipeline, lora: LoRAConfig, memory: MemoryConfig, workload: Workload, device: torch.device,
     budget: int,
 ) -> Plan:  # fmt: skip
     """How a step of `workload` fits into `budget` bytes, by a dry run on shapes without weights. `memory` is resolved.

@@ -14,6 +14,8 @@ from common.errors import UserError
 from common.files import ROOT
 from model.vae import vae_dtype
 
+Pipeline = StableDiffusionXLPipeline  # for other rooms: before they import diffusers themselves, `model` has to quiet it
+
 MODELS = {
     "demo": str(ROOT / "assets/demo/model"),
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
@@ -21,7 +23,7 @@ MODELS = {
 BASE = ROOT / "assets/sdxl"  # configurations and tokenizers of SDXL base, which a checkpoint file does not contain
 
 
-def load_sdxl(model: str, dtype: torch.dtype, device: torch.device) -> StableDiffusionXLPipeline:
+def load_sdxl(model: str, dtype: torch.dtype, device: torch.device) -> Pipeline:
     """Like `read_sdxl`, then moved to `device`; the VAE in `vae_dtype`."""
     pipe = read_sdxl(model, dtype)
     pipe.to(device)
@@ -29,7 +31,7 @@ def load_sdxl(model: str, dtype: torch.dtype, device: torch.device) -> StableDif
     return pipe
 
 
-def read_sdxl(model: str, dtype: torch.dtype, unet: bool = True) -> StableDiffusionXLPipeline:
+def read_sdxl(model: str, dtype: torch.dtype, unet: bool = True) -> Pipeline:
     """Returns diffusers' pipeline in `dtype`, on the CPU, frozen and in eval mode.
 
     `model`: "demo", "sdxl", a hub id, a diffusers folder, or a single .safetensors checkpoint. With `unet=False` the U-Net is
@@ -74,7 +76,7 @@ def read_sdxl(model: str, dtype: torch.dtype, unet: bool = True) -> StableDiffus
     return pipe
 
 
-def from_hub(repository: str, dtype: torch.dtype, options: dict) -> StableDiffusionXLPipeline:
+def from_hub(repository: str, dtype: torch.dtype, options: dict) -> Pipeline:
     """Loads a repository, for float16 from its "fp16" files, which are half as large, if it has them."""
     if dtype == torch.float16:
         try:
@@ -105,7 +107,7 @@ CHECKPOINT = {  # prefix of the names in a checkpoint file -> part of the pipeli
 }
 
 
-def from_checkpoint(model: str, path: Path, options: dict) -> StableDiffusionXLPipeline:
+def from_checkpoint(model: str, path: Path, options: dict) -> Pipeline:
     """Reads one .safetensors file in Stability's layout, without network. The keys `v_pred` and `ztsnr` mean the same as in
     ComfyUI: the model predicts v; its last timestep is pure noise.
 

@@ -3,7 +3,6 @@
 import random
 
 import torch
-from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
 from common.errors import UserError
@@ -11,6 +10,7 @@ from data import Batch, Workload
 from dataset.captions import CaptionConfig
 from dataset.sources import Source
 from memory import note_if_out_of_memory, temporarily_on
+from model.load import Pipeline
 from model.sdxl import Denoiser
 from model.text import CachedText, TokenInputs
 from model.vae import encode_pixels, normalise, same_signature, sample_latents, vae_dtype, vae_signature
@@ -23,7 +23,7 @@ def seed_of(*parts: int) -> int:
     return random.Random(str(parts)).getrandbits(63)
 
 
-def check_together(source: Source, pipe: StableDiffusionXLPipeline, name: str, captions: CaptionConfig, has_text: bool) -> None:
+def check_together(source: Source, pipe: Pipeline, name: str, captions: CaptionConfig, has_text: bool) -> None:
     """Raises UserError if cached latents were made by another VAE than that of `name` (--model), or if an option for captions
     comes too late for cached text, which is in use if `has_text`. TrainingModel checks who made that text.
     """
@@ -40,7 +40,7 @@ class TrainingModel:
 
     def __init__(
         self,
-        pipe: StableDiffusionXLPipeline,
+        pipe: Pipeline,
         name: str,
         source: Source,
         captions: CaptionConfig,

@@ -33,9 +33,10 @@ def package_of(path: Path) -> str:
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
-def imports(path: Path) -> set[str]:
-    """Dotted names of the modules that a file imports, also inside of functions."""
-    nodes = list(ast.walk(ast.parse(path.read_text())))
+def imports(path: Path, inside_functions: bool = True) -> set[str]:
+    """Dotted names of the modules that a file imports."""
+    tree = ast.parse(path.read_text())
+    nodes = list(ast.walk(tree)) if inside_functions else tree.body
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     return names | {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
 
@@ -84,6 +85,13 @@ def test_functions_fit_on_a_screen():
 def test_modules_import_each_other_in_no_circle():
     modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in SOURCES}
     list(TopologicalSorter({name: imports(path) & modules.keys() for name, path in modules.items()}).static_order())
+
+
+def test_only_model_imports_the_libraries_that_it_has_to_quiet():
+    """At import they print warnings of parts that SDXL does not use; model/__init__.py prevents that."""
+    for path in (path for path in SOURCES if package_of(path) != "model"):
+        packages = {name.split(".")[0] for name in imports(path, inside_functions=False)}
+        assert not packages & {"diffusers", "transformers", "xformers", "bitsandbytes"}, path.relative_to(ROOT)
 
 
 def test_no_top_level_name_is_defined_in_two_files():
