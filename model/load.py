@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -14,7 +15,9 @@ from common.errors import UserError
 from common.files import ROOT
 from model.vae import vae_dtype
 
-Pipeline = StableDiffusionXLPipeline  # for other rooms: before they import diffusers themselves, `model` has to quiet it
+Pipeline: TypeAlias = (
+    StableDiffusionXLPipeline  # for other rooms: before they import diffusers themselves, `model` has to quiet it
+)
 
 MODELS = {
     "demo": str(ROOT / "assets/demo/model"),
