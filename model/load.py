@@ -15,9 +15,7 @@ from common.errors import UserError
 from common.files import ROOT
 from model.vae import vae_dtype
 
-Pipeline: TypeAlias = (
-    StableDiffusionXLPipeline  # for other rooms: before they import diffusers themselves, `model` has to quiet it
-)
+Pipeline: TypeAlias = StableDiffusionXLPipeline  # for other rooms, which must not import diffusers before this package
 
 MODELS = {
     "demo": str(ROOT / "assets/demo/model"),
