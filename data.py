@@ -8,7 +8,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 import tyro
 from torch.utils.data import IterableDataset, get_worker_info
 
-from common.errors import UserError
+from common.errors import UserError, printable
 from common.options import check_options, option
 from dataset.buckets import Order, bucket_sizes, choose_bucket, enlarged, resized, share_cropped
 from dataset.captions import CaptionConfig, choose_caption
@@ -298,6 +298,13 @@ class Stream(IterableDataset):
         shapes = len(set(self.bucket)) * chunks
         return Workload(self.config.bs, self.resolution, chunks, shapes, self.source.has_latents, self.has_text)
 
+    def example(self) -> str:
+        """The first sample's caption as the model gets it, unless it is dropped; '' if it cannot be read."""
+        captions = replace(self.captions, caption_dropout=0)
+        with suppress(UserError):
+            return printable(choose_caption(self.source.read_sample(0).captions, captions, random.Random(self.seed)))
+        return ""
+
     def describe(self) -> str:
         return describe_buckets(self.source, self.sizes, self.bucket)
 
@@ -309,7 +316,7 @@ class Loader:
         self.stream, self.pin_memory = stream, pin_memory
         self.waited = 0.0  # seconds, of the last `take`
         self.error: UserError | None = None  # why the data can no longer be read
-        self.skipped = set(stream.source.uncaptioned)  # names of images that training did not see
+        self.skipped = {*stream.source.uncaptioned, *stream.source.refused}  # names of images that training did not see
         self.restart(position, left_out)
 
     def restart(self, position: int, left_out: set[str]) -> None:

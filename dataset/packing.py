@@ -19,6 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.errors import UserError
+from dataset.captions import caption_lines
 from dataset.images import dhash, open_image, to_rgb
 from dataset.rows import Inputs, ParquetRows
 from dataset.shards import Shard, already_there, finish, read_index, unfinished, write_shard
@@ -26,19 +27,22 @@ from dataset.workers import Tick, cores, in_parallel
 
 VERSION = 1  # of the contents of a shard: with another number all shards are made anew
 PER_SHARD = 500
+NO_CAPTION = "(no caption)"
 SUFFIX = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "AVIF": "avif"}  # these are stored as they are
 
 
 # A row -> a sample.
 
 
-def pack(name: str, encoded: bytes, captions: list[str]) -> tuple[dict, str, str]:
+def pack(name: str, encoded: bytes | str, captions: list[str]) -> tuple[dict, str, str]:
     """-> (a sample without its key, SHA-256 and `dhash` of its image). Raises ValueError, with the reason, if unusable."""
+    if isinstance(encoded, str):
+        raise ValueError(encoded)
     if not encoded:
         raise ValueError("cannot be read")
-    lines = [" ".join(caption.split()) for caption in captions if caption.strip()]
+    lines = [" ".join(caption.split()) for caption in caption_lines(captions)]
     if not lines:
-        raise ValueError("no caption")
+        raise ValueError(NO_CAPTION[1:-1])
     try:
         image = open_image(encoded)
         rgb = to_rgb(image)
@@ -50,7 +54,7 @@ def pack(name: str, encoded: bytes, captions: list[str]) -> tuple[dict, str, str
         encoded = buffer.getvalue()
     digest, difference_hash = hashlib.sha256(encoded).hexdigest(), dhash(rgb)
     metadata = {"width": rgb.width, "height": rgb.height, "source": name, "sha256": digest, "dhash": difference_hash}
-    text = "\n".join(lines).encode(errors="replace")  # a string from JSON may hold half of a surrogate pair
+    text = "\n".join(lines).encode()
     return {SUFFIX.get(image.format or "", "jpg"): encoded, "txt": text, "json": json.dumps(metadata)}, digest, difference_hash
 
 
