@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from dataset.captions import caption_lines
-from dataset.images import dhash, open_image, to_rgb
+from dataset.images import dhash, open_image, to_rgb, upright
 from dataset.rows import Inputs, ParquetRows
 from dataset.shards import Shard, already_there, finish, read_index, unfinished, write_shard
 from dataset.workers import Tick, cores, in_parallel
@@ -48,14 +48,19 @@ def pack(name: str, encoded: bytes | str, captions: list[str]) -> tuple[dict, st
         rgb = to_rgb(image)
     except Exception as error:  # whatever a broken file makes Pillow raise
         raise ValueError(f"cannot be decoded: {error}") from None
+    suffix = SUFFIX.get(image.format or "", "png" if image.has_transparency_data else "jpg")
     if image.format not in SUFFIX:
         buffer = io.BytesIO()
-        rgb.save(buffer, "JPEG", quality=95, subsampling=0)
+        if suffix == "png":  # keeps what --masked-loss needs
+            upright(image).convert("RGBA").save(buffer, "PNG")
+        else:
+            rgb.save(buffer, "JPEG", quality=95, subsampling=0)
         encoded = buffer.getvalue()
+        rgb = to_rgb(open_image(encoded))  # as --verify decodes it
     digest, difference_hash = hashlib.sha256(encoded).hexdigest(), dhash(rgb)
     metadata = {"width": rgb.width, "height": rgb.height, "source": name, "sha256": digest, "dhash": difference_hash}
     text = "\n".join(lines).encode()
-    return {SUFFIX.get(image.format or "", "jpg"): encoded, "txt": text, "json": json.dumps(metadata)}, digest, difference_hash
+    return {suffix: encoded, "txt": text, "json": json.dumps(metadata)}, digest, difference_hash
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,7 @@ def account(shard: Shard, key: str, extensions: Iterable[str], kind: str | None)
         elif kind is None and last in IMAGE_SUFFIXES:  # photo.2.jpg has the key photo and the extension 2.jpg
             shard.uncaptioned.append(f"{key}.{extension}")
         else:
-            others[f".{last}" if last else "hidden"] += 1
+            others[f".{last}" if last else "hidden" if is_hidden(PurePosixPath(key)) else "without an extension"] += 1
     shard.others = dict(others)
 
 

@@ -7,9 +7,9 @@
     python scripts/make_shards.py theirs/ --out shards/                                       tar shards, packed again
     python scripts/make_shards.py shards/ --verify                                            checks every byte of them
 
-JPEG, PNG, WebP and AVIF go in byte for byte; other formats are stored as JPEG. What cannot be decoded or has no
-caption is refused and listed at the end. Duplicates are kept, and listed too. Run the same command again after an interruption:
-it continues.
+JPEG, PNG, WebP and AVIF go in byte for byte; other formats are stored as JPEG or, if transparent, as PNG. What cannot be
+decoded or has no caption is refused and listed at the end. Duplicates are kept, and listed too. After an interruption the same
+command continues.
 """
 
 import hashlib
