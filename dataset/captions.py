@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from common.errors import UserError
 from common.options import check_options, option
 
+TEXT_SUFFIXES = ("txt", "caption", "json")  # extensions of files with captions, the first of them that has any
 CAPTION_KEYS = ("captions", "text", "caption", "prompt")  # of JSON
 
 

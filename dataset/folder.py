@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from common.errors import UserError, printable
 from common.text import read_text
-from dataset.captions import CAPTION_KEYS, caption_lines
+from dataset.captions import CAPTION_KEYS, TEXT_SUFFIXES, caption_lines
 from dataset.images import IMAGE_SUFFIXES
 
 # Extensions that are named with the reason why they are not read.
@@ -32,6 +32,7 @@ UNREAD = {
 }
 SYSTEM_FILES = ("__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "thumbs.db",
                 "ehthumbs.db", "desktop.ini")  # fmt: skip
+OWN_FILES = ("index.jsonl", ".lock")  # that make_shards.py writes beside shards
 NO_NAME = re.compile("[\x00-\x1f\ud800-\udc7f\udd00-\udfff]")  # control characters; surrogates that encode no byte
 SPLITS = "train|training|validation|valid|val|dev|test|testing|eval|evaluation"  # those of load_dataset
 SPLIT = re.compile(rf"(?:^|[^a-z])({SPLITS})(?=[^a-z]|$)")
@@ -104,19 +105,20 @@ class Folder:
     def __init__(self, path: Path):
         self.path = path
         self.images: list[Path] = []
-        self.texts: list[Path] = []  # .txt and .json
+        self.texts: list[Path] = []
         self.tables, self.shards = [path] if suffix_of(path.name) == "parquet" and path.is_file() else [], []
         self.refused: list[str] = []  # names with the reason
         self.others: Counter[str] = Counter()  # {what they are: number} of files that are counted only
         self.captions: dict[Path, list[str]] = defaultdict(list)  # of images, by metadata.jsonl
         files, unread = files_under(path) if path.is_dir() else ([], [])
-        self.names = Names(files)
+        files = [file for file in files if file.name not in OWN_FILES]
         visible = [file for file in files if not is_hidden(file.relative_to(path))]
-        self.others["hidden"] = len(files) - len(visible)
+        self.others["hidden"], self.names = len(files) - len(visible), Names(visible)
         self.shards = [file for file in visible if suffix_of(file.name) == "tar" and file.parent == path]
-        for file in visible:
-            if file.name.lower() == "metadata.jsonl" and file.is_file() and not self.shards:
-                self.read_metadata(file)
+        if not self.shards and not any(suffix_of(file.name) == "parquet" for file in visible):
+            for file in visible:
+                if file.name.lower() == "metadata.jsonl" and file.is_file():
+                    self.read_metadata(file)
         for file in visible:
             self.sort(file)
         self.refused += unread
@@ -131,10 +133,10 @@ class Folder:
         suffix, name = suffix_of(file.name), file.relative_to(self.path).as_posix().lower()
         if file.exists() and not file.is_file():
             self.refuse(file, "no plain file")
-        elif suffix in IMAGE_SUFFIXES or file in self.captions:
-            self.images.append(file)  # also a link to nowhere
         elif suffix in UNREAD:
             self.refuse(file, UNREAD[suffix])
+        elif suffix in IMAGE_SUFFIXES or file in self.captions:
+            self.images.append(file)  # also a link to nowhere
         elif suffix == "tar" and file not in self.shards:
             self.refuse(file, f"shards are read from one folder: --data {file.parent}")
         elif suffix == "parquet" and not self.shards:
@@ -142,7 +144,7 @@ class Folder:
                 self.tables.append(file)
             else:
                 self.others[".parquet of another split than train"] += 1
-        elif suffix in ("txt", "json"):
+        elif suffix in TEXT_SUFFIXES:
             self.texts.append(file)
         elif file not in self.shards:
             self.others[f".{suffix}" if suffix else "without an extension"] += 1
@@ -174,7 +176,7 @@ class Folder:
                 if file:
                     self.captions[file] += caption_lines(texts)
                 else:
-                    self.refused.append(printable(f"{where}: {name} (is not there)"))
+                    self.refused.append(printable(f"{where}: {name} (is not there, or is hidden)"))
             except ValueError as error:
                 self.refused.append(printable(f"{where}: {name} ({error})"))
 

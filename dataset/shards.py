@@ -21,7 +21,7 @@ import webdataset as wds
 
 from common.errors import UserError
 from common.text import read_text
-from dataset.captions import CAPTION_KEYS, caption_lines
+from dataset.captions import CAPTION_KEYS, TEXT_SUFFIXES, caption_lines
 from dataset.folder import UNREAD, is_hidden
 from dataset.images import HEAD, IMAGE_SUFFIXES, MOST_BYTES, survey_size
 from dataset.latents import LATENTS, signature_of, size_of_latents
@@ -123,7 +123,7 @@ def survey(path: Path) -> Shard:
             account(shard, key, parts, kind)
             if kind is None:
                 continue
-            texts = [(e, parts[e]) for e in ("txt", "json") if e in parts and parts[e][1] <= MOST_TEXT]
+            texts = [(e, parts[e]) for e in TEXT_SUFFIXES if e in parts and parts[e][1] <= MOST_TEXT]
             try:
                 text = next((place for e, place in texts if split_captions(read(*place), must_be_json=(e == "json"))), None)
             except ValueError as error:
@@ -225,6 +225,8 @@ def read_lines(text: bytes, where: str) -> dict[str, Shard]:
                 beyond = max(at + size, text_at + text_size) > shard.bytes or size > MOST_BYTES or text_size > MOST_TEXT
                 if beyond or min(at, size, text_at, text_size, *pixels) < 0 or max(pixels) >= 2**31 or len(pixels) != 2:
                     raise ValueError(f"{shard.name!r} with impossible numbers")
+            if shard.name in shards:
+                raise ValueError(f"{shard.name!r} is in two lines")
             if PurePosixPath(shard.name).name != shard.name:
                 raise ValueError(f"{shard.name!r} leads out of the folder")
         except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:

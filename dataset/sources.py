@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from common.errors import UserError, printable
 from common.files import ROOT
+from dataset.captions import TEXT_SUFFIXES
 from dataset.disk_cache import Cache
 from dataset.folder import Folder, Names
 from dataset.images import IMAGE_SUFFIXES, MOST_BYTES, survey_size
@@ -24,7 +25,6 @@ from dataset.packing import NO_CAPTION, pack_tables
 from dataset.remote import HTTP, RemoteFile, Span, remote_shards, scheme_of
 from dataset.shards import MOST_TEXT, Shard, read_from, read_index, split_captions, survey, unfinished
 
-MOST_REFUSED = 20  # that are named on the terminal
 DEMO = ROOT / "assets/demo/train"
 
 PLACE = np.dtype([(name, "i8") for name in ("file", "at", "size", "text_at", "text_size", "height", "width")])
@@ -88,10 +88,10 @@ class Source:
         others = describe_others(self.others)
         return f"{counts}; beside them {others}" if others else counts
 
-    def left_out(self) -> list[str]:
-        """Lines of text: what is refused and why, and `note`."""
-        more = [f"and {len(self.refused) - MOST_REFUSED} more"] if len(self.refused) > MOST_REFUSED else []
-        return [f"refused {line}" for line in self.refused[:MOST_REFUSED]] + more + [self.note] * bool(self.note)
+    def left_out(self, most: int = 20) -> list[str]:
+        """Lines of text: what is refused and why, the first `most` of it, and `note`."""
+        more = [f"and {len(self.refused) - most} more"] * (len(self.refused) > most)
+        return [f"refused {line}" for line in self.refused[:most]] + more + [self.note] * bool(self.note)
 
     def read_sample(self, n: int) -> EncodedSample:
         """Sample n, still encoded. If a local file or its caption cannot be read its image is empty, and is skipped like a
@@ -209,7 +209,7 @@ def why_empty(source: Source) -> str:
     """Why no image of a source can be used, and what to do."""
     lacking = len(source.uncaptioned)
     advice = f"{lacking} have none: put name.txt beside name.jpg, or a metadata.jsonl with file_name and text"
-    reasons = [advice] * bool(lacking) + source.left_out()
+    reasons = [advice] * bool(lacking) + source.left_out(3)
     return "; ".join(reasons) or f"no {', '.join(IMAGE_SUFFIXES)}; beside them {describe_others(source.others) or 'nothing'}"
 
 
@@ -318,13 +318,13 @@ def scan_images(folder: Folder) -> Source:
 
 
 def captions_beside(image: Path, names: Names) -> tuple[list[str], Path | None]:
-    """(captions of name.jpg in a name.txt or name.json of up to MOST_TEXT bytes, that file). Raises ValueError if it is no
+    """(captions of name.jpg in a name.txt, name.json, … of up to MOST_TEXT bytes, that file). Raises ValueError if it is no
     text.
     """
-    for suffix in (".txt", ".json"):
-        path = names.find(image.with_suffix(suffix))
+    for suffix in TEXT_SUFFIXES:
+        path = names.find(image.with_suffix(f".{suffix}"))
         with suppress(OSError):
             encoded = path.read_bytes() if path and path.is_file() and path.stat().st_size <= MOST_TEXT else b""
-            if lines := split_captions(encoded, must_be_json=(suffix == ".json")):
+            if lines := split_captions(encoded, must_be_json=(suffix == "json")):
                 return lines, path
     return [], None

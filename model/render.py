@@ -15,6 +15,7 @@ from common.files import ROOT
 from common.text import read_text
 
 DEMO_PROMPTS = ROOT / "assets/demo/prompts.txt"
+OTHER_SYNTAX = re.compile(r"(?<!\S)--[A-Za-z][\w-]*|<(?:lora|lyco|hypernet):[^>]*>|\([^()]*:\d\.\d+\)")  # kohya's; A1111's
 NARUTO_PROMPTS = ["Naruto Uzumaki eating ramen", "Bill Gates in Naruto style", "A boy with blue eyes in Naruto style"]
 
 
@@ -22,7 +23,7 @@ def read_prompts(prompts: tuple[str, ...], model: str) -> list[str]:
     """The value of --prompts as a list of texts: the lines of the file, if it is one file name, but for those that begin with
     #; the texts, if it is texts; if it is empty, the default prompts for `model`.
 
-    Raises UserError if the file is missing, empty or no text, or for options among the words, as kohya's --n.
+    Raises UserError if the file is missing, empty or no text, or for what other programs read otherwise, such as --n.
     """
     if len(prompts) == 1 and os.path.isfile(prompts[0]):  # Path.is_file() would raise for a long prompt
         try:
@@ -41,10 +42,10 @@ def read_prompts(prompts: tuple[str, ...], model: str) -> list[str]:
 
 
 def words_only(prompts: dict[str, str]) -> list[str]:
-    """{where it is: prompt} -> the prompts. Raises UserError for one with an option of another program, such as --w 512."""
+    """{where it is: prompt} -> the prompts. Raises UserError for one in the syntax of another program, such as --w 512."""
     for where, prompt in prompts.items():
-        if found := re.search(r"(?:^|\s)(--[A-Za-z][\w-]*)", prompt):
-            raise UserError(f"--prompts {where}: options such as {found[1]} are not read, but would be drawn: remove them")
+        if found := OTHER_SYNTAX.search(prompt):
+            raise UserError(f"--prompts {where}: options such as {found[0]} are not read, but would be drawn: remove them")
     return list(prompts.values())
 
 

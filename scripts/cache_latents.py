@@ -255,6 +255,7 @@ def main(config: CacheConfig) -> None:
     sizes, bucket = assign_buckets(source, options, resolution)
     if ranks.is_first:
         print(f"{source.samples} images at {resolution} px: {describe_buckets(source, sizes, bucket)}", flush=True)
+        print("\n".join(f"  {line}" for line in (source.account(), *source.left_out())), flush=True)
 
     # This rank's shards, and which of them have to be written.
     existing = already_there(config.out)

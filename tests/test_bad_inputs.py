@@ -338,7 +338,9 @@ metadata("name outside the folder", f"error line 2: '../../etc/passwd.jpg' {OUTS
 metadata("absolute name", f"error line 1: '/etc/passwd.jpg' {OUTSIDE}", row("/etc/passwd.jpg"))
 metadata("name with a NUL byte", f"error line 1: 'bad\\x00.jpg' {OUTSIDE}", row("bad\0.jpg"))
 metadata("name with a lone surrogate", f"error line 1: 'bad\\ud800.jpg' {OUTSIDE}", row("bad\ud800.jpg"))
-metadata("missing image", "used, refused metadata.jsonl line 2: nowhere.jpg (is not there)", row(), row("nowhere.jpg"))
+metadata(
+    "missing image", "used, refused metadata.jsonl line 2: nowhere.jpg (is not there, or is hidden)", row(), row("nowhere.jpg")
+)
 metadata("text of another type", "uncaptioned bad.jpg", row(text={"a": "bad"}))
 metadata("some texts of other types", "used", row(text=[1, None, "bad", ""]))
 metadata(
@@ -383,6 +385,11 @@ index(
 index("missing tar", "error y.tar does not exist", name="y.tar")
 index("name outside the folder", NO_INDEX, name="../x.tar")
 index("name that is a number", NO_INDEX, name=3)
+case(
+    "index.jsonl: a tar in two lines",
+    "error index.jsonl line 2 is no line of an index ('x.tar' is in two lines)",
+    lambda folder: (pack(folder, *GOOD), put(folder, ("index.jsonl", b'{"name": "x.tar", "bytes": 1}\n' * 2))),
+)
 index("negative number", NO_INDEX, samples=[["bad", -512, 3, *REST]])
 index("enormous number", NO_INDEX, samples=[["bad", 512, 10**30, *REST]])
 index("infinite number", NO_INDEX, samples=[["bad", float("inf"), 3, *REST]])
