@@ -8,7 +8,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from common.errors import UserError, printable
 from common.options import check_options, option
 from dataset.buckets import Order, bucket_sizes, choose_bucket, enlarged, resized, share_cropped
-from dataset.captions import CaptionConfig, choose_caption
+from dataset.captions import CaptionConfig, choose_caption, example_caption
 from dataset.disk_cache import Cache
 from dataset.images import Decoded, Size, alpha_of, fit, open_image, to_rgb
 from dataset.latents import unpack_latents, unpack_text
@@ -300,9 +300,8 @@ class Stream(IterableDataset):
 
     def example(self) -> str:
         """The first sample's caption as the model gets it, unless it is dropped; '' if it cannot be read."""
-        captions = replace(self.captions, caption_dropout=0)
         with suppress(UserError):
-            return printable(choose_caption(self.source.read_sample(0).captions, captions, random.Random(self.seed)))
+            return printable(example_caption(self.source.read_sample(0).captions, self.captions, self.seed))
         return ""
 
     def describe(self) -> str:

@@ -2,7 +2,7 @@
 
 import random
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from common.errors import UserError
 from common.options import check_options, option
@@ -61,3 +61,8 @@ def choose_caption(captions: list[str], config: CaptionConfig, rng: random.Rando
         random.Random(order).shuffle(rest)
         caption = ", ".join(tags[: config.keep_tags] + rest)
     return with_prefix(caption, config)
+
+
+def example_caption(captions: list[str], config: CaptionConfig, seed: int) -> str:
+    """As `choose_caption`, never dropped."""
+    return choose_caption(captions, replace(config, caption_dropout=0), random.Random(seed))
