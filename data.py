@@ -19,10 +19,10 @@ import torch
 import tyro
 from torch.utils.data import IterableDataset, get_worker_info
 
-from common.errors import UserError
+from common.errors import UserError, printable
 from common.options import check_options, option
 from dataset.buckets import Order, bucket_sizes, choose_bucket, enlarged, resized, share_cropped
-from dataset.captions import CaptionConfig, choose_caption
+from dataset.captions import CaptionConfig, choose_caption, example_caption
 from dataset.disk_cache import Cache
 from dataset.images import Decoded, Size, alpha_of, fit, open_image, to_rgb
 from dataset.latents import unpack_latents, unpack_text
@@ -298,6 +298,12 @@ class Stream(IterableDataset):
         shapes = len(set(self.bucket)) * chunks
         return Workload(self.config.bs, self.resolution, chunks, shapes, self.source.has_latents, self.has_text)
 
+    def example(self) -> str:
+        """The first sample's caption as the model gets it, unless it is dropped; '' if it cannot be read."""
+        with suppress(UserError):
+            return printable(example_caption(self.source.read_sample(0).captions, self.captions, self.seed))
+        return ""
+
     def describe(self) -> str:
         return describe_buckets(self.source, self.sizes, self.bucket)
 
@@ -309,7 +315,7 @@ class Loader:
         self.stream, self.pin_memory = stream, pin_memory
         self.waited = 0.0  # seconds, of the last `take`
         self.error: UserError | None = None  # why the data can no longer be read
-        self.skipped = set(stream.source.uncaptioned)  # names of images that training did not see
+        self.skipped = {*stream.source.uncaptioned, *stream.source.refused}  # names of images that training did not see
         self.restart(position, left_out)
 
     def restart(self, position: int, left_out: set[str]) -> None:

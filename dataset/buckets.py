@@ -7,6 +7,10 @@ import numpy as np
 
 from dataset.images import Size
 
+# What a generator is for, as the last of its four numbers. NumPy takes missing numbers for zeros: without these, [seed, 3] of
+# epoch 3 would draw the same as [seed, 3, 0] of part 3.
+MEMBERS, MIXTURE = 1, 2
+
 
 def bucket_sizes(resolution: int, step: int) -> list[Size]:
     """All (height, width) in multiples of `step` with 0.9 to 1 times the area of the square of side `resolution` and with sides
@@ -56,9 +60,9 @@ class Order:
 
     def epoch(self, number: int) -> np.ndarray:
         """Sample numbers [N] in the order in which the epoch draws them."""
-        size, rng = len(self.bucket), np.random.default_rng([self.seed, number])
+        size = len(self.bucket)
         if not self.shares:
-            return rng.permutation(size)
+            return np.random.default_rng([self.seed, number]).permutation(size)
         # How many draws each part has had before and after this epoch. Example: N = 10, shares (0.75, 0.25). boundaries · N · n
         # is rounded down to [0, 7, 10] after n = 1 epoch and to [0, 15, 20] after n = 2, so the parts have had 7 and 3 draws,
         # then 15 and 5: epoch 1 takes draws 7 … 14 of part 0 and draws 3 … 4 of part 1. As all is counted from the start of
@@ -69,10 +73,10 @@ class Order:
         for part, (begin, end) in enumerate(zip(before, after, strict=True)):
             members = np.flatnonzero(self.part == part)
             rounds = range(begin // len(members), (end - 1) // len(members) + 1)  # in each, every member is drawn once
-            order = [members[np.random.default_rng([self.seed, part, r]).permutation(len(members))] for r in rounds]
+            order = [members[np.random.default_rng([self.seed, part, r, MEMBERS]).permutation(len(members))] for r in rounds]
             first = rounds.start * len(members)  # number of the part's draw with which `order` begins
             drawn += [np.concatenate(order)[begin - first : end - first]] if order else []
-        return rng.permutation(np.concatenate(drawn))
+        return np.random.default_rng([self.seed, number, 0, MIXTURE]).permutation(np.concatenate(drawn))
 
     def batches(self, start: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Batch `start` and all that follow: (numbers of the draws [bs], numbers of the samples [bs]).

@@ -1,10 +1,14 @@
 """Picks one of the captions of an image and applies dropout, shuffling of tags and a prefix."""
 
 import random
-from dataclasses import dataclass
+import unicodedata
+from dataclasses import dataclass, replace
 
 from common.errors import UserError
 from common.options import check_options, option
+
+TEXT_SUFFIXES = ("txt", "caption", "json")  # extensions of files with captions, the first of them that has any
+CAPTION_KEYS = ("captions", "text", "caption", "prompt")  # of JSON
 
 
 @dataclass(frozen=True)
@@ -16,7 +20,8 @@ class CaptionConfig:
     keep_tags: int = option(0, at_least=0)
     """With --shuffle-tags: number of first parts that keep their places."""
     caption_prefix: str = option("")
-    """Put before every caption, for example a trigger word."""
+    """Put before every caption, for example a trigger word; with a space between, unless it ends in one or in punctuation. With
+    --shuffle-tags it is tags in front that keep their places."""
     max_tokens: int = option(75, at_least=75, multiple_of=75)
     """Longer captions are truncated. Above 75 (150, 225, …) a caption is split into chunks of 75 tokens that are encoded one by
     one, as A1111 does."""
@@ -25,6 +30,24 @@ class CaptionConfig:
         check_options(self)
         if self.keep_tags and not self.shuffle_tags:
             raise UserError("--keep-tags does nothing without --shuffle-tags")
+
+
+def caption_lines(captions: object) -> list[str]:
+    """The captions in a text, one on each line, or in a list of texts; of anything else, none.
+
+    Raises ValueError for half of a surrogate pair, which JSON can hold: it is no character.
+    """
+    lines = captions.splitlines() if isinstance(captions, str) else captions if isinstance(captions, list) else []
+    lines = [line.strip() for line in lines if isinstance(line, str)]
+    if any("\ud800" <= character <= "\udfff" for line in lines for character in line):
+        raise ValueError("its caption holds half of a surrogate pair")
+    return [line for line in lines if line]
+
+
+def with_prefix(caption: str, config: CaptionConfig) -> str:
+    prefix = config.caption_prefix
+    joined = not prefix or prefix[-1].isspace() or unicodedata.category(prefix[-1]).startswith("P")
+    return prefix + ("" if joined else ", " if config.shuffle_tags else " ") + caption
 
 
 def choose_caption(captions: list[str], config: CaptionConfig, rng: random.Random) -> str:
@@ -37,4 +60,9 @@ def choose_caption(captions: list[str], config: CaptionConfig, rng: random.Rando
         rest = tags[config.keep_tags :]
         random.Random(order).shuffle(rest)
         caption = ", ".join(tags[: config.keep_tags] + rest)
-    return config.caption_prefix + caption
+    return with_prefix(caption, config)
+
+
+def example_caption(captions: list[str], config: CaptionConfig, seed: int) -> str:
+    """As `choose_caption`, never dropped."""
+    return choose_caption(captions, replace(config, caption_dropout=0), random.Random(seed))

@@ -1,6 +1,10 @@
 """Encoded images of any kind -> upright RGB in sRGB -> the pixels of a bucket."""
 
 import io
+import re
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -18,53 +22,96 @@ class Decoded(NamedTuple):
     mask: np.ndarray | None = None  # loss mask [h/8, w/8] uint8
 
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "avif")  # extensions of files that are read as images
-FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP")  # Pillow may open no others: PostScript would be run
+# Extensions of files that are read as images; in a shard, the first of them that a sample has.
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "avif", "jfif", "jpe", "bmp", "dib", "tif", "tiff", "gif", "apng")
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "DIB", "HEIF")  # no others: Pillow would run PostScript
+HEAD = 2**16  # bytes from the start of an image that usually include its size, and from its end that may turn a PNG
 MOST_PIXELS = 200_000_000  # an image may have: a file of some kilobytes can decode to more than the memory holds
 MOST_BYTES = 2**30  # a file may have
 ORIENTATION = 0x0112  # EXIF tag: 1 is upright, from 5 on height and width are swapped
 TURN = Image.Transpose
 TURNS = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE}
 TURNS |= {6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}
+TURN_KEY = "turn"  # in `info` of an opened image: the EXIF orientation by which it has to be turned once it is loaded
+SIZE_KEY = "upright size"
+LATE = re.compile(rb"eXIf|iTXt|zTXt|tEXt")  # chunks of a PNG that may turn it, and may be behind its pixels
 SRGB = ImageCms.createProfile("sRGB")
 
 Image.MAX_IMAGE_PIXELS = None  # checked by `open_image`: Pillow would only warn, up to twice its limit
 Image.init()
+with suppress(ImportError):  # requirements-heif.txt
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+    IMAGE_SUFFIXES = (*IMAGE_SUFFIXES, "heic", "heif", "hif")  # type: ignore[assignment]
 KNOWN = [name for name in FORMATS if name in Image.OPEN]  # Pillow may have been built without AVIF
 
 
 def open_image(encoded: bytes) -> Image.Image:
     """Reads the header only. Raises ValueError, or what Pillow raises, if it is broken, not in FORMATS or too large."""
     try:
-        image = Image.open(io.BytesIO(encoded), formats=KNOWN)
+        image = Image.open(io.BytesIO(late_chunks_first(encoded)), formats=KNOWN)
     except UnidentifiedImageError:  # Pillow's text has a memory address in it, which differs every time
         raise ValueError("no image of a known kind") from None
     if image.width * image.height > MOST_PIXELS:
         raise ValueError(f"{image.width} × {image.height} pixels are more than the limit of {MOST_PIXELS:,}")
+    note_turn(image)
     return image
 
 
-def turn_of(image: Image.Image) -> int:
-    """Its EXIF orientation: 2 … 8, or 1 if it is upright, unknown or damaged."""
-    try:
-        turn = image.getexif().get(ORIENTATION)
-    except Exception:  # whatever damaged EXIF makes Pillow raise
-        return 1
-    return turn if turn in TURNS else 1
+def late_chunks_first(encoded: bytes) -> bytes:
+    """A PNG whose EXIF and XMP come before its pixels, if they are in its last HEAD bytes: Pillow then finds them undecoded."""
+    pixels, begin = encoded.find(b"IDAT") - 4, max(0, len(encoded) - HEAD)
+    if not encoded.startswith(b"\x89PNG") or pixels < 0:
+        return encoded
+    late = []
+    for found in LATE.finditer(encoded, max(begin, pixels) + 4):
+        at, end = found.start() - 4, found.end() + int.from_bytes(encoded[found.start() - 4 : found.start()])
+        if zlib.crc32(encoded[at + 4 : end]) == int.from_bytes(encoded[end : end + 4]) and end + 4 <= len(encoded):
+            late.append(encoded[at : end + 4])
+    return encoded[:pixels] + b"".join(late) + encoded[pixels:] if late else encoded
+
+
+def note_turn(image: Image.Image) -> None:
+    """Finds once, before the pixels are loaded, what turns an image upright: the survey and the decoder both go by it."""
+    turn = 1
+    with suppress(Exception):  # whatever damaged EXIF makes Pillow raise
+        found = Image.Image.getexif(image).get(ORIENTATION)  # of EXIF or XMP; PngImageFile's own would decode the image
+        turn = found if found in TURNS else 1
+    tag = getattr(image, "tag_v2", {}).get(ORIENTATION)  # of a TIFF, whose size Pillow has turned already if this says so
+    swapped = turn >= 5 and tag not in TURNS
+    image.info[SIZE_KEY] = (image.width, image.height) if swapped else (image.height, image.width)
+    image.info[TURN_KEY] = 1 if image.format == "TIFF" else turn  # Pillow turns a TIFF while it loads it
 
 
 def upright_size(image: Image.Image) -> Size:
-    """(height, width) after the image is turned upright by its EXIF tag."""
-    known = image.format != "PNG" or "exif" in image.info  # Pillow would decode a PNG to find EXIF behind it
-    turned = known and turn_of(image) >= 5
-    return (image.width, image.height) if turned else (image.height, image.width)
+    """(height, width) of an image from `open_image`, once it is turned upright by its EXIF or XMP."""
+    return image.info[SIZE_KEY]
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The first frame, decoded and turned upright by its EXIF tag."""
+    """The first frame of an image from `open_image`, decoded and turned upright by its EXIF or XMP."""
+    turn = image.info[TURN_KEY]
     image.load()
-    turn = turn_of(image)
     return image.transpose(TURNS[turn]) if turn > 1 else image  # transpose would copy an upright image too
+
+
+def size_of(encoded: bytes) -> Size:
+    """Upright (height, width) by the first bytes of an image; (0, 0) if they cannot be read."""
+    try:
+        return upright_size(open_image(encoded))
+    except Exception:  # whatever a broken file makes Pillow raise
+        return 0, 0
+
+
+def survey_size(read: Callable[[int, int], bytes], size: int) -> Size:
+    """As `size_of`, of an image of `size` bytes whose parts `read(offset, bytes)` gives: of as few of them as will do."""
+    head = read(0, min(size, HEAD))
+    if head.startswith(b"\x89PNG") and size > HEAD:
+        head += read(max(HEAD, size - HEAD), HEAD)
+    tiff = head.startswith((b"II", b"MM"))  # its tags may be anywhere
+    pixels = (0, 0) if tiff and size > HEAD else size_of(head)
+    return size_of(read(0, size)) if pixels == (0, 0) and size > HEAD else pixels
 
 
 def to_rgb(image: Image.Image, on_white: bool = True) -> Image.Image:

@@ -19,39 +19,48 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.errors import UserError
-from dataset.images import dhash, open_image, to_rgb
+from dataset.captions import caption_lines
+from dataset.images import dhash, open_image, to_rgb, upright
 from dataset.rows import Inputs, ParquetRows
 from dataset.shards import Shard, already_there, finish, read_index, unfinished, write_shard
 from dataset.workers import Tick, cores, in_parallel
 
 VERSION = 1  # of the contents of a shard: with another number all shards are made anew
 PER_SHARD = 500
+NO_CAPTION = "(no caption)"
 SUFFIX = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "AVIF": "avif"}  # these are stored as they are
 
 
 # A row -> a sample.
 
 
-def pack(name: str, encoded: bytes, captions: list[str]) -> tuple[dict, str, str]:
+def pack(name: str, encoded: bytes | str, captions: list[str]) -> tuple[dict, str, str]:
     """-> (a sample without its key, SHA-256 and `dhash` of its image). Raises ValueError, with the reason, if unusable."""
+    if isinstance(encoded, str):
+        raise ValueError(encoded)
     if not encoded:
         raise ValueError("cannot be read")
-    lines = [" ".join(caption.split()) for caption in captions if caption.strip()]
+    lines = [" ".join(caption.split()) for caption in caption_lines(captions)]
     if not lines:
-        raise ValueError("no caption")
+        raise ValueError(NO_CAPTION[1:-1])
     try:
         image = open_image(encoded)
         rgb = to_rgb(image)
     except Exception as error:  # whatever a broken file makes Pillow raise
         raise ValueError(f"cannot be decoded: {error}") from None
+    suffix = SUFFIX.get(image.format or "", "png" if image.has_transparency_data else "jpg")
     if image.format not in SUFFIX:
         buffer = io.BytesIO()
-        rgb.save(buffer, "JPEG", quality=95, subsampling=0)
+        if suffix == "png":  # keeps what --masked-loss needs
+            upright(image).convert("RGBA").save(buffer, "PNG")
+        else:
+            rgb.save(buffer, "JPEG", quality=95, subsampling=0)
         encoded = buffer.getvalue()
+        rgb = to_rgb(open_image(encoded))  # as --verify decodes it
     digest, difference_hash = hashlib.sha256(encoded).hexdigest(), dhash(rgb)
     metadata = {"width": rgb.width, "height": rgb.height, "source": name, "sha256": digest, "dhash": difference_hash}
-    text = "\n".join(lines).encode(errors="replace")  # a string from JSON may hold half of a surrogate pair
-    return {SUFFIX.get(image.format or "", "jpg"): encoded, "txt": text, "json": json.dumps(metadata)}, digest, difference_hash
+    text = "\n".join(lines).encode()
+    return {suffix: encoded, "txt": text, "json": json.dumps(metadata)}, digest, difference_hash
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from dataset.disk_cache import Cache
+from dataset.folder import UNREAD, suffix_of
 from dataset.shards import INDEX, Shard, read_lines, survey
 
 HTTP = ("http", "https")  # they cannot list a folder
@@ -234,6 +235,8 @@ def remote_shards(urls: list[str], cache: Cache | None) -> list[tuple[RemoteFile
     """
     index, tars = {}, []
     for url in urls:
+        if suffix_of(url) in UNREAD:
+            raise UserError(f"{url}: {UNREAD[suffix_of(url)]}")
         folder = url.rpartition("/")[0] + "/" if url.endswith(".tar") else url.rstrip("/") + "/"
         if folder not in index:
             index[folder] = remote_index(folder)

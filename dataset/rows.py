@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import lru_cache
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
 from common.errors import UserError
+from dataset.folder import Names, files_under
 
-Row = tuple[str, bytes, list[str]]  # name, encoded image, captions; empty where they cannot be read
+Row = tuple[str, bytes | str, list[str]]  # name, encoded image or why there is none, captions; empty where they cannot be read
 
 
 class Inputs(Protocol):
@@ -23,13 +25,6 @@ class Inputs(Protocol):
 
 
 # Rows of parquet files.
-
-
-def parquet_tables(path: Path) -> list[Path]:
-    """The file itself if it is a parquet file, or those in a folder without shards; else none."""
-    if path.is_dir():
-        return [] if any(path.glob("*.tar")) else sorted(path.rglob("*.parquet"))
-    return [path] if path.suffix == ".parquet" and path.is_file() else []
 
 
 class ParquetRows:
@@ -92,7 +87,33 @@ def read_rows(table: Path, first: int, last: int) -> Iterator[Row]:
                 row: dict[str, Any] = {"image": None, "text": None}
                 with suppress(pyarrow.ArrowException, OSError, ValueError, StopIteration):  # damage empties the rest of a group
                     row = next(batches).to_pylist()[0]
-                image = row["image"] if isinstance(row["image"], dict) else {"bytes": row["image"]}
                 texts = row["text"] if isinstance(row["text"], list) else [row["text"]]
                 captions = [text for text in texts if isinstance(text, str)]
-                yield image.get("path") or f"{table.name}:{n}", image.get("bytes") or b"", captions
+                name, encoded = encoded_image(row["image"], table.parent)
+                yield name or f"{table.name}:{n}", encoded, captions
+
+
+def encoded_image(cell: object, folder: Path) -> tuple[str, bytes | str]:
+    """A cell of the column image -> (its name or '', the encoded image or why there is none; b"" where nothing could be read).
+
+    It holds bytes, a path from the table's folder, a struct of both, or a list of one of these.
+    """
+    if isinstance(cell, list) and len(cell) == 1:
+        cell = cell[0]
+    name, encoded = (cell.get("path"), cell.get("bytes")) if isinstance(cell, dict) else ("", cell)
+    if encoded is None and name:
+        encoded = name
+    if encoded is None or isinstance(encoded, bytes):
+        return name or "", encoded or b""
+    if not isinstance(encoded, str):
+        return name or "", "the column image holds no encoded image: bytes, or a struct of bytes and path"
+    try:
+        path = names_under(folder).find_in(folder, encoded)
+        return encoded, path.read_bytes() if path else f"the column image holds a path, and no such file is in {folder}/"
+    except (ValueError, OSError) as error:
+        return encoded, str(error)
+
+
+@lru_cache
+def names_under(folder: Path) -> Names:
+    return Names(files_under(folder)[0])

@@ -1,27 +1,33 @@
 """Tar shards in WebDataset's layout: where each sample is in one, their index, and writing that can be interrupted.
 
-Consecutive files with the same key are a sample: key.jpg, key.txt, key.json; or key.safetensors, cached latents, in place of an
-image. `index.jsonl` next to the shards has a line for each of them, so that no shard has to be opened to list its samples.
+Files with the same key are a sample: key.jpg, key.txt, key.json; or key.safetensors, cached latents, in place of an image.
+`index.jsonl` next to the shards has a line for each of them, so that no shard has to be opened to list its samples.
 """
 
 import hashlib
 import json
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import groupby, islice
-from operator import itemgetter
+from functools import partial
+from itertools import islice
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+from unicodedata import normalize
 
 import webdataset as wds
 
 from common.errors import UserError
-from dataset.images import IMAGE_SUFFIXES, MOST_BYTES, Size, open_image, upright_size
+from common.text import read_text
+from dataset.captions import CAPTION_KEYS, TEXT_SUFFIXES, caption_lines
+from dataset.folder import UNREAD, is_hidden
+from dataset.images import HEAD, IMAGE_SUFFIXES, MOST_BYTES, survey_size
 from dataset.latents import LATENTS, signature_of, size_of_latents
 
 INDEX = "index.jsonl"
-HEAD = 2**16  # bytes from the start of an image that usually include its size
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\3\4", b"Rar!", b"7z\xbc\xaf")  # first bytes
 MOST_TEXT = 2**20  # bytes of a caption's file: a longer one is ignored
 
 
@@ -35,6 +41,8 @@ class Shard:
     """(key, offset of the image or latents, their bytes, offset of the caption, its bytes, upright height, width). Offsets are
     in bytes; a height and width of 0: the image cannot be read."""
     uncaptioned: list[str] = field(default_factory=list)  # keys
+    unusable: list[str] = field(default_factory=list)  # names of members with the reason
+    others: dict[str, int] = field(default_factory=dict)  # {extension or kind: number} of all members that are no image
     truncated: bool = False  # the file ends too early: `samples` are those before the end
     has_latents: bool = False  # instead of images
     has_mirrored: bool = False  # every sample also has latents of the mirrored image
@@ -77,18 +85,27 @@ def members_of(path: Path) -> tuple[list[tuple[str, str, int, int]], bool]:
                 if member.offset_data + member.size > length:
                     break
                 key, extension = wds.tariterators.base_plus_ext(member.name)
-                if member.isfile() and key is not None:
+                if member.isfile():
+                    if key is None or is_hidden(name):
+                        key, extension = member.name, ""
                     files.append((key, extension.lower(), member.offset_data, member.size))
     except (tarfile.TarError, OSError, ValueError) as error:
         if member is None:
-            raise UserError(f"{path} is no tar file: {error}") from None
-    if len({(key, extension) for key, extension, *_ in files}) < len(files):
+            with path.open("rb") as file:
+                packed = file.read(8).startswith(COMPRESSED)
+            raise UserError(f"{path} is no tar file: {'it is compressed: unpack it' if packed else error}") from None
+    if len({(normalize("NFC", key), extension) for key, extension, *_ in files}) < len(files):
         raise UserError(f"{path} holds two files of the same name")
     with path.open("rb") as file:
         file.seek(min(end, length))
         rest = file.read(HEAD)
     # Complete if the end-of-archive mark follows, at least its first block of 512 zeros, and nothing but zeros after it.
     return files, len(rest) < 512 or any(rest)
+
+
+def read_from(file: BinaryIO, begin: int, at: int, size: int) -> bytes:
+    file.seek(begin + at)
+    return file.read(size)
 
 
 def survey(path: Path) -> Shard:
@@ -100,36 +117,33 @@ def survey(path: Path) -> Shard:
     vae_signatures: set[tuple[float, ...]] = set()
     text_signatures: set[tuple[float, ...]] = set()
     with path.open("rb") as file:
-
-        def read(at: int, size: int) -> bytes:
-            file.seek(at)
-            return file.read(size)
-
-        for key, group in groupby(members, key=itemgetter(0)):
-            parts = {extension: (at, size) for _, extension, at, size in group}
+        read = partial(read_from, file, 0)
+        for key, parts in samples_of(members).items():
             kind = next((extension for extension in (*IMAGE_SUFFIXES, LATENTS) if extension in parts), None)
-            if kind is None:  # photo.2.jpg has the key photo and the extension 2.jpg: not used, but reported
-                shard.uncaptioned += [f"{key}.{e}" for e in parts if e.rpartition(".")[2] in IMAGE_SUFFIXES]
+            account(shard, key, parts, kind)
+            if kind is None:
                 continue
-            texts = [(e, parts[e]) for e in ("txt", "json") if e in parts and parts[e][1] <= MOST_TEXT]
-            text = next((place for e, place in texts if split_captions(read(*place), must_be_json=(e == "json"))), None)
+            texts = [(e, parts[e]) for e in TEXT_SUFFIXES if e in parts and parts[e][1] <= MOST_TEXT]
+            try:
+                text = next((place for e, place in texts if split_captions(read(*place), must_be_json=(e == "json"))), None)
+            except ValueError as error:
+                shard.unusable.append(f"{key} ({error})")
+                continue
             if text is None:
                 shard.uncaptioned.append(key)
                 continue
             at, size = parts[kind]
             if size > MOST_BYTES:
                 size = 0  # training skips it, as an image that cannot be read
-            head = read(at, min(size, HEAD))
             if kind == LATENTS:
-                pixels, names = size_of_latents(head)
+                pixels, names = size_of_latents(read(at, min(size, HEAD)))
                 if names:  # else they cannot be read, and training skips them
                     tensor_names.append(names)
                 metadata = read(*dict(texts)["json"]) if "json" in dict(texts) else b""
                 vae_signatures.add(signature_of(metadata, "vae"))
                 text_signatures.add(signature_of(metadata, "text"))
             else:
-                pixels = size_of(head)
-                pixels = size_of(read(at, size)) if pixels == (0, 0) and size > HEAD else pixels
+                pixels = survey_size(partial(read_from, file, at), size)
             kinds.add(kind == LATENTS)
             shard.samples.append((key, at, size, *text, *pixels))
     if len(kinds) > 1:
@@ -144,26 +158,46 @@ def survey(path: Path) -> Shard:
     return shard
 
 
+def samples_of(members: list[tuple[str, str, int, int]]) -> dict[str, dict[str, tuple[int, int]]]:
+    """Members as of `members_of` -> {key: {extension: (offset, bytes)}}. Those of a key need not be neighbours."""
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    spelling: dict[str, str] = {}  # {key in Unicode's composed form: key as it is first found}
+    for key, extension, at, size in members:
+        samples.setdefault(spelling.setdefault(normalize("NFC", key), key), {})[extension] = at, size
+    return samples
+
+
+def account(shard: Shard, key: str, extensions: Iterable[str], kind: str | None) -> None:
+    """Reports the files of a sample but the one of `kind`, its image: as refused, without a caption, or by their number."""
+    others = Counter(shard.others)
+    for extension in (e for e in extensions if e != kind):
+        last = extension.rpartition(".")[2]
+        if last in UNREAD:
+            shard.unusable.append(f"{key}.{extension} ({UNREAD[last]})")
+        elif kind is None and last in IMAGE_SUFFIXES:  # photo.2.jpg has the key photo and the extension 2.jpg
+            shard.uncaptioned.append(f"{key}.{extension}")
+        else:
+            others[f".{last}" if last else "hidden" if is_hidden(PurePosixPath(key)) else "without an extension"] += 1
+    shard.others = dict(others)
+
+
 def split_captions(encoded: bytes, must_be_json: bool = False) -> list[str]:
-    """The captions of an image: the lines of its .txt file, or the list `captions` of its .json file."""
-    text = encoded.decode("utf-16" if encoded.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig", "replace").strip()
+    """The captions of an image: the lines of its .txt file, or what its .json file has as one of CAPTION_KEYS.
+
+    Raises ValueError with the reason if they are no text.
+    """
+    try:
+        text = read_text(encoded).strip()
+    except ValueError as error:
+        raise ValueError(f"its caption is {error}") from None
     captions: object = text
     if must_be_json or re.match(r'\{\s*["}]', text):  # "{red|blue} coat" is a caption
         try:
-            captions = json.loads(text)["captions"]
-        except (ValueError, KeyError, TypeError, RecursionError):
+            entry = json.loads(text)
+            captions = next((entry[key] for key in CAPTION_KEYS if key in entry), None)
+        except (ValueError, TypeError, RecursionError):
             return []
-    lines = captions.splitlines() if isinstance(captions, str) else captions if isinstance(captions, list) else []
-    lines = [line.encode("utf-8", "replace").decode().strip() for line in lines if isinstance(line, str)]  # "\ud800" is no text
-    return [line for line in lines if line]
-
-
-def size_of(encoded: bytes) -> Size:
-    """Upright (height, width) by the first bytes of an image; (0, 0) if they cannot be read."""
-    try:
-        return upright_size(open_image(encoded))
-    except Exception:  # whatever a broken file makes Pillow raise
-        return 0, 0
+    return caption_lines(captions)
 
 
 # The index of a folder of shards.
@@ -183,12 +217,16 @@ def read_lines(text: bytes, where: str) -> dict[str, Shard]:
             shard = Shard(**{attributes[key]: value for key, value in entry.items() if key in attributes})
             shard.samples = [(str(key), *map(int, numbers)) for key, *numbers in shard.samples]
             shard.uncaptioned, shard.has_latents = list(map(str, shard.uncaptioned)), bool(shard.has_latents)
+            shard.unusable = list(map(str, shard.unusable))
+            shard.others = {str(kind): int(number) for kind, number in shard.others.items()}
             shard.vae_signature = [float(value) for value in shard.vae_signature]
             shard.text_signature = [float(value) for value in shard.text_signature]
             for _, at, size, text_at, text_size, *pixels in shard.samples:
                 beyond = max(at + size, text_at + text_size) > shard.bytes or size > MOST_BYTES or text_size > MOST_TEXT
                 if beyond or min(at, size, text_at, text_size, *pixels) < 0 or max(pixels) >= 2**31 or len(pixels) != 2:
                     raise ValueError(f"{shard.name!r} with impossible numbers")
+            if shard.name in shards:
+                raise ValueError(f"{shard.name!r} is in two lines")
             if PurePosixPath(shard.name).name != shard.name:
                 raise ValueError(f"{shard.name!r} leads out of the folder")
         except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:

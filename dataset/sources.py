@@ -4,9 +4,12 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]  # not in its stub
@@ -14,16 +17,15 @@ from tqdm import tqdm
 
 from common.errors import UserError, printable
 from common.files import ROOT
+from dataset.captions import TEXT_SUFFIXES
 from dataset.disk_cache import Cache
-from dataset.images import IMAGE_SUFFIXES, MOST_BYTES
-from dataset.packing import pack_tables
+from dataset.folder import Folder, Names
+from dataset.images import IMAGE_SUFFIXES, MOST_BYTES, survey_size
+from dataset.packing import NO_CAPTION, pack_tables
 from dataset.remote import HTTP, RemoteFile, Span, remote_shards, scheme_of
-from dataset.rows import parquet_tables
-from dataset.shards import HEAD, MOST_TEXT, Shard, read_index, size_of, split_captions, survey, unfinished
+from dataset.shards import MOST_TEXT, Shard, read_from, read_index, split_captions, survey, unfinished
 
 DEMO = ROOT / "assets/demo/train"
-
-NO_NAME = re.compile("[\x00-\x1f\ud800-\udc7f\udd00-\udfff]")  # control characters; surrogates that encode no byte
 
 PLACE = np.dtype([(name, "i8") for name in ("file", "at", "size", "text_at", "text_size", "height", "width")])
 
@@ -64,6 +66,9 @@ class Source:
     captions: list[list[str]]  # [N] for a folder; empty for shards, whose captions are read with the images
     uncaptioned: list[str]  # names of images without a caption
     fingerprint: str
+    refused: list[str] = field(default_factory=list)  # other files and images that are not used, with the reason
+    others: Counter[str] = field(default_factory=Counter)  # {what they are: number} of files that are no images, or passed over
+    note: str = ""  # what else the user should know
     truncated: tuple[str, ...] = ()  # names of shards whose file ends too early
     has_latents: bool = False  # cached latents instead of images: the VAE is not needed
     has_mirrored: bool = False  # every sample also has latents of the mirrored image
@@ -77,8 +82,20 @@ class Source:
     def samples(self) -> int:
         return len(self.places)
 
+    def account(self) -> str:
+        """What became of all that is there, in one line."""
+        counts = f"{self.samples} images with a caption, {len(self.uncaptioned)} without, {len(self.refused)} refused"
+        others = describe_others(self.others)
+        return f"{counts}; beside them {others}" if others else counts
+
+    def left_out(self, most: int = 20) -> list[str]:
+        """Lines of text: what is refused and why, the first `most` of it, and `note`."""
+        more = [f"and {len(self.refused) - most} more"] * (len(self.refused) > most)
+        return [f"refused {line}" for line in self.refused[:most]] + more + [self.note] * bool(self.note)
+
     def read_sample(self, n: int) -> EncodedSample:
-        """Sample n, still encoded. If a local file cannot be read its image is empty, and is skipped like a broken one.
+        """Sample n, still encoded. If a local file or its caption cannot be read its image is empty, and is skipped like a
+        broken one.
 
         Raises UserError if a server fails after all tries.
         """
@@ -86,10 +103,14 @@ class Source:
         spans = [(place["at"], place["size"])] + ([] if captions else [(place["text_at"], place["text_size"])])
         try:
             image, *text = self.files[place["file"]].read(*((int(at), int(size)) for at, size in spans))
-        except OSError:
-            image, text = b"", []
-        captions = captions or [line for encoded in text for line in split_captions(encoded)]
+            captions = captions or [line for encoded in text for line in split_captions(encoded)]
+        except (OSError, ValueError):
+            image = b""
         return EncodedSample(self.names[n], image, captions or [""])
+
+
+def describe_others(others: Counter[str]) -> str:
+    return printable(", ".join(f"{number} {kind}" for kind, number in sorted(others.items()) if number))
 
 
 def open_mixture(data: tuple[str, ...], cache: Cache | None = None) -> Source:
@@ -121,6 +142,9 @@ def open_mixture(data: tuple[str, ...], cache: Cache | None = None) -> Source:
         names=[name for source in sources for name in source.names],
         captions=captions,
         uncaptioned=[name for source in sources for name in source.uncaptioned],
+        refused=[line for source in sources for line in source.refused],
+        others=sum((source.others for source in sources), Counter()),
+        note=" ".join(filter(None, (source.note for source in sources))),
         truncated=tuple(name for source in sources for name in source.truncated),
         fingerprint=hashlib.sha256(" ".join(source.fingerprint for source in sources).encode()).hexdigest(),
         has_mirrored=all(source.has_mirrored for source in sources),
@@ -155,27 +179,38 @@ def open_source(data: str, cache: Cache | None = None) -> Source:
     if not data:  # from an unset shell variable; Path("") would be the working directory
         raise UserError("the name of the data is empty")
     path = DEMO if data == "demo" else Path(data)
-    refused: list[str] = []
-    shards: Sequence[tuple[File | RemoteFile, Shard]]
     try:
         if re.fullmatch(r"[\w.-]+/[\w-]+", data) and not path.exists():
             raise UserError(f"{data} does not exist; a data set of the hub: scripts/make_shards.py {data} --out shards/")
-        if scheme_of(data):
-            shards = remote_shards(expand(data), cache)
-        else:
-            if tables := parquet_tables(path):
-                path, refused = pack_tables(tables)
-            shards = [(File(tar), shard) for tar, shard in local_shards(path)]
-        source = of_shards(shards) if shards else scan_folder(path)
+        source = of_shards(remote_shards(expand(data), cache)) if scheme_of(data) else open_folder(Folder(path))
     except OSError as error:
         raise UserError(f"{data}: {error}") from None
-    source.uncaptioned.extend(refused)
     if not source.samples:
-        reason = "no " + ", ".join(IMAGE_SUFFIXES)
-        if lacking := len(source.uncaptioned):
-            reason = f"{lacking} have none: put name.txt beside name.jpg, or a metadata.jsonl with file_name and text"
-        raise UserError(f"{data}: no image with a caption there ({reason})")
+        raise UserError(f"{data}: no image with a caption there ({why_empty(source)})")
     return source
+
+
+def open_folder(folder: Folder) -> Source:
+    """The shards, images or parquet files of a folder, packed. Raises UserError and OSError as `open_source`."""
+    if folder.tables:
+        path, refused = pack_tables(folder.tables)
+        source = open_folder(Folder(path))
+        uncaptioned = [line for line in refused if line.endswith(NO_CAPTION)]
+        refused = folder.refused + [line for line in refused if line not in uncaptioned]
+        return replace(source, uncaptioned=uncaptioned, refused=refused, others=folder.others)
+    shards = local_shards(folder.path, folder.shards)
+    if not shards:
+        return scan_images(folder)
+    source = of_shards([(File(tar), shard) for tar, shard in shards])
+    return replace(source, refused=source.refused + folder.refused, others=source.others + folder.others)
+
+
+def why_empty(source: Source) -> str:
+    """Why no image of a source can be used, and what to do."""
+    lacking = len(source.uncaptioned)
+    advice = f"{lacking} have none: put name.txt beside name.jpg, or a metadata.jsonl with file_name and text"
+    reasons = [advice] * bool(lacking) + source.left_out(3)
+    return "; ".join(reasons) or f"no {', '.join(IMAGE_SUFFIXES)}; beside them {describe_others(source.others) or 'nothing'}"
 
 
 def expand(pattern: str) -> list[str]:
@@ -186,12 +221,12 @@ def expand(pattern: str) -> list[str]:
         raise UserError(f"{pattern}: a brace is not closed") from None
 
 
-def local_shards(path: Path) -> list[tuple[Path, Shard]]:
-    """The tar files of a folder or of a brace pattern, with the contents of each; none for a folder of images.
+def local_shards(path: Path, found: Sequence[Path]) -> list[tuple[Path, Shard]]:
+    """The tar files of a folder, `found` there, or of a brace pattern, with the contents of each; none for a folder of images.
 
     The contents are those in the index next to the file if it has the file's size, otherwise the file's headers are read.
     """
-    tars = sorted(path.glob("*.tar")) if path.is_dir() else [Path(name) for name in expand(str(path))]
+    tars = list(found) if path.is_dir() else [Path(name) for name in expand(str(path))]
     index = {folder: read_index(folder) for folder in {tar.parent for tar in tars}}
     if path.is_dir():
         tars = sorted({*tars, *(path / name for name, shard in index.get(path, {}).items() if shard.bytes)})
@@ -212,7 +247,7 @@ def local_shards(path: Path) -> list[tuple[Path, Shard]]:
 
 def of_shards(shards: Sequence[tuple[File | RemoteFile, Shard]]) -> Source:
     """One source of several shards. Raises UserError for both images and latents, or for latents that several models made."""
-    shards = [(file, shard) for file, shard in shards if shard.samples or shard.uncaptioned or shard.truncated]
+    shards = [(file, s) for file, s in shards if s.samples or s.uncaptioned or s.truncated or s.unusable or s.others]
     full = [shard for _, shard in shards if shard.samples]
     by_kind = {shard.has_latents: shard.name for shard in full}
     if len(by_kind) > 1:
@@ -232,6 +267,8 @@ def of_shards(shards: Sequence[tuple[File | RemoteFile, Shard]]) -> Source:
         captions=[],
         uncaptioned=[printable(f"{shard.name}:{key}") for _, shard in shards for key in shard.uncaptioned],
         fingerprint=digest.hexdigest(),
+        refused=[printable(f"{shard.name}:{line}") for _, shard in shards for line in shard.unusable],
+        others=sum((Counter(shard.others) for _, shard in shards), Counter()),
         truncated=tuple(printable(shard.name) for _, shard in shards if shard.truncated),
         has_latents=all(shard.has_latents for shard in full) and bool(full),
         has_mirrored=all(shard.has_mirrored for shard in full) and bool(full),
@@ -241,55 +278,53 @@ def of_shards(shards: Sequence[tuple[File | RemoteFile, Shard]]) -> Source:
     )
 
 
-def scan_folder(folder: Path) -> Source:
-    """name.jpg with name.txt beside it, or a metadata.jsonl of {"file_name": …, "text": …} (Hugging Face imagefolder).
+def scan_images(folder: Folder) -> Source:
+    """The images of a folder, with captions from a metadata.jsonl, name.txt or name.json.
 
-    Images that cannot be read are included, with a height and width of 0. Raises UserError for invalid lines of metadata.jsonl.
+    Images that cannot be read are included, with a height and width of 0.
     """
-    listed = {}  # path: captions by metadata.jsonl, encoded for `split_captions`
-    for metadata in filter(Path.is_file, folder.rglob("metadata.jsonl")):
-        text = metadata.read_text("utf-8-sig", "replace")
-        for number, line in enumerate(text.split("\n"), 1):  # splitlines() would also split at U+2028 in a text
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                name, text = PurePosixPath(row["file_name"]), row["text"] or ""
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise UserError(f"{metadata} line {number}: needs file_name and text ({error})") from None
-            if name.is_absolute() or ".." in name.parts or NO_NAME.search(str(name)):
-                raise UserError(f"{metadata} line {number}: {str(name)!r} is no name in this folder")
-            listed[metadata.parent / name] = json.dumps({"captions": text}).encode()
     files: list[Path] = []
-    places, captions, uncaptioned, digest = [], [], [], hashlib.sha256()
-    named = {path for path in {*folder.rglob("*"), *listed} if path.suffix.lower().lstrip(".") in IMAGE_SUFFIXES}
-    paths = sorted(path for path in named if path.is_file() or not path.exists())  # also broken links; no folders, no pipes
-    for path in tqdm(paths, desc="looking through the folder", unit="img", delay=2, leave=False):
-        lines = split_captions(listed.get(path, b"")) or split_captions(text_beside(path))
+    places, captions, uncaptioned, used, digest = [], [], [], set(), hashlib.sha256()
+    refused, others = list(folder.refused), Counter(folder.others)
+    for path in tqdm(folder.images, desc="looking through the folder", unit="img", delay=2, leave=False):
+        lines: list[str] | None = folder.captions.get(path)
+        try:
+            if not lines:
+                lines, text = captions_beside(path, folder.names)
+                used.add(text)
+        except ValueError as error:
+            lines = None
+            refused.append(printable(f"{path} ({error})"))
         try:
             size = path.stat().st_size
             if size > MOST_BYTES:
                 size = 0  # training skips it, as an image that cannot be read
             with path.open("rb") as file:
-                pixels = size_of(file.read(min(size, HEAD)))
-            pixels = size_of(path.read_bytes()) if pixels == (0, 0) and size > HEAD else pixels
+                pixels = survey_size(partial(read_from, file, 0), size)
         except OSError:  # a broken link, or no permission: training skips it and reports its name
             size, pixels = 0, (0, 0)
-        digest.update(json.dumps([str(path.relative_to(folder)), size, lines]).encode())
+        digest.update(json.dumps([str(path.relative_to(folder.path)), size, lines]).encode())
         if lines:
             places.append((len(files), 0, size, 0, 0, *pixels))
             files.append(path)
             captions.append(lines)
-        else:
+        elif lines is not None:
             uncaptioned.append(printable(str(path)))
     names = [printable(str(path)) for path in files]
-    return Source(list(map(File, files)), np.array(places, PLACE), names, captions, uncaptioned, digest.hexdigest())
+    unused = len(folder.texts) - len(used & {*folder.texts})
+    others += Counter({"captions": len(folder.texts) - unused, "texts that caption no image": unused})
+    source = Source(list(map(File, files)), np.array(places, PLACE), names, captions, uncaptioned, digest.hexdigest())
+    return replace(source, refused=refused, others=others, note=folder.repeats())
 
 
-def text_beside(image: Path) -> bytes:
-    """The bytes of name.txt for name.jpg; none without such a file of up to MOST_TEXT bytes."""
-    path = image.with_suffix(".txt")
-    try:
-        return path.read_bytes() if path.is_file() and path.stat().st_size <= MOST_TEXT else b""
-    except OSError:
-        return b""
+def captions_beside(image: Path, names: Names) -> tuple[list[str], Path | None]:
+    """(captions of name.jpg in a name.txt, name.json, … of up to MOST_TEXT bytes, that file). Raises ValueError if it is no
+    text.
+    """
+    for suffix in TEXT_SUFFIXES:
+        path = names.find(image.with_suffix(f".{suffix}"))
+        with suppress(OSError):
+            encoded = path.read_bytes() if path and path.is_file() and path.stat().st_size <= MOST_TEXT else b""
+            if lines := split_captions(encoded, must_be_json=(suffix == "json")):
+                return lines, path
+    return [], None

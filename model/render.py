@@ -1,6 +1,7 @@
 """Renders prompts with the pipeline."""
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,27 +12,41 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import ROOT
+from common.text import read_text
 
 DEMO_PROMPTS = ROOT / "assets/demo/prompts.txt"
+OTHER_SYNTAX = re.compile(r"(?<!\S)--[A-Za-z][\w-]*|<(?:lora|lyco|hypernet):[^>]*>|\([^()]*:\d\.\d+\)")  # kohya's; A1111's
 NARUTO_PROMPTS = ["Naruto Uzumaki eating ramen", "Bill Gates in Naruto style", "A boy with blue eyes in Naruto style"]
 
 
 def read_prompts(prompts: tuple[str, ...], model: str) -> list[str]:
-    """The value of --prompts as a list of texts: the lines of the file, if it is one file name; the texts, if it is texts; if
-    it is empty, the default prompts for `model`.
+    """The value of --prompts as a list of texts: the lines of the file, if it is one file name, but for those that begin with
+    #; the texts, if it is texts; if it is empty, the default prompts for `model`.
 
-    Raises UserError if the file is missing or empty.
+    Raises UserError if the file is missing, empty or no text, or for what other programs read otherwise, such as --n.
     """
     if len(prompts) == 1 and os.path.isfile(prompts[0]):  # Path.is_file() would raise for a long prompt
-        lines = [line.strip() for line in Path(prompts[0]).read_text(errors="replace").splitlines() if line.strip()]
-        if not lines:
+        try:
+            lines = [line.strip() for line in read_text(Path(prompts[0]).read_bytes()).splitlines()]
+        except (ValueError, OSError) as error:
+            raise UserError(f"--prompts {prompts[0]} is {error}") from None
+        numbered = {f"{prompts[0]} line {n}": line for n, line in enumerate(lines, 1) if line and not line.startswith("#")}
+        if not numbered:
             raise UserError(f"--prompts {prompts[0]} is empty")
-        return lines
+        return words_only(numbered)
     if len(prompts) == 1 and prompts[0].endswith(".txt"):
         raise UserError(f"--prompts {prompts[0]}: no such file")
     if prompts:
-        return list(prompts)
+        return words_only({f"text {n}": prompt for n, prompt in enumerate(prompts, 1)})
     return DEMO_PROMPTS.read_text().splitlines() if model == "demo" else NARUTO_PROMPTS
+
+
+def words_only(prompts: dict[str, str]) -> list[str]:
+    """{where it is: prompt} -> the prompts. Raises UserError for one in the syntax of another program, such as --w 512."""
+    for where, prompt in prompts.items():
+        if found := OTHER_SYNTAX.search(prompt):
+            raise UserError(f"--prompts {where}: options such as {found[0]} are not read, but would be drawn: remove them")
+    return list(prompts.values())
 
 
 def render(

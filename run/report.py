@@ -2,6 +2,7 @@
 
 import json
 import math
+import textwrap
 import threading
 import time
 from collections.abc import Collection
@@ -92,7 +93,8 @@ class Report:
             "resume": checkpoints.resumed,
             "model": f"{flags['model']}: U-Net and text encoders {total:,} parameters, frozen; {stream.resolution} px",
             "LoRA": f"rank {flags['rank']} on {layers} layers, {trained:,} parameters trained: {100 * trained / total:.2f} %",
-            "data": f"{source.samples} images with a caption, {len(source.uncaptioned)} without",
+            "data": "\ndata       ".join([source.account(), *source.left_out()]),
+            "caption": textwrap.shorten(stream.example(), 150, placeholder=" …"),
             "cut short": f"{', '.join(source.truncated)}: the samples before the cut are used" if source.truncated else "",
             "buckets": stream.describe(),
             "batch": f"{flags['bs']} × {flags['grad_accum']} accumulated × {processes} processes = {samples}",

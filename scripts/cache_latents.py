@@ -12,9 +12,11 @@ images or options it encodes only what has changed: an entry is identified by th
 
 import hashlib
 import json
+import math
 import random
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -69,8 +71,9 @@ class CacheConfig:
     masked_loss: bool = False
     """Also keep the loss masks, which train_lora.py's --masked-loss then needs."""
     text: int = option(0, at_least=0)
-    """Also keep the hidden states of so many variants of the captions: with --no-train-text-encoder training then needs neither
-    text encoder on the GPU. 0: none. With SDXL a variant takes 0.3 MB, the latents of 1024 × 1024 pixels 0.25 MB."""
+    """Also keep the hidden states of so many variants of the captions, more if it takes more until each caption has as many as
+    any other: with --no-train-text-encoder training then needs neither text encoder on the GPU. 0: none. With SDXL a variant
+    takes 0.3 MB, the latents of 1024 × 1024 pixels 0.25 MB."""
     shuffle_tags: bool = False
     """As train_lora.py's --shuffle-tags, for each variant."""
     keep_tags: int = 0
@@ -110,13 +113,18 @@ class Keys(Dataset):
     weights: tuple[str, str]  # digests of the VAE and of the text encoders
 
     def captions(self, image: str, captions: list[str]) -> list[str]:
-        """The captions that are kept: with --text, variants drawn by a generator that the image's SHA-256 `image` seeds."""
+        """The captions that are kept: with --text, variants drawn by a generator that the image's SHA-256 `image` seeds, as
+        many of each caption as of any other, so that each keeps its share of the draws.
+        """
         c = self.config
         options = CaptionConfig(shuffle_tags=c.shuffle_tags, keep_tags=c.keep_tags, caption_prefix=c.caption_prefix)
-        drawn = [
-            choose_caption([captions[k % len(captions)]], options, random.Random(f"{image} variant {k}")) for k in range(c.text)
-        ]
-        return list(dict.fromkeys(filter(None, drawn))) or captions  # without repetitions and empty ones
+        variants = -(-c.text // len(captions)) * len(captions)
+        drawn = Counter(
+            choose_caption([captions[k % len(captions)]], options, random.Random(f"{image} variant {k}"))
+            for k in range(variants)
+        )
+        shared = math.gcd(*drawn.values())  # without needless repetitions
+        return [caption for caption, number in drawn.items() for _ in range(number // shared) if caption] or captions
 
     def __getitem__(self, n: int) -> tuple[str, str]:
         """(SHA-256 of all that the latents depend on, SHA-256 of all that the text depends on)."""
@@ -247,6 +255,7 @@ def main(config: CacheConfig) -> None:
     sizes, bucket = assign_buckets(source, options, resolution)
     if ranks.is_first:
         print(f"{source.samples} images at {resolution} px: {describe_buckets(source, sizes, bucket)}", flush=True)
+        print("\n".join(f"  {line}" for line in (source.account(), *source.left_out())), flush=True)
 
     # This rank's shards, and which of them have to be written.
     existing = already_there(config.out)

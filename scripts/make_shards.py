@@ -7,9 +7,9 @@
     python scripts/make_shards.py theirs/ --out shards/                                       tar shards, packed again
     python scripts/make_shards.py shards/ --verify                                            checks every byte of them
 
-JPEG, PNG, WebP and AVIF go in byte for byte; other formats, from parquet, are stored as JPEG. What cannot be decoded or has no
-caption is refused and listed at the end. Duplicates are kept, and listed too. Run the same command again after an interruption:
-it continues.
+JPEG, PNG, WebP and AVIF go in byte for byte; other formats are stored as JPEG or, if transparent, as PNG. What cannot be
+decoded or has no caption is refused and listed at the end. Duplicates are kept, and listed too. After an interruption the same
+command continues.
 """
 
 import hashlib
@@ -29,11 +29,12 @@ from common.errors import UserError, one_line_errors, printable
 from common.files import check_writable
 from common.options import check_options, option
 from dataset.duplicates import LIMIT, equal_images, similar_images
+from dataset.folder import Folder
 from dataset.images import dhash, open_image, to_rgb
-from dataset.packing import PER_SHARD, pack_all
-from dataset.rows import Inputs, ParquetRows, Row, parquet_tables
+from dataset.packing import NO_CAPTION, PER_SHARD, pack_all
+from dataset.rows import Inputs, ParquetRows, Row
 from dataset.shards import Shard, read_index, survey, unfinished
-from dataset.sources import File, Source, local_shards, of_shards, scan_folder
+from dataset.sources import Source, describe_others, open_folder
 from dataset.workers import Tick, cores, in_parallel
 
 MOST_GROUPS, MOST_NAMES = 20, 10  # that are printed: groups of duplicates, names in a group
@@ -94,19 +95,20 @@ class SourceRows:
             yield self.names[n], raw.image, raw.captions
 
 
-def open_inputs(source: str) -> tuple[Inputs, list[str]]:
-    """(the images with a caption, the names of all others with the reason why they cannot be used)."""
+def open_inputs(source: str) -> tuple[Inputs, list[str], str]:
+    """(the images with a caption, the names of all others with the reason why they cannot be used, what else is there)."""
     path = Path(source)
     if not path.exists() and path.suffix != ".tar" and "{" not in source:
         path = fetch(source)
-    if tables := parquet_tables(path):
-        return ParquetRows(tables), []
-    shards = local_shards(path)
-    found = of_shards([(File(tar), shard) for tar, shard in shards]) if shards else scan_folder(path)
+    folder = Folder(path)
+    if folder.tables:
+        return ParquetRows(folder.tables), folder.refused, describe_others(folder.others)
+    found = open_folder(folder)
     if found.has_latents:
         raise UserError(f"{source} holds latents, not images")
-    truncated = [f"{name} (the file is truncated: the images before its end are used)" for name in found.truncated]
-    return SourceRows(found, path), [f"{name} (no caption)" for name in found.uncaptioned] + truncated
+    refused = [f"{name} {NO_CAPTION}" for name in found.uncaptioned] + found.refused
+    refused += [f"{name} (the file is truncated: the images before its end are used)" for name in found.truncated]
+    return SourceRows(found, path), refused, " ".join(filter(None, (describe_others(found.others), found.note)))
 
 
 def fetch(repository: str) -> Path:
@@ -202,7 +204,7 @@ def faults_of(folder: Path, shard: Shard, tick: Tick) -> list[str]:
 def main(config: ShardConfig) -> None:
     if config.out is None:  # --verify
         return verify(Path(config.source), config.workers)
-    inputs, refused = open_inputs(config.source)
+    inputs, refused, others = open_inputs(config.source)
     check_writable("--out", config.out)
     shards, made = pack_all(inputs, config.out, config.name, config.per_shard, config.workers)
 
@@ -215,6 +217,8 @@ def main(config: ShardConfig) -> None:
         print(f"nothing to do: {kept} images were already in {shards_in_folder}; refused {len(refused)}")
     for line in refused:
         print(f"  refused {line}")
+    if others:
+        print(f"beside them {others}")
     if not full:
         raise UserError(f"{config.source}: no usable image with a caption")
     report_duplicates(inputs, full)

@@ -21,7 +21,7 @@ from common.options import MAX_SEED, check_options, option
 from common.sheets import stack
 from data import DataConfig, Stream, batch_or_raise
 from dataset.buckets import enlarged, share_cropped
-from dataset.captions import CaptionConfig
+from dataset.captions import CaptionConfig, with_prefix
 from dataset.sources import Source, open_mixture
 from model.load import BASE
 from model.text import split_tokens
@@ -105,12 +105,12 @@ def bucket_table(source: Source, stream: Stream) -> list[str]:
     return lines
 
 
-def caption_lines(source: Source, config: CaptionConfig) -> list[str]:
+def caption_facts(source: Source, config: CaptionConfig) -> list[str]:
     """Lines of text: how many captions there are, and how many are longer than --max-tokens."""
     from transformers import CLIPTokenizer  # here: `model` has to quiet it first
 
     tokenizer = CLIPTokenizer.from_pretrained(BASE / "tokenizer")
-    captions = [config.caption_prefix + caption for n in range(source.samples) for caption in source.read_sample(n).captions]
+    captions = [with_prefix(caption, config) for n in range(source.samples) for caption in source.read_sample(n).captions]
     split = split_tokens(tokenizer, captions, config.max_tokens)
     lengths = [sum(map(len, chunks)) + len(rest) for chunks, rest in split]
     lines = [f"{len(captions)} captions of {source.samples} images, {np.mean(lengths):.0f} tokens on average"]
@@ -127,7 +127,10 @@ def main(config: ShowConfig) -> None:
         raise UserError("--data holds latents: give the images that they were made of")
     check_writable("the folder of --out", config.out.parent)
     stream = Stream(source, config.dataset, config.captions, config.dataset.resolution or 1024, config.seed)
-    print("\n".join(bucket_table(source, stream) + caption_lines(source, config.captions)))
+    print("\n".join(bucket_table(source, stream) + caption_facts(source, config.captions)))
+    print(source.account())
+    for line in source.left_out():
+        print(f"  {line}")
     if source.uncaptioned:
         print(f"{len(source.uncaptioned)} images have no caption and are left out: {', '.join(source.uncaptioned[:10])}")
     sheet, skipped = data_sheet(stream, config.images)

@@ -46,8 +46,8 @@ CASES = {}
 def case(name: str, outcome: str, make: Callable[[Path], object], *data: str, picture=PHOTO, caption: str = "bad") -> None:
     """Registers a test case: `make` fills an empty folder, and `outcome` is what training does with it.
 
-    An outcome is 'error' and a part of its text, or with commas between them 'skipped NAME', 'uncaptioned NAME', 'cut NAME'
-    and 'used', which means that a sample has this `caption` and the pixels of `picture`.
+    An outcome is 'error' and a part of its text, or with commas between them 'skipped NAME', 'uncaptioned NAME', 'refused NAME
+    (REASON)', 'cut NAME' and 'used', which means that a sample has this `caption` and the pixels of `picture`.
     `data`: the values of --data, where {} means the folder. Without any it is the folder.
     """
     assert name not in CASES
@@ -174,7 +174,7 @@ case("image: unreadable", "skipped bad.jpg", with_bad_file("bad.jpg", unreadable
 case("image: link to nowhere", "skipped bad.jpg", with_bad_file("bad.jpg", lambda path: path.symlink_to("nowhere.jpg")))
 case("image: link to itself", "skipped bad.jpg", with_bad_file("bad.jpg", lambda path: path.symlink_to("bad.jpg")))
 case("image: file of 50 GB", "skipped bad.jpg", with_bad_file("bad.jpg", enormous))
-case("image: a pipe", "", with_bad_file("bad.jpg", os.mkfifo))
+case("image: a pipe", "refused bad.jpg (no plain file)", with_bad_file("bad.jpg", os.mkfifo))
 case("image: a folder", "", with_bad_file("bad.jpg", Path.mkdir))
 ESCAPE = ("b\x1b[2J.jpg", b""), ("b\x1b[2J.txt", b"bad")
 case("image: name that would clear the terminal", r"skipped b\x1b[2J.jpg", lambda folder: put(folder, *GOOD, *ESCAPE))
@@ -188,13 +188,15 @@ case(
 # Captions, in a folder and in a shard.
 
 
-def caption(name: str, text: bytes, *, expected: str | None, extension: str = "txt") -> None:
-    """Cases for a caption file with this `text`. `expected`: the caption that it gives, or None."""
+def caption(name: str, text: bytes, *, expected: str | None, extension: str = "txt", refused: str = "") -> None:
+    """Cases for a caption file with this `text`. `expected`: the caption that it gives, or None; `refused`: why it is."""
     captioned = BAD[0], (f"bad.{extension}", text)
     if extension == "txt":
         outcome = "uncaptioned bad.jpg" if expected is None else "used"
+        outcome = f"refused bad.jpg (its caption {refused})" if refused else outcome
         case(f"caption in a folder: {name}", outcome, lambda folder: put(folder, *GOOD, *captioned), caption=expected)
     outcome = "uncaptioned x.tar:bad" if expected is None else "used"
+    outcome = f"refused x.tar:bad (its caption {refused})" if refused else outcome
     case(f"caption in a shard: {name}", outcome, lambda folder: pack(folder, *GOOD, *captioned), caption=expected)
 
 
@@ -203,13 +205,20 @@ caption("only spaces", b" \n\t \n", expected=None)
 caption("only a byte order mark", b"\xef\xbb\xbf\n", expected=None)
 caption("byte order mark", b"\xef\xbb\xbfbad", expected="bad")
 caption("UTF-16, as Windows writes it", "bad".encode("utf-16"), expected="bad")
-caption("not UTF-8", b"bad \xff caf\xe9", expected="bad \ufffd caf\ufffd")
-caption("NUL bytes", b"bad\0\0", expected="bad\0\0")
+NO_CHARACTERS = "is no text: it holds control characters"
+NO_TEXT = "is neither UTF-8 nor UTF-16: save it as UTF-8"
+caption("UTF-16 without a byte order mark", "bad".encode("utf-16-le"), expected="bad")
+caption("UTF-16 of the other byte order, without a mark", "bad".encode("utf-16-be"), expected="bad")
+caption("not UTF-8", b"bad \xff caf\xe9", expected=None, refused=NO_TEXT)
+caption("UTF-16 that ends within a character", "bad".encode("utf-16")[:-1], expected=None, refused=NO_TEXT)
+caption("NUL bytes", b"bad\0\0", expected=None, refused=NO_CHARACTERS)
+caption("UTF-32", "bad".encode("utf-32"), expected=None, refused=NO_CHARACTERS)
 caption("of 10 MB", b"bad " * 2_500_000, expected=None)
 caption("truncated JSON", b'{"captions": ["bad"', expected=None)
 caption("JSON nested 10,000 deep", b'{"captions": ' + b"[" * 10_000 + b"]" * 10_000 + b"}", expected=None)
 caption("JSON with captions of other types", b'{"captions": [1, null, {"a": "b"}, ""]}', expected=None)
-caption("JSON with a lone surrogate", b'{"captions": ["bad \\ud800"]}', expected="bad ?")
+SURROGATE = "holds half of a surrogate pair"
+caption("JSON with a lone surrogate", b'{"captions": ["bad \\ud800"]}', expected=None, refused=SURROGATE)
 caption("JSON with a byte order mark", b'\xef\xbb\xbf{"captions": "bad"}', expected="bad", extension="json")
 caption("JSON that is a number", b"3", expected=None, extension="json")
 caption("JSON that is a list", b'["bad"]', expected=None, extension="json")
@@ -290,7 +299,7 @@ members("name with ..", "error 'a/../../bad.jpg', which is no plain file or lead
 members("name twice", "error two files of the same name", *BAD, *GOOD, *BAD)
 members("name twice but for its case", "error two files of the same name", *BAD, ("bad.JPG", JPEG))
 members("pickles", "used", *BAD, *((f"bad.{kind}", pickle.dumps(Attack())) for kind in ("pyd", "pickle", "pth", "npy")), *GOOD)
-members("image not next to its caption", "uncaptioned x.tar:bad", BAD[0], *GOOD, BAD[1])
+members("image not next to its caption", "used", BAD[0], *GOOD, BAD[1])
 members("name with another dot", "uncaptioned x.tar:bad.2.jpg", ("bad.2.jpg", JPEG), ("bad.2.txt", b"bad"), *GOOD)
 members("name of 300 characters", "used", ("bad" * 100 + ".jpg", JPEG), ("bad" * 100 + ".txt", b"bad"))
 members("name beyond ASCII", "used", ("büße/猫.jpg", JPEG), ("büße/猫.txt", b"bad"))
@@ -329,7 +338,9 @@ metadata("name outside the folder", f"error line 2: '../../etc/passwd.jpg' {OUTS
 metadata("absolute name", f"error line 1: '/etc/passwd.jpg' {OUTSIDE}", row("/etc/passwd.jpg"))
 metadata("name with a NUL byte", f"error line 1: 'bad\\x00.jpg' {OUTSIDE}", row("bad\0.jpg"))
 metadata("name with a lone surrogate", f"error line 1: 'bad\\ud800.jpg' {OUTSIDE}", row("bad\ud800.jpg"))
-metadata("missing image", "skipped nowhere.jpg, used", row(), row("nowhere.jpg"))
+metadata(
+    "missing image", "used, refused metadata.jsonl line 2: nowhere.jpg (is not there, or is hidden)", row(), row("nowhere.jpg")
+)
 metadata("text of another type", "uncaptioned bad.jpg", row(text={"a": "bad"}))
 metadata("some texts of other types", "used", row(text=[1, None, "bad", ""]))
 metadata(
@@ -374,6 +385,11 @@ index(
 index("missing tar", "error y.tar does not exist", name="y.tar")
 index("name outside the folder", NO_INDEX, name="../x.tar")
 index("name that is a number", NO_INDEX, name=3)
+case(
+    "index.jsonl: a tar in two lines",
+    "error index.jsonl line 2 is no line of an index ('x.tar' is in two lines)",
+    lambda folder: (pack(folder, *GOOD), put(folder, ("index.jsonl", b'{"name": "x.tar", "bytes": 1}\n' * 2))),
+)
 index("negative number", NO_INDEX, samples=[["bad", -512, 3, *REST]])
 index("enormous number", NO_INDEX, samples=[["bad", 512, 10**30, *REST]])
 index("infinite number", NO_INDEX, samples=[["bad", float("inf"), 3, *REST]])
@@ -522,16 +538,17 @@ def test_bad_input_has_the_expected_outcome(name, tmp_path, tokenizer, bounded):
         return
     names = {name for batch in batches for name in batch.skipped}
     found = {"skipped": names, "uncaptioned": source.uncaptioned, "cut": source.truncated}
+    refused = [f"refused {line.removeprefix(f'{folder}/')}" for line in source.refused]
     seen = {text: image.numpy() for batch in batches for text, image in zip(batch.captions, batch.images, strict=True)}
     reports = [f"{kind} {name.removeprefix(f'{folder}/')}" for kind, names in found.items() for name in names]
     if caption in seen:
         reports.append("used")
-    assert ", ".join(reports) == outcome
+    assert ", ".join(reports + refused) == outcome
     assert seen.keys() <= {caption, "good"}
-    if "used" in outcome and not source.has_latents:
+    if caption in seen and not source.has_latents:
         bucket = seen[caption].shape[:2]
         expected, _ = fit(picture, resized(picture.size[::-1], bucket), bucket, flip=False)
         assert np.abs(seen[caption].astype(float) - expected).mean() < 9
     tokenize([tokenizer], list(seen))
-    " ".join(reports).encode()  # raises if they cannot be printed
+    " ".join(reports + refused).encode()  # raises if they cannot be printed
     assert not Path("attacked").exists()

@@ -59,6 +59,27 @@ def test_order_is_a_function_of_seed_and_number():
         assert draw(Order(bucket, 3, 0), 60 - start, start) == whole[start:]
 
 
+def test_no_two_purposes_share_a_generator(monkeypatch):
+    """NumPy takes [3, 1] for [3, 1, 0]: epoch 1 would draw as round 0 of part 1."""
+    states, make = Counter(), np.random.default_rng
+
+    def recorded(entropy: list[int]) -> np.random.Generator:
+        states[tuple(np.random.SeedSequence(entropy).generate_state(4))] += 1
+        return make(entropy)
+
+    monkeypatch.setattr("numpy.random.default_rng", recorded)
+    order = Order(np.zeros(12, int), 1, 3, np.repeat([0, 1, 2], 4), (0.25, 0.25, 0.5))
+    drawn = [order.epoch(number) for number in range(6)]
+    assert sum(states.values()) > 6 * 3
+    rounds = {(part, r) for part, share in enumerate(order.shares) for r in range(int(6 * 12 * share / 4 + 0.99))}
+    assert len(states) == 6 + len(rounds)
+    assert all(len(epoch) == 12 for epoch in drawn)
+
+
+def test_the_order_without_a_mixture_is_that_of_earlier_versions():
+    assert Order(np.zeros(8, int), 1, 5).epoch(2).tolist() == np.random.default_rng([5, 2]).permutation(8).tolist()
+
+
 def test_epochs_differ_and_are_even():
     samples = [n for _, (n,) in draw(Order(np.zeros(30, int), 1, 0), 3000)]
     epochs = [samples[i : i + 30] for i in range(0, 3000, 30)]

@@ -156,6 +156,20 @@ def test_hidden_states_are_those_of_the_encoders(script, tiny_model, tagged, tmp
     assert index.text_signature == pytest.approx(denoiser.text_signature(), abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("captions", "text", "kept"), [("abcde", 4, "abcde"), ("abc", 4, "abc"), ("aab", 1, "aab"), ("a", 3, "a")]
+)
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_every_caption_keeps_its_share_of_the_variants(script, tiny_model, photos, tmp_path, captions, text, kept, shuffle):
+    shutil.copy(photos / "photo0.jpg", tmp_path / "a.jpg")
+    (tmp_path / "a.txt").write_text("\n".join(f"{c}, {c}, {c}" for c in captions))
+    options = ["--model", tiny_model, "--device", "cpu", "--workers", 0, "--text", text, *["--shuffle-tags"] * shuffle]
+    script("scripts/cache_latents.py", tmp_path, *options, "--out", tmp_path / "latents")
+    raw = open_source(str(tmp_path / "latents")).read_sample(0)
+    assert [caption[0] for caption in raw.captions] == list(kept)
+    assert len(unpack_text(raw.image)[0]) == len(kept)
+
+
 def test_training_on_cached_text_equals_training_on_the_captions(train, script, tiny_model, tagged, tmp_path):
     options = ["--model", tiny_model, "--device", "cpu", "--bucket-step", 16, "--workers", 0]
     script("scripts/cache_latents.py", tagged, *options, "--out", tmp_path / "latents", "--text", 1)

@@ -34,6 +34,20 @@ def test_prefix_and_dropout():
     assert 0.2 < seen.count("") / 2000 < 0.3
 
 
+@pytest.mark.parametrize(
+    ("prefix", "shuffle_tags", "wanted"),
+    [
+        ("nrt", False, "nrt a, b"), ("nrt ", False, "nrt a, b"), ("nrt, ", False, "nrt, a, b"), ("nrt:", False, "nrt:a, b"),
+        ("«nrt»", False, "«nrt»a, b"), ("", False, "a, b"), ("nrt", True, "nrt, a, b"), ("x, nrt", True, "x, nrt, a, b"),
+        ("nrt style, ", True, "nrt style, a, b"), ("", True, "a, b"),
+    ],
+)  # fmt: skip
+def test_a_prefix_is_a_word_or_kept_tags_in_front(prefix, shuffle_tags, wanted):
+    config = CaptionConfig(caption_prefix=prefix, shuffle_tags=shuffle_tags)
+    seen = set(chosen(config, ["a, b"]))
+    assert seen == ({wanted, wanted.removesuffix("a, b") + "b, a"} if shuffle_tags else {wanted})
+
+
 def test_options_do_not_change_the_random_draws():
     """Which caption is picked, and whether it is dropped, does not depend on the other options."""
     plain = chosen(CaptionConfig(caption_dropout=0.5), ["a, b", "c, d"])

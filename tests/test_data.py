@@ -205,15 +205,16 @@ def test_a_truncated_tar_gives_every_complete_sample(shards, tmp_path, end):
 
 
 def test_the_scan_counts_what_the_stream_yields(shards, tmp_path):
-    """Also in a tar that holds samples without a caption, other files, and a caption apart from its image."""
+    """Also in a tar that holds samples without a caption, other files, and captions apart from their images."""
     with tarfile.open(shards / "photos-000000.tar") as old, tarfile.open(tmp_path / "x.tar", "w") as new:
         members = {member.name: member for member in old}
-        order = ["0000000.jpg", "0000000.txt", "0000001.jpg", "0000001.json", "0000002.jpg", "0000001.txt", "0000002.txt"]
+        order = ["0000000.jpg", "0000000.txt", "0000001.jpg", "0000001.json", "0000002.jpg", "0000001.txt"]
         for name in order:
             new.addfile(members[name], old.extractfile(name))
     source = open_source(str(tmp_path))
-    assert source.names == [source.read_sample(0).name] == ["x.tar:0000000"]
-    assert (source.samples, source.uncaptioned) == (1, ["x.tar:0000001", "x.tar:0000002"])
+    assert [source.read_sample(n).name for n in range(2)] == source.names == ["x.tar:0000000", "x.tar:0000001"]
+    assert source.read_sample(1).captions == ["picture number 1"]
+    assert (source.uncaptioned, source.others) == (["x.tar:0000002"], {".txt": 2, ".json": 1})
 
 
 @pytest.mark.parametrize(

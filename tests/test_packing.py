@@ -189,13 +189,15 @@ def test_names_and_captions_that_are_no_text(script, photos, tmp_path):
     for name in (b"a\xff.jpg", b"b\xff.jpg", b"c\xff.jpg"):
         shutil.copy(photos / "photo1.jpg", os.fsencode(folder) + b"/" + name)
     (folder / os.fsdecode(b"b\xff.jpg")).write_bytes(b"no picture")
-    rows = [{"file_name": os.fsdecode(name), "text": "half \ud83d of it"} for name in (b"a\xff.jpg", b"b\xff.jpg")]
+    texts = {b"a\xff.jpg": "a cat", b"b\xff.jpg": "a cat", b"c\xff.jpg": "half \ud83d of it"}
+    rows = [{"file_name": os.fsdecode(name), "text": text} for name, text in texts.items()]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     out, _ = script(PACK, folder, "--out", tmp_path / "out")
     assert "kept 1 images in 1 shards" in out
     assert r"refused b\xff.jpg (cannot be decoded" in out
     assert r"c\xff.jpg (no caption)" in out
-    assert open_source(str(tmp_path / "out")).read_sample(0).captions == ["half ? of it"]
+    assert r"metadata.jsonl line 3: c\xff.jpg (its caption holds half of a surrogate pair)" in out
+    assert open_source(str(tmp_path / "out")).read_sample(0).captions == ["a cat"]
 
 
 def test_shards_are_packed_anew(script, photos, tmp_path):
@@ -333,7 +335,7 @@ def test_columns_of_other_kinds(tmp_path):
     parquet.write_table(pyarrow.table({"image": ["x.jpg"], "text": [3]}), tmp_path / "c.parquet")
     ((name, nothing, captions),) = read_rows(tmp_path / "c.parquet", 0, 1)
     assert captions == []
-    with pytest.raises(ValueError, match="cannot be decoded"):
+    with pytest.raises(ValueError, match="the column image holds a path, and no such file is in"):
         pack(name, nothing, ["a"])
 
 
@@ -359,10 +361,8 @@ def test_parquet_as_data_equals_the_shards_of_make_shards(script, table, tmp_pat
     for n in range(18):
         ours, theirs = first.read_sample(n), wanted.read_sample(n)
         assert (ours.image, ours.captions) == (theirs.image, theirs.captions)
-    assert first.uncaptioned == [
-        "train.parquet:8 (cannot be decoded: no image of a known kind)",
-        "train.parquet:13 (no caption)",
-    ]
+    assert first.refused == ["train.parquet:8 (cannot be decoded: no image of a known kind)"]
+    assert first.uncaptioned == ["train.parquet:13 (no caption)"]
     monkeypatch.setattr(packing, "pack_job", None)  # the second time nothing is packed
     again = open_mixture((f"{data}:2", f"{data}:1"))
     assert (again.samples, again.uncaptioned) == (36, 2 * first.uncaptioned)
@@ -428,7 +428,7 @@ def test_a_full_disk_and_a_killed_process_are_reported(photos, tmp_path, monkeyp
     def full(*arguments) -> None:
         raise OSError(28, "No space left on device")
 
-    inputs, _ = open_inputs(str(photos))
+    inputs, *_ = open_inputs(str(photos))
     monkeypatch.setattr(packing, "pack_job", full)
     with pytest.raises(UserError, match="out cannot be written: No space left on device"):
         pack_all(inputs, tmp_path / "out", "shard", 2, 2)

@@ -1,0 +1,191 @@
+"""What every file under a folder is: here alone it is decided which are images, and which are refused or passed over."""
+
+import json
+import os
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from common.errors import UserError, printable
+from common.text import read_text
+from dataset.captions import CAPTION_KEYS, TEXT_SUFFIXES, caption_lines
+from dataset.images import IMAGE_SUFFIXES
+
+# Extensions that are named with the reason why they are not read.
+UNREAD = {
+    suffix: reason
+    for suffixes, reason in (
+        ("heic heif hif", "HEIF: pip install -r requirements-heif.txt reads it"),
+        ("jxl", "JPEG XL: make a PNG of it, for example with djxl"),
+        ("jp2 j2k jpf jpx jpm", "JPEG 2000: save it as PNG"),
+        ("psd psb xcf kra ai svg eps pdf", "a document of a drawing program: export it as PNG"),
+        ("cr2 cr3 nef arw dng orf rw2 raf", "a camera's raw data: develop it as JPEG, PNG or TIFF"),
+        ("tga pcx ppm pgm pbm pnm exr hdr ico dds qoi jxr wdp", "not read: save it as PNG"),
+        ("mp4 mov mkv webm avi", "a film: save its frames as images"),
+        ("gz tgz bz2 xz zst zip 7z rar", "compressed: unpack it"),
+        ("csv", "not read: write its rows into a metadata.jsonl with file_name and text"),
+    )
+    for suffix in suffixes.split()
+    if suffix not in IMAGE_SUFFIXES
+}
+SYSTEM_FILES = ("__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "thumbs.db",
+                "ehthumbs.db", "desktop.ini")  # fmt: skip
+OWN_FILES = ("index.jsonl", ".lock")  # that make_shards.py writes beside shards
+NO_NAME = re.compile("[\x00-\x1f\ud800-\udc7f\udd00-\udfff]")  # control characters; surrogates that encode no byte
+SPLITS = "train|training|validation|valid|val|dev|test|testing|eval|evaluation"  # those of load_dataset
+SPLIT = re.compile(rf"(?:^|[^a-z])({SPLITS})(?=[^a-z]|$)")
+REPEATS = re.compile(r"(\d+)_.")  # a folder of kohya's: 10_name
+
+
+def suffix_of(name: str) -> str:
+    """'jpg' for a.b.JPG, '' without an extension."""
+    return PurePosixPath(name).suffix.lower().removeprefix(".")
+
+
+def is_hidden(path: PurePosixPath | Path) -> bool:
+    """Whether it, or a folder that it is in, begins with a dot or is what a system leaves behind."""
+    return any(part.startswith(".") or part.lower() in SYSTEM_FILES for part in path.parts)
+
+
+def files_under(folder: Path) -> tuple[list[Path], list[str]]:
+    """(all that is no folder, sorted; folders that cannot be read, with the reason). Links are followed; a folder that can be
+    reached in several ways is read once, and not by a link if it can be helped: no loop is endless.
+    """
+    folders, seen = [folder], set()
+    links: list[Path] = []
+    files: list[Path] = []
+    unread: list[str] = []
+    while folders or links:
+        here = (folders or links).pop()
+        if (real := os.path.realpath(here)) in seen:
+            continue
+        seen.add(real)
+        try:
+            for entry in os.scandir(here):
+                is_folder = os.path.isdir(entry)  # entry.is_dir() raises in a loop of links
+                kind = (links if entry.is_symlink() else folders) if is_folder else files
+                kind.append(Path(entry.path))
+        except OSError as error:
+            unread.append(f"{printable(str(here))} ({error.strerror})")
+    return sorted(files), unread
+
+
+class Names:
+    """Files by name, in whatever Unicode normal form it is, and whatever the letter case of the extension."""
+
+    def __init__(self, files: Iterable[Path]):
+        self.exact = set(files)
+        self.normal = {self.normalise(path): path for path in self.exact}
+
+    def find(self, path: Path) -> Path | None:
+        return path if path in self.exact else self.normal.get(self.normalise(path))
+
+    def find_in(self, folder: Path, name: str) -> Path | None:
+        """The file of this relative name, also with backslashes. Raises ValueError if the name leads out of the folder."""
+        for spelling in (name, name.replace("\\", "/")):
+            path = PurePosixPath(spelling)
+            if path.is_absolute() or ".." in path.parts or NO_NAME.search(name):
+                raise ValueError(f"{name!r} is no name in this folder")
+            if found := self.find(folder / path):
+                return found
+        return None
+
+    @staticmethod
+    def normalise(path: Path) -> str:
+        return unicodedata.normalize("NFC", str(path.with_suffix(path.suffix.lower())))
+
+
+class Folder:
+    """The files under a folder by what they are; a single parquet file is a table. The lists, `refused` and `others` hold each
+    file once. Raises UserError for a metadata.jsonl that cannot be read.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.images: list[Path] = []
+        self.texts: list[Path] = []
+        self.tables, self.shards = [path] if suffix_of(path.name) == "parquet" and path.is_file() else [], []
+        self.refused: list[str] = []  # names with the reason
+        self.others: Counter[str] = Counter()  # {what they are: number} of files that are counted only
+        self.captions: dict[Path, list[str]] = defaultdict(list)  # of images, by metadata.jsonl
+        files, unread = files_under(path) if path.is_dir() else ([], [])
+        files = [file for file in files if file.name not in OWN_FILES]
+        visible = [file for file in files if not is_hidden(file.relative_to(path))]
+        self.others["hidden"], self.names = len(files) - len(visible), Names(visible)
+        self.shards = [file for file in visible if suffix_of(file.name) == "tar" and file.parent == path]
+        if not self.shards and not any(suffix_of(file.name) == "parquet" for file in visible):
+            for file in visible:
+                if file.name.lower() == "metadata.jsonl" and file.is_file():
+                    self.read_metadata(file)
+        for file in visible:
+            self.sort(file)
+        self.refused += unread
+        if self.shards or self.tables:
+            beside = "a .tar" if self.shards else "a .parquet"
+            for image in self.images:
+                self.refuse(image, f"an image beside {beside}: put images into a folder of their own")
+            self.others["texts beside them"] += len(self.texts)
+            self.images, self.texts = [], []
+
+    def sort(self, file: Path) -> None:
+        suffix, name = suffix_of(file.name), file.relative_to(self.path).as_posix().lower()
+        if file.exists() and not file.is_file():
+            self.refuse(file, "no plain file")
+        elif suffix in UNREAD:
+            self.refuse(file, UNREAD[suffix])
+        elif suffix in IMAGE_SUFFIXES or file in self.captions:
+            self.images.append(file)  # also a link to nowhere
+        elif suffix == "tar" and file not in self.shards:
+            self.refuse(file, f"shards are read from one folder: --data {file.parent}")
+        elif suffix == "parquet" and not self.shards:
+            if (SPLIT.findall(name) or ["train"])[-1].startswith("train"):
+                self.tables.append(file)
+            else:
+                self.others[".parquet of another split than train"] += 1
+        elif suffix in TEXT_SUFFIXES:
+            self.texts.append(file)
+        elif file not in self.shards:
+            self.others[f".{suffix}" if suffix else "without an extension"] += 1
+
+    def refuse(self, file: Path, reason: str) -> None:
+        self.refused.append(f"{printable(str(file))} ({reason})")
+
+    def read_metadata(self, metadata: Path) -> None:
+        """Rows {"file_name": …, "text": …} (Hugging Face imagefolder). Several rows of an image are all captions of it."""
+        try:
+            text = read_text(metadata.read_bytes())
+        except ValueError as error:
+            raise UserError(f"{metadata} is {error}") from None
+        for number, line in enumerate(text.split("\n"), 1):  # splitlines() would also split at U+2028 in a text
+            if not line.strip():
+                continue
+            where = f"{metadata} line {number}"
+            try:
+                row = json.loads(line)
+                name = os.fspath(row["file_name"])
+                texts = row[next((key for key in CAPTION_KEYS if key in row), "text")]
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise UserError(f"{where}: needs file_name and text ({error})") from None
+            try:
+                file = self.names.find_in(metadata.parent, name)
+            except ValueError as error:
+                raise UserError(f"{where}: {error}") from None
+            try:
+                if file:
+                    self.captions[file] += caption_lines(texts)
+                else:
+                    self.refused.append(printable(f"{where}: {name} (is not there, or is hidden)"))
+            except ValueError as error:
+                self.refused.append(printable(f"{where}: {name} ({error})"))
+
+    def repeats(self) -> str:
+        """What to do about kohya's folders 10_name, whose repeats and whose captions are not read; '' without any."""
+        counts = Counter(image.relative_to(self.path).parts[0] for image in self.images if image.parent != self.path)
+        repeats = {name: int(found[1]) for name in counts if (found := REPEATS.match(name))}
+        if max(repeats.values(), default=1) < 2:
+            return ""
+        weights = " ".join(f"--data '{self.path / name}:{counts[name] * n}'" for name, n in sorted(repeats.items()))
+        name = max(repeats, key=lambda name: repeats[name])
+        return printable(f"{name}/ looks like kohya's repeats, which are not read, nor its caption: use {weights}")
