@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -56,6 +56,24 @@ class Optimiser:
     def set_learning_rates(self, step: int) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rates[group["name"]] * lr_factor(step, self.steps, self.config)
+
+    def change_of_rates(self, step: int, flags: dict[str, Any]) -> list[str]:
+        """After the state of a run with `flags`, {name: value}, was loaded: the learning rates that are not at `step` what they
+        would be with those, each as 'the learning rate … goes from … to …'.
+        """
+        flags = asdict(self.config) | {"steps": self.steps} | flags
+        before = OptimiserConfig(**{spec.name: flags[spec.name] for spec in fields(OptimiserConfig)})
+        expected: dict[str, Any] = {"unet": before.lr, "text_encoder": before.text_encoder_lr}
+        last = dict(self.learning_rates())
+        self.set_learning_rates(step)
+        now = dict(self.learning_rates())
+        jumps = {
+            name: f"goes from {last[name]:.1e} to {rate:.1e}" for name, rate in now.items()
+            if rate != expected[name] * lr_factor(step, flags["steps"], before)
+        }  # fmt: skip
+        if len(jumps) == len(now) and len(set(jumps.values())) == 1:
+            return [f"the learning rate {next(iter(jumps.values()))}"]
+        return [f"the learning rate of the {name.replace('_', ' ')} {jump}" for name, jump in jumps.items()]
 
     def step(self, loss: Tensor) -> Tensor:
         """One update; none, decided on the device, if the gradient is not finite. `adapter.grad` is zero afterwards.

@@ -63,6 +63,11 @@ def last(folder, scalar: str) -> float:
     return EventAccumulator(str(events)).Reload().Scalars(scalar)[-1].value
 
 
+def visible(folder: Path) -> list[str]:
+    """Names in a folder but for the run's lock."""
+    return sorted(name for name in os.listdir(folder) if name != ".lock")
+
+
 def test_a_run_writes_weights_metadata_and_logs(train, tiny_model, shards, tmp_path):
     out, err = train("--steps", 7, "--save-every", 3, "--keep", 2, "--pictures")
     files = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
@@ -159,7 +164,7 @@ def test_a_file_that_reads_back_wrong_is_not_kept(train, tmp_path, monkeypatch):
     _, err = train("--steps", 2, status=2)
     assert "the LoRA file read back differs from the weights by 0.01, so the last one was kept" in err
     assert (tmp_path / "out/pytorch_lora_weights_1.safetensors").read_bytes() == before
-    assert len(os.listdir(tmp_path / "out")) == 2
+    assert len(visible(tmp_path / "out")) == 2
 
 
 def test_changed_options_are_shown_on_resume_and_refused_unless_overridden(train, shards, photos, tmp_path):
@@ -181,6 +186,44 @@ def test_changed_options_are_shown_on_resume_and_refused_unless_overridden(train
     assert "step 2 of" in out  # with a new loss scaler for fp16
     assert last(tmp_path / "runs", "lr/unet") == pytest.approx(1e-2)
     train("--steps", 2, "--rank", 4, "--resume", "none")
+
+
+RATES = "the learning rate goes from {} to {}"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "jump"),
+    [
+        (["--steps", 2, "--lr-schedule", "cosine"], ["--steps", 8], RATES.format("5.0e-05", "8.5e-05")),
+        (["--steps", 2, "--lr-schedule", "linear", "--warmup", 1], ["--steps", 4], RATES.format("1.0e-04", "6.7e-05")),
+        (["--steps", 2, "--warmup", 2], ["--warmup", 4, "--steps", 4], RATES.format("6.7e-05", "6.0e-05")),
+        (["--steps", 2, "--lr", 1e-3], ["--lr", 1e-3, "--text-encoder-lr", 0, "--steps", 4],
+         "the learning rate of the text encoder goes from 1.0e-03 to 0.0e+00"),
+        (["--steps", 2], ["--steps", 4], None),
+        (["--steps", 2, "--warmup", 2], ["--steps", 9], None),
+    ],
+)  # fmt: skip
+def test_a_learning_rate_that_jumps_is_shown(train, tmp_path, before, after, jump):
+    train(*before)
+    kept = [] if "--warmup" in after else [option for option in before[2:] if "--lr" not in after]
+    out, _ = train(*kept, *after, "--resume-override")
+    (line,) = [line for line in out.splitlines() if line.startswith("resume")]
+    assert (f"; {jump}" in line) if jump else ("learning rate" not in line)
+
+
+def test_a_second_run_in_the_same_folder_is_refused(train, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    hold = "import sys, time; from pathlib import Path; from common.files import lock_folder as l"
+    hold += "; lock = l('--out', Path(sys.argv[1])); print(flush=True); time.sleep(60)"
+    first = subprocess.Popen([sys.executable, "-c", hold, out], cwd=ROOT, stdout=subprocess.PIPE)
+    first.stdout.readline()
+    _, err = train("--steps", 1, status=2)
+    assert err.splitlines()[-1].startswith(f"train_lora.py: --out {out}: another run is writing there")
+    assert os.listdir(out) == [".lock"]
+    first.kill()
+    first.wait()
+    train("--steps", 1)
 
 
 def test_resuming_into_another_folder_leaves_the_first_run_alone(train, tmp_path, monkeypatch):
@@ -317,7 +360,7 @@ def test_steps_without_a_finite_loss_change_nothing_and_end_the_run(train, spoil
     (log,) = (tmp_path / "runs").iterdir()
     _, err = train(*options, "--steps", 99, "--max-bad-steps", 9, status=1)
     assert f"stopped: 10 steps in a row had no finite loss, see {log}/nonfinite-*" in err
-    assert sorted(os.listdir(tmp_path / "out")) == ["pytorch_lora_weights_2.safetensors", "state-1"]
+    assert visible(tmp_path / "out") == ["pytorch_lora_weights_2.safetensors", "state-1"]
     run = Run("", hits={"a": 3, "b": 3, "c": 2})
     assert not run.leave_out(2)  # that would leave out every sample, so they are not the cause
     assert run.leave_out(3)
@@ -599,7 +642,7 @@ def test_if_memory_runs_out_again_the_last_complete_step_is_saved(train, tmp_pat
     short({0, 1, 2})
     out, _ = train(*options, "--out", tmp_path / "none", status=71)
     assert "wrote" not in out
-    assert not os.listdir(tmp_path / "none")
+    assert not visible(tmp_path / "none")
 
 
 def test_pictures_that_run_out_of_memory_end_the_run_after_its_save(train, tmp_path, monkeypatch):
