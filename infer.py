@@ -22,7 +22,7 @@ from common.errors import UserError, one_line_errors
 from common.files import check_writable
 from common.options import MAX_SEED, check_options, option
 from common.sheets import side_by_side, stack
-from lora import merge_lora
+from lora import merge_loras
 from lora_files.deltas import Deltas, check_fit, layer_shapes
 from lora_files.read import newest_lora, read_lora, trained_on, with_strength
 from memory import DTYPES, resolve_device, resolve_precision
@@ -121,8 +121,7 @@ def main(config: InferConfig) -> None:
     for scale in config.scale:
         for name, weight in base.items():
             layers[name].weight.copy_(weight)
-        for deltas, strength in loras:
-            merge_lora(denoiser, deltas, scale * strength)
+        merge_loras(denoiser, [(deltas, scale * strength) for deltas, strength in loras])
         if config.save_merged:
             save_merged(pipe, own_scheduler, config.save_merged)
         label = "LoRA" if len(config.scale) == 1 else f"LoRA × {scale:g}"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.options import check_options, option
+from common.seeds import seed_generator
 from lora_files.deltas import Deltas, check_fit
 from performance.adamw8bit import STATE_BLOCK, spread
 
@@ -251,7 +252,7 @@ def add_lora(
     Raises UserError if --targets matches no linear layer.
     """
     model.requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seed_generator(torch.Generator(), seed)
     linears = linear_layers(model)
     modules = {}
     for name, linear in linears.items():
@@ -266,15 +267,24 @@ def add_lora(
     return Adapter(modules, dtype)
 
 
-@torch.no_grad()
 def merge_lora(model: nn.Module, deltas: Deltas, strength: float = 1.0) -> None:
-    """W += strength · (α/r) · B · A in place: summed in float32, then cast once to the dtype of W.
+    """`merge_loras` of a single one."""
+    merge_loras(model, [(deltas, strength)])
+
+
+@torch.no_grad()
+def merge_loras(model: nn.Module, loras: list[tuple[Deltas, float]]) -> None:
+    """W += strength · (α/r) · B · A of every (deltas, strength), in place: summed in float32, then cast once to the dtype of W.
 
     A convolution's W [out, in, kh, kw] is treated as [out, in·kh·kw]. Raises UserError, before any weight has changed, if
     the deltas do not fit the model.
     """
-    for name, layer in check_fit(model, deltas).items():
-        layer.weight.copy_(add_delta(layer.weight.float(), deltas[name], strength))
+    layers = {name: layer for deltas, _ in loras for name, layer in check_fit(model, deltas).items()}
+    for name, layer in layers.items():
+        weight = layer.weight.float()
+        for deltas, strength in loras:
+            weight = add_delta(weight, deltas[name], strength) if name in deltas else weight
+        layer.weight.copy_(weight)
 
 
 def add_delta(weight: Tensor, delta: tuple[Tensor, Tensor, float], strength: float) -> Tensor:

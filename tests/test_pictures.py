@@ -2,6 +2,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image, ImageFont
 from test_lora import shake
@@ -9,6 +10,7 @@ from test_lora import shake
 from common.sheets import shorten, side_by_side, stack
 from lora import LoRAConfig, add_lora
 from model.render import read_prompts, render
+from model.sdxl import SAMPLERS
 from model.vae import decode_latents
 from run.gallery import Gallery
 from run.ranks import Ranks
@@ -32,6 +34,23 @@ def test_render_equals_the_pipeline(pipe, denoiser):
     options = {"num_inference_steps": 2, "guidance_scale": 5.0, "generator": torch.Generator().manual_seed(3)}
     theirs = pipe("a cat", **options).images[0]
     assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["default", *SAMPLERS])
+def test_a_model_of_zero_terminal_snr_is_sampled_from_its_last_timestep(pipe, denoiser, name):
+    """diffusers' own pipeline with trailing timesteps gives the same picture; a model of another schedule keeps its spacing."""
+    if name != "default":
+        pipe.scheduler = SAMPLERS[name].from_config(pipe.scheduler.config)
+    ordinary = pipe.scheduler
+    draw = partial(render, pipe, denoiser.describe, partial(decode_latents, pipe.vae), ["a"], **OPTIONS)
+    draw()
+    assert pipe.scheduler is ordinary
+    pipe.scheduler = type(ordinary).from_config(ordinary.config, rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    (ours,) = draw()
+    assert pipe.scheduler.timesteps[0] == 999
+    pipe.scheduler = type(ordinary).from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    options = {"num_inference_steps": 2, "guidance_scale": 5.0, "generator": torch.Generator().manual_seed(3)}
+    assert np.abs(np.asarray(ours, int) - np.asarray(pipe("a", **options).images[0], int)).max() <= 1
 
 
 def test_gallery_shows_base_and_adapter(pipe, denoiser):

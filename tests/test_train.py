@@ -550,12 +550,9 @@ def test_long_captions_are_truncated_or_encoded_in_chunks(train, photos, tiny_mo
     out, _ = train(*options, "--max-tokens", 150, "--out", tmp_path / "b")
     assert "of the captions" not in out
     assert not equal(weights(tmp_path / "out", 7), weights(tmp_path / "b", 7))
-    train("--steps", 1, "--out", tmp_path / "c")
-    train("--steps", 1, "--out", tmp_path / "d", "--max-tokens", 225)
-    assert equal(weights(tmp_path / "c", 1), weights(tmp_path / "d", 1))  # every caption fits into one chunk
     pipe, memory = read_sdxl(str(tiny_model), torch.float32), MemoryConfig().resolved(CPU)
     short, long = (plan_memory(pipe, LoRAConfig(), memory, LATENTS_ONLY._replace(chunks=n), CPU, 2**34) for n in (1, 3))
-    assert {k[1] for q, k in long.attention if k[1] != q[1]} == {3 * 77}  # the plan is for the longest caption
+    assert {k[1] for q, k in long.attention if k[1] != q[1]} == {4 * 77}  # the plan is for what 225 tokens may need
     assert long.predicted > short.predicted
 
 
