@@ -134,9 +134,19 @@ def main(config: InferConfig) -> None:
     files_written = {f"{i}.png": image for i, image in enumerate(images, 1)}
     if len(pictures) > 1:
         files_written["compare.png"] = stack(sheets)
+    move_older_pictures(config.out)
     for name, image in files_written.items():
         image.save(config.out / name)
     print(f"pictures in {config.out}/: {', '.join(files_written)}")
+
+
+def move_older_pictures(folder: Path) -> None:
+    """Moves the pictures of an earlier call into `older` in this folder, in the place of those of the same name there."""
+    if older := [path for path in folder.glob("*.png") if path.stem.isdecimal() or path.stem == "compare"]:
+        (folder / "older").mkdir(exist_ok=True)
+        for path in older:
+            path.replace(folder / "older" / path.name)
+        print(f"older pictures are in {folder / 'older'}")
 
 
 def check_empty(flag: str, folder: Path) -> None:

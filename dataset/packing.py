@@ -16,9 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from common.errors import UserError
+from common.progress import tqdm
 from dataset.images import dhash, open_image, to_rgb
 from dataset.rows import Inputs, ParquetRows
 from dataset.shards import Shard, already_there, finish, read_index, unfinished, write_shard

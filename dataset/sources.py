@@ -10,10 +10,10 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]  # not in its stub
-from tqdm import tqdm
 
 from common.errors import UserError, printable
 from common.files import ROOT
+from common.progress import tqdm
 from dataset.disk_cache import Cache
 from dataset.images import IMAGE_SUFFIXES, MOST_BYTES
 from dataset.packing import pack_tables

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import ROOT
+from common.progress import tqdm
 from common.seeds import seed_generator
 
 DEMO_PROMPTS = ROOT / "assets/demo/prompts.txt"
