@@ -12,9 +12,11 @@ failed, or the data can no longer be read; 71 memory ran out; 1 training went wr
 command. Without data, or without memory for a gradient, the last whole step is saved.
 """
 
+import signal
 import time
 
 STARTED = time.perf_counter()  # before the imports: they are part of the wait for the first step
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # until StopRequest: Ctrl-C during an import would print its traceback
 
 import sys
 from dataclasses import dataclass, replace
@@ -87,9 +89,6 @@ class TrainConfig:
         return replace(self, lora=lora, optimiser=optimiser, memory=self.memory.resolved(device))
 
 
-# The step, in the order in which the data flows.
-
-
 class StepInputs(NamedTuple):
     """What one forward and backward pass needs, on the device, for B images of H × W pixels; h = H/8, w = W/8."""
 
@@ -103,7 +102,7 @@ class StepInputs(NamedTuple):
 
 
 class TrainStep:
-    """From the batches of a step to the gradient of A and B."""
+    """From the batches of a step to the gradient of A and B, in the order in which the data flows."""
 
     def __init__(self, config: TrainConfig, model: TrainingModel, adapter: Adapter, scaler: torch.amp.GradScaler, rank: int):
         self.model, self.adapter, self.scaler = model, adapter, scaler

@@ -728,6 +728,26 @@ def test_a_signal_ends_the_wait_for_data(train, tmp_path, monkeypatch, workers, 
     assert equal(weights(tmp_path / "out", 4), weights(tmp_path / "whole", 4))
 
 
+@pytest.mark.parametrize("seconds", [0.4, 1, 2])
+def test_ctrl_c_while_modules_are_imported_prints_nothing(tmp_path, seconds):
+    command = [
+        sys.executable,
+        "train_lora.py",
+        "--steps",
+        "9999",
+        "--out",
+        str(tmp_path / "o"),
+        "--log-dir",
+        str(tmp_path / "r"),
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode in (-signal.SIGINT, 75)
+    assert "Traceback" not in output
+
+
 def test_a_second_ctrl_c_ends_at_once():
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
