@@ -84,8 +84,7 @@ def test_a_run_writes_weights_metadata_and_logs(train, tiny_model, shards, tmp_p
         r"memory     [\d.]+ GiB for tensors: 0 of \d\d blocks checkpointed, fp32 base, batch in one piece; predicted", out
     )
     assert re.search(r"memory     measured peak [\d.]+ GiB", out + err)
-    assert "7/7" in err
-    assert "loss=" in err
+    assert "7/7" not in err  # stderr is no terminal
 
     header = read_metadata(tmp_path / "out" / files[1])
     assert header["sdxl_lora.dataset"] == open_source(str(shards)).fingerprint
@@ -127,8 +126,8 @@ def test_a_run_resumed_twice_equals_an_uninterrupted_one(train, tmp_path, optimi
     train("--steps", 6, *options)
     train("--steps", 2, *options, "--out", tmp_path / "parts")
     train("--steps", 4, *options, "--out", tmp_path / "parts", "--workers", 1)
-    out, err = train("--steps", 6, *options, "--out", tmp_path / "parts")
-    assert "4/6" in err  # resumed at step 4
+    out, _ = train("--steps", 6, *options, "--out", tmp_path / "parts")
+    assert "resume     step 4 of" in out
     assert equal(weights(tmp_path / "parts", 6), weights(tmp_path / "out", 6))
     assert not equal(weights(tmp_path / "parts", 4), weights(tmp_path / "out", 6))
     uninterrupted, resumed = (find_state("auto", tmp_path / name)[1] for name in ("out", "parts"))
@@ -676,7 +675,7 @@ def test_a_signal_saves_and_the_same_command_resumes(train, tiny_model, shards, 
     command = ["--model", tiny_model, "--data", shards, "--rank", 2, *options, "--steps", 5000, *folders]
     output = tmp_path / "output"
     process = Forked("train_lora.py", *command, output=output)
-    while not (output.exists() and "loss=" in output.read_text()):
+    while not (output.exists() and "two steps done" in output.read_text()):
         assert process.poll() is None
         time.sleep(0.01)
     for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
@@ -686,7 +685,7 @@ def test_a_signal_saves_and_the_same_command_resumes(train, tiny_model, shards, 
     assert process.poll() == 75, out
     assert "Traceback" not in out
     step = int(re.search(r"weights_(\d+)\.safetensors: stopped by a signal, the same", out)[1])
-    assert 10 <= step < 5000
+    assert 2 <= step < 5000
     out, _ = train("--steps", step + 2, *options)
     assert f"step {step} of" in out
     train("--steps", step + 2, *options, "--out", tmp_path / "whole", "--workers", 0)
