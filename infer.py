@@ -21,7 +21,7 @@ from common.errors import UserError, one_line_errors
 from common.files import check_writable
 from common.options import MAX_SEED, check_options, option
 from common.sheets import side_by_side, stack
-from lora import merge_lora
+from lora import merge_loras
 from lora_files.deltas import Deltas, check_fit, layer_shapes
 from lora_files.read import newest_lora, read_lora, trained_on, with_strength
 from memory import DTYPES, resolve_device, resolve_precision
@@ -120,8 +120,7 @@ def main(config: InferConfig) -> None:
     for scale in config.scale:
         for name, weight in base.items():
             layers[name].weight.copy_(weight)
-        for deltas, strength in loras:
-            merge_lora(denoiser, deltas, scale * strength)
+        merge_loras(denoiser, [(deltas, scale * strength) for deltas, strength in loras])
         if config.save_merged:
             save_merged(pipe, own_scheduler, config.save_merged)
         label = "LoRA" if len(config.scale) == 1 else f"LoRA × {scale:g}"
@@ -134,9 +133,19 @@ def main(config: InferConfig) -> None:
     files_written = {f"{i}.png": image for i, image in enumerate(images, 1)}
     if len(pictures) > 1:
         files_written["compare.png"] = stack(sheets)
+    move_older_pictures(config.out)
     for name, image in files_written.items():
         image.save(config.out / name)
     print(f"pictures in {config.out}/: {', '.join(files_written)}")
+
+
+def move_older_pictures(folder: Path) -> None:
+    """Moves the pictures of an earlier call into `older` in this folder, in the place of those of the same name there."""
+    if older := [path for path in folder.glob("*.png") if path.stem.isdecimal() or path.stem == "compare"]:
+        (folder / "older").mkdir(exist_ok=True)
+        for path in older:
+            path.replace(folder / "older" / path.name)
+        print(f"older pictures are in {folder / 'older'}")
 
 
 def check_empty(flag: str, folder: Path) -> None:

@@ -17,6 +17,7 @@ from data import Workload
 from lora import LoRAConfig, add_lora
 from model.load import Pipeline
 from model.sdxl import Denoiser, blueprint, text_shapes
+from model.text import most_chunks
 from model.vae import ENCODING, vae_dtype
 from performance.adamw8bit import bytes_per_trained
 from performance.checkpointing import block_names, checkpoint_blocks, compile_blocks
@@ -185,7 +186,7 @@ def plan_memory(
     adapter = add_lora(denoiser, lora, denoiser.unused, dtype=memory.dtype)
     trained = adapter.flat.numel() * bytes_per_trained(memory.optimizer, memory.dtype)
     use_fast_kernels(denoiser.unet, stand_in_kernel)
-    text = text_shapes(denoiser, workload.batch, workload.chunks)
+    text = text_shapes(denoiser, workload.batch, most_chunks(75 * workload.chunks))
     costs = dry_run(denoiser, block_names(denoiser), text, workload.resolution // pipe.vae_scale_factor)
     fixed = {base: unpacked - saved.get(base, 0) + trained for base in possible_bases(memory, device)}
     vae_image = 0 if workload.has_latents else ENCODING * workload.resolution**2 * vae.itemsize

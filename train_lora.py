@@ -12,9 +12,11 @@ failed, or the data can no longer be read; 71 memory ran out; 1 training went wr
 command. Without data, or without memory for a gradient, the last whole step is saved.
 """
 
+import signal
 import time
 
 STARTED = time.perf_counter()  # before the imports: they are part of the wait for the first step
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # until StopRequest: Ctrl-C during an import would print its traceback
 
 import sys
 from dataclasses import dataclass, replace
@@ -26,6 +28,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.options import MAX_SEED, check_options, flat_options, option, resume_policies
+from common.seeds import seed_generator, seed_of
 from data import Batch, DataConfig, Loader, Stream, open_data
 from dataset.captions import CaptionConfig
 from lora import Adapter, LoRAConfig, add_lora
@@ -43,7 +46,7 @@ from run.gallery import Gallery, GalleryConfig
 from run.optimiser import Optimiser, OptimiserConfig
 from run.ranks import RanksConfig, join_ranks, leave_ranks
 from run.report import LOG_EVERY, Report, ReportConfig
-from run.setup import TrainingModel, check_together, seed_of
+from run.setup import TrainingModel, check_together
 from run.stop import StopRequest, Upcoming
 
 
@@ -86,9 +89,6 @@ class TrainConfig:
         return replace(self, lora=lora, optimiser=optimiser, memory=self.memory.resolved(device))
 
 
-# The step, in the order in which the data flows.
-
-
 class StepInputs(NamedTuple):
     """What one forward and backward pass needs, on the device, for B images of H × W pixels; h = H/8, w = W/8."""
 
@@ -102,7 +102,7 @@ class StepInputs(NamedTuple):
 
 
 class TrainStep:
-    """From the batches of a step to the gradient of A and B."""
+    """From the batches of a step to the gradient of A and B, in the order in which the data flows."""
 
     def __init__(self, config: TrainConfig, model: TrainingModel, adapter: Adapter, scaler: torch.amp.GradScaler, rank: int):
         self.model, self.adapter, self.scaler = model, adapter, scaler
@@ -129,7 +129,7 @@ class TrainStep:
     def inputs(self, batch: Batch, step: int, index: int) -> StepInputs:
         """Batch `index` of a step on the device, with its random numbers: a function of (seed, rank, step, index)."""
         device, shape = self.model.device, self.model.latent_shape(batch)
-        self.generator.manual_seed(seed_of(self.seed, self.rank, step, index))
+        seed_generator(self.generator, seed_of(self.seed, self.rank, step, index))
         posterior_noise = torch.randn(shape, generator=self.generator, device=device)
         noise, timesteps = self.diffusion.draw(shape, self.generator)
         images = to_device(batch.images, device)

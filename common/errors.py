@@ -3,6 +3,8 @@
 A bug keeps its traceback. How a training run ends otherwise is in run/ending.py.
 """
 
+import os
+import select
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -54,14 +56,35 @@ def warn_of(program: str, error: UserError) -> None:
     warn(f"{program}: {printable(' '.join(str(error).split()))}")
 
 
+def reader_is_gone() -> bool:
+    """Whether the reader of our output has closed it, as `| head` does. What is left of it is then dropped."""
+    poll = select.poll()
+    for number in (1, 2):
+        poll.register(number, 0)  # 0: only errors, among them that nobody can read
+    closed = [number for number, _ in poll.poll(0)]
+    for number in closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    return bool(closed)
+
+
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """Wraps the body of a script: a UserError ends it with one line and status 2, Ctrl-C with status 130."""
+    """Wraps the body of a script: a UserError ends it with one line and status 2, Ctrl-C with status 130, and a reader of its
+    output who is gone with status 141, without a line. Under torchrun the first process alone says that it was interrupted.
+    """
     try:
-        yield
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # here, where it may still fail
+    except BrokenPipeError:
+        if not reader_is_gone():  # another pipe: a bug
+            raise
+        sys.exit(128 + 13)  # as a program that SIGPIPE has ended
     except UserError as error:
         warn_of(program, error)
         sys.exit(2)
     except KeyboardInterrupt:
-        warn(f"{program}: interrupted")
+        if os.environ.get("RANK", "0") == "0":
+            warn(f"{program}: interrupted")
         sys.exit(130)

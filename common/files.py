@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 from common.errors import UserError, warn
 
@@ -59,6 +59,24 @@ def check_writable(flag: str, folder: Path) -> None:
         (folder / ".writable").unlink()
     except OSError as error:
         raise UserError(f"{flag} {folder} cannot be written: {error.strerror}") from None
+
+
+def lock_folder(flag: str, folder: Path) -> IO:
+    """Locks a folder until the file that this returns is closed, or the process ends in whatever way.
+
+    A POSIX record lock on the file `.lock` in it: it also holds between hosts on NFS, and no forked worker inherits it. Where
+    the file system has no locks it warns. Raises UserError naming `flag` if another process has the lock.
+    """
+    import fcntl  # not on Windows
+
+    lock = (folder / ".lock").open("a")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # POSIX allows both
+        raise UserError(f"{flag} {folder}: another run is writing there: wait for its end, or use another {flag}") from None
+    except OSError as error:
+        warn(f"{flag} {folder} cannot be locked ({error.strerror}): let no other run write there")
+    return lock
 
 
 class TolerantWriter:

@@ -16,9 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from common.errors import UserError
+from common.progress import tqdm
 from dataset.captions import caption_lines
 from dataset.images import dhash, open_image, to_rgb, upright
 from dataset.rows import Inputs, ParquetRows

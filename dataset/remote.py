@@ -19,9 +19,9 @@ from typing import TypeVar
 from urllib.parse import quote, unquote
 
 import fsspec
-from tqdm import tqdm
 
 from common.errors import UserError
+from common.progress import tqdm
 from dataset.disk_cache import Cache
 from dataset.folder import UNREAD, suffix_of
 from dataset.shards import INDEX, Shard, read_lines, survey

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]  # not in its stub
-from tqdm import tqdm
 
 from common.errors import UserError, printable
 from common.files import ROOT
+from common.progress import tqdm
 from dataset.captions import TEXT_SUFFIXES
 from dataset.disk_cache import Cache
 from dataset.folder import Folder, Names

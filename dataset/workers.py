@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from typing import Any
 
-from tqdm import tqdm
-
+from common.progress import tqdm
 from common.signals import blocked_signals
 
 Tick = Callable[[], None]  # moves the progress bar by one image

@@ -9,6 +9,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from common.errors import UserError
+from common.errors import UserError, printable, warn
 from lora_files.deltas import Deltas
 from lora_files.names import kohya_name
 
@@ -52,12 +53,36 @@ def trained_on(path: Path) -> str:
     return model
 
 
+def training_steps(path: Path) -> tuple[int, int]:
+    """The step in the header of a LoRA file and that in its name, the last number that is a word of its own; -1: none.
+
+    The first is the second if the header has none, or is not readable.
+    """
+    numbers = re.findall(r"(?<![^\W_])(?:step)?(\d+)(?![^\W_])", path.stem)
+    in_name = int(numbers[-1]) if numbers else -1
+    with suppress(UserError):
+        metadata = read_metadata(path)
+        for value in (metadata.get("sdxl_lora.step", ""), metadata.get("ss_steps", "")):
+            if value.isdecimal():
+                return int(value), in_name
+    return in_name, in_name
+
+
 def newest_lora(path: Path) -> Path:
-    """`path` if it is a file; if it is a folder, the newest .safetensors file in it. Raises UserError if there is none."""
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"), key=lambda file: file.stat().st_mtime)
+    """`path` if it is a file; if it is a folder, the .safetensors file in it with the highest step, of several the last one.
+
+    Warns if another was written later, since copying changes times. Raises UserError if there is none.
+    """
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     if not files:
         raise UserError(f"--lora {path}: no .safetensors file there (train one with train_lora.py)")
-    return files[-1]
+    written = {file: file.stat().st_mtime_ns for file in files}
+    steps = {file: training_steps(file) if len(files) > 1 else (-1, -1) for file in files}
+    newest, latest = max(files, key=lambda file: (steps[file], written[file])), max(files, key=written.__getitem__)
+    if written[latest] > written[newest]:
+        taken, later = (f"{file.name} (step {max(steps[file])})" for file in (newest, latest))
+        warn(printable(f"--lora {path}: took {taken}, although {later} was written later: name the file if you mean that"))
+    return newest
 
 
 def with_strength(lora: str) -> tuple[Path, float]:

@@ -4,14 +4,16 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import ROOT
+from common.progress import tqdm
+from common.seeds import seed_generator
 from common.text import read_text
 
 DEMO_PROMPTS = ROOT / "assets/demo/prompts.txt"
@@ -59,13 +61,22 @@ def render(
     `describe`: (prompt, negative prompt) -> arguments of the pipeline. `decode`: latents [B, 4, h, w] -> pixels [B, 3, 8h, 8w]
     in [-1, 1]. `label`: title of the progress bar; without it there is none.
     """
-    images = []
+    images, pipe.scheduler = [], from_last_timestep(pipe.scheduler)
     for i, prompt in enumerate(tqdm(prompts, desc=label, unit="img", leave=False, disable=not label)):
-        generator = torch.Generator("cpu").manual_seed(seed + i)
+        generator = seed_generator(torch.Generator("cpu"), seed + i)
         options = {"num_inference_steps": steps, "guidance_scale": guidance, "height": size, "width": size}
         latents = pipe(**describe(prompt, negative), generator=generator, output_type="latent", **options).images
         images.append(to_image(decode(latents)[0]))
     return images
+
+
+def from_last_timestep(scheduler: Any) -> Any:
+    """The scheduler; if ᾱ of its last timestep is 0, so that sampling has to begin at pure noise, with "trailing" timesteps
+    (Lin et al. 2023, arXiv:2305.08891). "leading", SDXL's own, never visits the last one.
+    """
+    if scheduler.alphas_cumprod[-1] > 1e-6 or scheduler.config.get("timestep_spacing") == "trailing":
+        return scheduler
+    return type(scheduler).from_config(scheduler.config, timestep_spacing="trailing")
 
 
 def to_image(pixels: Tensor) -> Image.Image:

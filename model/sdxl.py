@@ -87,11 +87,12 @@ class Denoiser(nn.Module):
         last = self.text_encoder.config.num_hidden_layers - 1
         return [f"text_encoder.{text_model}encoder.layers.{last}." for text_model in ("", "text_model.")]
 
-    def encode_text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_text(self, tokens: Tensor, *, zero_empty: bool = True) -> tuple[Tensor, Tensor]:
         """tokens [B, 2, 77·n] -> context [B, 77·n, d1 + d2], pooled [B, d2].
 
         Every chunk of 77 goes through the encoders by itself; pooled is that of the first, as A1111, ComfyUI and kohya have it.
-        An empty caption gives zeros if the model was trained so (`force_zeros_for_empty_prompt`), as in diffusers' guidance.
+        An empty caption gives zeros if the model was trained so (`force_zeros_for_empty_prompt`), as in diffusers' guidance;
+        with `zero_empty=False` what the encoders make of it.
         """
         trained = any(p.requires_grad for m in (self.text_encoder, self.text_encoder_2) for p in m.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
@@ -101,7 +102,7 @@ class Denoiser(nn.Module):
             context = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
             context = context.view(len(tokens), tokens.shape[2], -1)
             pooled = second.text_embeds[:: chunks.shape[2]]
-            if self.zero_empty:
+            if self.zero_empty and zero_empty:
                 captioned = (chunks != self.empty.to(chunks.device)[:, :, None]).any(dim=(1, 2, 3)).to(pooled.dtype)
                 context, pooled = context * captioned[:, None, None], pooled * captioned[:, None]
         return context, pooled
@@ -121,14 +122,13 @@ class Denoiser(nn.Module):
         return context.cpu(), pooled.cpu()
 
     @torch.no_grad()
-    def describe(self, prompt: str, negative: str | None) -> dict[str, str | Tensor | None]:
-        """Arguments of diffusers' pipeline for a prompt and its negative: the texts; or, if one of them has more than 75
-        tokens, their context and pooled, both in as many chunks as the longer one needs.
+    def describe(self, prompt: str, negative: str | None) -> dict[str, Tensor]:
+        """Arguments of diffusers' pipeline for a prompt and its negative: context and pooled, in as many chunks as the longer
+        one needs. As in diffusers an empty text is encoded; None gives zeros if the model was trained so.
         """
-        tokens = tokenize(self.tokenizers, [prompt, negative or ""], None).to(self.text_encoder.device)
-        if tokens.shape == (2, *self.empty.shape[1:]):
-            return {"prompt": prompt, "negative_prompt": negative}
-        (context, pooled), (negative_context, negative_pooled) = (self.encode_text(row) for row in tokens.split(1))
+        texts = tokenize(self.tokenizers, [prompt, negative or ""], None).to(self.text_encoder.device).split(1)
+        context, pooled = self.encode_text(texts[0], zero_empty=False)
+        negative_context, negative_pooled = self.encode_text(texts[1], zero_empty=negative is None)
         return {
             "prompt_embeds": context, "pooled_prompt_embeds": pooled,
             "negative_prompt_embeds": negative_context, "negative_pooled_prompt_embeds": negative_pooled,

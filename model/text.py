@@ -1,5 +1,6 @@
 """Captions -> tokens of both text encoders, in chunks of 75."""
 
+import math
 from collections import Counter
 
 import torch
@@ -12,27 +13,34 @@ BACKTRACK = 20  # tokens: A1111's default "comma_padding_backtrack"
 def split_tokens(tokenizer: CLIPTokenizer, captions: list[str], max_tokens: int | None) -> list[tuple[list, list[int]]]:
     """For each caption (its chunks of up to 75 tokens, what is cut off beyond `max_tokens`), without BOS, EOS and padding.
 
-    None: as many chunks as it takes. Where another follows, a chunk ends after the last comma of its last 20 tokens, so that
-    no tag is torn: A1111's modules/sd_hijack_clip.py, tokenize_line.
+    None: nothing is cut. Where another follows, a chunk ends after the last comma of its last 20 tokens, so that no tag is
+    torn: A1111's modules/sd_hijack_clip.py, tokenize_line. So a caption may take more chunks than its tokens would fill.
     """
     room, comma, split = tokenizer.model_max_length - 2, tokenizer.convert_tokens_to_ids(",</w>"), []
-    for rest in tokenizer(captions, add_special_tokens=False).input_ids:
+    for tokens in tokenizer(captions, add_special_tokens=False).input_ids:
         chunks: list[list[int]] = []
-        while len(rest) > room and (max_tokens is None or (len(chunks) + 1) * room < max_tokens):
+        rest = tokens[:max_tokens]
+        while len(rest) > room:
             ends = [i + 1 for i in range(room - BACKTRACK, room + 1) if rest[i] == comma]
             end = min(room, max(ends, default=room))
             chunks, rest = [*chunks, rest[:end]], rest[end:]
-        split.append(([*chunks, rest[:room]], rest[room:]))
+        split.append(([*chunks, rest], tokens[len(tokens[:max_tokens]) :]))
     return split
 
 
+def most_chunks(max_tokens: int, room: int = 75) -> int:
+    """Of the captions of at most `max_tokens`: if each chunk but the last ends at a comma as early as it may."""
+    return 1 + math.ceil(max(0, max_tokens - room) / (room - BACKTRACK + 1))
+
+
 def tokenize(tokenizers: list[CLIPTokenizer], captions: list[str], max_tokens: int | None = 75) -> Tensor:
-    """captions -> tokens [B, 2, 77·n] int64, one row for each text encoder, in as many chunks n as the longest caption needs.
+    """captions -> tokens [B, 2, 77·n] int64, one row for each text encoder. n is what `max_tokens` may need, so that the
+    context of a caption does not depend on the others; None: what the longest caption needs.
 
     Each chunk has its own BOS and EOS, and the padding of its tokenizer; `max_tokens` as in `split_tokens`.
     """
     split = [[chunks for chunks, _ in split_tokens(t, captions, max_tokens)] for t in tokenizers]
-    n = max(len(chunks) for captioned in split for chunks in captioned)
+    n = most_chunks(max_tokens) if max_tokens else max(len(chunks) for captioned in split for chunks in captioned)
     rows = [
         [close_chunks(t, chunks + [[]] * (n - len(chunks))) for chunks in captioned]  # of nothing: an empty caption's
         for t, captioned in zip(tokenizers, split, strict=True)

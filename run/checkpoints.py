@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from common.errors import UserError
-from common.files import TolerantWriter, check_writable, suite_sources, write_atomically
+from common.files import TolerantWriter, check_writable, lock_folder, suite_sources, write_atomically
 from common.options import Resume, check_options, option
 from dataset.sources import Source
 from lora import Adapter
@@ -102,7 +102,13 @@ class Checkpoints:
         self.state: Path | None = None  # folder of the state that was loaded
 
     def start_or_resume(self, log_dir: str) -> Run:
-        """The beginning of a run with its log in `log_dir`, or what a saved state left. Rank 0 looks for the state."""
+        """The beginning of a run with its log in `log_dir`, or what a saved state left. Rank 0 looks for the state.
+
+        From here on no other run can write to --out. Raises UserError if one does, or if --out cannot be written.
+        """
+        if self.ranks.is_first:
+            check_writable("--out", self.config.out)
+            self.lock = lock_folder("--out", self.config.out)
         found = self.ranks.broadcast(self.find() if self.ranks.is_first else None)
         if not found:
             return Run(log_dir)
@@ -139,12 +145,11 @@ class Checkpoints:
 
     def prepare_out(self) -> None:
         """On rank 0: creates --out, and moves what another run has left there to a folder in it, so that this run overwrites
-        nothing of it. Raises UserError if --out cannot be written.
+        nothing of it.
         """
         if not self.ranks.is_first:
             return
         out = self.config.out
-        check_writable("--out", out)
         paths = [*find_states(out), *sorted(out.glob("pytorch_lora_weights_*"))]
         if not paths or (self.state and self.belongs_to_out(self.state)):
             return
@@ -233,15 +238,15 @@ class Checkpoints:
         not_free = ", ".join(change for name, change in flags.items() if self.policies[name] != "free")
         if not_free and not self.config.resume_override:
             raise UserError(f"{path} is of another run: {not_free}: change it back, or another --out, or --resume-override")
-        self.adapter.flat.copy_(state["lora"])
-        self.adapter.update_layers()
+        self.adapter.load(state["lora"])
         self.optimiser.load_state_dict(state)
         run = Run(**state["run"])
+        rates = self.optimiser.change_of_rates(run.step, state["made"]["flags"])
         if not self.belongs_to_out(path):
             run.saved = ()
         if not self.belongs_to_out(path) or "log_dir" in flags:
             run.log_dir = log_dir
-        changes = "".join(f"; {change}" for change in [*flags.values(), *beyond.values()])
+        changes = "".join(f"; {change}" for change in [*flags.values(), *rates, *beyond.values()])
         return run, changes + ("; no longer bit for bit" if "processes" in beyond else "")
 
 

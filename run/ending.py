@@ -64,7 +64,8 @@ def run_script(name: str, main: Callable[[T], Ending], config: type[T], descript
             ending = main(tyro.cli(config, description=description, config=(tyro.conf.OmitArgPrefixes,)))
         except Stopped:
             ending = Ending.STOPPED
-            print(ending.nothing_saved)
+            if os.environ.get("RANK", "0") == "0":
+                print(ending.nothing_saved)
         except RunFailed as error:
             ending = Ending.FAILED
             warn(str(error))

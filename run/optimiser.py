@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common.options import check_options, option
 from lora import Adapter
-from performance.adamw8bit import make_optimizer, update_scale
+from performance.adamw8bit import make_optimizer, pad_state, update_scale
 
 MAX_GRAD_NORM = 1.0
 
@@ -57,6 +57,24 @@ class Optimiser:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rates[group["name"]] * lr_factor(step, self.steps, self.config)
 
+    def change_of_rates(self, step: int, flags: dict[str, Any]) -> list[str]:
+        """After the state of a run with `flags`, {name: value}, was loaded: the learning rates that are not at `step` what they
+        would be with those, each as 'the learning rate … goes from … to …'.
+        """
+        flags = asdict(self.config) | {"steps": self.steps} | flags
+        before = OptimiserConfig(**{spec.name: flags[spec.name] for spec in fields(OptimiserConfig)})
+        expected: dict[str, Any] = {"unet": before.lr, "text_encoder": before.text_encoder_lr}
+        last = dict(self.learning_rates())
+        self.set_learning_rates(step)
+        now = dict(self.learning_rates())
+        jumps = {
+            name: f"goes from {last[name]:.1e} to {rate:.1e}" for name, rate in now.items()
+            if rate != expected[name] * lr_factor(step, flags["steps"], before)
+        }  # fmt: skip
+        if len(jumps) == len(now) and len(set(jumps.values())) == 1:
+            return [f"the learning rate {next(iter(jumps.values()))}"]
+        return [f"the learning rate of the {name.replace('_', ' ')} {jump}" for name, jump in jumps.items()]
+
     def step(self, loss: Tensor) -> Tensor:
         """One update; none, decided on the device, if the gradient is not finite. `adapter.grad` is zero afterwards.
 
@@ -85,6 +103,10 @@ class Optimiser:
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """`state`: tensors on the CPU. One of an older commit, whose tensors were not padded, is padded in place."""
+        groups = self.adapter.filled().split([len(p) for p in self.adapter.groups.values()])
+        for index, filled in enumerate(groups):
+            pad_state(state["optimizer"]["state"].get(index, {}), filled)
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:  # empty if the run so far was not in fp16
             self.scaler.load_state_dict(state["scaler"])

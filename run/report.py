@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from common.errors import warn, warn_of
 from common.files import TolerantWriter, check_writable
 from common.options import check_options, option
+from common.progress import tqdm
 from data import Loader, Stream
 from memory import memory_in_use, peak_memory
 from performance.memory_plan import Plan
@@ -85,7 +85,7 @@ class Report:
     def summary(self, stream: Stream, plan: Plan, checkpoints: Checkpoints) -> dict[str, str]:
         """{name: what the run is about to do}, in the order of printing; "" is left out."""
         flags, source = checkpoints.flags, stream.source
-        total, trained, layers = self.model.parameter_count, self.adapter.flat.numel(), len(self.adapter.modules)
+        total, trained, layers = self.model.parameter_count, self.adapter.parameter_count, len(self.adapter.modules)
         processes, samples = self.ranks.world, self.samples_per_step
         epochs = self.steps * samples / source.samples
         launching = "every kernel launched" if self.graphed.eager else "CUDA graph"
@@ -138,7 +138,7 @@ class Report:
         for name, value in scalars.items():
             self.log.add_scalar(name, value, self.run.step)
         checks = {"checksum": self.adapter.checksum(), "recorded_again": self.graphed.recorded_again}
-        self.watchdog.see(scalars | checks)
+        self.watchdog.see(scalars | self.meter.largest_norms | checks)
         return spoilt
 
     def saved(self, error: float | None) -> None:
@@ -183,6 +183,7 @@ class Meter:
         self.groups = groups
         self.losses, self.norms = torch.zeros(most, device=device), torch.zeros(most, len(groups), device=device)
         self.shares: list[float] = []  # of every reading
+        self.largest_norms: dict[str, float] = {}  # of each group, over the steps of the last reading
         self.restart()
 
     def restart(self) -> None:
@@ -196,18 +197,20 @@ class Meter:
         self.steps, self.waited = self.steps + 1, self.waited + waited
 
     def read(self, images_per_step: int, scale: float) -> tuple[dict[str, float], list[bool]]:
-        """({name: value for the log}, for each step whether it was spoilt). The loss is the mean of the finite ones; what was
-        waited is this rank's; images are those of all.
+        """({name: value for the log}, for each step whether it was spoilt). The loss is the mean of the finite ones, the norms
+        are of the last step, what was waited is this rank's; images are those of all.
         """
-        losses, norms = self.losses[: self.steps].tolist(), self.norms[: self.steps].norm(dim=1).tolist()
-        largest = self.norms[: self.steps].amax(dim=0).tolist()
+        of_groups = self.norms[: self.steps]
+        losses, norms = self.losses[: self.steps].tolist(), of_groups.norm(dim=1).tolist()
+        names = [f"grad_norm/{name}" for name in self.groups]
+        self.largest_norms = dict(zip(names, of_groups.amax(dim=0).tolist(), strict=True))
         finite, seconds = list(filter(math.isfinite, losses)), time.perf_counter() - self.since
         self.shares.append(self.waited / seconds)
         spoilt = not_finite(losses, norms, scale)
         scalars = {
             "loss": sum(finite) / len(finite) if finite else math.nan,
             "grad_norm": norms[-1],
-            **dict(zip((f"grad_norm/{name}" for name in self.groups), largest, strict=True)),
+            **dict(zip(names, of_groups[-1].tolist(), strict=True)),
             "images_per_second": self.steps * images_per_step / seconds,
             "seconds_per_step": seconds / self.steps,
             "steps": self.steps,

@@ -1,7 +1,5 @@
 """SDXL on the training device, and checks that cached data was made by it."""
 
-import random
-
 import torch
 from torch import Tensor
 
@@ -16,11 +14,6 @@ from model.text import CachedText, TokenInputs
 from model.vae import encode_pixels, normalise, same_signature, sample_latents, vae_dtype, vae_signature
 from performance.memory_plan import Plan
 from performance.quantise import PACKED_BASES, check_quantisable, quantise_base
-
-
-def seed_of(*parts: int) -> int:
-    """63 random bits that are a function of (seed, rank, step, …)."""
-    return random.Random(str(parts)).getrandbits(63)
 
 
 def check_together(source: Source, pipe: Pipeline, name: str, captions: CaptionConfig, has_text: bool) -> None:

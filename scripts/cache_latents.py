@@ -27,7 +27,8 @@ import numpy as np
 import torch
 import tyro
 from torch.utils.data import Dataset
-from tqdm import tqdm
+
+from common.progress import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.errors import UserError, one_line_errors

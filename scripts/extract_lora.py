@@ -23,7 +23,8 @@ import torch.nn.functional as F
 import tyro
 from safetensors import safe_open
 from torch import Tensor
-from tqdm import tqdm
+
+from common.progress import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.errors import UserError, one_line_errors

@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.errors import UserError, one_line_errors, printable
 from common.files import check_writable, write_atomically
-from common.sheets import shorten
+from common.sheets import lettering, shorten
 from lora_files.base_weights import model_shapes
 from lora_files.compatibility import COMPONENT_LABELS, RULES, LoraFile, verdict
 from lora_files.deltas import delta_svd
@@ -168,8 +168,8 @@ def draw_norms(blocks: dict[str, Block], title: str) -> Image.Image:
     width = LABEL + 2 * (BAR + NUMBER)
     image = Image.new("RGB", (width, TOP + ROW * len(blocks) + ROW // 2), "white")
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=13)
-    large = ImageFont.load_default(size=17)
-    pen.text((ROW // 2, 10), shorten(title, width - ROW, large), fill="black", font=large)
+    large = lettering(17)
+    large.write(pen, (ROW // 2, 10), shorten(title, width - ROW, large), "black")
     panels = {"frobenius": "Frobenius norm of the change", "spectral": "spectral norm, the largest in the block"}
     for column, (norm, heading) in enumerate(panels.items()):
         left = LABEL + column * (BAR + NUMBER)

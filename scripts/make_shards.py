@@ -22,7 +22,8 @@ from typing import Annotated
 import numpy as np
 import tyro
 from safetensors.torch import load
-from tqdm import tqdm
+
+from common.progress import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.errors import UserError, one_line_errors, printable

@@ -17,7 +17,8 @@ from typing import Annotated, BinaryIO
 
 import torch
 import tyro
-from tqdm import tqdm
+
+from common.progress import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.errors import UserError, one_line_errors

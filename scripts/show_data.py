@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common.errors import UserError, one_line_errors
 from common.files import check_writable
 from common.options import MAX_SEED, check_options, option
-from common.sheets import stack
+from common.sheets import lettering, stack
 from data import DataConfig, Stream, batch_or_raise
 from dataset.buckets import enlarged, share_cropped
 from dataset.captions import CaptionConfig, with_prefix
@@ -52,15 +52,16 @@ def dim(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 def cell(pixels: np.ndarray, caption: str, facts: str) -> Image.Image:
     """One picture with its caption and the numbers that the model receives."""
-    font, line = ImageFont.load_default(size=FONT), FONT + 3
+    font, line = lettering(FONT), FONT + 3
     image = Image.fromarray(pixels)
     image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     sheet = Image.new("RGB", (SIDE + 12, SIDE + (LINES + 1) * line + 12), "white")
     sheet.paste(image, ((sheet.width - image.width) // 2, 6 + (SIDE - image.height) // 2))
     draw = ImageDraw.Draw(sheet)
-    draw.text((6, SIDE + 8), facts, fill="gray", font=font)
+    font.write(draw, (6, SIDE + 8), facts, "gray")
     lines = textwrap.wrap(caption, 42, max_lines=LINES, placeholder=" …") or ["(no caption)"]
-    draw.multiline_text((6, SIDE + 8 + line), "\n".join(lines), fill="black", font=font, spacing=2)
+    for i, text in enumerate(lines, 1):
+        font.write(draw, (6, SIDE + 8 + i * line), text, "black")
     return sheet
 
 

@@ -1,13 +1,19 @@
+import errno
+import fcntl
 import json
 import os
 import pickle
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 from common.errors import UserError
-from common.files import TolerantWriter, check_writable, sha256_of, write_atomically
+from common.files import TolerantWriter, check_writable, lock_folder, sha256_of, write_atomically
 from lora_files.read import read_metadata
 from run.state import MANIFEST, STATE, find_state, load_state, read_state, save_state
 
@@ -152,6 +158,42 @@ def test_a_folder_that_vanishes_while_it_is_read_back_is_a_write_error(tmp_path,
     assert capfd.readouterr().err.count("could not be written ([Errno 2] No such file") == 3
     with pytest.raises(UserError, match="is not a readable"):
         TolerantWriter()("the file", lambda: write_atomically(lora, b"rubbish", read_metadata))
+
+
+LOCKING = """
+import os, sys, time
+from pathlib import Path
+from common.files import lock_folder
+lock = lock_folder("--out", Path(sys.argv[1]))
+worker = os.fork()
+print(worker or os.getpid(), flush=True)  # both live on
+time.sleep(60)
+"""
+
+
+def test_a_lock_ends_with_its_process_and_not_with_its_workers(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", LOCKING, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    worker = int(process.stdout.readline())
+    try:
+        for _ in range(2):
+            with pytest.raises(UserError, match=rf"--out {tmp_path}: another run is writing there"):
+                lock_folder("--out", tmp_path)
+        process.kill()
+        process.wait()
+        os.kill(worker, 0)
+        lock_folder("--out", tmp_path).close()
+    finally:
+        process.kill()
+        os.kill(worker, signal.SIGKILL)
+
+
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capfd):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    lock_folder("--out", tmp_path).close()
+    assert "cannot be locked (No locks available)" in capfd.readouterr().err
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

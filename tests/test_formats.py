@@ -1,10 +1,13 @@
 import hashlib
 import json
+import os
 import random
 import re
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from layouts import SUFFIXES, with_text_model, write
 from safetensors.torch import load, load_file, save_file
 from test_interop import merged_like_diffusers
@@ -252,8 +255,6 @@ def test_the_bytes_are_a_function_of_the_weights(adapter):
 
 
 def test_newest_lora_of_a_folder(tmp_path):
-    import os
-
     with pytest.raises(UserError, match=r"no \.safetensors"):
         newest_lora(tmp_path)
     for age, name in ((30, "b"), (10, "a"), (20, "c")):
@@ -261,6 +262,26 @@ def test_newest_lora_of_a_folder(tmp_path):
         os.utime(tmp_path / f"{name}.safetensors", (0, 1000 - age))
     assert newest_lora(tmp_path).name == "a.safetensors"
     assert newest_lora(tmp_path / "c.safetensors").name == "c.safetensors"
+
+
+STEP_NAMES = ["pytorch_lora_weights_{}", "pytorch_lora_weights_{}_diffusers", "style-{:06}", "v2 style-step{:08}", "{}"]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), key=st.sampled_from(["sdxl_lora.step", "ss_steps", None]), pattern=st.sampled_from(STEP_NAMES))
+def test_the_newest_lora_is_that_of_the_highest_step(tmp_path_factory, data, key, pattern, capfd):
+    """Whatever order the files were copied in, by the header or by the name; and a line says which was written later."""
+    steps = data.draw(st.lists(st.integers(0, 99_999), min_size=2, max_size=5, unique=True))
+    times = data.draw(st.lists(st.integers(1, 9), min_size=len(steps), max_size=len(steps)))
+    folder = tmp_path_factory.mktemp("steps")
+    named = [folder / f"{pattern.format(step)}.safetensors" for step in steps]
+    if key:  # then names do not count
+        named = [folder / f"{pattern.format(99_999 - step)}.safetensors" for step in steps]
+    for file, step, time in zip(named, steps, times, strict=True):
+        save_file({"x": torch.zeros(1)}, file, {key: str(step)} if key else {})
+        os.utime(file, (0, time))
+    assert newest_lora(folder) == named[steps.index(max(steps))]
+    assert ("was written later" in capfd.readouterr().err) == (max(times) > times[steps.index(max(steps))])
 
 
 # What we write.

@@ -52,6 +52,19 @@ def test_compare_shows_base_and_merged(script, lora, tiny_model, tmp_path):
         assert np.array_equal(np.asarray(Image.open(tmp_path / f"images/{i}.png")), np.asarray(side_by_side(columns, prompt)))
 
 
+def test_pictures_of_an_older_call_are_moved(script, lora, tmp_path):
+    out, options = tmp_path / "images", ["--lora", lora, "--steps", 1, "--out", tmp_path / "images"]
+    out.mkdir()
+    (out / "cat.png").touch()  # not by this script
+    script("infer.py", *options, "--compare", "--prompts", "a", "b", "c")
+    third = (out / "3.png").read_bytes()
+    printed, _ = script("infer.py", *options, "--prompts", "a")
+    assert f"older pictures are in {out}/older" in printed
+    assert sorted(path.name for path in out.iterdir()) == ["1.png", "cat.png", "older"]
+    assert sorted(path.name for path in (out / "older").iterdir()) == ["1.png", "2.png", "3.png", "compare.png"]
+    assert (out / "older/3.png").read_bytes() == third
+
+
 def test_merged_pictures_equal_patched_pictures(script, lora, tiny_model, tmp_path):
     script("infer.py", "--lora", lora, "--out", tmp_path / "images", *OPTIONS)
     denoiser = Denoiser(load_sdxl(str(tiny_model), torch.float32, torch.device("cpu")))

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from common.errors import UserError
-from lora import Adapter, LoRAConfig, LoRALinear, LowRank, add_lora, linear_layers, merge_lora
+from lora import Adapter, LoRAConfig, LoRALinear, LowRank, add_lora, linear_layers, merge_lora, merge_loras
 from lora_files.names import kohya_name
 from model.sdxl import Denoiser
 
@@ -77,6 +77,30 @@ def test_merge_is_the_formula_in_float32_cast_once():
     assert error.max() <= 2**-11 * 1.001  # half a unit in the last place of float16: rounded once
 
 
+def test_several_are_summed_in_float32_and_cast_once():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 16, bias=False), nn.Linear(16, 8, bias=False)).half()
+    loras = [({"0": (torch.randn(4, 24), torch.randn(16, 4), 3.0)}, 0.7) for _ in range(5)]
+    loras.append(({"1": (torch.randn(2, 16), torch.randn(8, 2), 2.0)}, -1.0))
+    for i, layer in enumerate(model):
+        exact = layer.weight.double()
+        exact += sum(
+            s * alpha / len(A) * B.double() @ A.double() for d, s in loras for n, (A, B, alpha) in d.items() if n == str(i)
+        )
+        copied = copy.deepcopy(model)
+        merge_loras(copied, loras)
+        assert ((copied[i].weight.double() - exact).abs() / exact.abs()).max() <= 2**-11 * 1.001
+
+
+@pytest.mark.parametrize(("name", "width"), [("2", 24), ("0", 9)])
+def test_nothing_is_merged_if_one_of_several_does_not_fit(name, width):
+    model = nn.Sequential(nn.Linear(24, 16))
+    before, wrong = model[0].weight.clone(), {name: (torch.ones(1, width), torch.ones(16, 1), 1.0)}
+    with pytest.raises(UserError, match="does not fit the model"):
+        merge_loras(model, [({"0": (torch.ones(1, 24), torch.ones(16, 1), 1.0)}, 1.0), (wrong, 1.0)])
+    assert torch.equal(model[0].weight, before)
+
+
 def test_layer_equals_the_formula_of_the_paper():
     torch.manual_seed(0)
     base = nn.Linear(12, 20)
@@ -100,10 +124,10 @@ def test_flat_buffers_are_the_parameters_and_their_gradients(denoiser):
     adapter = add_lora(denoiser, LoRAConfig(rank=2), denoiser.unused)
     denoiser(**inputs()).sum().backward()
     parameters = [p for m in adapter.modules.values() for p in (m.lora_A, m.lora_B)]
-    assert adapter.flat.numel() == sum(p.numel() for p in parameters)
-    by_position = sorted(parameters, key=lambda p: p.data_ptr())
-    assert torch.equal(adapter.flat, torch.cat([p.detach().flatten() for p in by_position]))
-    assert torch.equal(adapter.grad, torch.cat([p.grad.flatten() for p in by_position]))
+    assert adapter.parameter_count == sum(p.numel() for p in parameters)
+    by_position, filled = sorted(parameters, key=lambda p: p.data_ptr()), adapter.filled()
+    assert torch.equal(adapter.flat[filled], torch.cat([p.detach().flatten() for p in by_position]))
+    assert torch.equal(adapter.grad[filled], torch.cat([p.grad.flatten() for p in by_position]))
     assert torch.equal(torch.cat([p.detach() for p in adapter.groups.values()]), adapter.flat)
     assert adapter.grad.abs().sum() > 0
 
@@ -170,7 +194,7 @@ def test_counts_on_the_real_architecture(sdxl_meta, options, layers, parameters)
     assert sum(p.numel() for p in model.unet.parameters()) == 2_567_463_684
     adapter = add_lora(model, LoRAConfig(rank=8, **options), model.unused)
     assert len(adapter.modules) == layers
-    assert adapter.flat.numel() == parameters
+    assert adapter.parameter_count == parameters
 
 
 def test_names_on_the_real_architecture(sdxl_meta):

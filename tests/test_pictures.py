@@ -2,18 +2,36 @@ from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageFont
 from test_lora import shake
 
-from common.sheets import shorten, side_by_side, stack
+from common.sheets import NO_CHARACTER, Lettering, drawn, lettering, shorten, side_by_side, stack
 from lora import LoRAConfig, add_lora
 from model.render import read_prompts, render
+from model.sdxl import SAMPLERS
 from model.vae import decode_latents
 from run.gallery import Gallery
 from run.ranks import Ranks
 
+NO_LETTER = "日本語"  # not in the bundled font
 OPTIONS = {"seed": 3, "steps": 2, "guidance": 5.0, "size": 64}
+
+
+class Lacking:
+    """A font without some letters."""
+
+    def __init__(self, font, letters: str):
+        self.font, self.letters = font, letters
+
+    def getmask(self, text: str):
+        return self.font.getmask(NO_CHARACTER if text in self.letters else text)
+
+    def getlength(self, text: str) -> float:
+        return self.font.getlength(text)
 
 
 def test_a_picture_depends_on_its_own_seed_only(pipe, denoiser):
@@ -32,6 +50,23 @@ def test_render_equals_the_pipeline(pipe, denoiser):
     options = {"num_inference_steps": 2, "guidance_scale": 5.0, "generator": torch.Generator().manual_seed(3)}
     theirs = pipe("a cat", **options).images[0]
     assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["default", *SAMPLERS])
+def test_a_model_of_zero_terminal_snr_is_sampled_from_its_last_timestep(pipe, denoiser, name):
+    """diffusers' own pipeline with trailing timesteps gives the same picture; a model of another schedule keeps its spacing."""
+    if name != "default":
+        pipe.scheduler = SAMPLERS[name].from_config(pipe.scheduler.config)
+    ordinary = pipe.scheduler
+    draw = partial(render, pipe, denoiser.describe, partial(decode_latents, pipe.vae), ["a"], **OPTIONS)
+    draw()
+    assert pipe.scheduler is ordinary
+    pipe.scheduler = type(ordinary).from_config(ordinary.config, rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    (ours,) = draw()
+    assert pipe.scheduler.timesteps[0] == 999
+    pipe.scheduler = type(ordinary).from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    options = {"num_inference_steps": 2, "guidance_scale": 5.0, "generator": torch.Generator().manual_seed(3)}
+    assert np.abs(np.asarray(ours, int) - np.asarray(pipe("a", **options).images[0], int)).max() <= 1
 
 
 def test_gallery_shows_base_and_adapter(pipe, denoiser):
@@ -65,6 +100,29 @@ def test_long_prompts_are_shortened_to_the_width():
     shortened = shorten("a very long prompt " * 20, 200, font)
     assert shortened.endswith("…")
     assert font.getlength(shortened) <= 200
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.text(st.characters(codec="cp1252", categories=["Lu", "Ll", "Sm"]) | st.sampled_from("×éЖиПЩ Ωλ‘“–…€№"), min_size=1))
+def test_sheets_have_the_letters_of_europe(text):
+    """No letter is drawn as what stands for a missing one, whose picture all missing letters share."""
+    font = lettering(16)
+    for character in text.replace(" ", ""):
+        assert drawn(font.font_of(character), character) != drawn(font.fonts[0], NO_CHARACTER)
+    assert font.getlength(text) > 0
+
+
+def test_a_letter_that_the_bundled_font_lacks_is_from_the_system(monkeypatch, capfd):
+    """The other font is in the place of a CJK font, which a machine for tests need not have."""
+    monkeypatch.setattr(Lettering, "warned", False)
+    monkeypatch.setattr("common.sheets.SYSTEM_FONTS", ())
+    alone = Lettering(16)
+    assert [alone.font_of(character) for character in NO_LETTER] == [alone.fonts[0]] * len(NO_LETTER)
+    assert capfd.readouterr().err.count("no font here has 日") == 1
+    system = ImageFont.load_default(16)
+    alone.fonts, alone.font_of = [Lacking(alone.fonts[0], "bc"), system], alone.find_font
+    assert [(font is system, part) for font, part in alone.parts("abcd")] == [(False, "a"), (True, "bc"), (False, "d")]
+    assert alone.getlength("abcd") == sum(font.getlength(part) for font, part in alone.parts("abcd"))
 
 
 def test_sdxl_is_judged_by_the_naruto_prompts():

@@ -1,9 +1,12 @@
 import json
 import shutil
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from one_file import checkpoint_of
 from safetensors.torch import save_file
 from transformers import CLIPTokenizer
@@ -12,7 +15,7 @@ from common.errors import UserError
 from lora import LoRAConfig, add_lora
 from model.load import BASE, base_architecture, check_folder, load_sdxl, native_resolution
 from model.sdxl import time_ids
-from model.text import split_tokens, tokenize
+from model.text import TokenInputs, most_chunks, split_tokens, tokenize
 from model.vae import decode_latents, encode_pixels, sample_latents
 
 CAPTIONS = ["a cat", "", "a long caption " * 30]
@@ -66,7 +69,7 @@ def test_tokens_in_one_chunk_are_those_of_transformers(denoiser, sdxl_tokenizers
         short = [c for c in captions if len(tokenizers[0](c).input_ids) <= 77]
         assert len(short) > 2
         for max_tokens in (225, None):
-            assert torch.equal(tokenize(tokenizers, short, max_tokens), by_transformers(tokenizers, short))
+            assert torch.equal(tokenize(tokenizers, short, max_tokens)[:, :, :77], by_transformers(tokenizers, short))
 
 
 def words(count: int, *commas: int) -> str:
@@ -85,7 +88,8 @@ def words(count: int, *commas: int) -> str:
         (words(100, 74), None, [75, 25], 0),
         (words(100, 60, 75), None, [75, 25], 0),  # a comma comes next: no tag is split
         (words(160, 60), None, [61, 75, 24], 0),
-        (words(160, 60), 150, [61, 75], 24),
+        (words(160, 60), 150, [61, 75, 14], 10),
+        (words(150, 60), 150, [61, 75, 14], 0),
         (words(160, 60), 75, [75], 85),  # no further chunk for the tag to move to
         (words(225), 225, [75, 75, 75], 0),
         ("", None, [0], 0),
@@ -98,13 +102,33 @@ def test_where_a_long_caption_is_split(sdxl_tokenizers, caption, max_tokens, chu
     assert ([len(chunk) for chunk in kept], len(dropped)) == (chunks, truncated)
     assert [token for chunk in (*kept, dropped) for token in chunk] == sdxl_tokenizers[0](caption).input_ids[1:-1]
     tokens = tokenize(sdxl_tokenizers, [caption], max_tokens)
-    assert tokens.shape == (1, 2, 77 * len(chunks))
+    assert tokens.shape == (1, 2, 77 * (most_chunks(max_tokens) if max_tokens else len(chunks)))
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.lists(st.sampled_from("aab,"), max_size=400).map(" ".join), min_size=1, max_size=3), st.integers(1, 4))
+def test_no_caption_within_max_tokens_is_cut_or_depends_on_its_mates(sdxl_tokenizers, captions, number):
+    max_tokens, (tokenizer, _) = 75 * number, sdxl_tokenizers
+    inputs = TokenInputs(sdxl_tokenizers, max_tokens)
+    (batch,) = inputs(captions, ())
+    lengths = [len(tokens) - 2 for tokens in tokenizer(captions).input_ids]
+    assert inputs.cut == Counter(max(0, length - max_tokens) for length in lengths)
+    for caption, row, (chunks, rest) in zip(captions, batch, split_tokens(tokenizer, captions, max_tokens), strict=True):
+        assert torch.equal(row, tokenize(sdxl_tokenizers, [caption], max_tokens)[0])
+        assert [token for chunk in [*chunks, rest] for token in chunk] == tokenizer(caption).input_ids[1:-1]
+        assert len(chunks) <= most_chunks(max_tokens) == len(row[0]) // 77
+
+
+def test_the_most_chunks_occur(sdxl_tokenizers):
+    for number in range(1, 6):
+        caption = words(75 * number, *(56 * i - 1 for i in range(1, 9)))
+        assert len(split_tokens(sdxl_tokenizers[0], [caption], None)[0][0]) == most_chunks(75 * number)
 
 
 def test_chunks_are_encoded_one_by_one(pipe, denoiser):
     """Compares with transformers' encoders, called chunk by chunk: BOS and EOS around each, padding as of each tokenizer."""
     captions = ["a cat", words(160, 60), "", words(90)]
-    context, pooled = denoiser.encode_text(tokenize(denoiser.tokenizers, captions, 225))
+    context, pooled = denoiser.encode_text(tokenize(denoiser.tokenizers, captions, None))
     assert (context.shape, pooled.shape) == ((4, 3 * 77, 32 + 48), (4, 48))
     parts = [["a cat", "", ""], [words(61, 60), words(75), words(24)], None, [words(75), words(15), ""]]
     for i, texts in enumerate(parts):
@@ -120,7 +144,23 @@ def test_chunks_are_encoded_one_by_one(pipe, denoiser):
         wanted = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
         torch.testing.assert_close(context[i], wanted.flatten(0, 1), atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(pooled[i], second.text_embeds[0], atol=1e-6, rtol=1e-5)
-    assert denoiser.encode_text(tokenize(denoiser.tokenizers, captions, 150))[0].shape[1] == 2 * 77
+    assert denoiser.encode_text(tokenize(denoiser.tokenizers, captions, 150))[0].shape[1] == 3 * 77
+
+
+def test_an_empty_negative_prompt_is_the_same_for_short_and_long_prompts(pipe, denoiser):
+    """The oracle is diffusers: None gives zeros if the model says so, an empty text is encoded."""
+    for zeros in (True, False):
+        denoiser.zero_empty = zeros
+        pipe.register_to_config(force_zeros_for_empty_prompt=zeros)
+        for negative in (None, "", "b"):
+            short, long = (denoiser.describe(prompt, negative) for prompt in ("a cat", words(160)))
+            _, wanted, _, pooled = pipe.encode_prompt("a cat", negative_prompt=negative, device="cpu")
+            for ours in (short, long):
+                torch.testing.assert_close(ours["negative_prompt_embeds"][:, :77], wanted)
+                torch.testing.assert_close(ours["negative_pooled_prompt_embeds"], pooled)
+        (empty, _, pooled, _), ours = pipe.encode_prompt("", device="cpu"), denoiser.describe("", words(160))
+        torch.testing.assert_close(ours["prompt_embeds"][:, :77], empty)
+        torch.testing.assert_close(ours["pooled_prompt_embeds"], pooled)
 
 
 def test_time_ids_equal_the_pipeline_and_are_exact(pipe):

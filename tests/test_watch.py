@@ -8,6 +8,7 @@ from tqdm import tqdm
 from common.errors import warn
 from lora import LoRAConfig, add_lora
 from model.load import read_sdxl
+from run.report import Meter
 from run.watchdog import MANY, Watchdog, flat_loss, no_change, no_gradient, no_learning_rate, slow
 
 HEALTHY = {
@@ -79,6 +80,15 @@ def test_a_warning_starts_on_a_line_of_its_own(capfd):
     with tqdm(total=3):
         warn("something is wrong")
     assert re.search(r"\r +\rsomething is wrong\n", capfd.readouterr().err)  # spaces erase the progress bar
+
+
+def test_norms_are_of_the_last_step_and_the_watchdog_sees_the_largest():
+    meter = Meter(torch.device("cpu"), ["unet", "text_encoder"], 3)
+    for norms in ([3.0, 4.0], [0.0, 9.0], [6.0, 8.0]):
+        meter.end_step(torch.tensor(1.0), torch.tensor(norms), 0.0)
+    scalars, _ = meter.read(1, 1.0)
+    assert [scalars[name] for name in ("grad_norm", "grad_norm/unet", "grad_norm/text_encoder")] == [10.0, 6.0, 8.0]
+    assert meter.largest_norms == {"grad_norm/unet": 6.0, "grad_norm/text_encoder": 9.0}
 
 
 def test_the_checksum_sees_a_single_bit(denoiser):

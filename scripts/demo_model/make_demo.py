@@ -28,7 +28,8 @@ import torch.nn.functional as F
 import tyro
 from demo_world import BASE_PENS, NINJA, PLAIN, Pen, caption, draw, grey, mix, sample_scene
 from torch import Tensor
-from tqdm import tqdm
+
+from common.progress import tqdm
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 import tyro
 from PIL import Image
-from tqdm import tqdm
+
+from common.progress import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from common.errors import one_line_errors
