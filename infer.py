@@ -26,6 +26,7 @@ from lora import merge_lora
 from lora_files.deltas import Deltas, check_fit, layer_shapes
 from lora_files.read import newest_lora, read_lora, trained_on, with_strength
 from memory import DTYPES, resolve_device, resolve_precision
+from model.check import describe_model
 from model.load import load_sdxl, native_resolution
 from model.render import read_prompts, render
 from model.sdxl import SAMPLERS, Denoiser
@@ -112,7 +113,8 @@ def main(config: InferConfig) -> None:
         render, pipe, denoiser.describe, partial(decode_latents, pipe.vae), prompts, seed=config.seed, steps=config.steps,
         guidance=config.guidance, size=native_resolution(pipe), negative=config.negative,
     )  # fmt: skip
-    print(f"model {model}, {device}, {precision}, {config.steps} steps of the {config.sampler} sampler")
+    print(f"model {model}: predicts {describe_model(pipe)}")
+    print(f"{device}, {precision}, {config.steps} steps of the {config.sampler} sampler")
 
     # Base, merge, LoRA. Merging costs nothing per step afterwards.
     pictures = {"base": timed("base", draw, len(prompts))} if config.compare else {}

@@ -1,10 +1,13 @@
 """Atomic writes: a file is written under a temporary name, checked and renamed, so it is complete or absent."""
 
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
+
+from safetensors import SafetensorError, safe_open
 
 from common.errors import UserError, warn
 
@@ -59,6 +62,43 @@ def check_writable(flag: str, folder: Path) -> None:
         (folder / ".writable").unlink()
     except OSError as error:
         raise UserError(f"{flag} {folder} cannot be written: {error.strerror}") from None
+
+
+FOREIGN = {  # first bytes of a file that is no .safetensors file -> what it is
+    b"PK": "is a pickle, and pickles, which can run code, are not read: convert it to .safetensors",
+    b"\x80": "is a pickle, and pickles, which can run code, are not read: convert it to .safetensors",
+    b"GGUF": "is a GGUF file of quantised weights, which are not read: use the .safetensors file that it was made of",
+    b"version https://git-lfs": "is a pointer of Git LFS, not the file itself: run `git lfs pull`",
+    b"<": "is a web page, not a .safetensors file: download the file itself",
+}
+
+
+def why_no_safetensors(path: Path) -> str | None:
+    """What a file is instead of a .safetensors file and what to do, to be read after its name; None if it seems to be one."""
+    if not path.is_file():
+        return "is no file" if path.exists() else None
+    with path.open("rb") as file:
+        start = file.read(24)
+    if start[8:9] == b"{":  # after the length of the header
+        return None
+    unknown = None if path.suffix.lower() == ".safetensors" else "is no .safetensors file"
+    return next((what for first, what in FOREIGN.items() if start.startswith(first)), unknown)
+
+
+def read_header(path: Path) -> tuple[int, dict]:
+    """(byte at which the data begins, {key: {dtype, shape, data_offsets}}) of a .safetensors file. Raises UserError if it is
+    none, or damaged.
+    """
+    try:
+        if reason := why_no_safetensors(path):
+            raise UserError(f"{path} {reason}")
+        with safe_open(path, "pt"):  # checks every offset
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            return 8 + length, json.loads(file.read(length))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is not a readable .safetensors file: {error}") from None
 
 
 class TolerantWriter:

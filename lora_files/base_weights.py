@@ -1,12 +1,10 @@
 """Files of SDXL weights: which tensor holds the weight of which module."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.errors import UserError
@@ -64,7 +62,7 @@ def places(component: str, key: str, shape: list[int]) -> list[Place]:
     return []
 
 
-# The files, and their headers.
+# The files.
 
 
 def weight_files(base: Path) -> dict[Path, str]:
@@ -80,18 +78,6 @@ def weight_files(base: Path) -> dict[Path, str]:
     if missing := set(COMPONENTS) - set(files.values()):
         raise UserError(f"{base} has no .safetensors file in {', '.join(sorted(missing))}")
     return files
-
-
-def read_header(file: Path) -> tuple[int, dict]:
-    """(byte at which the data begins, {key: {dtype, shape, data_offsets}}). Raises UserError if the file is damaged."""
-    try:
-        with safe_open(file, "pt"):  # checks every offset
-            pass
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} is not a readable .safetensors file: {error}") from None
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        return 8 + length, json.loads(stream.read(length))
 
 
 def model_shapes(model: str | None) -> dict[str, torch.Size]:

@@ -16,8 +16,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lora_files.names import diffusers_name, sgm_path
+from lora_files.names import diffusers_name
 from lora_files.read import A_OR_B_KEY, Contents, unsupported_kind
+from model.checkpoint import sgm_path
 
 COMPONENT_LABELS = {"unet": "U-Net", "text_encoder": "text encoder 1", "text_encoder_2": "text encoder 2"}
 

@@ -9,15 +9,16 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from common.errors import UserError
+from common.files import read_header
 from lora_files.deltas import Deltas
 from lora_files.names import kohya_name
 
@@ -26,14 +27,10 @@ MAX_HEADER = 16 * 2**20  # bytes; a LoRA on every layer of SDXL has 0.4 MB. A mi
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata in the header of a LoRA file. Raises UserError if it is not a readable .safetensors file."""
-    try:
-        with path.open("rb") as file:
-            if MAX_HEADER < int.from_bytes(file.read(8), "little") < path.stat().st_size:  # a longer one is damaged
-                raise UserError(f"{path} is no LoRA: its header alone is above {MAX_HEADER // 2**20} MiB")
-        with safe_open(path, "pt") as file:
-            return file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is not a readable .safetensors file: {error}") from None
+    with suppress(OSError), path.open("rb") as file:
+        if MAX_HEADER < int.from_bytes(file.read(8), "little") < path.stat().st_size:  # a longer one is damaged
+            raise UserError(f"{path} is no LoRA: its header alone is above {MAX_HEADER // 2**20} MiB")
+    return read_header(path)[1].get("__metadata__", {})
 
 
 def trained_on(path: Path) -> str:

@@ -19,6 +19,7 @@ from common.files import TolerantWriter, check_writable
 from common.options import check_options, option
 from data import Loader, Stream
 from memory import memory_in_use, peak_memory
+from model.check import describe_model
 from performance.memory_plan import Plan
 from run.accumulation import Step
 from run.bad_steps import not_finite
@@ -91,6 +92,7 @@ class Report:
         return {
             "resume": checkpoints.resumed,
             "model": f"{flags['model']}: U-Net and text encoders {total:,} parameters, frozen; {stream.resolution} px",
+            "predicts": describe_model(self.model.pipe),
             "LoRA": f"rank {flags['rank']} on {layers} layers, {trained:,} parameters trained: {100 * trained / total:.2f} %",
             "data": f"{source.samples} images with a caption, {len(source.uncaptioned)} without",
             "cut short": f"{', '.join(source.truncated)}: the samples before the cut are used" if source.truncated else "",

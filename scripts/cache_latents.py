@@ -39,6 +39,7 @@ from dataset.loading import read_by_workers
 from dataset.shards import Shard, already_there, finish, write_shard
 from dataset.sources import File, Source, open_source
 from memory import resolve_device
+from model.check import describe_model
 from model.load import native_resolution, read_sdxl
 from model.sdxl import Denoiser
 from model.text import tokenize
@@ -246,6 +247,7 @@ def main(config: CacheConfig) -> None:
     options = DataConfig(resolution=resolution, buckets=config.buckets, bucket_step=config.bucket_step)
     sizes, bucket = assign_buckets(source, options, resolution)
     if ranks.is_first:
+        print(f"model {config.model}: predicts {describe_model(pipe)}")
         print(f"{source.samples} images at {resolution} px: {describe_buckets(source, sizes, bucket)}", flush=True)
 
     # This rank's shards, and which of them have to be written.

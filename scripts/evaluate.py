@@ -30,6 +30,7 @@ from lora import merge_lora
 from lora_files.deltas import layer_shapes
 from lora_files.read import newest_lora, read_lora, trained_on
 from memory import DTYPES, resolve_device, resolve_precision
+from model.check import describe_model
 from model.diffusion import Diffusion, DiffusionConfig
 from model.load import load_sdxl, native_resolution
 from model.render import render
@@ -102,6 +103,7 @@ def main(config: EvaluateConfig) -> None:
     denoiser, size = Denoiser(pipe), native_resolution(pipe)
     deltas = read_lora(lora, layer_shapes(denoiser))
     schedule = pipe.scheduler
+    print(f"model {model}: predicts {describe_model(pipe)}")
     diffusion = Diffusion(DiffusionConfig(), schedule.alphas_cumprod, schedule.config.prediction_type, device)
 
     samples = []

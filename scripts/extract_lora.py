@@ -27,10 +27,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.errors import UserError, one_line_errors
-from common.files import check_writable, write_atomically
+from common.files import check_writable, read_header, write_atomically
 from common.options import check_options, option
 from lora import TARGETS, LoRAConfig
-from lora_files.base_weights import STORED_DTYPES, Place, model_shapes, places, read_header, weight_files
+from lora_files.base_weights import STORED_DTYPES, Place, model_shapes, places, weight_files
 from lora_files.deltas import Deltas, delta_svd
 from lora_files.names import diffusers_name
 from lora_files.read import NOT_COPIED, read_lora, read_metadata

@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.errors import UserError, one_line_errors
-from common.files import check_writable
+from common.files import check_writable, read_header
 from lora import add_delta
-from lora_files.base_weights import STORED_DTYPES, places, read_header, weight_files
+from lora_files.base_weights import STORED_DTYPES, places, weight_files
 from lora_files.read import read_lora, read_metadata, with_strength
 
 

@@ -5,7 +5,6 @@ import shutil
 import pytest
 import torch
 from conftest import ROOT
-from one_file import checkpoint_of
 from safetensors.torch import load_file, save_file
 from test_interop import merged_like_diffusers
 from test_scripts import parts_of
@@ -15,6 +14,7 @@ from lora import TARGETS, merge_lora
 from lora_files.deltas import Deltas, delta_svd, layer_shapes, mergeable_layers
 from lora_files.read import read_lora, read_metadata
 from lora_files.write import A1111_HEADER, serialise
+from model.checkpoint import checkpoint_of
 from model.load import load_sdxl
 
 FP32 = ("--save-dtype", "fp32")

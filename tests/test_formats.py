@@ -13,9 +13,10 @@ from test_lora import shake
 from common.errors import UserError
 from lora import LoRAConfig, add_lora
 from lora_files.deltas import layer_shapes
-from lora_files.names import from_sgm, kohya_name, sgm_path
+from lora_files.names import from_sgm, kohya_name
 from lora_files.read import fits, newest_lora, read_lora, read_metadata, trained_on
 from lora_files.write import largest_difference, make_header, serialise
+from model.checkpoint import sgm_path
 
 CONFIG = {"model": "demo", "rank": 4, "alpha": 2.0, "targets": "all", "resolution": 64}
 
