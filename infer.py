@@ -5,6 +5,7 @@ python infer.py --prompts "a cat in Naruto style"     pictures with the LoRA onl
 python infer.py --lora naruto.safetensors --model sdxl --scale 0.4 0.7 1.0 --sampler dpm++ --steps 25     a column each
 python infer.py --lora naruto.safetensors:0.8 --lora ink.safetensors:0.5 --lora-parts unet                several at once
 python infer.py --save-merged merged/                 also writes W + ΔW as an ordinary diffusers folder
+python infer.py --save-merged merged.safetensors      or as one checkpoint file, for other programs
 """
 
 import time
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 from common.errors import UserError, one_line_errors
@@ -23,8 +23,9 @@ from common.files import check_writable
 from common.options import MAX_SEED, check_options, option
 from common.sheets import side_by_side, stack
 from lora import merge_lora
-from lora_files.deltas import Deltas, check_fit, layer_shapes
-from lora_files.read import newest_lora, read_lora, trained_on, with_strength
+from lora_files.deltas import Deltas, check_fit, parameter_shapes
+from lora_files.merge import write_pipeline
+from lora_files.read import newest_lora, read_lora, read_tensors, trained_on, with_strength
 from memory import DTYPES, resolve_device, resolve_precision
 from model.check import describe_model
 from model.load import load_sdxl, native_resolution
@@ -54,7 +55,7 @@ class InferConfig:
     """Picture i starts from the noise of seed + i."""
     steps: int = option(30, at_least=1)
     """Denoising steps."""
-    guidance: float = 5.0
+    guidance: float = option(5.0, at_least=0)
     """Classifier-free guidance scale; 1 is without."""
     scale: tuple[float, ...] = (1.0,)
     """Strength of all LoRA together: W + scale·ΔW. Several: a column of pictures for each."""
@@ -63,7 +64,7 @@ class InferConfig:
     out: Path = Path("images")
     """Folder for 1.png, 2.png, … and compare.png."""
     save_merged: Path | None = None
-    """Folder for the merged model, as diffusers writes it; for one --scale only."""
+    """Where to write the merged model: a diffusers folder, or x.safetensors, a checkpoint in one file; for one --scale only."""
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     """auto: fp16 on CUDA, fp32 on CPU. The VAE is never fp16."""
     device: str = "auto"
@@ -84,7 +85,7 @@ def read_loras(config: InferConfig, files: list[tuple[Path, float]], denoiser: D
     prefixes = tuple(PARTS[part] for part in config.lora_parts.split(","))
     loras = []
     for file, strength in files:
-        deltas = read_lora(file, layer_shapes(denoiser))
+        deltas = read_lora(file, parameter_shapes(denoiser))
         chosen = {name: delta for name, delta in deltas.items() if name.startswith(prefixes)}
         print(f"LoRA {file}: {len(chosen)} of {len(deltas)} layers, strength {strength:g}")
         loras.append((chosen, strength))
@@ -98,6 +99,8 @@ def main(config: InferConfig) -> None:
     files = [(newest_lora(path), strength) for path, strength in map(with_strength, config.lora or ("checkpoints",))]
     model = config.model or trained_on(files[0][0])
     prompts = read_prompts(config.prompts, model)
+    for file, _ in files:
+        read_tensors(file)  # a file that is damaged shows before the model is loaded
     pipe = load_sdxl(model, DTYPES[precision], device)
     denoiser = Denoiser(pipe)
     loras = read_loras(config, files, denoiser)
@@ -118,15 +121,19 @@ def main(config: InferConfig) -> None:
 
     # Base, merge, LoRA. Merging costs nothing per step afterwards.
     pictures = {"base": timed("base", draw, len(prompts))} if config.compare else {}
-    layers = check_fit(denoiser, {name: delta for deltas, _ in loras for name, delta in deltas.items()})
-    base = {name: layer.weight.cpu().clone() for name, layer in layers.items()} if len(config.scale) > 1 else {}
+    weights = check_fit(denoiser, {name: delta for deltas, _ in loras for name, delta in deltas.items()})
+    base = {name: weight.cpu().clone() for name, weight in weights.items()} if len(config.scale) > 1 else {}
     for scale in config.scale:
         for name, weight in base.items():
-            layers[name].weight.copy_(weight)
+            weights[name].copy_(weight)
         for deltas, strength in loras:
             merge_lora(denoiser, deltas, scale * strength)
         if config.save_merged:
-            save_merged(pipe, own_scheduler, config.save_merged)
+            sources = [{"file": file.name, "strength": scale * strength} for file, strength in files]
+            sampler, pipe.scheduler = pipe.scheduler, own_scheduler
+            write_pipeline(pipe, config.save_merged, sources)
+            pipe.scheduler = sampler
+            print(f"merged model in {config.save_merged}")
         label = "LoRA" if len(config.scale) == 1 else f"LoRA × {scale:g}"
         pictures[label] = timed(label, draw, len(prompts))
 
@@ -142,19 +149,11 @@ def main(config: InferConfig) -> None:
     print(f"pictures in {config.out}/: {', '.join(files_written)}")
 
 
-def check_empty(flag: str, folder: Path) -> None:
+def check_empty(flag: str, path: Path) -> None:
     """Raises UserError if there is a file of that name, or a folder that is not empty, or if it cannot be written."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{flag} {folder} is there already and not an empty folder")
-    check_writable(flag, folder)
-
-
-def save_merged(pipe: StableDiffusionXLPipeline, scheduler: object, folder: Path) -> None:
-    """A diffusers folder of the merged model, with the model's own scheduler instead of the --sampler."""
-    sampler, pipe.scheduler = pipe.scheduler, scheduler
-    pipe.save_pretrained(folder)
-    pipe.scheduler = sampler
-    print(f"merged model in {folder}")
+    if path.exists() and (not path.is_dir() or any(path.iterdir()) or path.suffix == ".safetensors"):
+        raise UserError(f"{flag} {path} is there already and not an empty folder")
+    check_writable(flag, path.parent)
 
 
 def timed(label: str, draw: Callable[..., list[Image.Image]], count: int) -> list[Image.Image]:

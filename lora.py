@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.options import check_options, option
-from lora_files.deltas import Deltas, check_fit
+from lora_files.deltas import Deltas, add_delta, check_finite, check_fit
 
 ATTENTION = r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$|\.self_attn\.(q|k|v|out)_proj$"
 EVERYTHING = ATTENTION + r"|\.ff\.net\.(0\.proj|2)$|\.proj_(in|out)$|\.mlp\.fc[12]$"
@@ -241,14 +241,8 @@ def merge_lora(model: nn.Module, deltas: Deltas, strength: float = 1.0) -> None:
     """W += strength · (α/r) · B · A in place: summed in float32, then cast once to the dtype of W.
 
     A convolution's W [out, in, kh, kw] is treated as [out, in·kh·kw]. Raises UserError, before any weight has changed, if
-    the deltas do not fit the model.
+    the deltas do not fit the model; and if a sum is not finite.
     """
-    for name, layer in check_fit(model, deltas).items():
-        layer.weight.copy_(add_delta(layer.weight.float(), deltas[name], strength))
-
-
-def add_delta(weight: Tensor, delta: tuple[Tensor, Tensor, float], strength: float) -> Tensor:
-    """weight [out, in, …] float32 -> weight + strength · (α/r) · B · A, a new tensor."""
-    A, B, alpha = delta
-    A, B = (factor.flatten(1).to(weight.device, torch.float32) for factor in (A, B))
-    return weight.flatten(1).addmm(B, A, alpha=strength * alpha / len(A)).view_as(weight)
+    for name, weight in check_fit(model, deltas).items():
+        weight.copy_(add_delta(weight.float(), deltas[name], strength))
+        check_finite(name, weight)

@@ -81,7 +81,7 @@ def why_no_safetensors(path: Path) -> str | None:
         start = file.read(24)
     if start[8:9] == b"{":  # after the length of the header
         return None
-    unknown = None if path.suffix.lower() == ".safetensors" else "is no .safetensors file"
+    unknown = None if path.suffix.lower() == ".safetensors" else "is not a readable .safetensors file"
     return next((what for first, what in FOREIGN.items() if start.startswith(first)), unknown)
 
 
@@ -99,6 +99,25 @@ def read_header(path: Path) -> tuple[int, dict]:
             return 8 + length, json.loads(file.read(length))
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} is not a readable .safetensors file: {error}") from None
+
+
+def encode_header(header: dict) -> bytes:
+    """The beginning of a .safetensors file, in the order of `header`: the library writes metadata in a random order."""
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
+
+def check_dtypes(path: Path, exempt: str) -> None:
+    """Raises UserError, which names the first, if a tensor of a .safetensors file is of integers or another dtype that holds no
+    weights without the scales that its program keeps. `exempt`: how keys end that may be of any dtype.
+    """
+    for key, entry in read_header(path)[1].items():
+        if entry.get("dtype", "F32") not in WEIGHT_DTYPES and not key.endswith(exempt):
+            raise UserError(f"{path}: {key} is {entry['dtype']}, which holds no weights: {', '.join(WEIGHT_DTYPES)} do")
 
 
 class TolerantWriter:

@@ -1,13 +1,11 @@
 """What the suite relies on in a model, checked once after loading: whole, finite, and of a schedule and latents as SDXL's."""
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionXLPipeline
 
 from common.errors import UserError
-from common.files import read_header
 
 PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 
@@ -22,14 +20,6 @@ def check_differences(what: str, differences: Mapping[str, Iterable[str]], total
     for sentence, keys in differences.items():
         if found := sorted(keys):
             raise UserError(f"{what} {sentence.format(found[0])} ({len(found)} of {total} tensors)")
-
-
-def check_dtypes(model: str, files: list[Path]) -> None:
-    """Raises UserError if a tensor is of integers, which are no weights without the scales that other programs keep."""
-    for file in files:
-        for key, entry in read_header(file)[1].items():
-            if "F" not in entry.get("dtype", "F") and not key.endswith("position_ids"):
-                raise UserError(f"--model {model}: {key} is {entry['dtype']}: integers are no weights without their scales")
 
 
 def predictions(header: dict) -> dict[str, str]:

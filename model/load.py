@@ -12,12 +12,11 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from common.errors import UserError
-from common.files import ROOT, read_header, why_no_safetensors
+from common.files import ROOT, check_dtypes, read_header, why_no_safetensors
 from model.check import (
     agreed_prediction,
     check_channels,
     check_differences,
-    check_dtypes,
     check_model,
     predictions,
     squeezed,
@@ -104,7 +103,8 @@ def from_folder(model: str, folder: Path, dtype: torch.dtype, unet: bool) -> Sta
     options = {"variant": variant, "dtype": dtype, "local_files_only": True, "use_safetensors": True}
     parts = {}
     for name, kind in CLASSES.items():
-        check_dtypes(model, sorted((folder / name).glob("*.safetensors")))
+        for weights in (folder / name).glob("*.safetensors"):
+            check_dtypes(weights, exempt="position_ids")
         if name == "unet" and not unet:
             parts[name] = empty_unet(folder / name, dtype)
             continue
@@ -160,7 +160,7 @@ def from_checkpoint(model: str, path: Path, dtype: torch.dtype, unet: bool) -> S
     """
     if path.suffix != ".safetensors":  # diffusers goes by the name, and would take it for a pickle
         raise UserError(f"--model {model} {why_no_safetensors(path) or 'must be renamed to end in .safetensors'}")
-    check_dtypes(model, [path])
+    check_dtypes(path, exempt="position_ids")
     header = read_header(path)[1]
     shapes = {key: entry["shape"] for key, entry in header.items() if key.startswith(tuple(PREFIXES.values()))}
     with torch.device("meta"):

@@ -247,8 +247,8 @@ def main(config: CacheConfig) -> None:
     options = DataConfig(resolution=resolution, buckets=config.buckets, bucket_step=config.bucket_step)
     sizes, bucket = assign_buckets(source, options, resolution)
     if ranks.is_first:
-        print(f"model {config.model}: predicts {describe_model(pipe)}")
         print(f"{source.samples} images at {resolution} px: {describe_buckets(source, sizes, bucket)}", flush=True)
+        print(f"model {config.model}: predicts {describe_model(pipe)}")
 
     # This rank's shards, and which of them have to be written.
     existing = already_there(config.out)
