@@ -5,6 +5,7 @@ python infer.py --prompts "a cat in Naruto style"     pictures with the LoRA onl
 python infer.py --lora naruto.safetensors --model sdxl --scale 0.4 0.7 1.0 --sampler dpm++ --steps 25     a column each
 python infer.py --lora naruto.safetensors:0.8 --lora ink.safetensors:0.5 --lora-parts unet                several at once
 python infer.py --save-merged merged/                 also writes W + ΔW as an ordinary diffusers folder
+python infer.py --save-merged merged.safetensors      or as one checkpoint file, for other programs
 """
 
 import time
@@ -22,10 +23,12 @@ from common.files import check_writable
 from common.options import MAX_SEED, check_options, option
 from common.sheets import side_by_side, stack
 from lora import merge_loras
-from lora_files.deltas import Deltas, check_fit, layer_shapes
-from lora_files.read import newest_lora, read_lora, trained_on, with_strength
+from lora_files.deltas import Deltas, check_fit, parameter_shapes
+from lora_files.merge import write_pipeline
+from lora_files.read import newest_lora, read_lora, read_tensors, trained_on, with_strength
 from memory import DTYPES, resolve_device, resolve_precision
-from model.load import Pipeline, load_sdxl, native_resolution
+from model.check import describe_model
+from model.load import load_sdxl, native_resolution
 from model.render import read_prompts, render
 from model.sdxl import SAMPLERS, Denoiser
 from model.vae import decode_latents
@@ -52,7 +55,7 @@ class InferConfig:
     """Picture i starts from the noise of seed + i."""
     steps: int = option(30, at_least=1)
     """Denoising steps."""
-    guidance: float = 5.0
+    guidance: float = option(5.0, at_least=0)
     """Classifier-free guidance scale; 1 is without."""
     scale: tuple[float, ...] = (1.0,)
     """Strength of all LoRA together: W + scale·ΔW. Several: a column of pictures for each."""
@@ -61,7 +64,7 @@ class InferConfig:
     out: Path = Path("images")
     """Folder for 1.png, 2.png, … and compare.png."""
     save_merged: Path | None = None
-    """Folder for the merged model, as diffusers writes it; for one --scale only."""
+    """Where to write the merged model: a diffusers folder, or x.safetensors, a checkpoint in one file; for one --scale only."""
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     """auto: fp16 on CUDA, fp32 on CPU. The VAE is never fp16."""
     device: str = "auto"
@@ -82,7 +85,7 @@ def read_loras(config: InferConfig, files: list[tuple[Path, float]], denoiser: D
     prefixes = tuple(PARTS[part] for part in config.lora_parts.split(","))
     loras = []
     for file, strength in files:
-        deltas = read_lora(file, layer_shapes(denoiser))
+        deltas = read_lora(file, parameter_shapes(denoiser))
         chosen = {name: delta for name, delta in deltas.items() if name.startswith(prefixes)}
         print(f"LoRA {file}: {len(chosen)} of {len(deltas)} layers, strength {strength:g}")
         loras.append((chosen, strength))
@@ -96,6 +99,8 @@ def main(config: InferConfig) -> None:
     files = [(newest_lora(path), strength) for path, strength in map(with_strength, config.lora or ("checkpoints",))]
     model = config.model or trained_on(files[0][0])
     prompts = read_prompts(config.prompts, model)
+    for file, _ in files:
+        read_tensors(file)  # a file that is damaged shows before the model is loaded
     pipe = load_sdxl(model, DTYPES[precision], device)
     denoiser = Denoiser(pipe)
     loras = read_loras(config, files, denoiser)
@@ -111,18 +116,23 @@ def main(config: InferConfig) -> None:
         render, pipe, denoiser.describe, partial(decode_latents, pipe.vae), prompts, seed=config.seed, steps=config.steps,
         guidance=config.guidance, size=native_resolution(pipe), negative=config.negative,
     )  # fmt: skip
-    print(f"model {model}, {device}, {precision}, {config.steps} steps of the {config.sampler} sampler")
+    print(f"model {model}: predicts {describe_model(pipe)}")
+    print(f"{device}, {precision}, {config.steps} steps of the {config.sampler} sampler")
 
     # Base, merge, LoRA. Merging costs nothing per step afterwards.
     pictures = {"base": timed("base", draw, len(prompts))} if config.compare else {}
-    layers = check_fit(denoiser, {name: delta for deltas, _ in loras for name, delta in deltas.items()})
-    base = {name: layer.weight.cpu().clone() for name, layer in layers.items()} if len(config.scale) > 1 else {}
+    weights = check_fit(denoiser, {name: delta for deltas, _ in loras for name, delta in deltas.items()})
+    base = {name: weight.cpu().clone() for name, weight in weights.items()} if len(config.scale) > 1 else {}
     for scale in config.scale:
         for name, weight in base.items():
-            layers[name].weight.copy_(weight)
+            weights[name].copy_(weight)
         merge_loras(denoiser, [(deltas, scale * strength) for deltas, strength in loras])
         if config.save_merged:
-            save_merged(pipe, own_scheduler, config.save_merged)
+            sources = [{"file": file.name, "strength": scale * strength} for file, strength in files]
+            sampler, pipe.scheduler = pipe.scheduler, own_scheduler
+            write_pipeline(pipe, config.save_merged, sources)
+            pipe.scheduler = sampler
+            print(f"merged model in {config.save_merged}")
         label = "LoRA" if len(config.scale) == 1 else f"LoRA × {scale:g}"
         pictures[label] = timed(label, draw, len(prompts))
 
@@ -148,19 +158,11 @@ def move_older_pictures(folder: Path) -> None:
         print(f"older pictures are in {folder / 'older'}")
 
 
-def check_empty(flag: str, folder: Path) -> None:
+def check_empty(flag: str, path: Path) -> None:
     """Raises UserError if there is a file of that name, or a folder that is not empty, or if it cannot be written."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{flag} {folder} is there already and not an empty folder")
-    check_writable(flag, folder)
-
-
-def save_merged(pipe: Pipeline, scheduler: object, folder: Path) -> None:
-    """A diffusers folder of the merged model, with the model's own scheduler instead of the --sampler."""
-    sampler, pipe.scheduler = pipe.scheduler, scheduler
-    pipe.save_pretrained(folder)
-    pipe.scheduler = sampler
-    print(f"merged model in {folder}")
+    if path.exists() and (not path.is_dir() or any(path.iterdir()) or path.suffix == ".safetensors"):
+        raise UserError(f"{flag} {path} is there already and not an empty folder")
+    check_writable(flag, path.parent)
 
 
 def timed(label: str, draw: Callable[..., list[Image.Image]], count: int) -> list[Image.Image]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.options import check_options, option
 from common.seeds import seed_generator
-from lora_files.deltas import Deltas, check_fit
+from lora_files.deltas import Deltas, add_delta, check_finite, check_fit
 from performance.adamw8bit import STATE_BLOCK, spread
 
 ATTENTION = r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$|\.self_attn\.(q|k|v|out)_proj$"
@@ -277,18 +277,12 @@ def merge_loras(model: nn.Module, loras: list[tuple[Deltas, float]]) -> None:
     """W += strength · (α/r) · B · A of every (deltas, strength), in place: summed in float32, then cast once to the dtype of W.
 
     A convolution's W [out, in, kh, kw] is treated as [out, in·kh·kw]. Raises UserError, before any weight has changed, if
-    the deltas do not fit the model.
+    the deltas do not fit the model; and if a sum is not finite.
     """
-    layers = {name: layer for deltas, _ in loras for name, layer in check_fit(model, deltas).items()}
-    for name, layer in layers.items():
-        weight = layer.weight.float()
+    weights = {name: weight for deltas, _ in loras for name, weight in check_fit(model, deltas).items()}
+    for name, weight in weights.items():
+        merged = weight.float()
         for deltas, strength in loras:
-            weight = add_delta(weight, deltas[name], strength) if name in deltas else weight
-        layer.weight.copy_(weight)
-
-
-def add_delta(weight: Tensor, delta: tuple[Tensor, Tensor, float], strength: float) -> Tensor:
-    """weight [out, in, …] float32 -> weight + strength · (α/r) · B · A, a new tensor."""
-    A, B, alpha = delta
-    A, B = (factor.flatten(1).to(weight.device, torch.float32) for factor in (A, B))
-    return weight.flatten(1).addmm(B, A, alpha=strength * alpha / len(A)).view_as(weight)
+            merged = add_delta(merged, deltas[name], strength) if name in deltas else merged
+        weight.copy_(merged)
+        check_finite(name, weight)

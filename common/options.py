@@ -34,14 +34,17 @@ def flag_of(name: str) -> str:
 
 
 def check_options(config: Any) -> None:
-    """Raises UserError for the first value that is out of its bounds. Nested dataclasses are skipped: they check themselves."""
+    """Raises UserError for the first value that is out of its bounds, or no finite number. Nested dataclasses are skipped: they
+    check themselves.
+    """
     for spec in fields(config):
         value = getattr(config, spec.name)
-        if value is None or "bounds" not in spec.metadata:
-            continue
-        bounds = {name: bound for name, bound in spec.metadata["bounds"].items() if bound is not None}
-        if bounds and not within(value, **bounds):
+        bounds = {name: bound for name, bound in spec.metadata.get("bounds", {}).items() if bound is not None}
+        if value is not None and bounds and not within(value, **bounds):
             raise UserError(f"{flag_of(spec.name)} must {describe_bounds(**bounds)}, not {value}")
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"{flag_of(spec.name)} must be a finite number, not {number}")
 
 
 def within(

@@ -1,16 +1,14 @@
 """Files of SDXL weights: which tensor holds the weight of which module."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.errors import UserError
-from lora_files.deltas import layer_shapes
+from lora_files.deltas import parameter_shapes
 from lora_files.names import from_sgm
 from model.load import base_architecture, load_sdxl
 
@@ -23,48 +21,61 @@ STORED_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.floa
 
 @dataclass(frozen=True)
 class Place:
-    """The weight of `module` is a tensor of a file, or the rows `start` to `stop` of one, or its transpose."""
+    """A parameter is a tensor of a file, or the rows `start` to `stop` of one, or its transpose."""
 
-    module: str
+    parameter: str
+    """Its path, which ends in .weight or .bias."""
     start: int = 0
     stop: int | None = None
     transposed: bool = False
 
+    @property
+    def module(self) -> str:
+        """The path of its module if it is a weight."""
+        return self.parameter.removesuffix(".weight")
+
     def weight_in(self, tensor: Tensor) -> Tensor:
-        """The module's weight, a view of the tensor."""
+        """The parameter, a view of the tensor."""
         rows = tensor[self.start : self.stop]
         return rows.T if self.transposed else rows
 
 
-OPEN_CLIP = {"attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+RESBLOCK = {  # OpenCLIP's names in a layer -> transformers'
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+}
 
 
 def places(component: str, key: str, shape: list[int]) -> list[Place]:
-    """The modules whose weights the tensor `key` holds.
+    """The weights and biases that the tensor `key` holds.
 
     `component` is 'unet', 'text_encoder' or 'text_encoder_2'; '' for a checkpoint in one file, which has the names of
     Stability's code.
     """
-    name = key.removesuffix(".weight")
-    if component:
-        return [Place(f"{component}.{name}")] if name != key and len(shape) > 1 else []
-    if name.startswith("model.diffusion_model.") and name != key and len(shape) > 1:
-        return [Place("unet." + from_sgm(name.removeprefix("model.diffusion_model.")))]
-    if name.startswith("conditioner.embedders.0.transformer.") and name != key and len(shape) > 1:
-        return [Place("text_encoder." + name.removeprefix("conditioner.embedders.0.transformer."))]
+    path, _, leaf = key.rpartition(".")
     if key == "conditioner.embedders.1.model.text_projection":
-        return [Place("text_encoder_2.text_projection", transposed=True)]
-    if match := re.fullmatch(r"conditioner\.embedders\.1\.model\.transformer\.resblocks\.(\d+)\.(.+)", name):
+        return [Place("text_encoder_2.text_projection.weight", transposed=True)]
+    if match := re.fullmatch(r"conditioner\.embedders\.1\.model\.transformer\.resblocks\.(\d+)\.(.+)\.(\w+)", key):
         layer = f"text_encoder_2.text_model.encoder.layers.{match[1]}"
-        if match[2] == "attn.in_proj_weight":  # [3·n, n]: the rows of q, then of k, then of v
-            n = shape[0] // 3
-            return [Place(f"{layer}.self_attn.{x}_proj", i * n, (i + 1) * n) for i, x in enumerate("qkv")]
-        if match[2] in OPEN_CLIP and name != key:
-            return [Place(f"{layer}.{OPEN_CLIP[match[2]]}")]
+        if match[3].startswith("in_proj_"):  # the rows of q, then of k, then of v
+            n, kind = shape[0] // 3, match[3].removeprefix("in_proj_")
+            return [Place(f"{layer}.self_attn.{x}_proj.{kind}", i * n, (i + 1) * n) for i, x in enumerate("qkv")]
+        return [Place(f"{layer}.{RESBLOCK[match[2]]}.{leaf}")] if match[2] in RESBLOCK else []
+    if leaf not in ("weight", "bias"):
+        return []
+    if component:
+        return [Place(f"{component}.{key}")]
+    if path.startswith("model.diffusion_model."):
+        return [Place(f"unet.{from_sgm(path.removeprefix('model.diffusion_model.'))}.{leaf}")]
+    if path.startswith("conditioner.embedders.0.transformer."):
+        return [Place("text_encoder." + key.removeprefix("conditioner.embedders.0.transformer."))]
     return []
 
 
-# The files, and their headers.
+# The files.
 
 
 def weight_files(base: Path) -> dict[Path, str]:
@@ -82,24 +93,12 @@ def weight_files(base: Path) -> dict[Path, str]:
     return files
 
 
-def read_header(file: Path) -> tuple[int, dict]:
-    """(byte at which the data begins, {key: {dtype, shape, data_offsets}}). Raises UserError if the file is damaged."""
-    try:
-        with safe_open(file, "pt"):  # checks every offset
-            pass
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} is not a readable .safetensors file: {error}") from None
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        return 8 + length, json.loads(stream.read(length))
-
-
 def model_shapes(model: str | None) -> dict[str, torch.Size]:
-    """{module path: shape} of every layer that a LoRA may change. None: SDXL base's architecture, which needs no weights."""
+    """{path: shape} of layers and parameters, as from `parameter_shapes`. None: SDXL base's architecture, without weights."""
     names = ("unet", "text_encoder", "text_encoder_2")
     if model is None:
         with torch.device("meta"):
             parts = base_architecture()
     else:
         parts = load_sdxl(model, torch.float32, torch.device("cpu")).components
-    return layer_shapes(torch.nn.ModuleDict({name: parts[name] for name in names}))
+    return parameter_shapes(torch.nn.ModuleDict({name: parts[name] for name in names}))

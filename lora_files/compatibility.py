@@ -16,9 +16,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lora_files.names import diffusers_name, sgm_path
-from lora_files.read import A_OR_B_KEY, Contents, unsupported_kind
+from lora_files.names import diffusers_name
+from lora_files.read import A_OR_B_KEY, ADDITIONS, Contents, unsupported_kind
+from model.checkpoint import sgm_path
 
+ADDED = "an addition to norms, biases or whole weights"
 COMPONENT_LABELS = {"unet": "U-Net", "text_encoder": "text encoder 1", "text_encoder_2": "text encoder 2"}
 
 
@@ -37,7 +39,8 @@ class LoraFile(Contents):
     @cached_property
     def kinds(self) -> dict[str, str]:
         """{stem: kind of adapter} of the modules that are no plain LoRA."""
-        return {stem: kind for stem in self.modules if (kind := unsupported_kind(self.parts[stem]))}
+        added = {stem: ADDED for stem in self.modules if self.parts[stem].keys() - {"alpha"} <= ADDITIONS.keys()}
+        return added | {stem: kind for stem in self.modules if (kind := unsupported_kind(self.parts[stem]))}
 
     @cached_property
     def plain(self) -> dict[str, str]:
@@ -98,7 +101,7 @@ KNOWN_NAMES = [  # (component, stem of a module in it, programs that know it); `
     ("unet", "diffusion_model.{sgm}", "ComfyUI Forge"),
     ("unet", "unet.{processor}", "ComfyUI Forge"),
     ("unet", "{processor}", "ComfyUI Forge"),
-    ("unet", "lycoris_{path_}", "ComfyUI"),
+    ("unet", "lycoris_{path_}", "ComfyUI Forge"),
     ("text_encoder", "lora_te1_{path_}", "ComfyUI A1111 Forge"),
     ("text_encoder", "lora_te_{path_}", "ComfyUI Forge"),
     ("text_encoder", "text_encoder.{path}", "ComfyUI Forge"),
@@ -118,7 +121,7 @@ READ_BY = {  # kinds that are no plain LoRA -> programs with code for them; DoRA
     "LoHa": UIS,
     "LoKr": UIS,
     "OFT": ("ComfyUI", "A1111"),
-    "a difference of whole weights": UIS,
+    ADDED: UIS,
 }
 
 
@@ -315,6 +318,13 @@ def no_pair(file: LoraFile, program: str) -> bool:
 @rule("{n} under a name that it does not know", *UIS)
 def unknown_name(file: LoraFile, program: str) -> Iterable[str]:
     return (stem for stem, module in file.places.items() if stem not in known_stems(program, module))
+
+
+@rule("{n} of attention in text encoder 2 that lacks one of q, k, v and out: it drops them", "A1111")
+def incomplete_attention(file: LoraFile, program: str) -> Iterator[str]:
+    projections = {s: m.rpartition(".")[0] for s, m in file.within("text_encoder_2").items() if ".self_attn." in m}
+    complete = Counter(projections.values())
+    yield from (stem for stem, layer in projections.items() if complete[layer] < 4)
 
 
 @rule("refuses a file in which more than 12 keys match nothing", "Forge")

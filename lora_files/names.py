@@ -1,45 +1,8 @@
 """Names of SDXL's modules in LoRA files: kohya's, with the block names of Stability's code (SGM), and diffusers' own."""
 
 import re
-from collections.abc import Callable
-from functools import partial
 
-# Pattern of a diffusers path in the U-Net -> its SGM path, from the numbers that the pattern matches.
-# SGM numbers the blocks of each half in one list. input_blocks.0 is conv_in; then every down block i has 3 entries: resnet
-# (and attention) 0, resnet (and attention) 1, downsampler. So layer j of down block i is entry 3·i + j + 1:
-# down_blocks.1.attentions.0 is in input_blocks.4. An up block has 3 entries, too, resnets (and attentions) 0 to 2; its
-# upsampler belongs to the last. Inside an entry .0 is the resnet, .1 the attention. The middle block is resnet .0,
-# attention .1 and resnet .2. In time_embed and label_emb .0 and .2 are the linear layers, .1 is SiLU.
-SGM_BLOCKS: list[tuple[str, Callable[..., str]]] = [
-    (r"^down_blocks\.(\d+)\.attentions\.(\d+)", lambda i, j: f"input_blocks.{3 * i + j + 1}.1"),
-    (r"^down_blocks\.(\d+)\.resnets\.(\d+)", lambda i, j: f"input_blocks.{3 * i + j + 1}.0"),
-    (r"^mid_block\.attentions\.0", lambda: "middle_block.1"),
-    (r"^mid_block\.resnets\.(\d+)", lambda j: f"middle_block.{2 * j}"),
-    (r"^up_blocks\.(\d+)\.attentions\.(\d+)", lambda i, j: f"output_blocks.{3 * i + j}.1"),
-    (r"^up_blocks\.(\d+)\.resnets\.(\d+)", lambda i, j: f"output_blocks.{3 * i + j}.0"),
-    (r"^time_embedding\.linear_(\d)", lambda i: f"time_embed.{2 * i - 2}"),
-    (r"^add_embedding\.linear_(\d)", lambda i: f"label_emb.0.{2 * i - 2}"),
-    (r"^down_blocks\.(\d+)\.downsamplers\.0\.conv$", lambda i: f"input_blocks.{3 * i + 3}.0.op"),
-    (r"^up_blocks\.(\d+)\.upsamplers\.0\.conv$", lambda i: f"output_blocks.{3 * i + 2}.2.conv"),
-    (r"^conv_in$", lambda: "input_blocks.0.0"),
-    (r"^conv_out$", lambda: "out.2"),
-    (r"\.conv1$", lambda: ".in_layers.2"),
-    (r"\.conv2$", lambda: ".out_layers.3"),
-    (r"\.conv_shortcut$", lambda: ".skip_connection"),
-    (r"\.time_emb_proj$", lambda: ".emb_layers.1"),
-]
-
-
-def sgm_path(path: str) -> str:
-    """A path inside the U-Net: 'down_blocks.1.attentions.0.….to_q' -> 'input_blocks.4.1.….to_q'."""
-    for pattern, name in SGM_BLOCKS:
-        path = re.sub(pattern, partial(replacement, name), path)
-    return path
-
-
-def replacement(name: Callable[..., str], match: re.Match) -> str:
-    """Calls a function of SGM_BLOCKS with the numbers that its pattern matched."""
-    return name(*map(int, match.groups()))
+from model.checkpoint import sgm_path
 
 
 def from_sgm(path: str) -> str:
@@ -49,8 +12,10 @@ def from_sgm(path: str) -> str:
         "out_layers.3": "conv2",
         "emb_layers.1": "time_emb_proj",
         "skip_connection": "conv_shortcut",
+        "in_layers.0": "norm1",
+        "out_layers.0": "norm2",
     }
-    outside_blocks = {"input_blocks.0.0": "conv_in", "out.2": "conv_out"}
+    outside_blocks = {"input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out"}
     outside_blocks |= {f"time_embed.{2 * i}": f"time_embedding.linear_{i + 1}" for i in range(2)}
     outside_blocks |= {f"label_emb.0.{2 * i}": f"add_embedding.linear_{i + 1}" for i in range(2)}
     match = re.fullmatch(r"(input|middle|output)_blocks?\.(?:(\d+)\.)?(\d+)\.(.+)", path)

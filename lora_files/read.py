@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from common.errors import UserError, printable, warn
+from common.files import check_dtypes, read_header
 from lora_files.deltas import Deltas
 from lora_files.names import kohya_name
 
@@ -27,14 +27,10 @@ MAX_HEADER = 16 * 2**20  # bytes; a LoRA on every layer of SDXL has 0.4 MB. A mi
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata in the header of a LoRA file. Raises UserError if it is not a readable .safetensors file."""
-    try:
-        with path.open("rb") as file:
-            if MAX_HEADER < int.from_bytes(file.read(8), "little") < path.stat().st_size:  # a longer one is damaged
-                raise UserError(f"{path} is no LoRA: its header alone is above {MAX_HEADER // 2**20} MiB")
-        with safe_open(path, "pt") as file:
-            return file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is not a readable .safetensors file: {error}") from None
+    with suppress(OSError), path.open("rb") as file:
+        if MAX_HEADER < int.from_bytes(file.read(8), "little") < path.stat().st_size:  # a longer one is damaged
+            raise UserError(f"{path} is no LoRA: its header alone is above {MAX_HEADER // 2**20} MiB")
+    return read_header(path)[1].get("__metadata__", {})
 
 
 def trained_on(path: Path) -> str:
@@ -48,7 +44,8 @@ def trained_on(path: Path) -> str:
         model = None
     if not isinstance(model, str):
         raise UserError(f"{path} does not say which model it was trained on: add --model")
-    if model not in ("demo", "sdxl") and not Path(model).exists():
+    here = Path(model, "model_index.json").is_file() or (model.endswith(".safetensors") and Path(model).is_file())
+    if model not in ("demo", "sdxl") and not here:
         raise UserError(f"{path} was trained on {model!r}, which is not here: name the model by --model")
     return model
 
@@ -86,12 +83,30 @@ def newest_lora(path: Path) -> Path:
 
 
 def with_strength(lora: str) -> tuple[Path, float]:
-    """'naruto.safetensors:0.8' -> (path, 0.8). Without a finite number after the last colon the strength is 1."""
-    name, _, strength = lora.rpartition(":")
+    """'naruto.safetensors:0.8' -> (path, 0.8). Without a number after the last colon the strength is 1.
+
+    Raises UserError if that number is not finite.
+    """
+    name, _, number = lora.rpartition(":")
     try:
-        return (Path(name), float(strength)) if name and math.isfinite(float(strength)) else (Path(lora), 1.0)
+        strength = float(number)
     except ValueError:
         return Path(lora), 1.0
+    if not name or Path(lora).exists():
+        return Path(lora), 1.0
+    if not math.isfinite(strength):
+        raise UserError(f"--lora {lora}: the strength {number} is not a finite number")
+    return Path(name), strength
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """{key: tensor} of a LoRA file. Raises UserError, which names the first, if a tensor is not finite or holds no weights."""
+    read_metadata(path)
+    check_dtypes(path, exempt=".alpha")  # which some tools store as an integer
+    tensors = load_file(path)
+    if wrong := [key for key, tensor in tensors.items() if not tensor.float().isfinite().all()]:
+        raise UserError(f"{path}: {wrong[0]} is not finite ({len(wrong)} of {len(tensors)} tensors)")
+    return tensors
 
 
 # What the keys of other tools look like.
@@ -130,9 +145,19 @@ UNSUPPORTED = {  # pattern in a key -> kind of adapter that is not read
     r"\.hada_": "LoHa",
     r"\.lokr_": "LoKr",
     r"\.oft_": "OFT",
-    r"\.diff(_b)?$": "a difference of whole weights",
+    r"\.[ab][12]\.weight$": "GLoRA",
+    r"\.(on_input|ia3_l)\b": "IA3",
+    r"\.[wb]_norm$": "LyCORIS of norms (w_norm)",
+    r"\.set_weight$": "whole weights (set_weight)",
+    r"\.reshape_weight$": "a LoRA for weights of another shape (reshape_weight)",
+    r"\.boft_": "BOFT",
+    r"\.vera_lambda": "VeRA",
+    r"\.lora_E\b": "AdaLoRA",
+    r"\.lora_[AB]\.(default\.)?bias$": "a LoRA with biases (lora_bias)",
+    r"\.lora_[AB]\.\w+\.weight$": "a PEFT adapter with another name than default",
     r"bundle_emb": "a LoRA with embeddings in it",
 }
+ADDITIONS = {"diff": "weight", "diff_b": "bias"}  # part of ComfyUI's training node -> parameter that it is added to
 # Metadata about the bytes or the layout of a file: wrong in a file that is made from it.
 NOT_COPIED = ("lora_adapter_metadata", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "format")
 GENERATIONS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}  # by the channels of the text
@@ -175,7 +200,8 @@ def layouts(keys: Iterable[str]) -> list[str]:
 
 
 def group_by_stem(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """{stem: {part: tensor}}. Parts: "down", "up", "alpha", and by their own names those of UNSUPPORTED kinds.
+    """{stem: {part: tensor}}. Parts: "down", "up", "alpha", "diff", "diff_b", and by their own names those of UNSUPPORTED
+    kinds.
 
     A key that is none of these becomes a stem without parts.
     """
@@ -186,6 +212,8 @@ def group_by_stem(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
             stem, part = match[1], "down" if match[2] else "up"
         elif key.endswith(".alpha") and tensor.numel() == 1:
             stem, part = key.removesuffix(".alpha"), "alpha"
+        elif (ending := key.rpartition(".")[2]) in ADDITIONS:
+            stem, part = key.removesuffix(f".{ending}"), ending
         elif match := next(filter(None, (re.search(kind, key) for kind in UNSUPPORTED)), None):
             stem, part = key[: match.start()] or key, key[match.start() :].removeprefix(".")
         parts.setdefault(stem, {}).update({part: tensor} if part else {})
@@ -210,25 +238,29 @@ class Contents:
     """{stem: module path} of the stems that fit a layer; an unsupported kind of adapter fits if its name does."""
     deltas: Deltas
     """Of the stems that are plain A and B and fit. α may be NaN or infinite."""
+    additions: Deltas
+    """By parameter path: what is added to norms and biases, and to whole weights."""
     wrong: dict[str, list[str]]
     """{what is wrong with them: stems}"""
 
 
-def scan(path: Path, shapes: dict[str, torch.Size]) -> Contents:
-    """Reads a LoRA file and collects what is wrong with it, for which `read_lora` raises errors; `shapes` as there.
+def scan(path: Path, shapes: dict[str, torch.Size], read: Callable[[Path], dict[str, Tensor]] = load_file) -> Contents:
+    """Reads a LoRA file, its tensors by `read`, and collects what is wrong with it, for which `read_lora` raises errors;
+    `shapes` as there.
 
     Raises UserError only if the file or its metadata is unreadable.
     """
     metadata = read_metadata(path)
-    tensors = load_file(path)
+    tensors = read(path)
     parts = group_by_stem(tensors)
     modules: dict[tuple[str | None, str], list[str]] = {}
-    for module in shapes:
+    for module in dict.fromkeys(re.sub(r"\.(weight|bias)$", "", name) for name in shapes):
         for spelling in spellings(module):
             modules.setdefault(spelling, []).append(module)
     default_alpha = scaling_rules(path, metadata)
     places: dict[str, str] = {}
     deltas: Deltas = {}
+    additions: Deltas = {}
     wrong: dict[str, list[str]] = {}
     for stem, own in parts.items():
         candidates = modules.get(locate(stem), [])
@@ -236,17 +268,33 @@ def scan(path: Path, shapes: dict[str, torch.Size]) -> Contents:
             wrong.setdefault("match no layer", []).append(stem)
         elif unsupported_kind(own):
             places[stem] = candidates[0]
+        elif not add_differences(own, candidates, shapes, additions):
+            wrong.setdefault("have other shapes than their layer", []).append(stem)
+        elif own.keys() & ADDITIONS.keys() and not own.keys() & {"down", "up"}:
+            places[stem] = candidates[0]
         elif {"down", "up"} - own.keys():
             wrong.setdefault("lack A or B", []).append(stem)
-        elif (layer := next((m for m in candidates if fits(own["down"], own["up"], shapes[m])), None)) is None:
+        elif not (own["down"].is_floating_point() and own["up"].is_floating_point()):
+            wrong.setdefault("are of integers, which are no weights without their scales", []).append(stem)
+        elif (layer := next((m for m in candidates if m in shapes and fits(own["down"], own["up"], shapes[m])), None)) is None:
             wrong.setdefault("have other shapes than their layer", []).append(stem)
         elif layer in deltas:
             wrong.setdefault("occur twice, under two names", []).append(stem)
         else:
-            down, up = own["down"], own["up"]
+            down, up = (own[part].float() if own[part].element_size() == 1 else own[part] for part in ("down", "up"))  # float8
             places[stem] = layer
             deltas[layer] = (down, up, float(own["alpha"]) if "alpha" in own else default_alpha(layer, len(down)))
-    return Contents(path, metadata, tensors, parts, places, deltas, wrong)
+    return Contents(path, metadata, tensors, parts, places, deltas, additions, wrong)
+
+
+def add_differences(own: dict[str, Tensor], modules: list[str], shapes: dict[str, torch.Size], additions: Deltas) -> bool:
+    """Puts the parts of a stem that are added to a parameter of one of `modules` into `additions`. Returns whether all fit."""
+    for part in own.keys() & ADDITIONS.keys():
+        names = (f"{module}.{ADDITIONS[part]}" for module in modules)
+        if (name := next((name for name in names if shapes.get(name) == own[part].shape), None)) is None:
+            return False
+        additions[name] = (own[part].float().reshape(1, -1), torch.ones(1, 1), 1.0)
+    return True
 
 
 def read_lora(path: Path, shapes: dict[str, torch.Size]) -> Deltas:
@@ -259,7 +307,7 @@ def read_lora(path: Path, shapes: dict[str, torch.Size]) -> Deltas:
     Raises UserError, in one line with counts and the first names, if the file is for another model or is no LoRA of plain
     A and B, if a key belongs to no layer, or if A or B is missing.
     """
-    contents = scan(path, shapes)
+    contents = scan(path, shapes, read_tensors)
     parts = contents.parts
     if kind := next(filter(None, map(unsupported_kind, parts.values())), None):
         raise UserError(f"{path} is {kind}: only LoRA of plain A and B can be merged exactly")
@@ -270,10 +318,10 @@ def read_lora(path: Path, shapes: dict[str, torch.Size]) -> Deltas:
         problem, stems = next(iter(contents.wrong.items()))
         examples = ", ".join(" ".join([stem, *(str(list(t.shape)) for t in parts[stem].values())]) for stem in stems[:3])
         raise UserError(f"{path} does not fit the model: {len(stems)} of {len(parts)} modules {problem}, first {examples}")
-    for stem, module in contents.places.items():
-        if not math.isfinite(alpha := contents.deltas[module][2]):
-            raise UserError(f"{path}: the alpha of {stem} is {alpha}")
-    return contents.deltas
+    for module, (*_, alpha) in contents.deltas.items():
+        if not math.isfinite(alpha):
+            raise UserError(f"{path}: the alpha of {module} is {alpha}")
+    return contents.deltas | contents.additions
 
 
 def fits(down: Tensor, up: Tensor, shape: torch.Size) -> bool:

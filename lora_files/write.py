@@ -3,6 +3,9 @@
 import hashlib
 import json
 import math
+import re
+from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -10,9 +13,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from common.errors import UserError
+from common.files import encode_header
 from lora_files.deltas import Deltas
 from lora_files.names import diffusers_name, kohya_name
-from lora_files.read import read_lora
+from lora_files.read import NOT_COPIED, read_lora
 
 
 def with_one_alpha(deltas: Deltas) -> Deltas:
@@ -49,12 +53,13 @@ def adapter_metadata(deltas: Deltas) -> dict[str, str]:
 
 
 def serialise(deltas: Deltas, metadata: dict[str, str], layout: str = "kohya", dtype: torch.dtype = torch.float16) -> bytes:
-    """The bytes of a .safetensors file with the weights in `dtype`.
+    """The bytes of a .safetensors file with the weights in `dtype`, and `metadata` with what `public_header` adds to it.
 
     'kohya': every module has a 0-dim float32 alpha, the same in all modules of a component. 'diffusers': the alphas are in
     the metadata. Raises UserError, which names the tensor, if a value is not finite in `dtype`.
     """
     tensors: dict[str, Tensor] = {}
+    metadata = public_header(metadata, layout)
     if layout == "diffusers":
         metadata = {**metadata, **adapter_metadata(deltas)}
         for path, (A, B, _) in deltas.items():
@@ -69,10 +74,11 @@ def serialise(deltas: Deltas, metadata: dict[str, str], layout: str = "kohya", d
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise UserError(f"{key} is not finite in {str(dtype).removeprefix('torch.')}, so no file was written")
-    without_metadata = save(tensors)
-    header = int.from_bytes(without_metadata[:8], "little")
-    digest = hashlib.sha256(without_metadata[8 + header :]).hexdigest()  # of the tensor bytes only, as other tools compute it
-    return save(tensors, {**metadata, "sshs_model_hash": digest})
+    data = save(tensors)
+    start = 8 + int.from_bytes(data[:8], "little")
+    digest = hashlib.sha256(data[start:]).hexdigest()  # of the tensor bytes only, as other tools compute it
+    metadata |= {"sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}
+    return encode_header({"__metadata__": metadata} | json.loads(data[8:start])) + data[start:]
 
 
 def largest_difference(read_back: Deltas, live: Deltas) -> float:
@@ -86,17 +92,44 @@ def largest_difference(read_back: Deltas, live: Deltas) -> float:
     for path, (A, B, alpha) in live.items():
         file_A, file_B, file_alpha = read_back[path]
         scaled_B = file_B.float() * (file_alpha / alpha if alpha else 1)
-        largest = torch.stack([largest, (file_A.float() - A.cpu()).abs().max(), (scaled_B - B.cpu()).abs().max()]).max()
+        differences = (file_A.float() - A.float().cpu()).abs().max(), (scaled_B - B.float().cpu()).abs().max()
+        largest = torch.stack([largest, *differences]).max()
     return largest.item()
 
 
+LOCATIONS = ("data", "data_cache", "out", "log_dir", "resume", "model", "prompts")  # options that may hold paths or URLs
+
+
+def without_folders(value: object) -> object:
+    """A path or URL, or a list of them, with their base names only: a header is public, and says nothing about a disk."""
+    if isinstance(value, list | tuple):
+        return [without_folders(item) for item in value]
+    return re.split(r"[/\\]", str(value).rstrip("/\\"))[-1] if isinstance(value, str | Path) else value
+
+
+def public_header(metadata: dict[str, str], layout: str) -> dict[str, str]:
+    """What every LoRA file says about itself (ModelSpec 1.0.1), with what `metadata` says instead where it says it; without
+    folders, and without what is not true of a file made from another.
+    """
+    own = {key: value for key, value in metadata.items() if key not in NOT_COPIED}
+    with suppress(ValueError, AttributeError):
+        config = json.loads(own.get("sdxl_lora.config", "")).items()
+        own["sdxl_lora.config"] = json.dumps({k: without_folders(v) if k in LOCATIONS else v for k, v in config})
+    written = {"modelspec.title": own.get("ss_output_name", "LoRA"), "modelspec.resolution": "1024x1024"}
+    written["modelspec.date"] = datetime.now(UTC).date().isoformat()  # no time: the same weights on one day are the same file
+    return A1111_HEADER | written | own | {"modelspec.implementation": IMPLEMENTATIONS[layout]}
+
+
+IMPLEMENTATIONS = {
+    "kohya": "https://github.com/Stability-AI/generative-models",
+    "diffusers": "https://github.com/huggingface/diffusers",
+}
 A1111_HEADER = {  # without these A1111 and Forge think that a file is for Stable Diffusion 1, and do not list it under SDXL
     "ss_network_module": "networks.lora",
     "ss_base_model_version": "sdxl_base_v1-0",
     "ss_v2": "False",
     "modelspec.sai_model_spec": "1.0.1",
     "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
-    "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
 }
 
 
@@ -106,7 +139,8 @@ def make_header(config: dict, images: int, step: int) -> dict[str, str]:
     `config`: {option: value} of the run: rank, alpha, targets, resolution, model, …
     """
     name, side = f"pytorch_lora_weights_{step}", config["resolution"]
-    return A1111_HEADER | {
+    given = {key: config.get(key) for key in ("author", "description")}
+    return {f"modelspec.{key}": str(value) for key, value in given.items() if value} | {
         "ss_network_dim": str(config["rank"]),
         "ss_network_alpha": str(config["alpha"]),
         "ss_network_args": json.dumps({"targets": config["targets"]}),

@@ -1,18 +1,28 @@
 """Loads SDXL from the Hugging Face hub, a diffusers folder or a single checkpoint file."""
 
 import json
-import math
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TypeAlias
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from common.errors import UserError
-from common.files import ROOT
+from common.files import ROOT, check_dtypes, read_header, why_no_safetensors
+from model.check import (
+    agreed_prediction,
+    check_channels,
+    check_differences,
+    check_model,
+    predictions,
+    squeezed,
+)
+from model.checkpoint import PREFIXES, checkpoint_of
 from model.vae import vae_dtype
 
 Pipeline: TypeAlias = StableDiffusionXLPipeline  # for other rooms, which must not import diffusers before this package
@@ -20,6 +30,13 @@ Pipeline: TypeAlias = StableDiffusionXLPipeline  # for other rooms, which must n
 MODELS = {
     "demo": str(ROOT / "assets/demo/model"),
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+}
+WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
+CLASSES = {  # of the pipeline -> the class that the suite knows
+    "unet": UNet2DConditionModel,
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
 }
 BASE = ROOT / "assets/sdxl"  # configurations and tokenizers of SDXL base, which a checkpoint file does not contain
 
@@ -33,34 +50,25 @@ def load_sdxl(model: str, dtype: torch.dtype, device: torch.device) -> Pipeline:
 
 
 def read_sdxl(model: str, dtype: torch.dtype, unet: bool = True) -> Pipeline:
-    """Returns diffusers' pipeline in `dtype`, on the CPU, frozen and in eval mode.
+    """Returns diffusers' pipeline in `dtype`, on the CPU, frozen, in eval mode, and checked by `model.check`.
 
     `model`: "demo", "sdxl", a hub id, a diffusers folder, or a single .safetensors checkpoint. With `unet=False` the U-Net is
     on the meta device: shapes without weights, which saves three quarters of the memory.
 
-    Raises UserError if there is no such model, if it is not SDXL, or if it is neither on this machine nor can be downloaded.
+    Raises UserError if there is no such model, if it is not SDXL or not whole, if it holds numbers or a schedule that cannot
+    be used here, or if it is neither on this machine nor can be downloaded.
     """
     source = MODELS.get(model, model)
     path = Path(source)
-    options = {"dtype": dtype, "add_watermarker": False, "low_cpu_mem_usage": False, "use_safetensors": True}
     try:
-        if not unet:
-            if path.suffix == ".safetensors":
-                unet_config = UNet2DConditionModel.load_config(BASE / "unet")
-            else:
-                unet_config = UNet2DConditionModel.load_config(source, subfolder="unet")
-            with torch.device("meta"):
-                options["unet"] = UNet2DConditionModel.from_config(unet_config).to(dtype)
         if path.is_dir():
-            check_folder(model, path)
-            variant = "fp16" if any(path.glob("unet/*.fp16.safetensors")) else None
-            pipe = StableDiffusionXLPipeline.from_pretrained(path, variant=variant, local_files_only=True, **options)
-        elif path.suffix == ".safetensors" and path.is_file():
-            pipe = from_checkpoint(model, path, options)
-        elif path.suffix == ".safetensors" or path.is_absolute() or source.startswith(".") or source.count("/") != 1:
+            pipe = from_folder(model, path, dtype, unet)
+        elif path.exists():
+            pipe = from_checkpoint(model, path, dtype, unet)
+        elif path.suffix.lower() in WEIGHT_SUFFIXES or path.is_absolute() or source.startswith(".") or source.count("/") != 1:
             raise UserError(f"--model {model}: no such file or folder (nor 'demo', 'sdxl' or a hub id like owner/name)")
         else:
-            pipe = from_hub(source, dtype, options)
+            pipe = from_folder(model, download(source, dtype), dtype, unet)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if path.exists():
             kind = "folder" if path.is_dir() else "checkpoint"
@@ -70,76 +78,119 @@ def read_sdxl(model: str, dtype: torch.dtype, unet: bool = True) -> Pipeline:
             f"({type(error).__name__}: {str(error).splitlines()[0][:150]}); where there is network run "
             f"`hf download {source} --local-dir sdxl`, copy the folder here and pass --model sdxl/"
         ) from None
+    check_model(model, pipe)
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.enable_slicing()  # image by image: the memory of a batch of 1
-    for module in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
-        module.requires_grad_(False).eval()
+    for name in CLASSES:
+        getattr(pipe, name).requires_grad_(False).eval()
     return pipe
 
 
-def from_hub(repository: str, dtype: torch.dtype, options: dict) -> Pipeline:
-    """Loads a repository, for float16 from its "fp16" files, which are half as large, if it has them."""
+def download(repository: str, dtype: torch.dtype) -> Path:
+    """The local copy of a repository; for float16 with its "fp16" files, which are half as large, if it has them."""
+    options = {"use_safetensors": True}
     if dtype == torch.float16:
         try:
-            return StableDiffusionXLPipeline.from_pretrained(repository, variant="fp16", **options)
+            return Path(StableDiffusionXLPipeline.download(repository, variant="fp16", **options))
         except ValueError:  # raised by diffusers if the repository has no such files
             pass
-    return StableDiffusionXLPipeline.from_pretrained(repository, **options)
+    return Path(StableDiffusionXLPipeline.download(repository, **options))
+
+
+def from_folder(model: str, folder: Path, dtype: torch.dtype, unet: bool) -> Pipeline:
+    """Reads a diffusers folder. The libraries fill what the files lack with random numbers: their report is checked."""
+    check_folder(model, folder)
+    files = [file.name for file in folder.glob("unet/*.safetensors")]
+    halves = [name for name in files if ".fp16." in name]
+    variant = "fp16" if halves and (dtype == torch.float16 or len(halves) == len(files)) else None
+    options = {"variant": variant, "dtype": dtype, "local_files_only": True, "use_safetensors": True}
+    parts = {}
+    for name, kind in CLASSES.items():
+        for weights in (folder / name).glob("*.safetensors"):
+            check_dtypes(weights, exempt="position_ids")
+        if name == "unet" and not unet:
+            parts[name] = empty_unet(folder / name, dtype)
+            continue
+        part, report = kind.from_pretrained(
+            folder / name, **options, low_cpu_mem_usage=False, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+        differences = {
+            "lacks {}": report["missing_keys"],
+            "has {}, which SDXL does not know": report["unexpected_keys"],
+            "has another shape of {}": [key for key, *_ in report["mismatched_keys"]],
+        }
+        check_differences(f"--model {model} is no complete SDXL folder: {name}", differences, len(part.state_dict()))
+        parts[name] = part
+    pipe = StableDiffusionXLPipeline.from_pretrained(
+        folder, variant=variant, local_files_only=True, add_watermarker=False, **parts
+    )
+    statements = {"scheduler_config.json": pipe.scheduler.config.get("prediction_type", "epsilon")}
+    for file in files:
+        statements |= predictions(read_header(folder / "unet" / file)[1])
+    agreed_prediction(model, statements)
+    return pipe
+
+
+def empty_unet(config: Path, dtype: torch.dtype) -> UNet2DConditionModel:
+    """A U-Net on the meta device from the configuration in a folder."""
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(config)).to(dtype)
 
 
 def check_folder(model: str, folder: Path) -> None:
-    """Raises UserError unless `folder` is a diffusers folder of the SDXL base architecture."""
+    """Raises UserError unless `folder` is a diffusers folder of SDXL's pipeline and its classes."""
     index = folder / "model_index.json"
     if not index.is_file():
         raise UserError(f"--model {model} is no diffusers folder: it has no model_index.json")
     try:
-        kind = json.loads(index.read_text()).get("_class_name")
-    except (json.JSONDecodeError, UnicodeDecodeError):
+        entries = json.loads(index.read_text())
+        kind = entries.get("_class_name")
+    except (ValueError, AttributeError):
         raise UserError(f"--model {model}: model_index.json is not JSON") from None
     if kind != "StableDiffusionXLPipeline":
         raise UserError(f"--model {model} is no SDXL: its model_index.json says {kind}, not StableDiffusionXLPipeline")
+    for name, part in CLASSES.items():
+        if (found := (entries.get(name) or [None])[-1]) != part.__name__:
+            raise UserError(f"--model {model} is no SDXL: its {name} is {found}, not {part.__name__}")
 
 
-CHECKPOINT = {  # prefix of the names in a checkpoint file -> part of the pipeline
-    "model.diffusion_model.": "unet",
-    "conditioner.embedders.0.transformer.": "text_encoder",
-    "conditioner.embedders.1.model.": "text_encoder_2",
-    "first_stage_model.": "vae",
-}
-
-
-def from_checkpoint(model: str, path: Path, options: dict) -> Pipeline:
+def from_checkpoint(model: str, path: Path, dtype: torch.dtype, unet: bool) -> Pipeline:
     """Reads one .safetensors file in Stability's layout, without network. The keys `v_pred` and `ztsnr` mean the same as in
     ComfyUI: the model predicts v; its last timestep is pure noise.
 
-    diffusers leaves a parameter that the file lacks at its random initialisation, so this counts the parameters first.
-    Raises UserError if they are not those of SDXL base.
+    diffusers fills what the file lacks with random numbers, so the names and shapes are compared first. Raises UserError if
+    they are not those of SDXL base.
     """
-    sizes = dict.fromkeys(CHECKPOINT.values(), 0)
-    try:
-        with safe_open(path, "pt") as file:
-            keys = set(file.keys())
-            for key in keys:
-                prefix = next((p for p in CHECKPOINT if key.startswith(p)), None)
-                if prefix and not key.endswith(("position_ids", "logit_scale")):
-                    sizes[CHECKPOINT[prefix]] += math.prod(file.get_slice(key).get_shape())
-    except SafetensorError as error:
-        raise UserError(f"--model {model} is no readable .safetensors file: {error}") from None
+    if path.suffix != ".safetensors":  # diffusers goes by the name, and would take it for a pickle
+        raise UserError(f"--model {model} {why_no_safetensors(path) or 'must be renamed to end in .safetensors'}")
+    check_dtypes(path, exempt="position_ids")
+    header = read_header(path)[1]
+    shapes = {key: entry["shape"] for key, entry in header.items() if key.startswith(tuple(PREFIXES.values()))}
     with torch.device("meta"):
-        for name, part in base_architecture().items():
-            expected = sum(p.numel() for p in part.parameters())
-            if sizes[name] != expected:
-                raise UserError(
-                    f"--model {model} is no SDXL base checkpoint: {sizes[name]:,} values of {name}, not {expected:,}"
-                )
+        wanted = {key: tensor.shape for key, tensor in checkpoint_of(SimpleNamespace(**base_architecture())).items()}
+    unused = re.compile(r"logit_scale$|position_ids$|\.model_ema\.")
+    check_channels(model, *shapes.get("model.diffusion_model.input_blocks.0.0.weight", [])[1:2])
+    same_size = {key for key in shapes.keys() & wanted if squeezed(shapes[key]) == squeezed(wanted[key])}
+    differences = {
+        "lacks {}": [key for key in wanted if key not in shapes and not unused.search(key)],
+        "has {}, which SDXL does not know": [key for key in shapes if key not in wanted and not unused.search(key)],
+        "has another shape of {}": [key for key in wanted if key in shapes and key not in same_size],
+    }
+    check_differences(f"--model {model} is no SDXL base checkpoint: it", differences, len(wanted))
+    if edm := sorted(key for key in header if key.startswith("edm_")):
+        raise UserError(f"--model {model} has {edm[0]}: a schedule of EDM cannot be used here, only one with alphas_cumprod")
+    options = {"dtype": dtype, "add_watermarker": False, "low_cpu_mem_usage": False}
+    if not unet:
+        options["unet"] = empty_unet(BASE / "unet", dtype)
     default_dtype = torch.get_default_dtype()
-    torch.set_default_dtype(options["dtype"])  # otherwise diffusers loads everything in float32 first: 14 GiB instead of 7
+    torch.set_default_dtype(dtype)  # otherwise diffusers loads everything in float32 first: 14 GiB instead of 7
     try:
         pipe = StableDiffusionXLPipeline.from_single_file(str(path), config=str(BASE), local_files_only=True, **options)
     finally:
         torch.set_default_dtype(default_dtype)
-    if "v_pred" in keys:
-        objective = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in keys}
+    statements = predictions(header) | ({"the key v_pred": "v_prediction"} if "v_pred" in header else {})
+    if agreed := agreed_prediction(model, statements):
+        objective = {"prediction_type": agreed, "rescale_betas_zero_snr": "ztsnr" in header and agreed == "v_prediction"}
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **objective)
     return pipe
 

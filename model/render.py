@@ -59,14 +59,17 @@ def render(
     seed `seed` + i, so it depends neither on the other prompts nor on the device.
 
     `describe`: (prompt, negative prompt) -> arguments of the pipeline. `decode`: latents [B, 4, h, w] -> pixels [B, 3, 8h, 8w]
-    in [-1, 1]. `label`: title of the progress bar; without it there is none.
+    in [-1, 1]. `label`: title of the progress bar; without it there is none. Raises UserError if a picture is not finite.
     """
     images, pipe.scheduler = [], from_last_timestep(pipe.scheduler)
     for i, prompt in enumerate(tqdm(prompts, desc=label, unit="img", leave=False, disable=not label)):
         generator = seed_generator(torch.Generator("cpu"), seed + i)
         options = {"num_inference_steps": steps, "guidance_scale": guidance, "height": size, "width": size}
         latents = pipe(**describe(prompt, negative), generator=generator, output_type="latent", **options).images
-        images.append(to_image(decode(latents)[0]))
+        pixels = decode(latents)[0]
+        if not (latents.isfinite().all() and pixels.isfinite().all()):  # cast to 8 bits it would be black
+            raise UserError(f"picture {i + 1}, {prompt[:40]!r}, has values that are not finite: try --precision bf16 or fp32")
+        images.append(to_image(pixels))
     return images
 
 

@@ -57,10 +57,25 @@ def hash_weights(*modules: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def latent_statistics(vae: AutoencoderKL, device: torch.device) -> tuple[Tensor | float, Tensor | float]:
+    """Mean and deviation of each channel of the latents, [1, C, 1, 1]: 0 and 1 unless the VAE has its own.
+
+    Filled on the device: a copy from the host would be forbidden in a CUDA graph.
+    """
+    if not vae.config.latents_mean:
+        return 0.0, 1.0
+    rows = vae.config.latents_mean, vae.config.latents_std
+    mean, std = (torch.cat([torch.full((1, 1, 1, 1), x, device=device) for x in row], dim=1) for row in rows)
+    return mean, std
+
+
 def sample_latents(vae: AutoencoderKL, posterior: Tensor, noise: Tensor) -> Tensor:
-    """posterior [B, 8, h, w], noise [B, 4, h, w] -> latents [B, 4, h, w] float32: a posterior sample × scaling_factor."""
+    """posterior [B, 8, h, w], noise [B, 4, h, w] -> latents [B, 4, h, w] float32: (a posterior sample - mean) × scaling_factor
+    / deviation, as in diffusers' StableDiffusionXLImg2ImgPipeline.
+    """
     mean, std = posterior.float().chunk(2, dim=1)
-    return (mean + std * noise) * vae.config.scaling_factor
+    latents_mean, latents_std = latent_statistics(vae, posterior.device)
+    return (mean + std * noise - latents_mean) * vae.config.scaling_factor / latents_std
 
 
 @torch.no_grad()
@@ -69,7 +84,8 @@ def decode_latents(vae: AutoencoderKL, latents: Tensor, tiled: bool = False) -> 
 
     `tiled`: decodes overlapping tiles of 512 pixels, which takes a quarter of the memory but changes the picture slightly.
     """
+    mean, std = latent_statistics(vae, latents.device)
     vae.use_tiling, vae.tile_latent_min_size, vae.tile_sample_min_size = tiled, 64, 512
-    pixels = vae.decode((latents.float() / vae.config.scaling_factor).to(vae.dtype)).sample
+    pixels = vae.decode((latents.float() * std / vae.config.scaling_factor + mean).to(vae.dtype)).sample
     vae.use_tiling = False
     return pixels.float().clamp(-1, 1)

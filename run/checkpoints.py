@@ -40,6 +40,10 @@ class CheckpointConfig:
     resume: str = option("auto", resume="free")
     """'auto' (from the newest whole state in --out, if there is one), 'none' (what is in --out is moved aside), or a state,
     or the folder of a run."""
+    author: str | None = option(None, resume="free")
+    """Your name, for the header of the LoRA files."""
+    description: str | None = option(None, resume="free")
+    """What the LoRA shows, for the header of its files."""
     resume_override: bool = option(False, resume="free")
     """Resume although options differ from those of the state, with the new ones."""
 

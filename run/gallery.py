@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from common.errors import UserError, warn_of
 from common.options import check_options, option
 from common.sheets import side_by_side, stack
 from lora import Adapter
@@ -73,9 +74,13 @@ class Gallery:
         for i in range(self.ranks.rank, len(self.prompts), self.ranks.world):
             if self.stop.requested:
                 break
-            if i not in self.base:
-                with self.adapter.disabled():
-                    self.base[i] = self.render(prompts=[self.prompts[i]], seed=i)[0]
-            pictures = {"base": self.base[i], name: self.render(prompts=[self.prompts[i]], seed=i)[0]}
+            try:
+                if i not in self.base:
+                    with self.adapter.disabled():
+                        self.base[i] = self.render(prompts=[self.prompts[i]], seed=i)[0]
+                pictures = {"base": self.base[i], name: self.render(prompts=[self.prompts[i]], seed=i)[0]}
+            except UserError as error:  # a picture that is not finite; the other ranks wait for this one
+                warn_of(name, error)
+                break
             rows[i] = side_by_side(pictures, self.prompts[i])
         return rows

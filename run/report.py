@@ -20,6 +20,7 @@ from common.options import check_options, option
 from common.progress import tqdm
 from data import Loader, Stream
 from memory import memory_in_use, peak_memory
+from model.check import describe_model
 from performance.memory_plan import Plan
 from run.accumulation import Step
 from run.bad_steps import not_finite
@@ -92,6 +93,7 @@ class Report:
         return {
             "resume": checkpoints.resumed,
             "model": f"{flags['model']}: U-Net and text encoders {total:,} parameters, frozen; {stream.resolution} px",
+            "predicts": describe_model(self.model.pipe),
             "LoRA": f"rank {flags['rank']} on {layers} layers, {trained:,} parameters trained: {100 * trained / total:.2f} %",
             "data": "\ndata       ".join([source.account(), *source.left_out()]),
             "caption": textwrap.shorten(stream.example(), 150, placeholder=" …"),

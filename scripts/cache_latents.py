@@ -42,6 +42,7 @@ from dataset.loading import read_by_workers
 from dataset.shards import Shard, already_there, finish, write_shard
 from dataset.sources import File, Source, open_source
 from memory import resolve_device
+from model.check import describe_model
 from model.load import native_resolution, read_sdxl
 from model.sdxl import Denoiser
 from model.text import tokenize
@@ -257,6 +258,7 @@ def main(config: CacheConfig) -> None:
     if ranks.is_first:
         print(f"{source.samples} images at {resolution} px: {describe_buckets(source, sizes, bucket)}", flush=True)
         print("\n".join(f"  {line}" for line in (source.account(), *source.left_out())), flush=True)
+        print(f"model {config.model}: predicts {describe_model(pipe)}", flush=True)
 
     # This rank's shards, and which of them have to be written.
     existing = already_there(config.out)

@@ -17,8 +17,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.errors import UserError, one_line_errors
 from common.files import check_writable, write_atomically
 from lora_files.base_weights import model_shapes
-from lora_files.read import NOT_COPIED, read_lora, read_metadata
-from lora_files.write import A1111_HEADER, check_written, serialise
+from lora_files.deltas import is_addition
+from lora_files.read import read_lora, read_metadata
+from lora_files.write import check_written, serialise
 from memory import DTYPES
 
 
@@ -42,8 +43,10 @@ def main(config: ConvertConfig) -> None:
     check_writable("the folder", config.out.parent)
     shapes = model_shapes(config.model)
     deltas = read_lora(config.lora, shapes)
-    metadata = {k: v for k, v in read_metadata(config.lora).items() if k not in NOT_COPIED}
-    metadata = A1111_HEADER | metadata
+    added = [deltas.pop(name) for name in list(deltas) if is_addition(name)]
+    if not deltas:
+        raise UserError(f"{config.lora} holds only additions (.diff, .diff_b), which no layout of LoRA can hold")
+    metadata = {"modelspec.title": config.out.stem} | read_metadata(config.lora)
     dtype = DTYPES[config.save_dtype]
     data = serialise(deltas, metadata, config.format, dtype)
     errors = []
@@ -52,6 +55,8 @@ def main(config: ConvertConfig) -> None:
         errors.append(check_written(written, shapes, deltas, dtype, "it was not kept: try --save-dtype fp32"))
 
     write_atomically(config.out, data, check)
+    if added:
+        print(f"left out: {len(added)} additions to norms, biases or whole weights (.diff, .diff_b)")
     print(f"{config.out}: {len(deltas)} layers in the {config.format} layout, largest difference {errors[0]:.2g}")
 
 

@@ -28,9 +28,10 @@ from data import decode
 from dataset.images import Decoded
 from dataset.sources import open_source
 from lora import merge_lora
-from lora_files.deltas import layer_shapes
+from lora_files.deltas import parameter_shapes
 from lora_files.read import newest_lora, read_lora, trained_on
 from memory import DTYPES, resolve_device, resolve_precision
+from model.check import describe_model
 from model.diffusion import Diffusion, DiffusionConfig
 from model.load import load_sdxl, native_resolution
 from model.render import render
@@ -101,8 +102,9 @@ def main(config: EvaluateConfig) -> None:
         raise UserError(f"--data {config.data} holds latents: the evaluation compares pictures, so it needs images")
     pipe = load_sdxl(model, DTYPES[resolve_precision("auto", device)], device)
     denoiser, size = Denoiser(pipe), native_resolution(pipe)
-    deltas = read_lora(lora, layer_shapes(denoiser))
+    deltas = read_lora(lora, parameter_shapes(denoiser))
     schedule = pipe.scheduler
+    print(f"model {model}: predicts {describe_model(pipe)}")
     diffusion = Diffusion(DiffusionConfig(), schedule.alphas_cumprod, schedule.config.prediction_type, device)
 
     samples = []

@@ -28,14 +28,14 @@ from common.progress import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.errors import UserError, one_line_errors
-from common.files import check_writable, write_atomically
+from common.files import check_writable, read_header, write_atomically
 from common.options import check_options, option
 from lora import TARGETS, LoRAConfig
-from lora_files.base_weights import STORED_DTYPES, Place, model_shapes, places, read_header, weight_files
-from lora_files.deltas import Deltas, delta_svd
+from lora_files.base_weights import STORED_DTYPES, Place, model_shapes, places, weight_files
+from lora_files.deltas import Deltas, delta_svd, is_addition
 from lora_files.names import diffusers_name
-from lora_files.read import NOT_COPIED, read_lora, read_metadata
-from lora_files.write import A1111_HEADER, check_written, serialise
+from lora_files.read import read_lora, read_metadata
+from lora_files.write import check_written, serialise
 from memory import DTYPES as memory_DTYPES
 from memory import resolve_device
 
@@ -133,8 +133,11 @@ class Lora:
 
     def __init__(self, file: Path, model: str | None, device: torch.device):
         self.shapes, self.device = model_shapes(model), device
-        self.deltas = read_lora(file, self.shapes)
-        self.metadata = {k: v for k, v in read_metadata(file).items() if k not in NOT_COPIED}
+        deltas = read_lora(file, self.shapes)
+        self.deltas = {name: delta for name, delta in deltas.items() if not is_addition(name)}
+        if added := len(deltas) - len(self.deltas):
+            print(f"left out: {added} additions to norms, biases or whole weights (.diff, .diff_b)")
+        self.metadata = read_metadata(file)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.deltas)
@@ -174,7 +177,7 @@ def find_weights(model: Path) -> dict[str, Weight]:
     found = {}
     for file, component in weight_files(model).items():  # of two variants the last counts: x.safetensors after x.fp16.…
         for key, entry in read_header(file)[1].items():
-            for place in places(component, key, entry.get("shape", [])):
+            for place in places(component, key, entry.get("shape", [])) if len(entry.get("shape", [])) > 1 else ():
                 if entry["dtype"] not in STORED_DTYPES:
                     raise UserError(
                         f"{file}: {key} is {entry['dtype']}, which cannot be subtracted: {', '.join(STORED_DTYPES)} can"
@@ -292,7 +295,7 @@ def main(config: ExtractConfig) -> None:
     # The file.
     origin: dict[str, object] = {"source": config.source.name, "base": config.base and config.base.name}
     origin |= {"rank": config.rank, "error": config.error}
-    metadata = A1111_HEADER | source.metadata
+    metadata = {"modelspec.title": config.out.stem} | source.metadata
     metadata |= {
         "ss_network_dim": common({layer.rank for layer in layers}),
         "ss_network_alpha": common({alpha for *_, alpha in deltas.values()}),

@@ -27,7 +27,7 @@ from common.files import check_writable, write_atomically
 from common.sheets import lettering, shorten
 from lora_files.base_weights import model_shapes
 from lora_files.compatibility import COMPONENT_LABELS, RULES, LoraFile, verdict
-from lora_files.deltas import delta_svd
+from lora_files.deltas import delta_svd, is_addition
 from lora_files.read import check_generation, layouts, scan
 
 
@@ -94,7 +94,7 @@ def components(file: LoraFile) -> Iterator[str]:
         yield "component        modules        rank        alpha       alpha/rank"
     for component, label in COMPONENT_LABELS.items():
         deltas = [file.deltas[module] for module in file.within(component).values()]
-        layers = sum(module.startswith(f"{component}.") for module in file.shapes)
+        layers = sum(module.startswith(f"{component}.") and not is_addition(module) for module in file.shapes)
         ranks, alphas = [len(A) for A, *_ in deltas], [alpha for *_, alpha in deltas]
         scales = [alpha / rank for alpha, rank in zip(alphas, ranks, strict=True)]
         if deltas:

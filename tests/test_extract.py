@@ -5,7 +5,6 @@ import shutil
 import pytest
 import torch
 from conftest import ROOT
-from one_file import checkpoint_of
 from safetensors.torch import load_file, save_file
 from test_interop import merged_like_diffusers
 from test_scripts import parts_of
@@ -15,6 +14,7 @@ from lora import TARGETS, merge_lora
 from lora_files.deltas import Deltas, delta_svd, layer_shapes, mergeable_layers
 from lora_files.read import read_lora, read_metadata
 from lora_files.write import A1111_HEADER, serialise
+from model.checkpoint import checkpoint_of
 from model.load import load_sdxl
 
 FP32 = ("--save-dtype", "fp32")
@@ -269,8 +269,9 @@ def test_mistakes(script, tiny_model, trained, big, tmp_path):
     refused("give either --rank or --error", tuned, *base)
     refused("give either --rank or --error", tuned, *base, *rank, "--error", 0.1)
     refused("--rank must be at least 1, not 0", tuned, *base, "--rank", 0)
-    for error in (0, 1, -0.1, "nan"):
+    for error in (0, 1, -0.1):
         refused("--error must be between 0 and 1", tuned, *base, "--error", error)
+    refused("--error must be a finite number, not nan", tuned, *base, "--error", "nan")
     refused("--error 0.0001 is below the rounding of fp16: try --save-dtype fp32", tuned, *base, "--error", 1e-4)
     refused("--model belongs to --resize", tuned, *base, *rank, "--model", "sdxl")
     refused("--targets '(' is neither a preset nor a regular expression", tuned, *base, *rank, "--targets", "(")

@@ -8,17 +8,20 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from layouts import SUFFIXES, with_text_model, write
+from layouts import SUFFIXES, named, with_text_model, write
 from safetensors.torch import load, load_file, save_file
 from test_interop import merged_like_diffusers
 from test_lora import shake
 
 from common.errors import UserError
-from lora import LoRAConfig, add_lora
-from lora_files.deltas import layer_shapes
-from lora_files.names import from_sgm, kohya_name, sgm_path
+from lora import LoRAConfig, add_lora, merge_lora
+from lora_files.deltas import layer_shapes, parameter_shapes
+from lora_files.names import from_sgm, kohya_name
 from lora_files.read import fits, newest_lora, read_lora, read_metadata, trained_on
 from lora_files.write import largest_difference, make_header, serialise
+from model.checkpoint import checkpoint_of, sgm_path
+from model.load import load_sdxl
+from model.sdxl import Denoiser
 
 CONFIG = {"model": "demo", "rank": 4, "alpha": 2.0, "targets": "all", "resolution": 64}
 
@@ -139,10 +142,54 @@ def test_what_does_not_fit_is_refused_by_name(denoiser, file, tmp_path):
         refused(
             {**tensors, f"{name}.lora_down.weight": torch.ones(shape)}, "1 of .* modules have other shapes than their layer"
         )
-    refused({**tensors, f"{name}.alpha": torch.tensor(float("nan"))}, f"the alpha of {name} is nan")
+    refused({**tensors, f"{name}.alpha": torch.tensor(float("nan"))}, f"{name}.alpha is not finite")
     (tmp_path / "bad.safetensors").write_bytes(b"rubbish")
     with pytest.raises(UserError, match="not a readable"):
         read_lora(tmp_path / "bad.safetensors", paths)
+
+
+@given(data=st.data())
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_numbers_that_are_no_numbers_are_refused_by_name(denoiser, file, data):
+    """Any value of any tensor, in any dtype that has NaN or infinity."""
+    tensors, bad = load_file(file), file.with_name("bad.safetensors")
+    key = data.draw(st.sampled_from(sorted(tensors)))
+    dtype = data.draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e5m2]))
+    value = data.draw(st.sampled_from([float("nan"), float("inf"), -float("inf")]))
+    tensors[key] = tensors[key].to(dtype)
+    values = tensors[key].view(-1)
+    values[data.draw(st.integers(0, len(values) - 1))] = value
+    save_file(tensors, bad)
+    message = re.escape(f"{bad}: {key} is not finite (1 of {len(tensors)} tensors)")
+    with pytest.raises(UserError, match=f"^{message}$"):
+        read_lora(bad, layer_shapes(denoiser))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool, torch.float8_e8m0fnu])
+def test_a_dtype_that_holds_no_weights_is_refused_by_name(denoiser, file, tmp_path, dtype):
+    tensors, name = load_file(file), next(iter(load_file(file))).split(".")[0]
+    alphas = {key: t.to(torch.int64) for key, t in tensors.items() if key.endswith(".alpha")}  # as diffusers writes it
+    save_file(tensors | alphas, tmp_path / "alphas.safetensors")
+    check_equal(read_lora(tmp_path / "alphas.safetensors", layer_shapes(denoiser)), read_lora(file, layer_shapes(denoiser)))
+    for key in (f"{name}.lora_down.weight", f"{name}.lora_up.weight"):
+        save_file({**tensors, key: tensors[key].float().to(dtype)}, tmp_path / "bad.safetensors")
+        with pytest.raises(UserError, match=f"{key} is .*, which holds no weights"):
+            read_lora(tmp_path / "bad.safetensors", layer_shapes(denoiser))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float64])
+def test_every_dtype_of_weights_is_converted_and_merged(script, adapter, denoiser, tiny_model, tmp_path, dtype):
+    path, out = tmp_path / "x.safetensors", tmp_path / "out.safetensors"
+    tensors = named(adapter.deltas, "kohya SGM", "kohya", alpha=True)
+    save_file({key: t if t.ndim == 0 else t.to(dtype) for key, t in tensors.items()}, path)
+    wanted = {name: (A.to(dtype).float(), B.to(dtype).float(), alpha) for name, (A, B, alpha) in adapter.deltas.items()}
+    back = read_lora(path, layer_shapes(denoiser))
+    assert largest_difference(back, wanted) == 0
+    script("scripts/convert_lora.py", path, out, "--model", tiny_model, "--save-dtype", "fp32")
+    assert largest_difference(read_lora(out, layer_shapes(denoiser)), wanted) == 0
+    script("scripts/extract_lora.py", path, tmp_path / "small.safetensors", "--resize", "--rank", 1, "--model", tiny_model)
+    script("scripts/inspect_lora.py", path, "--model", tiny_model, "--picture", tmp_path / "norms.png")
+    script("scripts/merge_lora.py", tiny_model, tmp_path / "merged", "--lora", path)
 
 
 @pytest.mark.parametrize(
@@ -154,14 +201,24 @@ def test_what_does_not_fit_is_refused_by_name(denoiser, file, tmp_path):
         ("lokr_w1", "LoKr"),
         ("lora_mid.weight", "a LoCon with Tucker decomposition"),
         ("oft_blocks", "OFT"),
-        ("diff", "a difference of whole weights"),
+        ("a1.weight", "GLoRA"),
+        ("b2.weight", "GLoRA"),
+        ("on_input", "IA3"),
+        ("w_norm", r"LyCORIS of norms \(w_norm\)"),
+        ("b_norm", r"LyCORIS of norms \(w_norm\)"),
+        ("set_weight", r"whole weights \(set_weight\)"),
+        ("reshape_weight", "a LoRA for weights of another shape"),
+        ("vera_lambda_b", "VeRA"),
+        ("lora_E", "AdaLoRA"),
+        ("lora_B.bias", "a LoRA with biases"),
+        ("lora_A.default_0.weight", "a PEFT adapter with another name than default"),
         ("bundle_emb", "a LoRA with embeddings in it"),
     ],
 )
 def test_other_adapters_are_refused_by_their_name(denoiser, file, tmp_path, part, kind):
     tensors = load_file(file)
     save_file({**tensors, f"{next(iter(tensors)).split('.')[0]}.{part}": torch.ones(1)}, tmp_path / "bad.safetensors")
-    with pytest.raises(UserError, match=f"bad.safetensors is {kind}: only LoRA of plain A and B"):
+    with pytest.raises(UserError, match=f"bad.safetensors is {kind}.*: only LoRA of plain A and B"):
         read_lora(tmp_path / "bad.safetensors", layer_shapes(denoiser))
 
 
@@ -284,7 +341,92 @@ def test_the_newest_lora_is_that_of_the_highest_step(tmp_path_factory, data, key
     assert ("was written later" in capfd.readouterr().err) == (max(times) > times[steps.index(max(steps))])
 
 
+def comfy_file(denoiser, adapter, path):
+    """As ComfyUI's training node writes it: LoRA of weights, .diff of norms and .diff_b of biases, with SGM's names."""
+    g, wanted = torch.Generator().manual_seed(0), {}
+    tensors = named(adapter.deltas, "comfy", "kohya", alpha=True)
+    tensors = {key: tensor for key, tensor in tensors.items() if key.startswith("diffusion_model.")}
+    for name, parameter in denoiser.named_parameters():
+        if not name.startswith("unet.") or "lora_" in name:
+            continue
+        module, _, leaf = name.removeprefix("unet.").rpartition(".")
+        if leaf == "bias" or parameter.ndim == 1:
+            wanted[name] = torch.randn(parameter.shape, generator=g)
+            tensors[f"diffusion_model.{sgm_path(module)}.{'diff_b' if leaf == 'bias' else 'diff'}"] = wanted[name].clone()
+    save_file(tensors, path)
+    return wanted
+
+
+def test_what_comfyui_trains_is_merged_everywhere(script, adapter, denoiser, pipe, tiny_model, tmp_path):
+    path = tmp_path / "comfy.safetensors"
+    added = comfy_file(denoiser, adapter, path)
+    assert {"unet.conv_norm_out.weight", "unet.down_blocks.0.resnets.0.norm2.bias", "unet.conv_in.bias"} <= added.keys()
+    plain = Denoiser(load_sdxl(str(tiny_model), torch.float32, torch.device("cpu")))
+    before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    deltas = read_lora(path, parameter_shapes(plain))
+    merge_lora(plain, deltas, 0.5)
+    after = plain.state_dict()
+    for name, addition in added.items():
+        torch.testing.assert_close(after[name], before[name] + 0.5 * addition)
+    assert {name for name in after if not torch.equal(after[name], before[name])} == added.keys() | {
+        f"{name}.weight" for name in adapter.deltas if name.startswith("unet.")
+    }
+    for base in (tiny_model, tmp_path / "base.safetensors"):  # a folder, and a checkpoint
+        if base != tiny_model:
+            save_file(checkpoint_of(load_sdxl(str(tiny_model), torch.float32, torch.device("cpu"))), base)
+        out = tmp_path / f"merged{base.suffix}"
+        script("scripts/merge_lora.py", base, out, "--lora", f"{path}:0.5")
+        if base == tiny_model:
+            (file,) = (out / "unet").glob("*.safetensors")
+            found = {f"unet.{key}": tensor for key, tensor in load_file(file).items()}
+            assert all(torch.equal(found[name], after[name]) for name in found)
+        else:
+            wanted = checkpoint_of(plain)
+            assert all(torch.equal(load_file(out)[key], tensor) for key, tensor in wanted.items())
+    out, _ = script("scripts/convert_lora.py", path, tmp_path / "x.safetensors", "--model", tiny_model)
+    assert f"left out: {len(added)} additions to norms, biases or whole weights" in out
+    out, _ = script("scripts/inspect_lora.py", path, "--model", tiny_model, "--picture", tmp_path / "norms.png")
+    assert "an addition to norms, biases or whole weights" in out
+    assert "ComfyUI    loads" in out
+    wrong = load_file(path) | {"diffusion_model.out.0.diff": torch.ones(3)}
+    save_file(wrong, path)
+    with pytest.raises(UserError, match=r"1 of \d+ modules have other shapes than their layer, first diffusion_model.out.0"):
+        read_lora(path, parameter_shapes(plain))
+
+
 # What we write.
+
+
+def test_a_header_names_no_folder_user_or_bucket(adapter, denoiser, tmp_path, script, tiny_model):
+    secrets = ["/home/bob smith/x/my data/", "s3://bucket/prefix/shards", "C:\\Users\\bob\\runs"]
+    config = CONFIG | {"data": secrets, "out": secrets[0], "log_dir": secrets[2], "model": secrets[1], "resume": secrets[0]}
+    config |= {"targets": r"attn2\.to_k", "author": "Ann/Bob", "description": "a style"}
+    old = tmp_path / "old.safetensors"
+    metadata = make_header(config, images=7, step=5)
+    save_file(named(adapter.deltas, "kohya SGM", "kohya", alpha=True), old, metadata)  # as an earlier version wrote it
+    script("scripts/convert_lora.py", old, tmp_path / "new.safetensors", "--model", tiny_model, "--format", "diffusers")
+    (tmp_path / "ours.safetensors").write_bytes(serialise(adapter.deltas, metadata))
+    for name, implementation in (("new", "huggingface/diffusers"), ("ours", "Stability-AI/generative-models")):
+        found = read_metadata(tmp_path / f"{name}.safetensors")
+        text = json.dumps(found)
+        assert not [word for word in ("home", "bob", "bucket", "prefix", "Users", "C:") if word in text]
+        saved = json.loads(found["sdxl_lora.config"])
+        assert saved["data"] == ["my data", "shards", "runs"]
+        assert (saved["model"], saved["targets"]) == ("shards", r"attn2\.to_k")
+        assert implementation in found["modelspec.implementation"]
+        assert (found["modelspec.author"], found["modelspec.description"]) == ("Ann/Bob", "a style")
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d", found["modelspec.date"])
+        assert found["modelspec.hash_sha256"] == "0x" + found["sshs_model_hash"]
+
+
+def test_a_file_without_a_header_gets_title_and_resolution(adapter, tmp_path, script, tiny_model):
+    save_file(named(adapter.deltas, "kohya SGM", "kohya", alpha=True), tmp_path / "old.safetensors")
+    script("scripts/convert_lora.py", tmp_path / "old.safetensors", tmp_path / "ink.safetensors", "--model", tiny_model)
+    options = ["--resize", "--rank", 1, "--model", tiny_model]
+    script("scripts/extract_lora.py", tmp_path / "old.safetensors", tmp_path / "small.safetensors", *options)
+    for name in ("ink", "small"):
+        found = read_metadata(tmp_path / f"{name}.safetensors")
+        assert (found["modelspec.title"], found["modelspec.resolution"]) == (name, "1024x1024")
 
 
 @pytest.mark.parametrize("layout", ["kohya", "diffusers"])

@@ -1,9 +1,12 @@
+import json
 import re
+import shutil
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_lora import shake
@@ -13,6 +16,7 @@ from lora import LoRAConfig, add_lora, merge_lora
 from lora_files.deltas import layer_shapes
 from lora_files.read import read_lora, read_metadata
 from lora_files.write import make_header, serialise
+from model.checkpoint import checkpoint_of
 from model.load import load_sdxl
 from model.render import render
 from model.sdxl import Denoiser
@@ -23,8 +27,9 @@ OPTIONS = ["--steps", 2, "--device", "cpu", "--prompts", *PROMPTS]
 
 
 @pytest.fixture
-def lora(tiny_model, denoiser, tmp_path):
-    """A LoRA file that changes the tiny model visibly."""
+def lora(tiny_model, denoiser, tmp_path, monkeypatch):
+    """A LoRA file that changes the tiny model visibly. Its header has the base name of the model, which is in this folder."""
+    monkeypatch.chdir(tiny_model.parent)
     adapter = add_lora(denoiser, LoRAConfig(rank=4), denoiser.unused)
     shake(adapter)
     config = {"model": str(tiny_model), "rank": 4, "alpha": 4.0, "targets": "attention", "resolution": 64}
@@ -99,6 +104,45 @@ def test_save_merged_is_an_ordinary_folder(script, lora, tmp_path):
     assert "is there already and not an empty folder" in err
     for i, picture in enumerate(pictures(merged), 1):
         assert np.array_equal(np.asarray(Image.open(tmp_path / f"images/{i}.png"), int), picture)
+
+
+def test_a_merged_folder_has_the_names_of_the_hub_and_one_file_for_each_part(script, lora, tiny_model, tmp_path):
+    """Also of a base whose text encoder 1 has the names that transformers 5 gives it when it comes from one file."""
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    text = base / "text_encoder/model.safetensors"
+    save_file({name.removeprefix("text_model."): t for name, t in load_file(text).items()}, text, {"format": "pt"})
+    merged = tmp_path / "merged"
+    script("infer.py", "--lora", lora, "--model", base, "--save-merged", merged, "--out", tmp_path / "images", *OPTIONS)
+    for part, prefix in (("text_encoder", "text_model."), ("text_encoder_2", "text_"), ("unet", "")):
+        (file,) = (merged / part).glob("*.safetensors")
+        assert all(name.startswith(prefix) for name in load_file(file))
+        source = json.loads(read_metadata(file).get("sdxl_lora.merged", "[]"))
+        assert part != "text_encoder" or source == [{"file": lora.name, "strength": 1.0}]
+    demo = load_file(ROOT / "assets/demo/model/text_encoder/model.safetensors")
+    assert all(name.startswith("text_model.") for name in demo)
+
+
+def test_a_merged_checkpoint_is_read_by_diffusers_whole(script, lora, tiny_model, tmp_path):
+    """The same tensors as those of the merged folder, under Stability's names; it names what it predicts."""
+    folder, file = tmp_path / "merged", tmp_path / "merged.safetensors"
+    script("infer.py", "--lora", lora, "--save-merged", folder, "--out", tmp_path / "images", *OPTIONS)
+    script("infer.py", "--lora", lora, "--save-merged", file, "--out", tmp_path / "images", *OPTIONS)
+    pipe = load_sdxl(str(folder), torch.float32, torch.device("cpu"))
+    wanted, found = checkpoint_of(pipe), load_file(file)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items())
+    _, err = script("infer.py", "--lora", lora, "--save-merged", file, "--out", tmp_path / "images", *OPTIONS, status=2)
+    assert "is there already" in err
+    assert {path.name for path in tmp_path.iterdir()} >= {"merged", "merged.safetensors"}
+    assert not list(tmp_path.glob(".merged*"))
+    v = shutil.copytree(tiny_model, tmp_path / "v")
+    scheduler = v / "scheduler/scheduler_config.json"
+    fields = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | fields))
+    options = ["--model", v, "--save-merged", tmp_path / "v.safetensors", "--sampler", "euler", *OPTIONS]
+    script("infer.py", "--lora", lora, "--out", tmp_path / "images", *options)
+    assert load_file(tmp_path / "v.safetensors").keys() - wanted.keys() == {"v_pred", "ztsnr"}
+    assert read_metadata(tmp_path / "v.safetensors")["modelspec.prediction_type"] == "v"
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++", "euler", "euler-a", "unipc"])
@@ -187,6 +231,19 @@ def test_a_sweep_has_a_column_for_every_scale(script, lora, tiny_model, tmp_path
     assert (tmp_path / "images/compare.png").exists()
 
 
+@pytest.mark.parametrize("broken", ["latents", "pixels"])
+def test_a_picture_that_is_not_finite_is_no_black_one(script, lora, tmp_path, monkeypatch, broken):
+    embeds = {f"{name}prompt_embeds": torch.full((1, 77, 80), torch.nan) for name in ("", "negative_")}
+    embeds |= {f"{name}pooled_prompt_embeds": torch.zeros(1, 48) for name in ("", "negative_")}
+    if broken == "pixels":
+        monkeypatch.setattr("model.vae.decode_latents", lambda vae, latents: torch.full((1, 3, 64, 64), torch.nan))
+    else:
+        monkeypatch.setattr("model.sdxl.Denoiser.describe", lambda *_: embeds)
+    _, err = script("infer.py", "--lora", lora, "--out", tmp_path / "images", *OPTIONS, status=2)
+    assert "infer.py: picture 1, 'a cat', has values that are not finite" in err
+    assert not list((tmp_path / "images").iterdir())
+
+
 def test_mistakes(script, lora, tmp_path):
     def refused(message: str, *options):
         out = tmp_path / "images"
@@ -194,7 +251,7 @@ def test_mistakes(script, lora, tmp_path):
         assert err.startswith("infer.py: ")
         assert err.count("\n") == 1
         assert message in err
-        assert not out.exists() or options[-1] == "README.md/x"
+        assert not out.exists() or not any(out.iterdir())
 
     refused("no .safetensors file there", "--lora", tmp_path)
     (tmp_path / "bad.safetensors").write_bytes(b"rubbish")
@@ -212,13 +269,22 @@ def test_mistakes(script, lora, tmp_path):
     tall = {key: torch.ones(len(t), 8) if key.endswith("lora_up.weight") else t for key, t in tensors.items()}
     save_file(tall, tmp_path / "tall.safetensors", metadata)
     refused("does not fit the model", "--lora", tmp_path / "tall.safetensors")
-    refused("--save-merged README.md", "--lora", lora, "--save-merged", "README.md")
+    refused("README.md is there already", "--lora", lora, "--save-merged", ROOT / "README.md")
     (tmp_path / "empty.txt").touch()
     refused("empty.txt is empty", "--lora", lora, "--prompts", tmp_path / "empty.txt")
     refused("--model /nowhere", "--lora", lora, "--model", "/nowhere")
+    nan = load_file(lora)
+    nan[next(iter(nan))].view(-1)[-1] = float("nan")
+    save_file(nan, tmp_path / "nan.safetensors", metadata)
+    refused("is not finite (1 of ", "--lora", tmp_path / "nan.safetensors", "--model", "/nowhere")  # before the model is loaded
+    for number in ("nan", "inf", "1e999"):
+        refused(f"--lora {lora}:{number}: the strength {number} is not a finite number", "--lora", f"{lora}:{number}")
+        refused("--scale must be a finite number", "--lora", lora, "--scale", 1, number)
+        refused("--guidance must be at least 0", "--lora", lora, "--guidance", number)
+    refused("with the LoRA merged is not finite in float32", "--lora", lora, "--scale", 1e300)
     refused("--steps", "--lora", lora, "--steps", 0)
     refused("--lora-parts te3: choose from unet,te1,te2", "--lora", lora, "--lora-parts", "unet,te3")
     refused("give one --scale", "--lora", lora, "--scale", 1, 2, "--save-merged", tmp_path / "m")
     refused("--device cuda:77", "--lora", lora, "--device", "cuda:77")
-    refused("--out README.md/x cannot be written", "--lora", lora, "--out", "README.md/x")
-    refused("--save-merged README.md/x cannot be written", "--lora", lora, "--save-merged", "README.md/x")
+    refused("README.md/x cannot be written", "--lora", lora, "--out", ROOT / "README.md/x")
+    refused("README.md cannot be written", "--lora", lora, "--save-merged", ROOT / "README.md/x")

@@ -76,7 +76,11 @@ def zeros(real_shapes) -> Deltas:
         (KOHYA, r"^unet\.", 794, 794, 794, 794),
         (OTHER, r"^unet\.", 794, 794, 791, 794),
         (("raw peft", "peft"), EVERYTHING, 986, 0, 0, 0),
-        (("lycoris", "kohya"), rf"^unet\..*({EVERYTHING})", 722, 722, 0, 0),
+        (("lycoris", "kohya"), rf"^unet\..*({EVERYTHING})", 722, 722, 0, 722),
+        (KOHYA, r"^text_encoder_2.*_proj$", 128, 128, 128, 128),
+        (KOHYA, r"^text_encoder_2.*(q|k|v)_proj$", 96, 96, 0, 96),  # A1111 drops attention without all four
+        (KOHYA, r"^text_encoder_2.*(out_proj|fc1)$", 64, 64, 32, 64),
+        (KOHYA, r"^text_encoder\..*q_proj$", 12, 12, 12, 12),
     ],
 )
 def test_names_that_the_programs_know(real_shapes, zeros, tmp_path, layout, layers, modules, comfyui, a1111, forge):

@@ -1,5 +1,6 @@
 """common/options.py: an option declares its bounds and whether it may change on resume."""
 
+import math
 import re
 from dataclasses import dataclass, fields, is_dataclass
 
@@ -12,6 +13,22 @@ from common.options import check_options, flat_options, leaves, option, resume_p
 from train_lora import TrainConfig
 
 NUMBERS = st.one_of(st.integers(-(10**6), 10**6), st.floats())
+
+
+def test_a_number_that_is_none_is_refused_without_bounds_too():
+    @dataclass(frozen=True)
+    class Config:
+        scale: float | tuple[float, ...] = option(1.0)
+        other: float = 0.0
+
+        def __post_init__(self) -> None:
+            check_options(self)
+
+    Config((1.0, -2.5), -3.0)
+    for number in (math.nan, math.inf, -math.inf):
+        for values in ((number,), ((1.0, number),), (1.0, number)):
+            with pytest.raises(UserError, match=r"--(scale|other) must be a finite number, not -?(nan|inf)$"):
+                Config(*values)
 
 
 def test_every_option_of_training_has_a_resume_policy():

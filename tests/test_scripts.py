@@ -10,7 +10,6 @@ import pyarrow
 import pytest
 import torch
 from conftest import ROOT, photograph
-from one_file import checkpoint_of
 from PIL import Image
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
@@ -26,6 +25,7 @@ from lora import LoRAConfig, add_lora, merge_lora
 from lora_files.deltas import layer_shapes
 from lora_files.read import read_lora, read_metadata
 from lora_files.write import A1111_HEADER, make_header, serialise
+from model.checkpoint import checkpoint_of
 from model.load import load_sdxl
 
 

@@ -53,17 +53,18 @@ def test_weights_of_a_model_are_no_pickles(train, tiny_model, tmp_path, part, pi
     assert f"is no complete SDXL folder: Error no file named {file.name} found" in err
 
 
+@pytest.mark.parametrize("part", ["unet", "scheduler"])
 @pytest.mark.parametrize("library", ["attack", "this"])
-def test_a_model_brings_no_code(train, tiny_model, tmp_path, monkeypatch, library):
+def test_a_model_brings_no_code(train, tiny_model, tmp_path, monkeypatch, library, part):
     """diffusers refuses classes from a module in the component's folder, or from an installed one."""
     model = shutil.copytree(tiny_model, tmp_path / "model")
-    for folder in (model, model / "unet"):
+    for folder in (model, model / part):
         (folder / "attack.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'attacked')!r})\nclass UNet: pass\n")
-    index = json.loads((model / "model_index.json").read_text()) | {"unet": [library, "UNet"]}
+    index = json.loads((model / "model_index.json").read_text()) | {part: [library, "UNet"]}
     (model / "model_index.json").write_text(json.dumps(index))
     monkeypatch.chdir(model)
     _, err = train("--model", model, "--steps", 1, status=2)
-    assert "is no complete SDXL folder" in err
+    assert "its unet is UNet, not UNet2DConditionModel" in err if part == "unet" else "is no complete SDXL folder" in err
     assert not (tmp_path / "attacked").exists()
 
 
@@ -104,7 +105,7 @@ def test_what_a_lora_names_is_no_path(train, script, tiny_model, tmp_path, monke
     script("scripts/inspect_lora.py", "x.safetensors", *options)
     script("infer.py", "--lora", "x.safetensors", "--steps", 1, "--prompts", CLIMBING[0], "--out", "images", *options)
     _, err = script("infer.py", "--lora", "x.safetensors", status=2)  # the folder exists, but is no model
-    assert "is no diffusers folder" in err
+    assert "which is not here: name the model by --model" in err
     new = {name.removeprefix("a/b/c/d/").partition("/")[0] for name in below() - before}
     assert new == {"y.safetensors", "z.safetensors", "merged", "x.norms.png", "images"}
     assert sorted(os.listdir("images")) == ["1.png"]
@@ -131,12 +132,12 @@ def test_keys_and_models_of_a_lora_file_write_nothing(script, tiny_model, tmp_pa
 
 def test_the_header_of_a_lora_fetches_no_model(tmp_path):
     file = tmp_path / "x.safetensors"
-    for model, here in (("someone/evil", False), ("demo", True), (str(ROOT), True)):
+    for model, here in (("someone/evil", False), ("demo", True), (str(ROOT / "assets/demo/model"), True), (str(ROOT), False)):
         save_file({"a": torch.zeros(1)}, file, {"sdxl_lora.config": json.dumps({"model": model})})
         if here:
             assert trained_on(file) == model
         else:
-            with pytest.raises(UserError, match="was trained on 'someone/evil', which is not here"):
+            with pytest.raises(UserError, match=f"was trained on {model!r}, which is not here"):
                 trained_on(file)
 
 
@@ -150,7 +151,7 @@ def test_no_secret_of_the_environment_is_written_or_printed(train, script, tiny_
     outputs = train("--steps", 2, "--format", "both")
     lora, ours = tmp_path / "out/pytorch_lora_weights_2.safetensors", tmp_path / "y.safetensors"
     options = ["--steps", 1, "--prompts", "x", "--out", tmp_path / "images", "--save-merged", tmp_path / "merged"]
-    outputs += script("infer.py", "--lora", lora, *options)
+    outputs += script("infer.py", "--lora", lora, "--model", tiny_model, *options)
     outputs += script("scripts/convert_lora.py", lora, ours, "--model", tiny_model)
     for data in (f"https://me:{secret}@host/a.tar", f"s3://bucket/a.tar?X-Amz-Signature={secret}"):
         outputs += train("--data", data, "--out", tmp_path / "refused", "--log-dir", tmp_path / "refused", status=2)
