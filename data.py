@@ -82,8 +82,8 @@ class Workload(NamedTuple):
 
     batch: int  # images
     resolution: int  # pixels: side of the square whose area the images have
-    chunks: int  # pieces of 75 tokens in the longest caption
-    shapes: int  # of batches that differ in their bucket or in their number of chunks
+    chunks: int  # of 75 tokens that --max-tokens asks for
+    shapes: int  # of batches: one for each bucket in use
     has_latents: bool  # the shards hold latents: the VAE does not run
     has_text: bool  # the shards hold encoded captions: the text encoders do not run
 
@@ -294,8 +294,7 @@ class Stream(IterableDataset):
 
     @property
     def workload(self) -> Workload:
-        chunks = self.captions.max_tokens // 75
-        shapes = len(set(self.bucket)) * chunks
+        chunks, shapes = self.captions.max_tokens // 75, len(set(self.bucket))
         return Workload(self.config.bs, self.resolution, chunks, shapes, self.source.has_latents, self.has_text)
 
     def example(self) -> str:

@@ -115,7 +115,9 @@ def pack_all(inputs: Inputs, folder: Path, name: str, per_shard: int, workers: i
                 raise UserError(f"{folder} holds shards of something else ({min(tars)}): remove them or choose another --name")
             todo, replaced = [job for job in jobs if job not in done], {*begun, *filter(ours.fullmatch, index)}
             before = sum(job.end - job.first for job in done)
-            bar = tqdm(total=len(inputs), initial=before, desc=title, unit="img", disable=not todo)
+            if title and todo:
+                print(title, flush=True)
+            bar = tqdm(total=len(inputs), initial=before, unit="img", disable=not todo)
             made = in_parallel(lambda job, tick: pack_job(inputs, folder, job, tick), todo, workers, bar)
             existing |= {shard.name: shard for shard in made}
             shards = [existing[job.name] for job in jobs]

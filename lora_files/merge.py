@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
@@ -18,6 +17,7 @@ from common.progress import tqdm
 from lora_files.base_weights import STORED_DTYPES, places, weight_files
 from lora_files.deltas import Deltas, add_delta, check_finite
 from model.checkpoint import checkpoint_of, with_text_model
+from model.load import Pipeline
 
 
 @contextmanager
@@ -94,7 +94,7 @@ def merged_chunks(stream: BinaryIO, start: int, header: dict, component: str, lo
         yield data
 
 
-def write_pipeline(pipe: StableDiffusionXLPipeline, out: Path, sources: list[dict]) -> None:
+def write_pipeline(pipe: Pipeline, out: Path, sources: list[dict]) -> None:
     """Writes a pipeline as a diffusers folder, or as one checkpoint file in Stability's layout if `out` ends in .safetensors.
 
     A folder has the names of the hub and one file for each part: ComfyUI and older versions of transformers find nothing

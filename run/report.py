@@ -32,6 +32,7 @@ from run.watchdog import Watchdog
 
 LOG_EVERY = 10  # steps; reading makes the host wait for the device, and so do saves and checks of the ranks
 AGAIN = 60  # seconds until a log that could not be written is tried again
+LINE_EVERY = 60  # seconds between lines on the progress where stderr is no terminal
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Report:
         self.run, self.steps, self.samples_per_step, self.ranks = run, steps, samples_per_step, ranks
         self.adapter, self.model, self.graphed = train_step.adapter, train_step.model, train_step.graphed
         self.optimiser, self.started, self.first_step = optimiser, started, run.step
+        self.line_at = started  # when the last line on the progress was printed
         self.device = self.model.device
         self.meter = Meter(self.device, self.adapter.groups, LOG_EVERY)
         self.watchdog = Watchdog(train_step.diffusion.loss_of_zero_prediction, ranks.rank)
@@ -134,6 +136,10 @@ class Report:
         rates = dict(self.optimiser.learning_rates())
         shown = {"lr": f"{next(iter(rates.values())):.2e}", "img_s": f"{scalars['images_per_second']:.2f}"}
         self.progress.set_postfix(loss=f"{scalars['loss']:.4f}", **shown)
+        if self.ranks.is_first and self.progress.disable and time.perf_counter() > self.line_at + LINE_EVERY:
+            self.line_at = time.perf_counter()
+            rate, loss = scalars["images_per_second"], scalars["loss"]
+            print(f"step       {self.run.step} of {self.steps}: loss {loss:.4f}, {rate:.3g} img/s", flush=True)
         scalars |= {f"lr/{name}": rate for name, rate in rates.items()}
         scalars |= dict(zip(("peak_memory_GiB", "peak_reserved_GiB"), peak_memory(self.device), strict=True))
         scalars["memory_in_use"] = memory_in_use(self.device)

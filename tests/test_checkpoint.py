@@ -166,7 +166,8 @@ from pathlib import Path
 from common.files import lock_folder
 lock = lock_folder("--out", Path(sys.argv[1]))
 worker = os.fork()
-print(worker or os.getpid(), flush=True)  # both live on
+if worker:  # both live on
+    print(worker, flush=True)
 time.sleep(60)
 """
 

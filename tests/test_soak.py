@@ -7,6 +7,7 @@ import pytest
 from conftest import Forked
 
 import train_lora  # noqa: F401
+from common.progress import SHOW_PROGRESS
 from dataset import remote
 from model.load import MODELS
 from run.state import save_state
@@ -25,6 +26,7 @@ def soak(script, train, monkeypatch, tiny_model, tmp_path):
     monkeypatch.setitem(MODELS, "demo", str(tiny_model))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("subprocess.Popen", fork)
+    monkeypatch.setenv(SHOW_PROGRESS, "1")  # soak.py sets it for its children, which are forks of this process here
     monkeypatch.setattr(remote, "TIMEOUT", 1.0)
     monkeypatch.setattr(remote, "PAUSE", 0.05)
 

@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 import webdataset as wds
 
 from common.errors import UserError, one_line_errors
+from common.progress import SHOW_PROGRESS
 from data import DataConfig, Stream
 from dataset.buckets import bucket_sizes
 from dataset.captions import CaptionConfig
@@ -190,7 +191,8 @@ def measure_row(name: str, config: BenchConfig, matmul: float) -> BenchRow:
     options += ["--model", str(config.work / "model"), "--steps", "100000", "--save-every", "100000", "--workers", "4"]
     command = [sys.executable, "train_lora.py", *options, "--out", str(run / "out"), "--log-dir", str(run / "log")]
     row, used_before = BenchRow(name, what, "train_lora.py " + " ".join(options)), used_on_card()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    env = os.environ | {SHOW_PROGRESS: "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     errors, step = "", 0
     assert process.stderr is not None
     while step < config.steps and (line := process.stderr.readline(400)):

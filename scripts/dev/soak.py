@@ -37,6 +37,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from common.errors import UserError, one_line_errors
+from common.progress import SHOW_PROGRESS
 from dataset.remote import TIMEOUT
 from dataset.sources import DEMO
 from run.state import find_state
@@ -122,7 +123,10 @@ class TrainingRun:
         options = ["--data", url, "--steps", config.steps, "--save-every", config.save_every, "--keep", config.steps, "--bs", 1]
         options += ["--device", "cpu", "--caption-dropout", 0.2, "--flip", "--out", out, "--log-dir", out / "log"]
         self.log, self.progress = out.parent / "told", rf" (\d+)/{config.steps} \["
-        command, env = [sys.executable, "train_lora.py", *map(str, options)], os.environ | {"no_proxy": "127.0.0.1"}
+        command, env = (
+            [sys.executable, "train_lora.py", *map(str, options)],
+            os.environ | {"no_proxy": "127.0.0.1", SHOW_PROGRESS: "1"},
+        )
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=env, start_new_session=True, stdout=self.log.open("w"), stderr=subprocess.STDOUT
         )
