@@ -28,12 +28,11 @@ import torch
 import tyro
 from torch.utils.data import Dataset
 
-from common.progress import tqdm
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.errors import UserError, one_line_errors
 from common.files import check_writable
 from common.options import check_options, option
+from common.progress import tqdm
 from data import DataConfig, assign_buckets, decode, describe_buckets
 from dataset.captions import CaptionConfig, choose_caption
 from dataset.images import Decoded

@@ -19,11 +19,10 @@ import torch
 import tyro
 from PIL import Image
 
-from common.progress import tqdm
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.errors import UserError, one_line_errors
 from common.options import check_options, option
+from common.progress import tqdm
 from data import decode
 from dataset.images import Decoded
 from dataset.sources import open_source

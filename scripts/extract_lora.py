@@ -24,12 +24,11 @@ import tyro
 from safetensors import safe_open
 from torch import Tensor
 
-from common.progress import tqdm
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.errors import UserError, one_line_errors
 from common.files import check_writable, read_header, write_atomically
 from common.options import check_options, option
+from common.progress import tqdm
 from lora import TARGETS, LoRAConfig
 from lora_files.base_weights import STORED_DTYPES, Place, model_shapes, places, weight_files
 from lora_files.deltas import Deltas, delta_svd, is_addition

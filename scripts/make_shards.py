@@ -23,12 +23,11 @@ import numpy as np
 import tyro
 from safetensors.torch import load
 
-from common.progress import tqdm
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.errors import UserError, one_line_errors, printable
 from common.files import check_writable
 from common.options import check_options, option
+from common.progress import tqdm
 from dataset.duplicates import LIMIT, equal_images, similar_images
 from dataset.folder import Folder
 from dataset.images import dhash, open_image, to_rgb

@@ -87,6 +87,17 @@ def test_modules_import_each_other_in_no_circle():
     list(TopologicalSorter({name: imports(path) & modules.keys() for name, path in modules.items()}).static_order())
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_script_finds_the_suite_before_it_imports_it(path):
+    """Here the root is on Python's path already; a user's `python scripts/x.py` finds only what is in scripts/."""
+    found = False
+    for node in ast.parse(path.read_text()).body:
+        found |= isinstance(node, ast.Expr) and "sys.path" in ast.unparse(node)
+        names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in getattr(node, "names", [])]
+        packages = {name.split(".")[0] for name in names if name} & FLOOR.keys()
+        assert found or not packages, f"{packages} imported before sys.path leads to the suite"
+
+
 def test_only_model_imports_the_libraries_that_it_has_to_quiet():
     """At import they print warnings of parts that SDXL does not use; model/__init__.py prevents that."""
     for path in (path for path in SOURCES if package_of(path) != "model"):

@@ -28,8 +28,7 @@ import torch.nn.functional as F
 import tyro
 from demo_world import BASE_PENS, NINJA, PLAIN, Pen, caption, draw, grey, mix, sample_scene
 from torch import Tensor
-
-from common.progress import tqdm
+from tqdm import tqdm
 
 
 @dataclass(frozen=True)

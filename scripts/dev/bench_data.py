@@ -21,10 +21,9 @@ import torch
 import tyro
 from PIL import Image
 
-from common.progress import tqdm
-
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from common.errors import one_line_errors
+from common.progress import tqdm
 from data import DataConfig, Stream
 from dataset.captions import CaptionConfig
 from dataset.images import Decoded
