@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.options import check_options, option
 from common.seeds import seed_generator
-from lora_files.deltas import Deltas, add_delta, check_finite, check_fit
+from lora_files.deltas import Deltas, add_deltas, check_fit
 
 ATTENTION = r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$|\.self_attn\.(q|k|v|out)_proj$"
 EVERYTHING = ATTENTION + r"|\.ff\.net\.(0\.proj|2)$|\.proj_(in|out)$|\.mlp\.fc[12]$"
@@ -251,8 +251,4 @@ def merge_loras(model: nn.Module, loras: list[tuple[Deltas, float]]) -> None:
     """
     weights = {name: weight for deltas, _ in loras for name, weight in check_fit(model, deltas).items()}
     for name, weight in weights.items():
-        merged = weight.float()
-        for deltas, strength in loras:
-            merged = add_delta(merged, deltas[name], strength) if name in deltas else merged
-        weight.copy_(merged)
-        check_finite(name, weight)
+        add_deltas(name, weight, [(deltas[name], strength) for deltas, strength in loras if name in deltas])

@@ -61,8 +61,10 @@ def open_image(encoded: bytes) -> Image.Image:
 
 def late_chunks_first(encoded: bytes) -> bytes:
     """A PNG whose EXIF and XMP come before its pixels, if they are in its last HEAD bytes: Pillow then finds them undecoded."""
+    if not encoded.startswith(b"\x89PNG"):  # first: to search a large JPEG takes time
+        return encoded
     pixels, begin = encoded.find(b"IDAT") - 4, max(0, len(encoded) - HEAD)
-    if not encoded.startswith(b"\x89PNG") or pixels < 0:
+    if pixels < 0:
         return encoded
     late = []
     for found in LATE.finditer(encoded, max(begin, pixels) + 4):

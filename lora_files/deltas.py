@@ -66,6 +66,18 @@ def add_delta(weight: Tensor, delta: tuple[Tensor, Tensor, float], strength: flo
     return weight.reshape(len(B), -1).addmm(B, A, alpha=scale).view_as(weight)
 
 
+def add_deltas(name: str, weight: Tensor, changes: list[tuple[tuple[Tensor, Tensor, float], float]]) -> None:
+    """Adds every (delta, strength) to a weight in place: summed in float32, then cast once. Raises UserError if the sum is not
+    finite. `name`: of the weight, for the error.
+    """
+    if changes:
+        total = weight.float()
+        for delta, strength in changes:
+            total = add_delta(total, delta, strength)
+        weight.copy_(total)
+    check_finite(name, weight)
+
+
 @torch.no_grad()
 def delta_svd(delta: tuple[Tensor, Tensor, float]) -> tuple[Tensor, Tensor, Tensor]:
     """(A [r, in, …], B [out, r, …], α) -> the thin SVD of ΔW: U [out, k], S [k] descending and ≥ 0, Vh [k, in·…].

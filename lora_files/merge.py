@@ -15,7 +15,7 @@ from common.errors import UserError
 from common.files import check_writable, encode_header, read_header
 from common.progress import tqdm
 from lora_files.base_weights import STORED_DTYPES, places, weight_files
-from lora_files.deltas import Deltas, add_delta, check_finite
+from lora_files.deltas import Deltas, add_deltas
 from model.checkpoint import checkpoint_of, with_text_model
 from model.load import Pipeline
 
@@ -84,13 +84,7 @@ def merged_chunks(stream: BinaryIO, start: int, header: dict, component: str, lo
             names = {place.parameter, place.module}  # equal for a bias
             changes = [(deltas[name], strength) for deltas, strength in loras for name in names if name in deltas]
             tensor = torch.frombuffer(data, dtype=STORED_DTYPES[header[key]["dtype"]]).view(header[key]["shape"])
-            weight = place.weight_in(tensor)
-            if changes:
-                total = weight.float()
-                for delta, strength in changes:
-                    total = add_delta(total, delta, strength)
-                weight.copy_(total)  # rounded once
-            check_finite(place.parameter, weight)
+            add_deltas(place.parameter, place.weight_in(tensor), changes)
         yield data
 
 

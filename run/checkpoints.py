@@ -148,9 +148,7 @@ class Checkpoints:
         return state.parent.resolve() == self.config.out.resolve()
 
     def prepare_out(self) -> None:
-        """On rank 0: creates --out, and moves what another run has left there to a folder in it, so that this run overwrites
-        nothing of it.
-        """
+        """On rank 0: moves what another run has left in --out to a folder there, so that this run overwrites nothing of it."""
         if not self.ranks.is_first:
             return
         out = self.config.out

@@ -16,9 +16,9 @@ from test_lora import shake
 sys.path.append(str(ROOT / "scripts"))
 import inspect_lora
 
-from lora import EVERYTHING, LoRAConfig, add_delta, add_lora
+from lora import EVERYTHING, LoRAConfig, add_lora
 from lora_files.compatibility import COMPONENT_LABELS, RULES, LoraFile, verdict
-from lora_files.deltas import Deltas, layer_shapes
+from lora_files.deltas import Deltas, add_delta, layer_shapes
 from lora_files.names import kohya_name
 from lora_files.read import layouts, scan
 from lora_files.write import adapter_metadata, make_header, serialise
