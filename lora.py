@@ -19,6 +19,7 @@ from common.errors import UserError
 from common.options import check_options, option
 from common.seeds import seed_generator
 from lora_files.deltas import Deltas, add_deltas, check_fit
+from performance.adamw8bit import STATE_BLOCK, spread
 
 ATTENTION = r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$|\.self_attn\.(q|k|v|out)_proj$"
 EVERYTHING = ATTENTION + r"|\.ff\.net\.(0\.proj|2)$|\.proj_(in|out)$|\.mlp\.fc[12]$"
@@ -115,11 +116,18 @@ class LoRALinear(nn.Linear):
         return self.unpack() if self.unpack else self.weight
 
 
+def padded_size(count: int) -> int:
+    """The next multiple of STATE_BLOCK."""
+    return count + -count % STATE_BLOCK
+
+
 class Adapter:
     """All LoRALinear layers of a model: their weights in one flat float32 buffer `flat`, the gradients in another, `grad`.
 
     Zeroing, averaging over ranks, clipping and stepping are then one call each instead of two per layer. `groups` splits
     `flat` into one parameter per learning rate: "unet", and "text_encoder" for both encoders. A group without layers is absent.
+    Each A and B begins at a multiple of STATE_BLOCK, so that no block of 8-bit states is shared: its scale follows its largest
+    value, and A's would be lost beside B's. The padding between them is 0, and is in no LoRA file.
 
     The layers compute with `low`, a copy of `flat` in the dtype of the base: one cast of the whole buffer replaces four per
     layer and step (float32 masters beside half-precision weights: Micikevicius et al. 2017, arXiv:1710.03740). Autograd
@@ -136,7 +144,11 @@ class Adapter:
         text = {name: m for name, m in modules.items() if name.startswith("text_encoder")}
         unet = {name: m for name, m in modules.items() if name not in text}
         ordered = unet | text
-        self.flat = torch.cat([p.detach().reshape(-1) for m in ordered.values() for p in (m.lora_A, m.lora_B)])
+        factors = [p.detach().flatten() for m in ordered.values() for p in (m.lora_A, m.lora_B)]
+        sizes = [padded_size(len(f)) for f in factors]
+        self.flat = torch.cat([F.pad(f, (0, size - len(f))) for f, size in zip(factors, sizes, strict=True)])
+        filled = torch.cat([torch.arange(size) < len(f) for f, size in zip(factors, sizes, strict=True)])
+        self.padding = (~filled).nonzero().flatten().to(self.flat.device)  # indices in `flat`
         self.grad = torch.zeros_like(self.flat)
         self.low = self.flat.to(dtype)
         self.low_grad = self.grad.to(dtype)
@@ -146,17 +158,31 @@ class Adapter:
             masters = []
             for p in (m.lora_A, m.lora_B):
                 section, shape = slice(offset, offset + p.numel()), p.shape
-                offset += p.numel()
+                offset += padded_size(p.numel())
                 masters.append(self.flat[section].view(shape))
                 p.data = self.low[section].view(shape)
                 p.grad = self.low_grad[section].view(shape)
             self.deltas[name] = (masters[0], masters[1], m.alpha)
-        unet_size = sum(m.lora_A.numel() + m.lora_B.numel() for m in unet.values())
+        unet_size = sum(sizes[: 2 * len(unet)])
         self.groups: dict[str, nn.Parameter] = {}
         for name, section in (("unet", slice(0, unet_size)), ("text_encoder", slice(unet_size, None))):
             if self.flat[section].numel():
                 self.groups[name] = nn.Parameter(self.flat[section])
                 self.groups[name].grad = self.grad[section]
+
+    def load(self, flat: Tensor) -> None:
+        """Takes `flat` from a saved state, on the CPU. One of an older commit has no padding."""
+        self.flat.copy_(flat if len(flat) == len(self.flat) else spread(flat, self.filled()))
+        self.update_layers()
+
+    @property
+    def parameter_count(self) -> int:
+        """Without the padding."""
+        return len(self.flat) - len(self.padding)
+
+    def filled(self) -> Tensor:
+        """bool, of the shape of `flat`, on the CPU: False where it is padding."""
+        return torch.ones(len(self.flat), dtype=torch.bool).index_fill_(0, self.padding.cpu(), False)
 
     def collect_gradients(self) -> None:
         """After a backward pass: adds `low_grad` to `grad`, in float32, and zeroes it."""
@@ -188,7 +214,11 @@ class Adapter:
         self.grad.zero_()
 
     def update_layers(self) -> None:
-        """After `flat` has changed: copies it into the layers' weights `low`, and zeroes `grad`."""
+        """After `flat` has changed: copies it into the layers' weights `low`, and zeroes `grad`.
+
+        Zeroes the padding, too: bitsandbytes on the CPU stores a state of 0 as 2e-5 of its block's largest, which moves it.
+        """
+        self.flat.index_fill_(0, self.padding, 0)
         if self.low is not self.flat:
             self.low.copy_(self.flat)
         self.grad.zero_()

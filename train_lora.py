@@ -28,7 +28,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.options import MAX_SEED, check_options, flat_options, option, resume_policies
-from common.seeds import seed_of
+from common.seeds import seed_generator, seed_of
 from data import Batch, DataConfig, Loader, Stream, open_data
 from dataset.captions import CaptionConfig
 from lora import Adapter, LoRAConfig, add_lora
@@ -129,7 +129,7 @@ class TrainStep:
     def inputs(self, batch: Batch, step: int, index: int) -> StepInputs:
         """Batch `index` of a step on the device, with its random numbers: a function of (seed, rank, step, index)."""
         device, shape = self.model.device, self.model.latent_shape(batch)
-        self.generator.manual_seed(seed_of(self.seed, self.rank, step, index))
+        seed_generator(self.generator, seed_of(self.seed, self.rank, step, index))
         posterior_noise = torch.randn(shape, generator=self.generator, device=device)
         noise, timesteps = self.diffusion.draw(shape, self.generator)
         images = to_device(batch.images, device)

@@ -240,8 +240,7 @@ class Checkpoints:
         not_free = ", ".join(change for name, change in flags.items() if self.policies[name] != "free")
         if not_free and not self.config.resume_override:
             raise UserError(f"{path} is of another run: {not_free}: change it back, or another --out, or --resume-override")
-        self.adapter.flat.copy_(state["lora"])
-        self.adapter.update_layers()
+        self.adapter.load(state["lora"])
         self.optimiser.load_state_dict(state)
         run = Run(**state["run"])
         rates = self.optimiser.change_of_rates(run.step, state["made"]["flags"])

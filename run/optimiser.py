@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common.options import check_options, option
 from lora import Adapter
-from performance.adamw8bit import make_optimizer, update_scale
+from performance.adamw8bit import make_optimizer, pad_state, update_scale
 
 MAX_GRAD_NORM = 1.0
 
@@ -103,6 +103,10 @@ class Optimiser:
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """`state`: tensors on the CPU. One of an older commit, whose tensors were not padded, is padded in place."""
+        groups = self.adapter.filled().split([len(p) for p in self.adapter.groups.values()])
+        for index, filled in enumerate(groups):
+            pad_state(state["optimizer"]["state"].get(index, {}), filled)
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:  # empty if the run so far was not in fp16
             self.scaler.load_state_dict(state["scaler"])

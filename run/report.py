@@ -88,7 +88,7 @@ class Report:
     def summary(self, stream: Stream, plan: Plan, checkpoints: Checkpoints) -> dict[str, str]:
         """{name: what the run is about to do}, in the order of printing; "" is left out."""
         flags, source = checkpoints.flags, stream.source
-        total, trained, layers = self.model.parameter_count, self.adapter.flat.numel(), len(self.adapter.modules)
+        total, trained, layers = self.model.parameter_count, self.adapter.parameter_count, len(self.adapter.modules)
         processes, samples = self.ranks.world, self.samples_per_step
         epochs = self.steps * samples / source.samples
         launching = "every kernel launched" if self.graphed.eager else "CUDA graph"
