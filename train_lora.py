@@ -43,6 +43,7 @@ from run.bad_steps import BadSteps, BadStepsConfig
 from run.checkpoints import CheckpointConfig, Checkpoints
 from run.ending import Ending, agree_on_ending, run_script
 from run.gallery import Gallery, GalleryConfig
+from run.lineage import Lineage, LineageConfig
 from run.optimiser import Optimiser, OptimiserConfig
 from run.ranks import RanksConfig, join_ranks, leave_ranks
 from run.report import LOG_EVERY, Report, ReportConfig
@@ -55,6 +56,7 @@ class TrainConfig:
     """All flags of this script. An option is declared in the room that it belongs to; those here belong to the whole run."""
 
     lora: LoRAConfig = LoRAConfig()
+    lineage: LineageConfig = LineageConfig()
     dataset: DataConfig = DataConfig()
     captions: CaptionConfig = CaptionConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
@@ -170,6 +172,8 @@ def main(config: TrainConfig) -> Ending:
 
     # Model on the host, and the plan by which a step fits into the memory of the device.
     pipe = read_sdxl(config.model, config.memory.dtype)
+    lineage = Lineage(config.lineage, pipe)
+    lineage.merge()
     resolution = config.dataset.resolution or native_resolution(pipe)
     config = replace(config, dataset=replace(config.dataset, resolution=resolution))
     check_together(source, pipe, config.model, config.captions, has_text)
@@ -182,13 +186,14 @@ def main(config: TrainConfig) -> Ending:
     # layers; kernels that call these; compiled blocks of all that; and checkpointing around the blocks.
     model = TrainingModel(pipe, config.model, source, config.captions, stream.workload, plan, device)
     adapter = add_lora(model.denoiser, config.lora, model.denoiser.unused, config.seed, config.memory.dtype)
+    lineage.begin(adapter)
     attention = apply_plan(model.denoiser, plan, config.memory, device)
     optimiser = Optimiser(config.optimiser, config.memory.optimizer, adapter, config.steps, config.memory.dtype)
     train_step = TrainStep(config, model, adapter, optimiser.scaler, ranks.rank)
     accumulate = Accumulation(train_step, plan.micro, plan.oom_advice)
 
     # The run: at its beginning, or where a saved state left it.
-    flags = flat_options(config) | {"base_precision": plan.base, "attention": attention}
+    flags = flat_options(config) | {"base_precision": plan.base, "attention": attention} | lineage.flags
     shapes, policies = layer_shapes(model.denoiser), resume_policies(config)
     checkpoints = Checkpoints(config.checkpoints, flags, policies, source, ranks, adapter, shapes, optimiser)
     run = checkpoints.start_or_resume(ranks.broadcast(config.report.new_log()))
@@ -201,7 +206,7 @@ def main(config: TrainConfig) -> Ending:
     gallery = Gallery(model, adapter, prompts, resolution, ranks, stop, plan)
     stop.end_setup()  # from here on the loop notices a signal: an exception would leave worker processes half made
     loader = Loader(stream, run.samples, run.left_out, pin_memory=device.type == "cuda")
-    report.opening(stream, plan, checkpoints)
+    report.opening(stream, plan, checkpoints, lineage)
 
     # The loop. What is random, and the learning rate, are functions of the step.
     upcoming = Upcoming.MORE_STEPS

@@ -26,6 +26,7 @@ from run.accumulation import Step
 from run.bad_steps import not_finite
 from run.checkpoints import Checkpoints, Run
 from run.ending import Ending
+from run.lineage import Lineage
 from run.optimiser import Optimiser
 from run.ranks import Ranks
 from run.watchdog import Watchdog
@@ -74,18 +75,18 @@ class Report:
         if ranks.is_first:
             check_writable("--log-dir", Path(run.log_dir).parent)
 
-    def opening(self, stream: Stream, plan: Plan, checkpoints: Checkpoints) -> None:
+    def opening(self, stream: Stream, plan: Plan, checkpoints: Checkpoints, lineage: Lineage) -> None:
         """Begins the log, prints what the run is about to do, and begins to measure."""
         if self.ranks.is_first:
             self.log = Log(self.run.log_dir, self.run.step + 1, TolerantWriter())
             self.log.add_text("config", f"```json\n{json.dumps(checkpoints.flags, indent=2)}\n```", self.run.step)
-            for name, line in self.summary(stream, plan, checkpoints).items():
+            for name, line in self.summary(stream, plan, checkpoints, lineage).items():
                 if line:
                     print(f"{name:10} {line}", flush=True)
         self.progress = tqdm(total=self.steps, initial=self.run.step, unit="step", disable=not self.ranks.is_first)
         self.meter.restart()
 
-    def summary(self, stream: Stream, plan: Plan, checkpoints: Checkpoints) -> dict[str, str]:
+    def summary(self, stream: Stream, plan: Plan, checkpoints: Checkpoints, lineage: Lineage) -> dict[str, str]:
         """{name: what the run is about to do}, in the order of printing; "" is left out."""
         flags, source = checkpoints.flags, stream.source
         total, trained, layers = self.model.parameter_count, self.adapter.parameter_count, len(self.adapter.modules)
@@ -95,8 +96,10 @@ class Report:
         return {
             "resume": checkpoints.resumed,
             "model": f"{flags['model']}: U-Net and text encoders {total:,} parameters, frozen; {stream.resolution} px",
+            "merged": lineage.merged,
             "predicts": describe_model(self.model.pipe),
             "LoRA": f"rank {flags['rank']} on {layers} layers, {trained:,} parameters trained: {100 * trained / total:.2f} %",
+            "goes on": lineage.begun,
             "data": "\ndata       ".join([source.account(), *source.left_out()]),
             "caption": textwrap.shorten(stream.example(), 150, placeholder=" …"),
             "cut short": f"{', '.join(source.truncated)}: the samples before the cut are used" if source.truncated else "",
