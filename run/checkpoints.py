@@ -114,12 +114,22 @@ class Checkpoints:
             check_writable("--out", self.config.out)
             self.lock = lock_folder("--out", self.config.out)
         found = self.ranks.broadcast(self.find() if self.ranks.is_first else None)
-        if not found:
+        if not found or self.is_finished_other_run(found[1]):
             return Run(log_dir)
         self.state, state = found
         run, changes = self.restore(self.state, state, log_dir)
         self.saved_step, self.resumed = run.step, f"step {run.step} of {self.state}{changes}"
         return run
+
+    def is_finished_other_run(self, state: dict) -> bool:
+        """Whether --resume auto has found a run that is done, and that this command would not lengthen: it has other data, as
+        when a caption was mended, or other options and no more steps. A new run begins, and `prepare_out` keeps the old files.
+        """
+        if self.config.resume != "auto" or self.config.resume_override or "made" not in state:
+            return False
+        flags, step = state["made"]["flags"], state["run"]["step"]
+        changes = {name for name in changed(flags, self.made["flags"]) if self.policies[name] != "free"}
+        return step >= flags["steps"] and bool(changes) and ("data" in changes or step >= self.made["flags"]["steps"])
 
     def nothing_to_do(self, run: Run) -> Ending:
         """The state has made all steps already."""
@@ -160,7 +170,7 @@ class Checkpoints:
         aside.mkdir()
         for path in paths:
             path.rename(aside / path.name)
-        print(f"aside      what another run has left in {out} is in {aside} now", flush=True)
+        print(f"aside      this is a new run: what another has left in {out} is in {aside} now", flush=True)
 
     def serialise(self, step: int) -> Iterator[tuple[str, bytes]]:
         """Name and content of each LoRA file at `step`."""
@@ -239,7 +249,8 @@ class Checkpoints:
             raise UserError(f"{path} does not fit: {', '.join(fixed)}: change it back, or another --out, or --resume none")
         not_free = ", ".join(change for name, change in flags.items() if self.policies[name] != "free")
         if not_free and not self.config.resume_override:
-            raise UserError(f"{path} is of another run: {not_free}: change it back, or another --out, or --resume-override")
+            ways = "change it back, or --resume-override to go on with it, or --resume none to start anew"
+            raise UserError(f"{path} is of another run: {not_free}: {ways}")
         self.adapter.load(state["lora"])
         self.optimiser.load_state_dict(state)
         run = Run(**state["run"])
