@@ -21,6 +21,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from common.errors import UserError, printable
 from common.options import check_options, option
+from common.system import CAN_FORK
 from dataset.buckets import Order, bucket_sizes, choose_bucket, enlarged, resized, share_cropped
 from dataset.captions import CaptionConfig, choose_caption, example_caption
 from dataset.disk_cache import Cache
@@ -339,7 +340,7 @@ def make_loader(stream: Stream, pin_memory: bool) -> Iterator[Batch]:
 
     `pin_memory` is for the workers' batches: without workers, the thread that asks for one would do it on the wrong device.
     """
-    workers = stream.config.workers
+    workers = stream.config.workers if CAN_FORK else 0  # else the loop reads
     options = {"pin_memory": pin_memory, "prefetch_factor": 4} if workers else {}
     return map(batch_or_raise, read_by_workers(stream, workers, **options))  # not a generator: the workers start now
 

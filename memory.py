@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from common import system
 from common.errors import UserError
 from common.options import check_options, option
 from data import Workload
@@ -121,7 +122,7 @@ def limit_memory(vram_gb: float | None, device: torch.device) -> int:
     cache. At most what is free: a card that is sold as one of 16 GB has 15.6 GiB, and a desktop takes its part.
     """
     if device.type != "cuda":
-        return int(vram_gb * GiB) if vram_gb else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return int(vram_gb * GiB) if vram_gb else system.total_memory()
     free, total = torch.cuda.mem_get_info(device)  # the context is there by now
     left = free - CUDA_ITSELF // 2  # the other half is taken already
     if vram_gb is None:
@@ -135,9 +136,7 @@ def peak_memory(device: torch.device) -> tuple[float, float]:
     """GiB (allocated, reserved by the allocator) at their highest so far; on the CPU both are the peak of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GiB, torch.cuda.max_memory_reserved(device) / GiB
-    import resource  # not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GiB
+    peak = system.peak_of_process() / GiB
     return peak, peak
 
 

@@ -58,6 +58,9 @@ def warn_of(program: str, error: UserError) -> None:
 
 def reader_is_gone() -> bool:
     """Whether the reader of our output has closed it, as `| head` does. What is left of it is then dropped."""
+    if not hasattr(select, "poll"):  # Windows: there it is the usual reason
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return True
     poll = select.poll()
     for number in (1, 2):
         poll.register(number, 0)  # 0: only errors, among them that nobody can read

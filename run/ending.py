@@ -18,14 +18,14 @@ T = TypeVar("T")
 
 
 class Ending(Enum):
-    """(exit status, reason in the last line). A mistake in the command is a UserError: status 2 (common/errors.py)."""
+    """(exit status, as in sysexits.h, reason in the last line). A mistake in the command is a UserError: status 2 (common/errors.py)."""
 
-    FINISHED = os.EX_OK, ""
+    FINISHED = 0, ""
     FAILED = 1, ""  # a RunFailed gives the reason
-    OUT_OF_MEMORY = os.EX_OSERR, "memory ran out"
-    DATA_LOST = os.EX_IOERR, "the data cannot be read"
-    NOT_SAVED = os.EX_IOERR, "could not be saved"
-    STOPPED = os.EX_TEMPFAIL, "stopped by a signal"
+    OUT_OF_MEMORY = 71, "memory ran out"
+    DATA_LOST = 74, "the data cannot be read"
+    NOT_SAVED = 74, "could not be saved"
+    STOPPED = 75, "stopped by a signal"
 
     @property
     def status(self) -> int:
