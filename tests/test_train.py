@@ -30,17 +30,18 @@ from data import Workload
 from dataset.images import Decoded
 from dataset.latents import pack_latents
 from dataset.sources import Source, open_source
-from lora import Adapter, LoRAConfig
+from lora import Adapter
 from lora_files.deltas import layer_shapes
 from lora_files.read import read_lora, read_metadata
 from lora_files.write import largest_difference, serialise
-from memory import MemoryConfig, plan_memory
+from memory import plan_memory
 from model.load import read_sdxl
 from model.sdxl import Denoiser
 from model.vae import sample_latents
+from options.training import LoRAConfig, MemoryConfig, OptimiserConfig
 from performance.cuda_graph import GraphedStep
 from run.checkpoints import Run
-from run.optimiser import OptimiserConfig, lr_factor
+from run.optimiser import lr_factor
 from run.report import Log, Meter
 from run.state import find_state, find_states, save_state
 from run.stop import StopRequest
