@@ -16,22 +16,11 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from PIL import Image
 
 from common.errors import UserError, one_line_errors
-from common.files import check_writable
 from common.options import MAX_SEED, check_options, option
-from common.sheets import side_by_side, stack
-from lora import merge_loras
-from lora_files.deltas import Deltas, check_fit, parameter_shapes
-from lora_files.merge import write_pipeline
-from lora_files.read import newest_lora, read_lora, read_tensors, trained_on, with_strength
-from memory import DTYPES, resolve_device, resolve_precision
-from model.check import describe_model
-from model.load import load_sdxl, native_resolution
-from model.render import read_prompts, render
-from model.sdxl import SAMPLERS, Denoiser
-from model.vae import decode_latents
+from options.command import parse_command
+from options.training import resolve_precision
 
 PARTS = {"unet": "unet.", "te1": "text_encoder.", "te2": "text_encoder_2."}
 
@@ -78,6 +67,25 @@ class InferConfig:
             raise UserError("--save-merged writes one model: give one --scale")
         if wrong := set(self.lora_parts.split(",")) - PARTS.keys():
             raise UserError(f"--lora-parts {','.join(sorted(wrong))}: choose from {','.join(PARTS)}")
+
+
+if __name__ == "__main__":
+    COMMAND = parse_command("infer.py", InferConfig, __doc__)
+
+from PIL import Image
+
+from common.files import check_writable
+from common.sheets import side_by_side, stack
+from lora import merge_loras
+from lora_files.deltas import Deltas, check_fit, parameter_shapes
+from lora_files.merge import write_pipeline
+from lora_files.read import newest_lora, read_lora, read_tensors, trained_on, with_strength
+from memory import DTYPES, resolve_device
+from model.check import describe_model
+from model.load import load_sdxl, native_resolution
+from model.render import read_prompts, render
+from model.sdxl import SAMPLERS, Denoiser
+from model.vae import decode_latents
 
 
 def read_loras(config: InferConfig, files: list[tuple[Path, float]], denoiser: Denoiser) -> list[tuple[Deltas, float]]:
@@ -175,4 +183,4 @@ def timed(label: str, draw: Callable[..., list[Image.Image]], count: int) -> lis
 
 if __name__ == "__main__":
     with one_line_errors("infer.py"):
-        main(tyro.cli(InferConfig, description=__doc__))
+        main(COMMAND)

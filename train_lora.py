@@ -19,76 +19,40 @@ STARTED = time.perf_counter()  # before the imports: they are part of the wait f
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # until StopRequest: Ctrl-C during an import would print its traceback
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
+
+from options.command import parse_command
+from options.training import TrainConfig
+
+if __name__ == "__main__":
+    COMMAND = parse_command("train_lora.py", TrainConfig, __doc__)  # before the imports of PyTorch, which take seconds
 
 import torch
 from torch import Tensor
 
-from common.errors import UserError
-from common.options import MAX_SEED, check_options, flat_options, option, resume_policies
+from common.options import flat_options, resume_policies
 from common.seeds import seed_generator, seed_of
-from data import Batch, DataConfig, Loader, Stream, open_data
-from dataset.captions import CaptionConfig
-from lora import Adapter, LoRAConfig, add_lora
+from data import Batch, Loader, Stream, open_data
+from lora import Adapter, add_lora
 from lora_files.deltas import layer_shapes
-from memory import MemoryConfig, apply_plan, limit_memory, note_if_out_of_memory, plan_memory, resolve_device, to_device
-from model.diffusion import Diffusion, DiffusionConfig, weights_of_mask
+from memory import DTYPES, apply_plan, limit_memory, note_if_out_of_memory, plan_memory, resolve_device, to_device
+from model.diffusion import Diffusion, weights_of_mask
 from model.load import native_resolution, read_sdxl
 from model.sdxl import time_ids
 from performance.cuda_graph import GraphedStep
 from run.accumulation import Accumulation, rows_of
-from run.bad_steps import BadSteps, BadStepsConfig
-from run.checkpoints import CheckpointConfig, Checkpoints
+from run.bad_steps import BadSteps
+from run.checkpoints import Checkpoints
 from run.ending import Ending, agree_on_ending, run_script
-from run.gallery import Gallery, GalleryConfig
-from run.lineage import Lineage, LineageConfig
-from run.optimiser import Optimiser, OptimiserConfig
-from run.ranks import RanksConfig, join_ranks, leave_ranks
-from run.report import LOG_EVERY, Report, ReportConfig
+from run.gallery import Gallery, prompts_to_draw
+from run.lineage import Lineage
+from run.optimiser import Optimiser
+from run.ranks import join_ranks, leave_ranks
+from run.report import LOG_EVERY, Report
 from run.setup import TrainingModel, check_together
 from run.stop import StopRequest, Upcoming
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """All flags of this script. An option is declared in the room that it belongs to; those here belong to the whole run."""
-
-    lora: LoRAConfig = LoRAConfig()
-    lineage: LineageConfig = LineageConfig()
-    dataset: DataConfig = DataConfig()
-    captions: CaptionConfig = CaptionConfig()
-    diffusion: DiffusionConfig = DiffusionConfig()
-    memory: MemoryConfig = MemoryConfig()
-    checkpoints: CheckpointConfig = CheckpointConfig()
-    optimiser: OptimiserConfig = OptimiserConfig()
-    gallery: GalleryConfig = GalleryConfig()
-    report: ReportConfig = ReportConfig()
-    bad_steps: BadStepsConfig = BadStepsConfig()
-    ranks: RanksConfig = RanksConfig()
-    model: str = option("demo", resume="fixed")
-    """'demo' (bundled), 'sdxl' (from the hub), a hub id, a diffusers folder or a .safetensors SDXL checkpoint."""
-    steps: int = option(450, at_least=1, resume="free")
-    """Optimiser steps."""
-    grad_accum: int = option(1, at_least=1)
-    """Batches per optimiser step and process."""
-    seed: int = option(0, at_least=0, at_most=MAX_SEED)
-    """What is random is a function of it, and of the number of the step, the process or the sample."""
-    device: str = option("auto", resume="free")
-    """'auto' (CUDA if there is one), 'cuda', 'cpu'."""
-
-    def __post_init__(self) -> None:
-        check_options(self)
-        if self.optimiser.warmup > self.steps:
-            raise UserError(f"--warmup {self.optimiser.warmup} is longer than --steps {self.steps}")
-
-    def resolved(self, device: torch.device) -> "TrainConfig":
-        """With values for alpha, learning rates and precision, which are saved with the run. Raises UserError."""
-        if self.optimiser.text_encoder_lr is not None and not self.lora.train_text_encoder:
-            raise UserError("--text-encoder-lr does nothing with --no-train-text-encoder")
-        lora, optimiser = replace(self.lora, alpha=self.lora.resolved_alpha), self.optimiser.resolved(self.model)
-        return replace(self, lora=lora, optimiser=optimiser, memory=self.memory.resolved(device))
 
 
 class StepInputs(NamedTuple):
@@ -161,9 +125,10 @@ class TrainStep:
 def main(config: TrainConfig) -> Ending:
     # Signals, prompts, device, processes.
     stop = StopRequest()
-    prompts = config.gallery.read_prompts(config.model)
+    prompts = prompts_to_draw(config.gallery, config.model)
     device = resolve_device(config.device)
     config = config.resolved(device)
+    dtype = DTYPES[config.memory.precision]
     ranks = join_ranks(device, config.ranks.rank_timeout)
 
     # Data, opened before the model is loaded: a mistake in --data shows at once.
@@ -171,7 +136,7 @@ def main(config: TrainConfig) -> Ending:
     has_text = bool(source.text_signature) and not config.lora.train_text_encoder
 
     # Model on the host, and the plan by which a step fits into the memory of the device.
-    pipe = read_sdxl(config.model, config.memory.dtype)
+    pipe = read_sdxl(config.model, dtype)
     lineage = Lineage(config.lineage, pipe)
     lineage.merge()
     resolution = config.dataset.resolution or native_resolution(pipe)
@@ -185,10 +150,10 @@ def main(config: TrainConfig) -> Ending:
     # Model on the device, from the inside out: the frozen base, packed if the plan says so; LoRA in place of its linear
     # layers; kernels that call these; compiled blocks of all that; and checkpointing around the blocks.
     model = TrainingModel(pipe, config.model, source, config.captions, stream.workload, plan, device)
-    adapter = add_lora(model.denoiser, config.lora, model.denoiser.unused, config.seed, config.memory.dtype)
+    adapter = add_lora(model.denoiser, config.lora, model.denoiser.unused, config.seed, dtype)
     lineage.begin(adapter)
     attention = apply_plan(model.denoiser, plan, config.memory, device)
-    optimiser = Optimiser(config.optimiser, config.memory.optimizer, adapter, config.steps, config.memory.dtype)
+    optimiser = Optimiser(config.optimiser, config.memory.optimizer, adapter, config.steps, dtype)
     train_step = TrainStep(config, model, adapter, optimiser.scaler, ranks.rank)
     accumulate = Accumulation(train_step, plan.micro, plan.oom_advice)
 
@@ -252,4 +217,4 @@ def main(config: TrainConfig) -> Ending:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script("train_lora.py", main, TrainConfig, __doc__))
+    sys.exit(run_script("train_lora.py", main, COMMAND))

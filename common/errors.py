@@ -85,7 +85,8 @@ def one_line_errors(program: str) -> Iterator[None]:
             raise
         sys.exit(128 + 13)  # as a program that SIGPIPE has ended
     except UserError as error:
-        warn_of(program, error)
+        with suppress(OSError):  # no disk behind stderr: the status still says it
+            warn_of(program, error)
         sys.exit(2)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":

@@ -8,48 +8,21 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from common.errors import UserError
 from common.files import TolerantWriter, check_writable, lock_folder, suite_sources, write_atomically
-from common.options import Resume, check_options, option
+from common.options import Resume
 from dataset.sources import Source
 from lora import Adapter
 from lora_files.write import check_written, make_header, serialise
 from memory import DTYPES
+from options.training import CheckpointConfig
 from run.ending import Ending, RunFailed
 from run.optimiser import Optimiser
 from run.ranks import Ranks, leave_ranks
 from run.state import find_state, find_states, save_state
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    save_every: int = option(150, at_least=1, resume="free")
-    """Steps between checkpoints; the last step is always saved."""
-    format: Literal["kohya", "diffusers", "both"] = option("kohya", resume="free")
-    """Layout of the LoRA files. kohya is read by diffusers, ComfyUI and A1111; diffusers' own by few others."""
-    save_dtype: Literal["fp16", "bf16", "fp32"] = option("fp16", resume="free")
-    """Dtype of the weights in the files."""
-    keep: int | None = option(None, at_least=1, resume="free")
-    """Newest LoRA files of this run to keep. None: all, as the best is often not the last."""
-    out: Path = option(Path("checkpoints"), resume="free")
-    """Folder for LoRA files and the state of the run."""
-    resume: str = option("auto", resume="free")
-    """'auto' (from the newest whole state in --out, if there is one), 'none' (what is in --out is moved aside), or a state,
-    or the folder of a run."""
-    author: str | None = option(None, resume="free")
-    """Your name, for the header of the LoRA files."""
-    description: str | None = option(None, resume="free")
-    """What the LoRA shows, for the header of its files."""
-    resume_override: bool = option(False, resume="free")
-    """Resume although options differ from those of the state, with the new ones."""
-
-    def __post_init__(self) -> None:
-        check_options(self)
-
 
 LAYOUT_SUFFIXES = {  # --format: {layout of a file: what its name ends in, after the step}
     "kohya": {"kohya": ""},

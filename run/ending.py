@@ -7,7 +7,6 @@ from enum import Enum
 from typing import TypeVar
 
 import torch
-import tyro
 
 from common.errors import LossyStream, one_line_errors, warn
 from memory import describe_out_of_memory
@@ -54,14 +53,12 @@ def agree_on_ending(ranks: Ranks, *, finished: bool, out_of_memory: bool, data_l
     return Ending.FINISHED if finished else Ending.STOPPED
 
 
-def run_script(name: str, main: Callable[[T], Ending], config: type[T], description: str | None) -> int:
-    """Parses the command line into `config`, runs `main`, and returns the exit status. A full disk behind the output does no
-    harm.
-    """
+def run_script(name: str, main: Callable[[T], Ending], command: T) -> int:
+    """Runs `main` with the options of the command, and returns the exit status. A full disk behind the output does no harm."""
     sys.stdout, sys.stderr = LossyStream(sys.stdout), LossyStream(sys.stderr)
     with one_line_errors(name):
         try:
-            ending = main(tyro.cli(config, description=description, config=(tyro.conf.OmitArgPrefixes,)))
+            ending = main(command)
         except Stopped:
             ending = Ending.STOPPED
             if os.environ.get("RANK", "0") == "0":

@@ -1,6 +1,5 @@
 """Pictures that people look at: rendered with diffusers' pipeline, base and LoRA side by side with the prompt above."""
 
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -8,31 +7,21 @@ import torch
 from PIL import Image
 
 from common.errors import UserError, warn_of
-from common.options import check_options, option
 from common.sheets import side_by_side, stack
 from lora import Adapter
 from memory import note_if_out_of_memory, temporarily_on
 from model.render import read_prompts, render
 from model.vae import DECODING, decode_latents
+from options.training import GalleryConfig
 from performance.memory_plan import Plan
 from run.ranks import Ranks
 from run.setup import TrainingModel
 from run.stop import StopRequest
 
 
-@dataclass(frozen=True)
-class GalleryConfig:
-    pictures: bool = option(True, resume="free")
-    """Draw base and LoRA side by side at every save."""
-    prompts: tuple[str, ...] = option((), resume="free")
-    """What to draw: texts, or one file with a prompt on each line. None given: the evaluation prompts of the model."""
-
-    def __post_init__(self) -> None:
-        check_options(self)
-
-    def read_prompts(self, model: str) -> list[str]:
-        """The prompts for --model. Raises UserError if their file cannot be read."""
-        return read_prompts(self.prompts, model) if self.pictures else []
+def prompts_to_draw(config: GalleryConfig, model: str) -> list[str]:
+    """The prompts for --model. Raises UserError if their file cannot be read."""
+    return read_prompts(config.prompts, model) if config.pictures else []
 
 
 class Gallery:

@@ -1,31 +1,17 @@
 """The LoRA files that a run builds on: those merged into its frozen base, and the one that its own A and B go on from."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 
 from common.errors import UserError
 from common.files import sha256_of
-from common.options import check_options, option
 from lora import Adapter, merge_loras
 from lora_files.deltas import Deltas, delta_svd, parameter_shapes
 from lora_files.read import newest_lora, read_lora, with_strength
 from model.load import Pipeline
 from model.sdxl import Denoiser
-
-
-@dataclass(frozen=True)
-class LineageConfig:
-    base_lora: tyro.conf.UseAppendAction[tuple[str, ...]] = option((), resume="fixed")
-    """A LoRA file, or a folder of them, that is merged into the frozen base before training; `:0.8` after it is its strength.
-    May be repeated. What is trained does not contain it: pictures need both."""
-    init_lora: Path | None = option(None, resume="fixed")
-    """A LoRA file of any layout and rank, or a folder of them, that training goes on from, instead of from zero."""
-
-    def __post_init__(self) -> None:
-        check_options(self)
+from options.training import LineageConfig
 
 
 class Lineage:

@@ -6,7 +6,6 @@ import textwrap
 import threading
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from torch.utils.tensorboard import SummaryWriter
 
 from common.errors import warn, warn_of
 from common.files import TolerantWriter, check_writable
-from common.options import check_options, option
 from common.progress import tqdm
 from data import Loader, Stream
 from memory import memory_in_use, peak_memory
@@ -34,19 +32,6 @@ from run.watchdog import Watchdog
 LOG_EVERY = 10  # steps; reading makes the host wait for the device, and so do saves and checks of the ranks
 AGAIN = 60  # seconds until a log that could not be written is tried again
 LINE_EVERY = 60  # seconds between lines on the progress where stderr is no terminal
-
-
-@dataclass(frozen=True)
-class ReportConfig:
-    log_dir: Path = option(Path("runs"), resume="free")
-    """Folder for TensorBoard logs."""
-
-    def __post_init__(self) -> None:
-        check_options(self)
-
-    def new_log(self) -> str:
-        """A folder named after the time."""
-        return str(self.log_dir / time.strftime("%Y%m%d-%H%M%S"))
 
 
 class Report:

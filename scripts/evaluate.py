@@ -14,29 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-import tyro
-from PIL import Image
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.errors import UserError, one_line_errors
 from common.options import check_options, option
-from common.progress import tqdm
-from data import decode
-from dataset.images import Decoded
-from dataset.sources import open_source
-from lora import merge_lora
-from lora_files.deltas import parameter_shapes
-from lora_files.read import newest_lora, read_lora, trained_on
-from memory import DTYPES, resolve_device, resolve_precision
-from model.check import describe_model
-from model.diffusion import Diffusion, DiffusionConfig
-from model.load import load_sdxl, native_resolution
-from model.render import render
-from model.sdxl import Denoiser, time_ids
-from model.text import tokenize
-from model.vae import decode_latents, encode_pixels, normalise, sample_latents
+from options.command import parse_command
+from options.training import DiffusionConfig, resolve_precision
 
 HELD_OUT = Path(__file__).parents[1] / "assets/demo/heldout"
 
@@ -58,6 +40,30 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+
+
+if __name__ == "__main__":
+    COMMAND = parse_command("evaluate.py", EvaluateConfig, __doc__)
+
+import numpy as np
+import torch
+from PIL import Image
+
+from common.progress import tqdm
+from data import decode
+from dataset.images import Decoded
+from dataset.sources import open_source
+from lora import merge_lora
+from lora_files.deltas import parameter_shapes
+from lora_files.read import newest_lora, read_lora, trained_on
+from memory import DTYPES, resolve_device
+from model.check import describe_model
+from model.diffusion import Diffusion
+from model.load import load_sdxl, native_resolution
+from model.render import render
+from model.sdxl import Denoiser, time_ids
+from model.text import tokenize
+from model.vae import decode_latents, encode_pixels, normalise, sample_latents
 
 
 @torch.no_grad()
@@ -137,4 +143,4 @@ def main(config: EvaluateConfig) -> None:
 
 if __name__ == "__main__":
     with one_line_errors("evaluate.py"):
-        main(tyro.cli(EvaluateConfig, description=__doc__))
+        main(COMMAND)

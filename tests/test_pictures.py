@@ -10,10 +10,11 @@ from PIL import Image, ImageFont
 from test_lora import shake
 
 from common.sheets import NO_CHARACTER, Lettering, drawn, lettering, shorten, side_by_side, stack
-from lora import LoRAConfig, add_lora
+from lora import add_lora
 from model.render import read_prompts, render
 from model.sdxl import SAMPLERS
 from model.vae import decode_latents
+from options.training import LoRAConfig
 from run.gallery import Gallery
 from run.ranks import Ranks
 

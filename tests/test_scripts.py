@@ -16,17 +16,17 @@ from safetensors.torch import load_file, save_file
 from test_lora import shake
 from torch import nn
 
-from data import DataConfig, Stream
+from data import Stream
 from dataset.buckets import bucket_sizes
-from dataset.captions import CaptionConfig
 from dataset.images import dhash
 from dataset.sources import open_source
-from lora import LoRAConfig, add_lora, merge_lora
+from lora import add_lora, merge_lora
 from lora_files.deltas import layer_shapes
 from lora_files.read import read_lora, read_metadata
 from lora_files.write import A1111_HEADER, make_header, serialise
 from model.checkpoint import checkpoint_of
 from model.load import load_sdxl
+from options.training import CaptionConfig, DataConfig, LoRAConfig
 
 
 def members(tar) -> dict[str, bytes]:

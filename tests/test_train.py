@@ -30,17 +30,18 @@ from data import Workload
 from dataset.images import Decoded
 from dataset.latents import pack_latents
 from dataset.sources import Source, open_source
-from lora import Adapter, LoRAConfig
+from lora import Adapter
 from lora_files.deltas import layer_shapes
 from lora_files.read import read_lora, read_metadata
 from lora_files.write import largest_difference, serialise
-from memory import MemoryConfig, plan_memory
+from memory import plan_memory
 from model.load import read_sdxl
 from model.sdxl import Denoiser
 from model.vae import sample_latents
+from options.training import LoRAConfig, MemoryConfig, OptimiserConfig
 from performance.cuda_graph import GraphedStep
 from run.checkpoints import Run
-from run.optimiser import OptimiserConfig, lr_factor
+from run.optimiser import lr_factor
 from run.report import Log, Meter
 from run.state import find_state, find_states, save_state
 from run.stop import StopRequest
@@ -176,7 +177,7 @@ def test_changed_options_are_shown_on_resume_and_refused_unless_overridden(train
     _, err = train("--steps", 2, "--lr", 2e-4, "--precision", "fp16", status=2)
     changes = r"--precision fp32 -> fp16, --base-precision fp32 -> fp16, --lr 0.0001 -> 0.0002, "
     changes += "--text-encoder-lr 0.0001 -> 0.0002"
-    assert re.search(rf"is of another run: {changes}: change it back, or --resume-override to go on with it, or --resume none", err)
+    assert re.search(rf"is of another run: {changes}: change it back, or --resume-override to go on", err)
     copy = shutil.copytree(shards, tmp_path / "elsewhere")
     out, _ = train("--steps", 2, "--keep", 1, "--data", copy)
     assert f"resume     step 1 of {state}; --keep None -> 1; --steps 1 -> 2\n" in out
