@@ -143,6 +143,7 @@ def main(config: TrainConfig) -> Ending:
     config = replace(config, dataset=replace(config.dataset, resolution=resolution))
     check_together(source, pipe, config.model, config.captions, has_text)
     stream = Stream(source, config.dataset, config.captions, resolution, config.seed, ranks.rank, ranks.world, has_text)
+    config = config.in_steps(source.epoch, ranks.world)
     stream.first_decodable(stream.bucket[0])  # raises UserError if no image can be decoded
     budget = ranks.min(limit_memory(config.memory.vram_gb, device))
     plan = plan_memory(pipe, config.lora, config.memory, stream.workload, device, budget)

@@ -1,5 +1,6 @@
 """Every option of training, in groups. Its docstring is its help; docs/training.md and docs/data.md describe them."""
 
+import math
 import re
 import time
 from dataclasses import dataclass, replace
@@ -159,8 +160,8 @@ def resolve_precision(precision: str, device: "torch.device") -> str:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    save_every: int = option(150, at_least=1, resume="free")
-    """Steps between checkpoints; the last step is always saved."""
+    save_every: str = option("150", resume="free")
+    """Steps between checkpoints, or looks at every picture: 1epoch. The last step is always saved."""
     format: Literal["kohya", "diffusers", "both"] = option("kohya", resume="free")
     """Layout of the LoRA files. kohya is read by diffusers, ComfyUI and A1111; diffusers' own by few others."""
     save_dtype: Literal["fp16", "bf16", "fp32"] = option("fp16", resume="free")
@@ -181,6 +182,14 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+        self.steps_between_saves(1)
+
+    def steps_between_saves(self, per_epoch: float) -> int:
+        """--save-every in steps. `per_epoch`: steps until each picture was looked at once, on average."""
+        number = re.fullmatch(r"(\d*\.?\d+) ?(epochs?)?", self.save_every)
+        if not number or float(number[1]) <= 0 or not (number[2] or number[1].isdecimal()):
+            raise UserError(f"--save-every {self.save_every}: a number of steps from 1 up, or of epochs: 0.5epoch, 2epochs")
+        return math.ceil(float(number[1]) * per_epoch) if number[2] else int(number[1])
 
 
 @dataclass(frozen=True)
@@ -267,6 +276,8 @@ class TrainConfig:
     """'demo' (bundled), 'sdxl' (from the hub), a hub id, a diffusers folder or a .safetensors SDXL checkpoint."""
     steps: int = option(450, at_least=1, resume="free")
     """Optimiser steps."""
+    epochs: float | None = option(None, above=0, resume="free")
+    """The length of the run in looks at every picture; it goes before --steps."""
     grad_accum: int = option(1, at_least=1)
     """Batches per optimiser step and process."""
     seed: int = option(0, at_least=0, at_most=MAX_SEED)
@@ -276,8 +287,6 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-        if self.optimiser.warmup > self.steps:
-            raise UserError(f"--warmup {self.optimiser.warmup} is longer than --steps {self.steps}")
 
     def resolved(self, device: "torch.device") -> "TrainConfig":
         """With values for alpha, learning rates and precision, which are saved with the run. Raises UserError."""
@@ -285,3 +294,12 @@ class TrainConfig:
             raise UserError("--text-encoder-lr does nothing with --no-train-text-encoder")
         lora, optimiser = replace(self.lora, alpha=self.lora.resolved_alpha), self.optimiser.resolved(self.model)
         return replace(self, lora=lora, optimiser=optimiser, memory=self.memory.resolved(device))
+
+    def in_steps(self, epoch: int, processes: int) -> "TrainConfig":
+        """With --steps and --save-every in optimiser steps; an epoch has `epoch` samples. Raises UserError."""
+        per_epoch = epoch / (self.dataset.bs * self.grad_accum * processes)
+        steps = math.ceil(self.epochs * per_epoch) if self.epochs else self.steps
+        if self.optimiser.warmup > steps:
+            raise UserError(f"--warmup {self.optimiser.warmup} is longer than the run of {steps} steps")
+        between = self.checkpoints.steps_between_saves(per_epoch)
+        return replace(self, steps=steps, checkpoints=replace(self.checkpoints, save_every=str(between)))

@@ -158,7 +158,7 @@ class Checkpoints:
         return f"{self.config.out / name}, {len(content) / 1e6:.2f} MB"
 
     def is_due(self, step: int, last: int) -> bool:
-        return step % self.config.save_every == 0 or step == last
+        return step % int(self.config.save_every) == 0 or step == last
 
     def check_ranks(self, run: Run) -> None:
         """Raises RunFailed if the ranks no longer hold the same LoRA."""

@@ -76,7 +76,7 @@ class Report:
         flags, source = checkpoints.flags, stream.source
         total, trained, layers = self.model.parameter_count, self.adapter.parameter_count, len(self.adapter.modules)
         processes, samples = self.ranks.world, self.samples_per_step
-        epochs = self.steps * samples / source.samples
+        epochs = self.steps * samples / source.epoch
         launching = "every kernel launched" if self.graphed.eager else "CUDA graph"
         return {
             "resume": checkpoints.resumed,

@@ -29,7 +29,8 @@ def model_of(rank: int, alpha: float):
 @settings(max_examples=40, deadline=None)
 @given(
     own=st.integers(1, 8), theirs=st.integers(1, 8), own_alpha=st.sampled_from([0.5, 4, 8]),
-    alpha=st.sampled_from([0.25, 1, 16, -2]), shape=st.sampled_from([(), (1, 1)]), dtype=st.sampled_from([torch.float32, torch.float16]),
+    alpha=st.sampled_from([0.25, 1, 16, -2]), shape=st.sampled_from([(), (1, 1)]),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
 )  # fmt: skip
 def test_an_adapter_begins_with_the_files_delta(own, theirs, own_alpha, alpha, shape, dtype):
     adapter = model_of(own, own_alpha)

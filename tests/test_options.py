@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from common.options import check_options, flat_options, leaves, option, resume_policies
-from options.training import TrainConfig
+from options.training import CheckpointConfig, DataConfig, TrainConfig
 
 HEAVY = ("torch", "diffusers", "transformers", "bitsandbytes", "xformers", "tensorboard")
 ANSWER = """
@@ -64,7 +64,7 @@ def test_every_option_of_training_has_a_resume_policy():
     assert len(policies) > 45
     assert set(policies.values()) == {"fixed", "free", "ask"}
     fixed = {name for name, policy in policies.items() if policy == "fixed"}
-    assert fixed == {"model", "rank", "alpha", "base_lora", "init_lora", "targets", "train_text_encoder", "optimizer"}
+    assert fixed == {"base_lora", "init_lora", "model", "rank", "alpha", "base_lora", "init_lora", "targets", "train_text_encoder", "optimizer"}
 
 
 def test_no_two_options_have_one_flag():
@@ -112,3 +112,22 @@ def test_a_value_is_accepted_if_and_only_if_it_is_within_its_bounds(value, low, 
         else:
             with pytest.raises(UserError, match=rf"^--{name.replace('_', '-')} must .*, not {re.escape(str(value))}$"):
                 Config(**base | {name: value})
+
+
+@given(
+    images=st.integers(1, 5000), bs=st.integers(1, 8), accumulated=st.integers(1, 4), processes=st.integers(1, 8),
+    epochs=st.floats(0.01, 50),
+)  # fmt: skip
+def test_epochs_are_looks_at_every_picture(images, bs, accumulated, processes, epochs):
+    dataset, checkpoints = DataConfig(bs=bs), CheckpointConfig(save_every=f"{epochs:.3f}epochs")
+    config = TrainConfig(dataset=dataset, checkpoints=checkpoints, epochs=epochs, grad_accum=accumulated)
+    found = config.in_steps(images, processes)
+    samples = bs * accumulated * processes  # of a step
+    assert (found.steps - 1) * samples < epochs * images <= found.steps * samples * (1 + 1e-9)
+    assert abs(int(found.checkpoints.save_every) - found.steps) * samples <= 0.001 * images + samples
+
+
+@pytest.mark.parametrize("length", ["0", "0epochs", "1.5", "-3", "epoch", "1week", ""])
+def test_lengths_that_are_none(length):
+    with pytest.raises(UserError, match="a number of steps from 1 up, or of epochs"):
+        CheckpointConfig(save_every=length)

@@ -210,6 +210,14 @@ def test_the_same_command_on_mended_data_is_a_new_run_once_the_old_one_is_done(t
     assert "resume     step 2 of" in out
 
 
+def test_the_length_of_a_run_in_epochs(train, photos, tmp_path):
+    out, _ = train("--data", photos, "--epochs", 2, "--save-every", "1epoch", "--bs", 2, "--grad-accum", 2)  # 7 pictures
+    assert "steps      4: each image 2.29 times" in out
+    assert [p.name for p in sorted((tmp_path / "out").glob("*.safetensors"))] == [
+        f"pytorch_lora_weights_{step}.safetensors" for step in (2, 4)
+    ]
+
+
 RATES = "the learning rate goes from {} to {}"
 
 
@@ -907,7 +915,7 @@ def test_a_gpu_that_fills_up_computes_its_steps_in_halves(train, tmp_path, monke
         (["--lr", -1e-4], "--lr must be at least 0, not -0.0001"),
         (["--text-encoder-lr", "nan"], "--text-encoder-lr must be at least 0, not nan"),
         (["--text-encoder-lr", 1e-5, "--no-train-text-encoder"], "--text-encoder-lr does nothing with --no-train-text-encoder"),
-        (["--warmup", 9, "--steps", 8], "--warmup 9 is longer than --steps 8"),
+        (["--warmup", 9, "--steps", 8], "--warmup 9 is longer than the run of 8 steps"),
         (["--pictures", "--prompts", "/nowhere/prompts.txt"], "--prompts /nowhere/prompts.txt: no such file"),
         (["--targets", "no_such_layer"], "--targets 'no_such_layer' matches none"),
         (["--out", "README.md/x"], "--out README.md/x cannot be written"),
