@@ -29,8 +29,8 @@ class EvaluateConfig:
     """A LoRA file, or a folder of them: the newest one in it."""
     model: str | None = None
     """None: the model that the LoRA was trained on."""
-    data: str = str(HELD_OUT)
-    """Held-out images with captions, as in training."""
+    data: str | None = None
+    """Images of the style that were kept out of training, with captions. None: the demo's, for a LoRA trained on the demo."""
     timesteps: int = option(10, at_least=1)
     """Number of timesteps, evenly spread over the schedule, at which the loss of every image is computed."""
     pictures: int = 8
@@ -55,7 +55,7 @@ from dataset.images import Decoded
 from dataset.sources import open_source
 from lora import merge_lora
 from lora_files.deltas import parameter_shapes
-from lora_files.read import newest_lora, read_lora, trained_on
+from lora_files.read import newest_lora, read_lora, read_metadata, trained_on
 from memory import DTYPES, resolve_device
 from model.check import describe_model
 from model.diffusion import Diffusion
@@ -101,14 +101,17 @@ def statistics(images: list[Image.Image]) -> dict[str, np.ndarray]:
 def main(config: EvaluateConfig) -> None:
     device = resolve_device(config.device)
     lora = newest_lora(config.lora)
+    if config.data is None and read_metadata(lora).get("sdxl_lora.dataset") != open_source("demo").fingerprint:
+        raise UserError(f"{lora} was not trained on the demo's images: --data names a folder of yours that training has not seen")
     model = config.model or trained_on(lora)
-    source = open_source(config.data)
+    source = open_source(config.data or str(HELD_OUT))
     if source.has_latents:
         raise UserError(f"--data {config.data} holds latents: the evaluation compares pictures, so it needs images")
     pipe = load_sdxl(model, DTYPES[resolve_precision("auto", device)], device)
     denoiser, size = Denoiser(pipe), native_resolution(pipe)
     deltas = read_lora(lora, parameter_shapes(denoiser))
     schedule = pipe.scheduler
+    print(f"{lora} on {source.samples} images of {config.data or 'the demo, kept out of training'}")
     print(f"model {model}: predicts {describe_model(pipe)}")
     diffusion = Diffusion(DiffusionConfig(), schedule.alphas_cumprod, schedule.config.prediction_type, device)
 
