@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class Ending(Enum):
-    """(exit status as in sysexits.h, reason in the last line). A mistake in the command is a UserError: 2 (common/errors.py)."""
+    """(exit status as in sysexits.h, reason in the last line). A mistake in the command: 2 (common/errors.py)."""
 
     FINISHED = 0, ""
     FAILED = 1, ""  # a RunFailed gives the reason

@@ -102,7 +102,9 @@ def main(config: EvaluateConfig) -> None:
     device = resolve_device(config.device)
     lora = newest_lora(config.lora)
     if config.data is None and read_metadata(lora).get("sdxl_lora.dataset") != open_source("demo").fingerprint:
-        raise UserError(f"{lora} was not trained on the demo's images: --data names a folder of yours that training has not seen")
+        raise UserError(
+            f"{lora} was not trained on the demo's images: --data names a folder of yours that training has not seen"
+        )
     model = config.model or trained_on(lora)
     source = open_source(config.data or str(HELD_OUT))
     if source.has_latents:

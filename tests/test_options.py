@@ -64,7 +64,7 @@ def test_every_option_of_training_has_a_resume_policy():
     assert len(policies) > 45
     assert set(policies.values()) == {"fixed", "free", "ask"}
     fixed = {name for name, policy in policies.items() if policy == "fixed"}
-    assert fixed == {"base_lora", "init_lora", "model", "rank", "alpha", "base_lora", "init_lora", "targets", "train_text_encoder", "optimizer"}
+    assert fixed == {"base_lora", "init_lora", "model", "rank", "alpha", "targets", "train_text_encoder", "optimizer"}
 
 
 def test_no_two_options_have_one_flag():
