@@ -8,6 +8,10 @@ python infer.py --save-merged merged/                 also writes W + ΔW as an 
 python infer.py --save-merged merged.safetensors      or as one checkpoint file, for other programs
 """
 
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main: Ctrl-C during an import would print its traceback
+
 import time
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -10,6 +10,10 @@ captions, the original size and the crop. Run the same command again after an in
 images or options it encodes only what has changed: an entry is identified by the SHA-256 of its image, bucket and weights.
 """
 
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main: Ctrl-C during an import would print its traceback
+
 import hashlib
 import json
 import math

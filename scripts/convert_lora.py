@@ -6,6 +6,10 @@ python scripts/convert_lora.py theirs.safetensors ours.safetensors
 python scripts/convert_lora.py ours.safetensors for-diffusers.safetensors --format diffusers --save-dtype fp32
 """
 
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main: Ctrl-C during an import would print its traceback
+
 import sys
 from dataclasses import dataclass
 from pathlib import Path

@@ -8,6 +8,10 @@
    distributions of colours (4 x 4 x 4 bins of RGB) and of edge strengths (16 bins). 0 is equal, 1 disjoint.
 """
 
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main: Ctrl-C during an import would print its traceback
+
 import sys
 from dataclasses import dataclass
 from functools import partial

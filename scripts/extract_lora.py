@@ -8,6 +8,10 @@ No other matrix of rank r is nearer to ΔW than its first r singular triplets (E
 tensor by tensor; SDXL's 986 layers take ten minutes on one core.
 """
 
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main: Ctrl-C during an import would print its traceback
+
 import json
 import math
 import re

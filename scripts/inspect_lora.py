@@ -6,6 +6,10 @@
 What the programs do is not tried out: it follows from the rules in lora_files/compatibility.py.
 """
 
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main: Ctrl-C during an import would print its traceback
+
 import json
 import math
 import re

@@ -12,6 +12,10 @@ decoded or has no caption is refused and listed at the end. Duplicates are kept,
 command continues.
 """
 
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main: Ctrl-C during an import would print its traceback
+
 import hashlib
 import sys
 from collections.abc import Iterator

@@ -6,6 +6,10 @@
 The sums are computed in float32 and written in the dtypes of the base. Every other tensor and file is copied byte for byte.
 """
 
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main: Ctrl-C during an import would print its traceback
+
 import sys
 from dataclasses import dataclass
 from pathlib import Path

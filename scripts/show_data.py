@@ -4,6 +4,10 @@ python scripts/show_data.py --data photos/                                      
 python scripts/show_data.py --data photos/ --flip --shuffle-tags --keep-tags 1     with train_lora.py's own flags
 """
 
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main: Ctrl-C during an import would print its traceback
+
 import sys
 import textwrap
 from dataclasses import dataclass

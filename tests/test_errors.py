@@ -2,6 +2,7 @@
 
 import os
 import pty
+import signal
 import subprocess
 import sys
 import termios
@@ -49,6 +50,19 @@ def test_another_broken_pipe_is_a_bug():
     assert out == "1\n"
     assert "Traceback" in err
     assert "BrokenPipeError" in err
+
+
+SCRIPTS = ["train_lora.py", "infer.py", *sorted(f"scripts/{path.name}" for path in (ROOT / "scripts").glob("*.py"))]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("module", ["dataclasses", "tyro"], ids=["the first import", "a later one"])
+def test_ctrl_c_during_the_imports_leaves_no_traceback(tmp_path, name, module):
+    """A module of that name is put in the way, and sends the signal while it is imported."""
+    (tmp_path / f"{module}.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, name], cwd=ROOT, capture_output=True, text=True, timeout=60, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
 @pytest.mark.parametrize(("rank", "message"), [("", "a.py: interrupted\n"), ("0", "a.py: interrupted\n"), ("1", "")])
