@@ -101,7 +101,8 @@ def download(repository: str, dtype: torch.dtype) -> Path:
 def from_folder(model: str, folder: Path, dtype: torch.dtype, unet: bool) -> Pipeline:
     """Reads a diffusers folder. The libraries fill what the files lack with random numbers: their report is checked."""
     check_folder(model, folder)
-    parts, statements = {}, {}
+    parts: dict[str, Any] = {}
+    statements: dict[str, str | None] = {}
     for name, kind in CLASSES.items():
         headers = {file: read_header(file)[1] for file in (folder / name).glob("*.safetensors")}
         for file, header in headers.items():
