@@ -104,9 +104,8 @@ class Folder:
         for file in visible:
             self.sort(file)
         if self.shards or self.tables:
-            beside = "a .tar" if self.shards else "a .parquet"
             for image in self.images:
-                self.refuse(image, f"an image beside {beside}: put images into a folder of their own")
+                self.refuse(image, "an image beside shards or a .parquet: put images into a folder of their own")
             self.others["texts beside them"] += len(self.texts)
             self.images, self.texts = [], []
 

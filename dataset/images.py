@@ -129,22 +129,20 @@ def upright(image: Image.Image) -> Image.Image:
     return image.transpose(TURNS[turn]) if turn > 1 else image  # transpose would copy an upright image too
 
 
-def size_of(encoded: bytes) -> Size:
-    """Upright (height, width) by the first bytes of an image; (0, 0) if they cannot be read."""
-    try:
-        return upright_size(open_image(encoded))
-    except Exception:  # whatever a broken file makes Pillow raise
-        return 0, 0
-
-
 def survey_size(read: Callable[[int, int], bytes], size: int) -> Size:
-    """As `size_of`, of an image of `size` bytes whose parts `read(offset, bytes)` gives: of as few of them as will do."""
+    """Upright (height, width) of an image of `size` bytes, whose parts `read(offset, bytes)` gives: of as few as will do.
+    (0, 0) if it cannot be read.
+    """
     head = read(0, min(size, HEAD))
     if head.startswith(b"\x89PNG") and size > HEAD:
         head += read(max(HEAD, size - HEAD), HEAD)
-    tiff = head.startswith((b"II", b"MM"))  # its tags may be anywhere
-    pixels = (0, 0) if tiff and size > HEAD else size_of(head)
-    return size_of(read(0, size)) if pixels == (0, 0) and size > HEAD else pixels
+    if size <= HEAD or not head.startswith((b"II", b"MM")):  # the tags of a TIFF may be anywhere
+        with suppress(Exception):  # whatever a broken file makes Pillow raise
+            return upright_size(open_image(head))
+    whole = read(0, size) if size > HEAD else b""
+    with suppress(Exception):
+        return upright_size(open_image(whole))
+    return 0, 0
 
 
 def to_rgb(image: Image.Image, on_white: bool = True) -> Image.Image:

@@ -24,9 +24,6 @@ class Inputs(Protocol):
     def rows(self, first: int, last: int) -> Iterator[Row]: ...
 
 
-# Rows of parquet files.
-
-
 class ParquetRows:
     """Rows of the columns image {bytes, path} and text, as in lambdalabs/naruto-blip-captions. Raises UserError for others."""
 

@@ -216,8 +216,8 @@ def read_lines(text: bytes, where: str) -> dict[str, Shard]:
             entry = json.loads(line)
             shard = Shard(**{attributes[key]: value for key, value in entry.items() if key in attributes})
             shard.samples = [(str(key), *map(int, numbers)) for key, *numbers in shard.samples]
-            shard.uncaptioned, shard.has_latents = list(map(str, shard.uncaptioned)), bool(shard.has_latents)
-            shard.unusable = list(map(str, shard.unusable))
+            shard.uncaptioned, shard.unusable = list(map(str, shard.uncaptioned)), list(map(str, shard.unusable))
+            shard.has_latents = bool(shard.has_latents)
             shard.others = {str(kind): int(number) for kind, number in shard.others.items()}
             shard.vae_signature = [float(value) for value in shard.vae_signature]
             shard.text_signature = [float(value) for value in shard.text_signature]
@@ -264,13 +264,9 @@ def already_there(folder: Path) -> dict[str, Shard]:
 
 
 def write_shard(
-    folder: Path,
-    name: str,
-    samples: Iterable[tuple[str, dict, str]],
-    refused: Sequence[str] = (),
-    made_of: str = "",
-    dhashes: Sequence[str] = (),
-) -> Shard:
+    folder: Path, name: str, samples: Iterable[tuple[str, dict, str]],
+    refused: Sequence[str] = (), made_of: str = "", dhashes: Sequence[str] = (),
+) -> Shard:  # fmt: skip
     """Samples (key, {extension: content}, hash) -> folder/name, written under a temporary name and renamed when it is complete.
     Without samples no tar file is written.
 

@@ -247,12 +247,10 @@ def local_shards(path: Path, found: Sequence[Path]) -> list[tuple[Path, Shard]]:
     index = {folder: read_index(folder) for folder in {tar.parent for tar in tars}}
     if path.is_dir():
         tars = sorted({*tars, *(path / name for name, shard in index.get(path, {}).items() if shard.bytes)})
-    for tar in tars:
-        if not tar.is_file():
-            raise UserError(f"{tar} does not exist")
-    for folder in index:
-        if unfinished(folder):
-            raise UserError(f"{path}: the writing of these shards was interrupted: the same command goes on with it")
+    if missing := [tar for tar in tars if not tar.is_file()]:
+        raise UserError(f"{missing[0]} does not exist")
+    if any(map(unfinished, index)):
+        raise UserError(f"{path}: the writing of these shards was interrupted: the same command goes on with it")
     shards = []
     for tar in tqdm(tars, desc="looking through the shards", unit="shard", delay=2, leave=False):
         shard = index[tar.parent].get(tar.name)

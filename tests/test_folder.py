@@ -239,7 +239,7 @@ def test_what_lies_beside_shards_or_parquet_files_is_named(shards, tmp_path, mon
     shutil.copytree(shards, folder / "sub")
     source = open_source(str(folder))
     assert source.samples == 7
-    assert f"{folder}/a.jpg (an image beside a .tar: put images into a folder of their own)" in source.refused
+    assert f"{folder}/a.jpg (an image beside shards or a .parquet: put images into a folder of their own)" in source.refused
     assert sum(f"shards are read from one folder: --data {folder}/sub" in line for line in source.refused) == 3
     captioned(tmp_path / "tables", "a.jpg")
     rows = [{"image": {"bytes": JPEG, "path": None}, "text": "a house"}]
