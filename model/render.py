@@ -17,7 +17,13 @@ from common.seeds import seed_generator
 from common.text import read_text
 
 DEMO_PROMPTS = ROOT / "assets/demo/prompts.txt"
-OTHER_SYNTAX = re.compile(r"(?<!\S)--[A-Za-z][\w-]*|<(?:lora|lyco|hypernet):[^>]*>|\([^()]*:\d\.\d+\)")  # kohya's; A1111's
+OTHER_SYNTAX = (
+    re.compile(  # of kohya's lines, of A1111's prompts and what it writes below a picture, of ComfyUI and of wildcards
+        r"(?<!\S)--[A-Za-z][\w-]*|<(?:lora|lyco|hypernet):[^>]*>|[(\[][^()\[\]]*(?::\s*-?\d*\.\d+|[^\d\s]\s*:\s*-?\d+)\s*[)\]]"
+        r"|^Negative prompt:|^Steps: \d+,|(?<!\S)embedding:\S+|(?<!\S)__\w+__|\{[^{}]*\|[^{}]*\}"
+    )
+)
+PROMPT_FILES = (".txt", ".toml", ".json", ".jsonl", ".csv", ".yaml", ".yml")  # the first is read
 NARUTO_PROMPTS = ["Naruto Uzumaki eating ramen", "Bill Gates in Naruto style", "A boy with blue eyes in Naruto style"]
 
 
@@ -27,6 +33,8 @@ def read_prompts(prompts: tuple[str, ...], model: str) -> list[str]:
 
     Raises UserError if the file is missing, empty or no text, or for what other programs read otherwise, such as --n.
     """
+    if len(prompts) == 1 and prompts[0].endswith(PROMPT_FILES[1:]):
+        raise UserError(f"--prompts {prompts[0]}: only text is read, with a prompt on each line: write a .txt")
     if len(prompts) == 1 and os.path.isfile(prompts[0]):  # Path.is_file() would raise for a long prompt
         try:
             lines = [line.strip() for line in read_text(Path(prompts[0]).read_bytes()).splitlines()]
@@ -36,7 +44,7 @@ def read_prompts(prompts: tuple[str, ...], model: str) -> list[str]:
         if not numbered:
             raise UserError(f"--prompts {prompts[0]} is empty")
         return words_only(numbered)
-    if len(prompts) == 1 and prompts[0].endswith(".txt"):
+    if len(prompts) == 1 and (prompts[0].endswith(PROMPT_FILES) or os.path.isdir(prompts[0])):
         raise UserError(f"--prompts {prompts[0]}: no such file")
     if prompts:
         return words_only({f"text {n}": prompt for n, prompt in enumerate(prompts, 1)})

@@ -53,9 +53,9 @@ def test_another_broken_pipe_is_a_bug():
 
 
 COMMANDS = {  # a command that each script takes
-    "train_lora.py": [], "infer.py": [], "cache_latents.py": ["a", "--out", "b"], "convert_lora.py": ["a", "b"], "evaluate.py": [],
-    "extract_lora.py": ["a", "b", "--base", "c", "--rank", "1"], "inspect_lora.py": ["a"], "make_shards.py": ["a", "--out", "b"],
-    "merge_lora.py": ["a", "b", "--lora", "c"], "show_data.py": [],
+    "train_lora.py": [], "infer.py": [], "cache_latents.py": ["a", "--out", "b"], "convert_lora.py": ["a", "b"],
+    "evaluate.py": [], "extract_lora.py": ["a", "b", "--base", "c", "--rank", "1"], "inspect_lora.py": ["a"],
+    "make_shards.py": ["a", "--out", "b"], "merge_lora.py": ["a", "b", "--lora", "c"], "show_data.py": [],
 }  # fmt: skip
 
 
