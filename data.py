@@ -27,7 +27,7 @@ from dataset.images import Decoded, Size, alpha_of, fit, open_image, to_rgb
 from dataset.latents import unpack_latents, unpack_text
 from dataset.loading import read_by_workers
 from dataset.sources import EncodedSample, Source, open_mixture
-from options.training import CaptionConfig, DataConfig
+from options.training import CaptionConfig, CaptionFilesConfig, DataConfig
 
 
 def open_cache(config: DataConfig) -> Cache | None:
@@ -35,9 +35,9 @@ def open_cache(config: DataConfig) -> Cache | None:
     return Cache(Path(config.data_cache), int(config.data_cache_gb * 1e9)) if config.data_cache else None
 
 
-def open_data(config: DataConfig) -> Source:
+def open_data(config: DataConfig, captions: CaptionFilesConfig) -> Source:
     """The images of --data. Raises UserError if they cannot be read, or if cached latents lack what an option needs."""
-    source = open_mixture(config.data, open_cache(config))
+    source = open_mixture(config.data, open_cache(config), captions)
     if source.has_latents and config.flip and not source.has_mirrored:
         raise UserError("--flip: these latents were made without mirrored images: make them anew with cache_latents.py --flip")
     if source.has_latents and config.masked_loss and not source.has_masks:
@@ -202,7 +202,7 @@ class Stream(IterableDataset):
     def __iter__(self) -> Iterator[Batch | UserError]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        order = Order(self.bucket, self.config.bs, self.seed, self.source.part, self.source.shares)
+        order = Order(self.bucket, self.config.bs, self.seed, self.source.part, self.source.shares, self.source.epoch)
         batches = order.batches(self.start)
         try:
             for draws, samples in islice(batches, self.rank + number * self.world, None, workers * self.world):

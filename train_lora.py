@@ -130,7 +130,7 @@ def main(config: TrainConfig) -> Ending:
     ranks = join_ranks(device, config.ranks.rank_timeout)
 
     # Data, opened before the model is loaded: a mistake in --data shows at once.
-    source = open_data(config.dataset)
+    source = open_data(config.dataset, config.caption_files)
     has_text = bool(source.text_signature) and not config.lora.train_text_encoder
 
     # Model on the host, and the plan by which a step fits into the memory of the device.

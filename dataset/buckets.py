@@ -52,23 +52,29 @@ class Order:
     Every epoch draws every sample once, in a new order; a batch is ready as soon as `bs` samples of one bucket have been drawn.
     Samples left in a bucket at the end of an epoch wait for the next: no image is dropped, no batch is short.
     `bucket` [N] is the number of each sample's bucket, `part` [N] that of the data set it comes from. With `shares`, which add
-    up to 1, an epoch still has N draws, but each part gets its share of them: its samples are drawn more or less than once.
+    up to 1, an epoch has `size` draws, and each part gets its share of them: its samples are drawn more or less than once.
     """
 
-    def __init__(self, bucket: np.ndarray, bs: int, seed: int, part: np.ndarray | None = None, shares: Sequence[float] = ()):
+    def __init__(
+        self, bucket: np.ndarray, bs: int, seed: int, part: np.ndarray | None = None, shares: Sequence[float] = (),
+        size: int | None = None,
+    ):  # fmt: skip
+        """`size`: draws of an epoch; None: N."""
         self.bucket, self.bs, self.seed, self.part, self.shares = bucket, bs, seed, part, shares
+        self.size = size or len(bucket)
 
     def epoch(self, number: int) -> np.ndarray:
-        """Sample numbers [N] in the order in which the epoch draws them."""
-        size = len(self.bucket)
+        """Sample numbers [size] in the order in which the epoch draws them."""
+        size = self.size
         if not self.shares:
             return np.random.default_rng([self.seed, number]).permutation(size)
         # How many draws each part has had before and after this epoch. Example: N = 10, shares (0.75, 0.25). boundaries · N · n
         # is rounded down to [0, 7, 10] after n = 1 epoch and to [0, 15, 20] after n = 2, so the parts have had 7 and 3 draws,
         # then 15 and 5: epoch 1 takes draws 7 … 14 of part 0 and draws 3 … 4 of part 1. As all is counted from the start of
-        # training, rounding errors do not add up; as the last boundary is exactly 1, every epoch has N draws.
+        # training, rounding errors do not add up; as the last boundary is exactly 1, every epoch has N draws. Repeats give a
+        # part a whole number of draws: the little that is added makes up for a product that is just below it.
         boundaries = np.array([*np.cumsum([0, *self.shares])[:-1], 1])
-        before, after = (np.diff(np.floor(boundaries * size * n).astype(int)) for n in (number, number + 1))
+        before, after = (np.diff(np.floor(boundaries * size * n + 1e-6).astype(int)) for n in (number, number + 1))
         drawn = []
         for part, (begin, end) in enumerate(zip(before, after, strict=True)):
             members = np.flatnonzero(self.part == part)
@@ -84,7 +90,7 @@ class Order:
         Draws are numbered from the beginning of training; the number of a draw seeds its random choices, such as flipping.
         Batches before `start` are only counted: an epoch of a million samples takes a tenth of a second.
         """
-        counted, size = 0, len(self.bucket)
+        counted, size = 0, self.size
         draws, samples = np.empty(0, np.int64), np.empty(0, np.int64)  # those that are in no batch yet
         for epoch in count():
             draws = np.concatenate([draws, np.arange(epoch * size, (epoch + 1) * size)])

@@ -1,13 +1,15 @@
-"""Picks one of the captions of an image and applies dropout, shuffling of tags and a prefix."""
+"""Picks one of the captions of an image and applies dropout, shuffling of tags and a trigger."""
 
 import random
+import re
 import unicodedata
 from dataclasses import replace
 
 from common.text import NO_TEXT
-from options.training import CaptionConfig
+from options.training import CaptionConfig, CaptionFilesConfig
 
-TEXT_SUFFIXES = ("txt", "caption", "json")  # extensions of files with captions, the first of them that has any
+BESIDE = CaptionFilesConfig()  # captions beside the pictures, and nothing else
+TEXT_SUFFIXES = BESIDE.extensions  # of files with captions, the first of them that has any
 CAPTION_KEYS = ("captions", "text", "caption", "prompt")  # of JSON
 
 
@@ -25,14 +27,19 @@ def caption_lines(captions: object) -> list[str]:
     return [line for line in lines if line]
 
 
-def with_prefix(caption: str, config: CaptionConfig) -> str:
-    prefix = config.caption_prefix
-    joined = not prefix or prefix[-1].isspace() or unicodedata.category(prefix[-1]).startswith("P")
-    return prefix + ("" if joined else ", " if config.shuffle_tags else " ") + caption
+def with_trigger(caption: str, config: CaptionConfig) -> str:
+    trigger = config.trigger
+    joined = not trigger or trigger[-1].isspace() or unicodedata.category(trigger[-1]).startswith("P")
+    return trigger + ("" if joined else ", " if config.shuffle_tags else " ") + caption
+
+
+def caption_of_name(stem: str) -> str:
+    """'old_town-hall (3)' -> 'old town hall': words without the number at the end."""
+    return re.sub(r"[\W_]+", " ", re.sub(r"[\W_]*\d*\W*$", "", stem)).strip()
 
 
 def choose_caption(captions: list[str], config: CaptionConfig, rng: random.Random) -> str:
-    """Picks a caption and applies dropout, shuffling and prefix. Always consumes the same number of random draws from `rng`."""
+    """Picks a caption; applies dropout, shuffling and trigger. Always consumes the same number of random draws from `rng`."""
     caption, dropped, order = rng.choice(captions), rng.random(), rng.random()
     if dropped < config.caption_dropout:
         return ""
@@ -41,7 +48,7 @@ def choose_caption(captions: list[str], config: CaptionConfig, rng: random.Rando
         rest = tags[config.keep_tags :]
         random.Random(order).shuffle(rest)
         caption = ", ".join(tags[: config.keep_tags] + rest)
-    return with_prefix(caption, config)
+    return with_trigger(caption, config)
 
 
 def example_caption(captions: list[str], config: CaptionConfig, seed: int) -> str:

@@ -1,26 +1,30 @@
 """What every file under a folder is: here alone it is decided which are images, and which are refused or passed over."""
 
+import csv
+import io
 import json
 import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from common.errors import UserError, printable
 from common.text import read_text
-from dataset.captions import CAPTION_KEYS, TEXT_SUFFIXES, caption_lines
+from dataset.captions import BESIDE, CAPTION_KEYS, caption_lines
 from dataset.images import IMAGE_SUFFIXES, UNREAD
+from options.training import CaptionFilesConfig
 
 SYSTEM_FILES = ("__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "thumbs.db",
                 "ehthumbs.db", "desktop.ini")  # fmt: skip
 OWN_FILES = ("index.jsonl", ".lock")  # that make_shards.py writes beside shards
 SPLITS = "train|training|validation|valid|val|dev|test|testing|eval|evaluation"  # those of load_dataset
 SPLIT = re.compile(rf"(?:^|[^a-z])({SPLITS})(?=[^a-z]|$)")
-REPEATS = re.compile(r"(\d+)_.")  # a folder of kohya's: 10_name
+REPEATS = re.compile(r"([1-9]\d{0,2})_(.+)")  # a folder of kohya's: 10_name; not 01_name, nor 2026_name
+METADATA = ("metadata.jsonl", "metadata.csv")
 
 
 def suffix_of(name: str) -> str:
@@ -85,8 +89,8 @@ class Folder:
     file once. Raises UserError for a metadata.jsonl that cannot be read.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, texts: CaptionFilesConfig = BESIDE):
+        self.path, self.config = path, texts
         self.images: list[Path] = []
         self.texts: list[Path] = []
         self.tables, self.shards = [path] if suffix_of(path.name) == "parquet" and path.is_file() else [], []
@@ -99,7 +103,7 @@ class Folder:
         self.shards = [file for file in visible if suffix_of(file.name) == "tar" and file.parent == path]
         if not self.shards and not any(suffix_of(file.name) == "parquet" for file in visible):
             for file in visible:
-                if file.name.lower() == "metadata.jsonl" and file.is_file():
+                if file.name.lower() in METADATA and file.is_file():
                     self.read_metadata(file)
         for file in visible:
             self.sort(file)
@@ -115,6 +119,8 @@ class Folder:
             self.refuse(file, "no plain file" if file.exists() else "a link to nothing")
         elif suffix in IMAGE_SUFFIXES:
             self.images.append(file)
+        elif file.name.lower() in METADATA:
+            self.others[file.name.lower()] += 1
         elif suffix in UNREAD:
             self.refuse(file, UNREAD[suffix])
         elif file in self.captions:  # by metadata.jsonl, whatever its extension
@@ -126,7 +132,7 @@ class Folder:
                 self.tables.append(file)
             else:
                 self.others[".parquet of another split than train"] += 1
-        elif suffix in TEXT_SUFFIXES:
+        elif suffix in self.config.extensions:
             self.texts.append(file)
         elif file not in self.shards:
             self.others[f".{suffix}" if suffix else "without an extension"] += 1
@@ -135,15 +141,16 @@ class Folder:
         self.refused.append(f"{printable(str(file))} ({reason})")
 
     def read_metadata(self, metadata: Path) -> None:
-        """Rows {"file_name": …, "text": …} (Hugging Face imagefolder). Several rows of an image are all captions of it."""
+        """Rows of file_name and text (Hugging Face imagefolder). Several rows of an image are all captions of it."""
         try:
-            lines = read_text(metadata.read_bytes()).split("\n")  # splitlines() would also split at U+2028 in a text
+            text = read_text(metadata.read_bytes())
         except ValueError as error:
             raise UserError(f"{metadata} is {error}") from None
-        for number, line in ((number, line) for number, line in enumerate(lines, 1) if line.strip()):
+        rows = csv_rows(text) if suffix_of(metadata.name) == "csv" else json_rows(text)
+        for number, row in rows:
             where = f"{metadata} line {number}"
             try:
-                row = json.loads(line)
+                row = row if isinstance(row, dict) else json.loads(row)
                 name = os.fspath(row["file_name"])
                 texts = row[next((key for key in CAPTION_KEYS if key in row), "text")]
             except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -156,12 +163,27 @@ class Folder:
             except ValueError as error:
                 self.refused.append(printable(f"{where}: {name} ({error})"))
 
-    def repeats(self) -> str:
-        """What to do about kohya's folders 10_name, whose repeats and whose captions are not read; '' without any."""
-        counts = Counter(image.relative_to(self.path).parts[0] for image in self.images if image.parent != self.path)
-        repeats = {name: int(found[1]) for name in counts if (found := REPEATS.match(name))}
-        if max(repeats.values(), default=1) < 2:
-            return ""
-        weights = " ".join(f"--data '{self.path / name}:{counts[name] * n}'" for name, n in sorted(repeats.items()))
-        name = max(repeats, key=lambda name: repeats[name])
-        return printable(f"{name}/ looks like kohya's repeats, which are not read, nor its caption: use {weights}")
+    def repeats(self) -> dict[str, tuple[int, str]]:
+        """{name of a folder: (repeats of its images in an epoch, caption of those without one)} of kohya's folders, 10_name."""
+        names = {image.relative_to(self.path).parts[0] for image in self.images if image.parent != self.path}
+        found = {name: REPEATS.fullmatch(name) for name in sorted(names)}
+        return {name: (int(match[1]), match[2]) for name, match in found.items() if match}
+
+
+def json_rows(text: str) -> Iterator[tuple[int, str]]:
+    """(line number, JSON). splitlines() would also split at U+2028 in a text."""
+    return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+
+
+def csv_rows(text: str) -> Iterator[tuple[int, dict]]:
+    """(line number, row), with the separator that its first line has: programs of many countries write semicolons."""
+    head = text.partition("\n")[0]
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            row = {"file_name": error}  # no text: its line is refused
+        yield reader.line_num, row

@@ -35,7 +35,7 @@ UNREAD = {  # other extensions that are named, with the reason why they are not 
         ("tga pcx ppm pgm pbm pnm exr hdr ico dds qoi jxr wdp", "not read: save it as PNG"),
         ("mp4 mov mkv webm avi", "a film: save its frames as images"),
         ("gz tgz bz2 xz zst zip 7z rar", "compressed: unpack it"),
-        ("csv", "not read: write its rows into a metadata.jsonl with file_name and text"),
+        ("csv", "not read: call it metadata.csv, with the columns file_name and text"),
     )
     for suffix in suffixes.split()
 }

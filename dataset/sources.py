@@ -16,13 +16,14 @@ from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-
 from common.errors import UserError, printable
 from common.files import ROOT
 from common.progress import tqdm
-from dataset.captions import TEXT_SUFFIXES
+from dataset.captions import BESIDE, caption_of_name
 from dataset.disk_cache import Cache
 from dataset.folder import Folder, Names
 from dataset.images import IMAGE_SUFFIXES, MOST_BYTES, survey_size
 from dataset.packing import NO_CAPTION, pack_tables
 from dataset.remote import HTTP, RemoteFile, Span, remote_shards, scheme_of
 from dataset.shards import MOST_TEXT, Shard, read_from, read_index, split_captions, survey, unfinished
+from options.training import CaptionFilesConfig
 
 DEMO = ROOT / "assets/demo/train"
 
@@ -77,6 +78,7 @@ class Source:
     text_signature: tuple[float, ...] = ()  # signature of the text encoders, if their hidden states are cached too
     part: np.ndarray | None = None  # [N] number of the data set in a mixture
     shares: tuple[float, ...] = ()  # of each data set in the draws of an epoch; they add up to 1
+    repeats: np.ndarray | None = None  # [N] how often an epoch draws each sample; None: once
 
     @property
     def samples(self) -> int:
@@ -84,8 +86,8 @@ class Source:
 
     @property
     def epoch(self) -> int:
-        """Draws until every sample was looked at once, on average."""
-        return self.samples
+        """Draws of an epoch."""
+        return self.samples if self.repeats is None else int(self.repeats.sum())
 
     def account(self) -> str:
         """What became of all that is there, in one line."""
@@ -119,23 +121,33 @@ def describe_others(others: Counter[str]) -> str:
     return printable(", ".join(f"{number} {kind}" for kind, number in sorted(others.items()) if number))
 
 
-def open_mixture(data: tuple[str, ...], cache: Cache | None = None) -> Source:
+def open_mixture(data: tuple[str, ...], cache: Cache | None = None, captions: CaptionFilesConfig = BESIDE) -> Source:
     """The values of all --data -> one source. With weights ('a/:3' 'b/:1') three samples of a/ are drawn for each of b/,
-    whatever their sizes; without weights each sample is drawn once per epoch.
+    whatever their sizes; without weights each sample is drawn once per epoch, or as often as 'a/:x3' and kohya's names of
+    folders say.
 
     Raises UserError as `open_source`, and for invalid weights or a mixture of images and latents.
     """
-    pairs = [split_weight(value) for value in data or ("demo",)]
-    weights = [weight for _, weight in pairs if weight is not None]
-    if weights and len(weights) < len(pairs):
+    asked = [split_weight(value) for value in data or ("demo",)]
+    weights = [weight for _, weight, _ in asked if weight is not None]
+    if weights and len(weights) < len(asked):
         raise UserError(f"{' '.join(data)}: give all of them a weight (:3 at the end), or none")
-    sources = [open_source(name, cache) for name, _ in pairs]
-    if len(sources) == 1:
-        return sources[0]
-    fingerprint = hashlib.sha256(" ".join(source.fingerprint for source in sources).encode()).hexdigest()
-    part = np.repeat(range(len(sources)), [source.samples for source in sources])
-    whole = joined([name for name, _ in pairs], sources, fingerprint)
-    return replace(whole, part=part, shares=tuple(weight / sum(weights) for weight in weights))
+    sources = [open_source(name, cache, captions) for name, *_ in asked]
+    whole = sources[0]
+    if len(sources) > 1:
+        fingerprint = hashlib.sha256(" ".join(source.fingerprint for source in sources).encode()).hexdigest()
+        whole = joined([name for name, *_ in asked], sources, fingerprint)
+    own = [np.ones(s.samples, int) if s.repeats is None else s.repeats for s in sources]
+    repeats = np.concatenate([times * of_source for (*_, times), of_source in zip(asked, own, strict=True)])
+    if not weights and (repeats == 1).all():
+        return whole
+    of_set = np.repeat(range(len(sources)), [source.samples for source in sources])
+    groups, part, sizes = np.unique(np.stack([of_set, repeats]), axis=1, return_inverse=True, return_counts=True)
+    draws = groups[1] * sizes  # of each group, which has the samples of one data set that are repeated alike
+    if weights:  # then the repeats count among the samples of a data set
+        shares = np.array(weights)[groups[0]] / sum(weights) * draws / np.bincount(groups[0], draws)[groups[0]]
+        return replace(whole, part=part.ravel(), shares=tuple(shares.tolist()))
+    return replace(whole, part=part.ravel(), shares=tuple((draws / draws.sum()).tolist()), repeats=repeats)
 
 
 def joined(labels: Sequence[str], sources: Sequence[Source], fingerprint: str) -> Source:
@@ -176,23 +188,27 @@ def joined(labels: Sequence[str], sources: Sequence[Source], fingerprint: str) -
     )
 
 
-def split_weight(data: str) -> tuple[str, float | None]:
-    """'shards/:3' -> ('shards/', 3.0), 'shards/' -> ('shards/', None). Raises UserError if it is 0, or as `scheme_of`."""
+def split_weight(data: str) -> tuple[str, float | None, int]:
+    """'shards/:3' -> ('shards/', 3.0, 1): its weight; 'shards/:x3' -> ('shards/', None, 3): its repeats. Without either
+    ('shards/', None, 1). Raises UserError if one is 0, or as `scheme_of`.
+    """
     scheme = scheme_of(data)
-    name, colon, weight = data.rpartition(":")
-    try:
-        value = float(weight)
-    except ValueError:
-        return data, None
+    name, colon, number = data.rpartition(":")
     port = scheme in HTTP and "/" not in name.partition("://")[2]
-    if not colon or port or os.path.exists(data):
-        return data, None
+    found = re.fullmatch(r"(x?)([+-]?\d+\.?\d*(?:e[+-]?\d+)?|[+-]?inf|nan)", number, re.IGNORECASE)
+    if not found or not colon or port or os.path.exists(data):
+        return data, None, 1
+    value = float(found[2])
     if not 0 < value < float("inf"):
         raise UserError(f"{data}: a weight must be above 0")
-    return name, value
+    if not found[1]:
+        return name, value, 1
+    if value % 1:
+        raise UserError(f"{data}: repeats are a whole number")
+    return name, None, int(value)
 
 
-def open_source(data: str, cache: Cache | None = None) -> Source:
+def open_source(data: str, cache: Cache | None = None, captions: CaptionFilesConfig = BESIDE) -> Source:
     """One value of --data -> its source, after reading the header of every file. Parquet files are packed into shards first.
 
     `cache` keeps what is loaded from a server. Raises UserError if nothing is there, a shard cannot be trusted or no image has
@@ -204,7 +220,7 @@ def open_source(data: str, cache: Cache | None = None) -> Source:
     try:
         if re.fullmatch(HUB_ID, data) and not path.exists():
             raise UserError(f"{data} does not exist; a data set of the hub: scripts/make_shards.py {data} --out shards/")
-        source = of_shards(remote_shards(expand(data), cache)) if scheme_of(data) else open_folder(Folder(path))
+        source = of_shards(remote_shards(expand(data), cache)) if scheme_of(data) else open_folder(Folder(path, captions))
     except OSError as error:
         raise UserError(f"{data}: {error}") from None
     if not source.samples:
@@ -297,19 +313,22 @@ def of_shards(shards: Sequence[tuple[File | RemoteFile, Shard]]) -> Source:
 
 
 def scan_images(folder: Folder) -> Source:
-    """The images of a folder, with captions from a metadata.jsonl, name.txt or name.json.
-
-    Images that cannot be read are included, with a height and width of 0.
+    """The images of a folder, with captions from a metadata.jsonl, name.txt or name.json, else from kohya's name of a folder,
+    or as the options say. Images that cannot be read are included, with a height and width of 0.
     """
     files: list[Path] = []
     places, captions, uncaptioned, used, digest = [], [], [], set(), hashlib.sha256()
     refused, others = list(folder.refused), Counter(folder.others)
+    kohya, repeats, stand_ins = folder.repeats(), [], Counter[str]()
     for path in tqdm(folder.images, desc="looking through the folder", unit="img", delay=2, leave=False):
         lines: list[str] | None = folder.captions.get(path)
         try:
             if not lines:
-                lines, text = captions_beside(path, folder.names)
+                lines, text = captions_beside(path, folder.names, folder.config.extensions)
                 used.add(text)
+                if not lines and (caption := stand_in(path, kohya, folder)):
+                    lines = [caption]
+                    stand_ins[caption] += 1
         except ValueError as error:
             lines = None
             refused.append(printable(f"{path} ({error})"))
@@ -326,18 +345,29 @@ def scan_images(folder: Folder) -> Source:
             places.append((len(files), 0, size, 0, 0, *pixels))
             files.append(path)
             captions.append(lines)
+            repeats.append(kohya.get(path.relative_to(folder.path).parts[0], (1, ""))[0])
         elif lines is not None:
             uncaptioned.append(printable(str(path)))
     names = [printable(str(path)) for path in files]
     unused = len(folder.texts) - len(used & {*folder.texts})
     others += Counter({"captions": len(folder.texts) - unused, "texts that caption no image": unused})
     source = Source(list(map(File, files)), np.array(places, PLACE), names, captions, uncaptioned, digest.hexdigest())
-    return replace(source, refused=refused, others=others, note=folder.repeats())
+    usual = "".join(f"{caption!r}" for caption, _ in stand_ins.most_common(1))
+    notes = [f"{sum(stand_ins.values())} pictures without a text get a caption, such as {usual}"] * bool(stand_ins)
+    notes += [f"{name}/ is drawn {times} times an epoch" for name, (times, _) in kohya.items() if times > 1]
+    return replace(source, refused=refused, others=others, note=printable("; ".join(notes)), repeats=np.array(repeats, int))
 
 
-def captions_beside(image: Path, names: Names) -> tuple[list[str], Path | None]:
+def stand_in(image: Path, kohya: dict[str, tuple[int, str]], folder: Folder) -> str:
+    """The caption of an image that has none of its own; "" if there is none for it either."""
+    _, of_folder = kohya.get(image.relative_to(folder.path).parts[0], (1, ""))
+    of_name = caption_of_name(image.stem) if folder.config.caption_from_name else ""
+    return of_folder or of_name or folder.config.caption or ""
+
+
+def captions_beside(image: Path, names: Names, extensions: tuple[str, ...]) -> tuple[list[str], Path | None]:
     """(captions of name.jpg in a name.txt, name.json, …, that file). Raises ValueError if it cannot be read."""
-    for suffix in TEXT_SUFFIXES:
+    for suffix in extensions:
         if (path := names.find(image.with_suffix(f".{suffix}"))) and path.is_file():
             try:
                 (encoded,) = File(path).read((0, MOST_TEXT + 1))

@@ -66,8 +66,8 @@ class DataConfig:
     data: tyro.conf.UseAppendAction[tuple[str, ...]] = option(())
     """'demo', a folder of tar shards (of images or of latents), a brace pattern (shards/{000000..000012}.tar), a folder of
     captioned images, or parquet files (columns image and text: packed into ~/.cache once); the shards also at http(s)://,
-    s3://, gs:// or hf:// (a dataset's: hf://datasets/name/of/…). `:3` after it is its weight in a mixture. May be repeated.
-    None given: demo."""
+    s3://, gs:// or hf:// (a dataset's: hf://datasets/name/of/…). `:3` after it is its weight in a mixture, `:x3` how often an
+    epoch repeats each of its pictures, and so is kohya's name of a folder, 10_name. May be repeated. None given: demo."""
     data_cache: str | None = option(None, resume="free")
     """Folder on a local disk that keeps what was loaded from elsewhere; all processes of the host may share it. None: each
     epoch loads everything again."""
@@ -93,6 +93,26 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class CaptionFilesConfig:
+    """Where the captions of a folder of pictures are. Shards hold theirs."""
+
+    caption: str | None = option(None)
+    """The caption of pictures in a folder that have none of their own, for example 'nrt style'."""
+    caption_from_name: bool = option(False)
+    """Pictures in a folder without a caption are captioned by their file name, without the number at its end."""
+    caption_extension: str | None = option(None)
+    """Extension of the files with captions in a folder. None: txt, caption and json."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @property
+    def extensions(self) -> tuple[str, ...]:
+        """Those of files with captions, in the order in which they are looked for."""
+        return (self.caption_extension.lower().lstrip("."),) if self.caption_extension else ("txt", "caption", "json")
+
+
+@dataclass(frozen=True)
 class CaptionConfig:
     caption_dropout: float = option(0.0, at_least=0, at_most=1)
     """Share of captions replaced by the empty one."""
@@ -100,9 +120,9 @@ class CaptionConfig:
     """Shuffle the parts of a caption that commas separate, each time anew."""
     keep_tags: int = option(0, at_least=0)
     """With --shuffle-tags: number of first parts that keep their places."""
-    caption_prefix: str = option("")
-    """Put before every caption, for example a trigger word; with a space between, unless it ends in one or in punctuation. With
-    --shuffle-tags it is tags in front that keep their places."""
+    trigger: str = option("")
+    """A word or two that call the style: put before every caption and every prompt of the run's pictures, and into the header
+    of the LoRA; with a space between, or a comma with --shuffle-tags, unless it ends in one or in punctuation."""
     max_tokens: int = option(75, at_least=75, multiple_of=75)
     """Longer captions are truncated. Above 75 (150, 225, …) a caption is split into chunks of 75 tokens that are encoded one by
     one, as A1111 does."""
@@ -264,6 +284,7 @@ class TrainConfig:
     lineage: LineageConfig = LineageConfig()
     dataset: DataConfig = DataConfig()
     captions: CaptionConfig = CaptionConfig()
+    caption_files: CaptionFilesConfig = CaptionFilesConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     memory: MemoryConfig = MemoryConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()

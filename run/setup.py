@@ -22,10 +22,8 @@ def check_together(source: Source, pipe: Pipeline, name: str, captions: CaptionC
     """
     if source.vae_signature and not same_signature(source.vae_signature, vae_signature(pipe.vae)):
         raise UserError(f"--data: these latents were made by another VAE than that of --model {name}")
-    if has_text and (captions.shuffle_tags or captions.caption_prefix or captions.max_tokens > 75):
-        raise UserError(
-            "--shuffle-tags, --caption-prefix and --max-tokens: this text was encoded already, by cache_latents.py --text"
-        )
+    if has_text and (captions.shuffle_tags or captions.trigger or captions.max_tokens > 75):
+        raise UserError("--shuffle-tags, --trigger and --max-tokens: this text was encoded already, by cache_latents.py --text")
 
 
 class TrainingModel:

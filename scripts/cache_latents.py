@@ -60,8 +60,8 @@ class CacheConfig:
     """As train_lora.py's --shuffle-tags, for each variant."""
     keep_tags: int = 0
     """As train_lora.py's --keep-tags, for each variant."""
-    caption_prefix: str = ""
-    """As train_lora.py's --caption-prefix, for each variant."""
+    trigger: str = ""
+    """As train_lora.py's --trigger, for each variant."""
     per_shard: int = option(500, at_least=1)
     """Images in a shard."""
     workers: int = option(2, at_least=0)
@@ -73,8 +73,8 @@ class CacheConfig:
         if Path(self.name).name != self.name:
             raise UserError(f"--name {self.name!r} must be a plain file name")
         check_options(self)
-        if not self.text and (self.shuffle_tags or self.caption_prefix):
-            raise UserError("--shuffle-tags and --caption-prefix do nothing here without --text: training applies them")
+        if not self.text and (self.shuffle_tags or self.trigger):
+            raise UserError("--shuffle-tags and --trigger do nothing here without --text: training applies them")
         CaptionConfig(shuffle_tags=self.shuffle_tags, keep_tags=self.keep_tags)  # checks them
 
 
@@ -126,7 +126,7 @@ class Keys(Dataset):
         many of each caption as of any other, so that each keeps its share of the draws.
         """
         c = self.config
-        options = CaptionConfig(shuffle_tags=c.shuffle_tags, keep_tags=c.keep_tags, caption_prefix=c.caption_prefix)
+        options = CaptionConfig(shuffle_tags=c.shuffle_tags, keep_tags=c.keep_tags, trigger=c.trigger)
         variants = -(-c.text // len(captions)) * len(captions)
         drawn = Counter(
             choose_caption([captions[k % len(captions)]], options, random.Random(f"{image} variant {k}"))

@@ -41,7 +41,7 @@ from common.files import check_writable
 from common.sheets import lettering, stack
 from data import Stream, batch_or_raise, open_cache
 from dataset.buckets import enlarged, share_cropped
-from dataset.captions import with_prefix
+from dataset.captions import with_trigger
 from dataset.sources import Source, open_mixture
 from model.load import BASE
 from model.text import split_tokens
@@ -116,7 +116,7 @@ def caption_facts(source: Source, config: CaptionConfig) -> list[str]:
     from transformers import CLIPTokenizer  # here: `model` has to quiet it first
 
     tokenizer = CLIPTokenizer.from_pretrained(BASE / "tokenizer")
-    captions = [with_prefix(caption, config) for n in range(source.samples) for caption in source.read_sample(n).captions]
+    captions = [with_trigger(caption, config) for n in range(source.samples) for caption in source.read_sample(n).captions]
     split = split_tokens(tokenizer, captions, config.max_tokens)
     lengths = [sum(map(len, chunks)) + len(rest) for chunks, rest in split]
     lines = [f"{len(captions)} captions of {source.samples} images, {np.mean(lengths):.0f} tokens on average"]

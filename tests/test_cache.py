@@ -138,7 +138,7 @@ def tagged(photos, tmp_path_factory):
 
 def test_hidden_states_are_those_of_the_encoders(script, tiny_model, tagged, tmp_path):
     options = ["--model", tiny_model, "--device", "cpu", "--bucket-step", 16, "--workers", 0, "--text", 3]
-    options += ["--shuffle-tags", "--keep-tags", 1, "--caption-prefix", "naruto "]
+    options += ["--shuffle-tags", "--keep-tags", 1, "--trigger", "naruto "]
     script("scripts/cache_latents.py", tagged, *options, "--out", tmp_path)
     source = open_source(str(tmp_path))
     denoiser = Denoiser(load_sdxl(str(tiny_model), torch.float32, torch.device("cpu")))
@@ -198,7 +198,7 @@ def test_mistakes(script, tmp_path):
     for options, message in (
         (["--text", -1], "--text must be at least 0, not -1"),
         (["--per-shard", 0], "--per-shard must be at least 1, not 0"),
-        (["--shuffle-tags"], "--shuffle-tags and --caption-prefix do nothing here without --text: training applies them"),
+        (["--shuffle-tags"], "--shuffle-tags and --trigger do nothing here without --text: training applies them"),
         (["--text", 1, "--keep-tags", 1], "--keep-tags does nothing without --shuffle-tags"),
     ):
         _, err = script("scripts/cache_latents.py", "photos", "--out", tmp_path / "x", *options, status=2)

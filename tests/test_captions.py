@@ -30,7 +30,7 @@ def test_tags_change_places_but_the_first_stay():
 
 
 def test_prefix_and_dropout():
-    seen = chosen(CaptionConfig(caption_prefix="nrt style, ", caption_dropout=0.25), ["a"], 2000)
+    seen = chosen(CaptionConfig(trigger="nrt style, ", caption_dropout=0.25), ["a"], 2000)
     assert set(seen) == {"nrt style, a", ""}
     assert 0.2 < seen.count("") / 2000 < 0.3
 
@@ -44,7 +44,7 @@ def test_prefix_and_dropout():
     ],
 )  # fmt: skip
 def test_a_prefix_is_a_word_or_kept_tags_in_front(prefix, shuffle_tags, wanted):
-    config = CaptionConfig(caption_prefix=prefix, shuffle_tags=shuffle_tags)
+    config = CaptionConfig(trigger=prefix, shuffle_tags=shuffle_tags)
     seen = set(chosen(config, ["a, b"]))
     assert seen == ({wanted, wanted.removesuffix("a, b") + "b, a"} if shuffle_tags else {wanted})
 

@@ -28,7 +28,7 @@ from options.training import CaptionConfig, DataConfig
 
 def stream(data, bs: int = 2, resolution: int = 64, seed: int = 0, **options) -> Stream:
     """`options` are those of CaptionConfig, DataConfig and Stream."""
-    for_captions = {k: options.pop(k) for k in ("caption_dropout", "shuffle_tags", "caption_prefix") if k in options}
+    for_captions = {k: options.pop(k) for k in ("caption_dropout", "shuffle_tags", "trigger") if k in options}
     for_data = {k: options.pop(k) for k in ("flip", "workers", "bucket_step", "buckets") if k in options}
     config = DataConfig(bs=bs, **for_data)
     return Stream(open_source(str(data)), config, CaptionConfig(**for_captions), resolution, seed, **options)

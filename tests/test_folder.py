@@ -1,14 +1,16 @@
 """Every file of a data source is accounted for, whatever it is called and wherever it is; text has one reader."""
 
+import csv
 import io
 import json
-import os
 import re
 import shutil
 import tarfile
 import unicodedata
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow
@@ -22,13 +24,14 @@ from pyarrow import parquet
 from common.errors import UserError
 from common.text import read_text
 from data import Stream
+from dataset.buckets import Order
 from dataset.folder import SYSTEM_FILES, UNREAD, Folder
 from dataset.images import IMAGE_SUFFIXES, ORIENTATION, alpha_of, late_chunks_first, open_image, survey_size, to_rgb
 from dataset.packing import pack
 from dataset.shards import split_captions
-from dataset.sources import open_source
+from dataset.sources import PLACE, Source, open_folder, open_mixture, open_source
 from model.render import read_prompts
-from options.training import CaptionConfig, DataConfig
+from options.training import CaptionConfig, CaptionFilesConfig, DataConfig
 
 JPEG = encoded(photograph(3, 48, 32), "JPEG")
 SUFFIXES = [*IMAGE_SUFFIXES, *UNREAD, "txt", "json", "npz", "caption", "TXT", "JPG", "Tif", ""]
@@ -51,8 +54,6 @@ def total(source) -> int:
 
 def opened(folder: Path):
     """The source of a folder, and without any usable image what its error is made of."""
-    from dataset.sources import open_folder
-
     return open_folder(Folder(folder))
 
 
@@ -462,23 +463,117 @@ def test_options_of_other_programs_are_refused(tmp_path, option):
         read_prompts(("a house", f"house {option}"), "demo")
 
 
-def test_repeats_of_kohya_are_named_with_the_weights_that_stand_for_them(tmp_path):
+def source_of(images: int) -> Source:
+    names = [str(n) for n in range(images)]
+    return Source([], np.zeros(images, PLACE), names, [["x"]] * images, [], "")
+
+
+def draws_of_epochs(source: Source, epochs: int) -> Counter:
+    order = Order(np.zeros(source.samples, int), 1, 5, source.part, source.shares, source.epoch)
+    return Counter(source.names[n].rpartition("/")[2] for number in range(epochs) for n in order.epoch(number))
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_kohyas_names_of_folders_are_repeats_and_captions(tmp_path, times):
     captioned(tmp_path / "10_sks cat", "a.jpg")
-    captioned(tmp_path / "2_dog", "a.jpg", "b.jpg", "c.jpg")
-    captioned(tmp_path / "more", "a.jpg")
+    captioned(tmp_path / "2_dog", "b.jpg", "c.jpg", "d.jpg")
+    captioned(tmp_path / "01_plain", "e.jpg")
+    captioned(tmp_path / "2026_summer", "f.jpg")
+    (tmp_path / "10_sks cat/a.txt").unlink()
+    (tmp_path / "2026_summer/f.txt").unlink()
+    source = open_mixture((f"{tmp_path}:x{times}",))
+    assert source.epoch == times * (10 + 2 * 3 + 1)
+    wanted = {"a.jpg": 10, "b.jpg": 2, "c.jpg": 2, "d.jpg": 2, "e.jpg": 1}
+    assert draws_of_epochs(source, 7) == Counter({name: 7 * times * number for name, number in wanted.items()})
+    captions = {name.rpartition("/")[2]: source.read_sample(n).captions for n, name in enumerate(source.names)}
+    assert captions["a.jpg"] == ["sks cat"]
+    assert captions["b.jpg"] == ["caption of b.jpg"]
+    assert [name.rpartition("/")[2] for name in source.uncaptioned] == ["f.jpg"]
+    assert "10_sks cat/ is drawn 10 times an epoch; 2_dog/ is drawn 2 times an epoch" in source.note
+    assert "1 pictures without a text get a caption, such as 'sks cat'" in source.note
+
+
+@given(repeats=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 6)), min_size=1, max_size=4), epochs=st.integers(1, 9))
+def test_repeats_are_exact_in_every_epoch(repeats, epochs):
+    """(repeats, images) of each data set: each epoch draws each image that often, whatever the rounding of the shares."""
+    sources = [source_of(images) for _, images in repeats]
+    with patch("dataset.sources.open_source", lambda name, *_: sources[int(name)]):
+        source = open_mixture(tuple(f"{i}:x{times}" for i, (times, _) in enumerate(repeats)))
+    order = Order(np.zeros(source.samples, int), 1, 3, source.part, source.shares, source.epoch)
+    for number in range(epochs):
+        assert np.bincount(order.epoch(number)).tolist() == [times for times, images in repeats for _ in range(images)]
+
+
+def test_repeats_inside_a_weighted_mixture(tmp_path):
+    (tmp_path / "a").mkdir()
+    captioned(tmp_path / "a/3_x", "a.jpg")
+    captioned(tmp_path / "a/1_y", "b.jpg", "c.jpg")
+    captioned(tmp_path / "b", "d.jpg", "e.jpg")
+    source = open_mixture((f"{tmp_path}/a:1", f"{tmp_path}/b:3"))
+    drawn = draws_of_epochs(source, 400)  # of 5 draws
+    assert [round(drawn[f"{name}.jpg"] / 2000, 2) for name in "abcde"] == [0.15, 0.05, 0.05, 0.38, 0.38]
+
+
+@pytest.mark.parametrize("data", ["a:x0", "a:x1.5", "a:0", "a:-1", "a:nan", "a:x-2"])
+def test_repeats_that_are_none(data):
+    with pytest.raises(UserError, match=f"^{data}: "):
+        open_mixture((data,))
+
+
+STANDINGS = [  # options, {image: caption}
+    ({}, {"old_town-hall (3).png": None, "girl_01.jpg": None, "own.jpg": "its own"}),
+    ({"caption": "nrt style"}, {"old_town-hall (3).png": "nrt style", "girl_01.jpg": "nrt style", "own.jpg": "its own"}),
+    ({"caption_from_name": True, "caption": "x"},
+     {"old_town-hall (3).png": "old town hall", "girl_01.jpg": "girl", "007.png": "x", "own.jpg": "its own"}),
+    ({"caption_extension": ".cap"}, {"own.jpg": None, "other.jpg": "from .cap"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "captions"), STANDINGS)
+def test_captions_of_pictures_without_a_text(tmp_path, options, captions):
+    for name in captions:
+        (tmp_path / name).write_bytes(JPEG)
+    (tmp_path / "own.txt").write_text("its own")
+    (tmp_path / "other.cap").write_text("from .cap")
+    source = open_folder(Folder(tmp_path, CaptionFilesConfig(**options)))
+    found = {Path(name).name: source.read_sample(n).captions for n, name in enumerate(source.names)}
+    assert found == {name: [caption] for name, caption in captions.items() if caption}
+    assert {Path(name).name for name in source.uncaptioned} == {name for name, caption in captions.items() if not caption}
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_metadata_csv(tmp_path, separator, encoding):
+    captioned(tmp_path, "a.jpg", "b.jpg")
+    rows = [
+        ["file_name", "text"],
+        ["a.jpg", 'a "small", red; house\nof café'],
+        ["b.jpg", "two"],
+        ["b.jpg", "more"],
+        ["c.jpg", "no"],
+    ]
+    with (tmp_path / "metadata.csv").open("w", encoding=encoding, newline="") as file:
+        csv.writer(file, delimiter=separator).writerows(rows)
     source = open_source(str(tmp_path))
-    assert source.note.startswith("10_sks cat/ looks like kohya's repeats, which are not read")
-    assert source.note.endswith(f"use --data '{tmp_path}/10_sks cat:10' --data '{tmp_path}/2_dog:6'")
-    shutil.rmtree(tmp_path / "10_sks cat")
-    os.rename(tmp_path / "2_dog", tmp_path / "1_dog")
-    assert open_source(str(tmp_path)).note == ""
+    assert [source.read_sample(n).captions for n in range(2)] == [['a "small", red; house', "of café"], ["two", "more"]]
+    assert len(source.refused) == 1
+    assert "c.jpg (is not in the folder" in source.refused[0]
+    assert source.others["metadata.csv"] == 1
+
+
+@pytest.mark.parametrize("text", ["name,words\na.jpg,x\n", 'file_name,text\n"a.jpg,x\n'])
+def test_metadata_csv_that_cannot_be_read(tmp_path, text):
+    captioned(tmp_path, "a.jpg")
+    (tmp_path / "metadata.csv").write_text(text)
+    with pytest.raises(UserError, match=r"metadata\.csv line \d: needs file_name and text"):
+        open_source(str(tmp_path))
 
 
 def test_a_run_shows_what_it_uses_and_a_caption(train, tmp_path):
     captioned(tmp_path / "data", "a.jpg", "b.tif")
     (tmp_path / "data/c.heif").touch()
     (tmp_path / "data/d.psd").touch()
-    out, _ = train("--data", tmp_path / "data", "--steps", 1, "--caption-prefix", "nrt")
+    out, _ = train("--data", tmp_path / "data", "--steps", 1, "--trigger", "nrt")
     assert "data       2 images with a caption, 0 without, 2 refused; beside them 2 captions\n" in out
     assert f"data       refused {tmp_path}/data/d.psd (a document of a drawing program: export it as PNG)\n" in out
     assert "caption    nrt caption of a.jpg\n" in out

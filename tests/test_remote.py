@@ -204,11 +204,12 @@ def test_a_sample_is_one_request_of_its_own_bytes(server, shards, monkeypatch):
 
 def test_weights_ports_and_mixtures(server, shards, photos):
     url = serve(server, shards)
-    assert split_weight("http://host:8000") == ("http://host:8000", None)
-    assert split_weight("http://host:8000/shards/") == ("http://host:8000/shards/", None)
-    assert split_weight("http://host:8000/shards/:2.5") == ("http://host:8000/shards/", 2.5)
-    assert split_weight("s3://b/shards/:3") == ("s3://b/shards/", 3)
-    assert split_weight("hf://datasets/o/n/{0..3}.tar:1") == ("hf://datasets/o/n/{0..3}.tar", 1)
+    assert split_weight("http://host:8000") == ("http://host:8000", None, 1)
+    assert split_weight("http://host:8000/shards/") == ("http://host:8000/shards/", None, 1)
+    assert split_weight("http://host:8000/shards/:2.5") == ("http://host:8000/shards/", 2.5, 1)
+    assert split_weight("s3://b/shards/:3") == ("s3://b/shards/", 3, 1)
+    assert split_weight("hf://datasets/o/n/{0..3}.tar:1") == ("hf://datasets/o/n/{0..3}.tar", 1, 1)
+    assert split_weight("s3://b/shards/:x3") == ("s3://b/shards/", None, 3)
     mixed, local = (open_mixture((f"{data}:3", f"{photos}:1")) for data in (url, shards))
     assert_same(mixed, local)
     assert mixed.shares == (0.75, 0.25)

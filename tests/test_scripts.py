@@ -108,7 +108,7 @@ def test_the_contact_sheet_shows_what_training_sees(script, photos, tmp_path):
     folder = shutil.copytree(photos, tmp_path / "photos")
     (folder / "photo0.txt").write_text("a, " * 60)
     (folder / "photo1.txt").unlink()
-    options = ["--data", folder, "--resolution", 64, "--bucket-step", 16, "--bs", 2, "--caption-prefix", "b, "]
+    options = ["--data", folder, "--resolution", 64, "--bucket-step", 16, "--bs", 2, "--trigger", "b, "]
     out, _ = script("scripts/show_data.py", *options, "--images", 8, "--out", tmp_path / "sheet.png")
     rows = re.findall(r"^ +(\d+) × (\d+) +(\d+) +[\d.]+ % +[\d.]+ % +0$", out, re.M)
     assert sum(int(images) for *_, images in rows) == 6
