@@ -4,6 +4,7 @@ A key such as `lora_unet_input_blocks_4_1_proj_in.lora_down.weight` is a stem, t
 "down" (A), "up" (B) or "alpha".
 """
 
+import hashlib
 import json
 import math
 import re
@@ -31,6 +32,12 @@ def read_metadata(path: Path) -> dict[str, str]:
         if MAX_HEADER < int.from_bytes(file.read(8), "little") < path.stat().st_size:  # a longer one is damaged
             raise UserError(f"{path} is no LoRA: its header alone is above {MAX_HEADER // 2**20} MiB")
     return read_header(path)[1].get("__metadata__", {})
+
+
+def tensor_hash(path: Path) -> str:
+    """SHA-256 of the bytes of the tensors alone, by which A1111 and others know a LoRA."""
+    begin, _ = read_header(path)
+    return hashlib.sha256(path.read_bytes()[begin:]).hexdigest()
 
 
 def trained_on(path: Path) -> str:
