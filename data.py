@@ -16,58 +16,28 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import tyro
 from torch.utils.data import IterableDataset, get_worker_info
 
 from common.errors import UserError, printable
-from common.options import check_options, option
+from common.system import CAN_FORK
 from dataset.buckets import Order, bucket_sizes, choose_bucket, enlarged, resized, share_cropped
-from dataset.captions import CaptionConfig, choose_caption, example_caption
+from dataset.captions import choose_caption, example_caption
 from dataset.disk_cache import Cache
 from dataset.images import Decoded, Size, alpha_of, fit, open_image, to_rgb
 from dataset.latents import unpack_latents, unpack_text
 from dataset.loading import read_by_workers
 from dataset.sources import EncodedSample, Source, open_mixture
+from options.training import CaptionConfig, DataConfig
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    data: tyro.conf.UseAppendAction[tuple[str, ...]] = option(())
-    """'demo', a folder of tar shards (of images or of latents), a brace pattern (shards/{000000..000012}.tar), a folder of
-    captioned images, or parquet files (columns image and text: packed into ~/.cache once); the shards also at http(s)://,
-    s3://, gs:// or hf:// (a dataset's: hf://datasets/name/of/…). `:3` after it is its weight in a mixture. May be repeated.
-    None given: demo."""
-    data_cache: str | None = option(None, resume="free")
-    """Folder on a local disk that keeps what was loaded from elsewhere; all processes of the host may share it. None: each
-    epoch loads everything again."""
-    data_cache_gb: float = option(10.0, above=0, resume="free")
-    """Gigabytes that --data-cache may take; what was not used for the longest time is removed first."""
-    bs: int = option(3, at_least=1)
-    """Images per batch and process."""
-    resolution: int | None = option(None, at_least=64, multiple_of=8)
-    """Side in pixels of the square whose area the images get. None: the model's own (1024 for SDXL)."""
-    buckets: bool = option(True)
-    """Aspect-ratio buckets of that area: an image goes to the bucket that crops it least. Off: the square in its middle."""
-    bucket_step: int = option(64, at_least=8, multiple_of=8)
-    """Pixels: the sides of the buckets are multiples of this."""
-    flip: bool = option(False)
-    """Mirror each image with probability 1/2."""
-    masked_loss: bool = option(False)
-    """Take alpha as a loss mask: transparent areas are not learned, and keep their colours instead of becoming white."""
-    workers: int = option(2, at_least=0, resume="free")
-    """Processes per rank that read and decode."""
-
-    def __post_init__(self) -> None:
-        check_options(self)
-
-    def open_cache(self) -> Cache | None:
-        """Creates --data-cache. Raises UserError if it cannot be written."""
-        return Cache(Path(self.data_cache), int(self.data_cache_gb * 1e9)) if self.data_cache else None
+def open_cache(config: DataConfig) -> Cache | None:
+    """Creates --data-cache. Raises UserError if it cannot be written."""
+    return Cache(Path(config.data_cache), int(config.data_cache_gb * 1e9)) if config.data_cache else None
 
 
 def open_data(config: DataConfig) -> Source:
     """The images of --data. Raises UserError if they cannot be read, or if cached latents lack what an option needs."""
-    source = open_mixture(config.data, config.open_cache())
+    source = open_mixture(config.data, open_cache(config))
     if source.has_latents and config.flip and not source.has_mirrored:
         raise UserError("--flip: these latents were made without mirrored images: make them anew with cache_latents.py --flip")
     if source.has_latents and config.masked_loss and not source.has_masks:
@@ -339,7 +309,7 @@ def make_loader(stream: Stream, pin_memory: bool) -> Iterator[Batch]:
 
     `pin_memory` is for the workers' batches: without workers, the thread that asks for one would do it on the wrong device.
     """
-    workers = stream.config.workers
+    workers = stream.config.workers if CAN_FORK else 0  # else the loop reads
     options = {"pin_memory": pin_memory, "prefetch_factor": 4} if workers else {}
     return map(batch_or_raise, read_by_workers(stream, workers, **options))  # not a generator: the workers start now
 

@@ -18,23 +18,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import tyro
-from PIL import Image
 
 from common.errors import UserError, one_line_errors
-from common.files import check_writable, write_atomically
 from common.options import MAX_SEED, check_options, option
-from common.sheets import grid, png_bytes, side_by_side, stack
-from lora import merge_loras
-from lora_files.deltas import Deltas, check_fit, parameter_shapes
-from lora_files.merge import write_pipeline
-from lora_files.read import newest_lora, read_lora, read_metadata, read_tensors, tensor_hash, trained_on, with_strength
-from memory import DTYPES, resolve_device, resolve_precision
-from model.check import describe_model
-from model.load import Pipeline, load_sdxl, native_resolution
-from model.prompts import Prompt, from_header, generation_parameters, parse_size, read_prompts, times
-from model.render import render
-from model.sdxl import SAMPLERS, Denoiser
-from model.vae import decode_latents
+from options.command import parse_command
+from options.training import resolve_precision
 
 Axis = Literal["lora", "scale", "seed", "prompt", "guidance", "steps"]
 OWN_NAMES = re.compile(r"\d+(-base|-lora(-[\de.-]+)?)?|compare|grid(-\d+-\d+)?")  # of the pictures that this script writes
@@ -101,6 +89,26 @@ class InferConfig:
     def axes(self) -> tuple[Axis, Axis]:
         """What the columns and the rows of pictures are."""
         return self.grid or ("scale", "prompt")
+
+
+if __name__ == "__main__":
+    COMMAND = parse_command("infer.py", InferConfig, __doc__)
+
+from PIL import Image
+
+from common.files import check_writable, write_atomically
+from common.sheets import grid, png_bytes, side_by_side, stack
+from lora import merge_loras
+from lora_files.deltas import Deltas, check_fit, parameter_shapes
+from lora_files.merge import write_pipeline
+from lora_files.read import newest_lora, read_lora, read_metadata, read_tensors, tensor_hash, trained_on, with_strength
+from memory import DTYPES, resolve_device
+from model.check import describe_model
+from model.load import Pipeline, load_sdxl, native_resolution
+from model.prompts import Prompt, from_header, generation_parameters, parse_size, read_prompts, times
+from model.render import render
+from model.sdxl import SAMPLERS, Denoiser
+from model.vae import decode_latents
 
 
 def read_loras(config: InferConfig, files: list[tuple[Path, float]], denoiser: Denoiser) -> list[tuple[Deltas, float]]:
@@ -265,4 +273,4 @@ def check_empty(flag: str, path: Path) -> None:
 
 if __name__ == "__main__":
     with one_line_errors("infer.py"):
-        main(tyro.cli(InferConfig, description=__doc__))
+        main(COMMAND)

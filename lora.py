@@ -9,48 +9,16 @@ Outside of a model an adapter is a `Deltas`: {module path: (A, B, α)}.
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.options import check_options, option
 from common.seeds import seed_generator
 from lora_files.deltas import Deltas, add_deltas, check_fit
+from options.training import LoRAConfig
 from performance.adamw8bit import STATE_BLOCK, spread
-
-ATTENTION = r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$|\.self_attn\.(q|k|v|out)_proj$"
-EVERYTHING = ATTENTION + r"|\.ff\.net\.(0\.proj|2)$|\.proj_(in|out)$|\.mlp\.fc[12]$"
-TARGETS = {"attention": ATTENTION, "all": EVERYTHING}
-
-
-@dataclass(frozen=True)
-class LoRAConfig:
-    rank: int = option(8, at_least=1, resume="fixed")
-    """Rank r of every ΔW."""
-    alpha: float | None = option(None, above=0, resume="fixed")
-    """Scale α: ΔW = (α/r)·B·A. None: equal to --rank."""
-    targets: str = option("attention", resume="fixed")
-    """Linear layers to train: 'attention', 'all' (attention, feed-forward, projections) or a regular expression."""
-    train_text_encoder: bool = option(True, resume="fixed")
-    """Add LoRA to both text encoders, too."""
-
-    def __post_init__(self) -> None:
-        check_options(self)
-        try:
-            re.compile(self.pattern)
-        except re.error as error:
-            raise UserError(f"--targets {self.targets!r} is neither a preset nor a regular expression: {error}") from None
-
-    @property
-    def resolved_alpha(self) -> float:
-        return float(self.rank if self.alpha is None else self.alpha)
-
-    @property
-    def pattern(self) -> str:
-        return TARGETS.get(self.targets, self.targets)
 
 
 class LowRank(torch.autograd.Function):

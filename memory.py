@@ -5,20 +5,20 @@ Adam, the cap on the device's memory, and the plan by which a step fits under it
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from common import system
 from common.errors import UserError
-from common.options import check_options, option
 from data import Workload
-from lora import LoRAConfig, add_lora
+from lora import add_lora
 from model.load import Pipeline
 from model.sdxl import Denoiser, blueprint, text_shapes
 from model.text import most_chunks
 from model.vae import ENCODING, vae_dtype
+from options.training import LoRAConfig, MemoryConfig
 from performance.adamw8bit import bytes_per_trained
 from performance.checkpointing import block_names, checkpoint_blocks, compile_blocks
 from performance.kernels import KERNELS, Shapes, choose_attention, use_fast_kernels
@@ -26,50 +26,6 @@ from performance.memory_plan import ANOTHER_SHAPE, GiB, Plan, dry_run, make_plan
 from performance.quantise import PACKED_BASES, packed_bytes, quantisable
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True)
-class MemoryConfig:
-    vram_gb: float | None = option(None, above=0, at_most=10_000, resume="free")
-    """GiB of the GPU that this process may take, CUDA's own included: planned for and enforced. None, or more than is free:
-    what is free."""
-    precision: Literal["auto", "fp16", "bf16", "fp32"] = option("auto")
-    """Dtype of the activations; LoRA weights stay float32. auto: fp16 on CUDA, fp32 on CPU."""
-    base_precision: Literal["auto", "fp16", "bf16", "fp32", "int8", "nf4"] = option("auto")
-    """What the frozen linear layers are stored in. auto: --precision, or fewer bits if the budget asks for it."""
-    checkpointing: Literal["auto", "all", "none"] = option("auto", resume="free")
-    """Blocks that recompute their activations in the backward pass instead of keeping them. auto: as few as fit."""
-    optimizer: Literal["adamw8bit", "adamw"] = option("adamw8bit", resume="fixed")
-    """AdamW with 8-bit states (bitsandbytes), or torch's fused one with 32-bit states."""
-    attention: Literal["auto", "cudnn", "flash", "efficient", "xformers", "sdpa"] = option("auto", resume="free")
-    """Attention kernel of the U-Net. auto: the fastest here. sdpa: PyTorch's choice."""
-    cuda_graph: Literal["auto", "on", "off"] = option("auto", resume="free")
-    """Replay the step as one CUDA graph. auto: on CUDA, where it can be captured."""
-    compile: bool = option(False, resume="free")
-    """torch.compile every block of the U-Net: minutes at the start for a few percent, so for long runs only."""
-
-    def __post_init__(self) -> None:
-        check_options(self)
-        if self.base_precision in DTYPES and self.precision not in ("auto", self.base_precision):
-            raise UserError(f"--base-precision {self.base_precision} contradicts --precision {self.precision}: leave one away")
-
-    def resolved(self, device: torch.device) -> "MemoryConfig":
-        """With the precision that it means on `device`: that of an unpacked base, if one is named."""
-        precision = self.base_precision if self.base_precision in DTYPES else self.precision
-        return replace(self, precision=resolve_precision(precision, device))  # type: ignore[arg-type]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the activations, once `resolved`."""
-        return DTYPES[self.precision]
-
-
-# Precision.
-
-
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """'auto' -> 'fp16' on CUDA, as in the recipe, 'fp32' elsewhere."""
-    return precision if precision != "auto" else "fp16" if device.type == "cuda" else "fp32"
 
 
 # Devices.
@@ -121,7 +77,7 @@ def limit_memory(vram_gb: float | None, device: torch.device) -> int:
     cache. At most what is free: a card that is sold as one of 16 GB has 15.6 GiB, and a desktop takes its part.
     """
     if device.type != "cuda":
-        return int(vram_gb * GiB) if vram_gb else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return int(vram_gb * GiB) if vram_gb else system.total_memory()
     free, total = torch.cuda.mem_get_info(device)  # the context is there by now
     left = free - CUDA_ITSELF // 2  # the other half is taken already
     if vram_gb is None:
@@ -135,9 +91,7 @@ def peak_memory(device: torch.device) -> tuple[float, float]:
     """GiB (allocated, reserved by the allocator) at their highest so far; on the CPU both are the peak of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GiB, torch.cuda.max_memory_reserved(device) / GiB
-    import resource  # not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GiB
+    peak = system.peak_of_process() / GiB
     return peak, peak
 
 
@@ -190,8 +144,8 @@ def plan_memory(
     unpacked += 0 if workload.has_latents else sum(p.numel() for p in pipe.vae.parameters()) * vae.itemsize
     linears = quantisable(denoiser).values()
     saved = {base: sum(m.weight.nbytes - packed_bytes(m, base) for m in linears) for base in PACKED_BASES}
-    adapter = add_lora(denoiser, lora, denoiser.unused, dtype=memory.dtype)
-    trained = adapter.flat.numel() * bytes_per_trained(memory.optimizer, memory.dtype)
+    adapter = add_lora(denoiser, lora, denoiser.unused, dtype=DTYPES[memory.precision])
+    trained = adapter.flat.numel() * bytes_per_trained(memory.optimizer, DTYPES[memory.precision])
     use_fast_kernels(denoiser.unet, stand_in_kernel)
     text = text_shapes(denoiser, workload.batch, most_chunks(75 * workload.chunks))
     costs = dry_run(denoiser, block_names(denoiser), text, workload.resolution // pipe.vae_scale_factor)
@@ -216,7 +170,7 @@ def possible_bases(memory: MemoryConfig, device: torch.device) -> list[str]:
 
 def apply_plan(denoiser: Denoiser, plan: Plan, memory: MemoryConfig, device: torch.device) -> str:
     """Kernels, compiling, checkpointing, each around what the one before has put in place. Returns the attention kernel."""
-    attention = choose_attention(memory.attention, plan.attention, device, memory.dtype)
+    attention = choose_attention(memory.attention, plan.attention, device, DTYPES[memory.precision])
     use_fast_kernels(denoiser.unet, KERNELS[attention])
     if memory.compile:
         compile_blocks(denoiser.unet, block_names(denoiser.unet))

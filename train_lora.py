@@ -3,9 +3,11 @@
     python train_lora.py                                                 one process, the bundled model and data
     torchrun train_lora.py --rank 8 --bs 3                               the same under torchrun
     torchrun train_lora.py --model sdxl --data shards/ --rank 8 --bs 3   the recipe: real SDXL, one GPU
+    torchrun --nproc-per-node 2 train_lora.py --model sdxl --data shards/
     torchrun --nnodes 2 --node-rank 0 --nproc-per-node 8 --master-addr HOST --master-port 29500 train_lora.py …
 
-Writes pytorch_lora_weights_{step}.safetensors, samples/ and, for --resume, states to checkpoints/; TensorBoard logs to runs/.
+Writes checkpoints/pytorch_lora_weights_{step}.safetensors, pictures to checkpoints/samples/ and, for --resume,
+checkpoints/state-{n}; TensorBoard logs in runs/.
 Exit status: 0 all steps are done and saved; 75 a signal asked it to stop (saved: the same command goes on); 74 the last save
 failed, or the data can no longer be read; 71 memory ran out; 1 training went wrong, as the last line says; 2 a mistake in the
 command. Without data, or without memory for a gradient, the last whole step is saved.
@@ -18,74 +20,40 @@ STARTED = time.perf_counter()  # before the imports: they are part of the wait f
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # until StopRequest: Ctrl-C during an import would print its traceback
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
+
+from options.command import parse_command
+from options.training import TrainConfig
+
+if __name__ == "__main__":
+    COMMAND = parse_command("train_lora.py", TrainConfig, __doc__)  # before the imports of PyTorch, which take seconds
 
 import torch
 from torch import Tensor
 
-from common.errors import UserError
-from common.options import MAX_SEED, check_options, flat_options, option, resume_policies
+from common.options import flat_options, resume_policies
 from common.seeds import seed_generator, seed_of
-from data import Batch, DataConfig, Loader, Stream, open_data
-from dataset.captions import CaptionConfig
-from lora import Adapter, LoRAConfig, add_lora
+from data import Batch, Loader, Stream, open_data
+from lora import Adapter, add_lora
 from lora_files.deltas import layer_shapes
-from memory import MemoryConfig, apply_plan, limit_memory, note_if_out_of_memory, plan_memory, resolve_device, to_device
-from model.diffusion import Diffusion, DiffusionConfig, weights_of_mask
+from memory import DTYPES, apply_plan, limit_memory, note_if_out_of_memory, plan_memory, resolve_device, to_device
+from model.diffusion import Diffusion, weights_of_mask
 from model.load import native_resolution, read_sdxl
 from model.sdxl import time_ids
 from performance.cuda_graph import GraphedStep
 from run.accumulation import Accumulation, rows_of
-from run.bad_steps import BadSteps, BadStepsConfig
-from run.checkpoints import CheckpointConfig, Checkpoints
+from run.bad_steps import BadSteps
+from run.checkpoints import Checkpoints
 from run.ending import Ending, agree_on_ending, run_script
-from run.gallery import Gallery, GalleryConfig
-from run.optimiser import Optimiser, OptimiserConfig
-from run.ranks import RanksConfig, join_ranks, leave_ranks
-from run.report import LOG_EVERY, Report, ReportConfig
+from run.gallery import Gallery, prompts_to_draw
+from run.lineage import Lineage
+from run.optimiser import Optimiser
+from run.ranks import join_ranks, leave_ranks
+from run.report import LOG_EVERY, Report
 from run.setup import TrainingModel, check_together
 from run.stop import StopRequest, Upcoming
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """All flags of this script. An option is declared in the room that it belongs to; those here belong to the whole run."""
-
-    lora: LoRAConfig = LoRAConfig()
-    dataset: DataConfig = DataConfig()
-    captions: CaptionConfig = CaptionConfig()
-    diffusion: DiffusionConfig = DiffusionConfig()
-    memory: MemoryConfig = MemoryConfig()
-    checkpoints: CheckpointConfig = CheckpointConfig()
-    optimiser: OptimiserConfig = OptimiserConfig()
-    gallery: GalleryConfig = GalleryConfig()
-    report: ReportConfig = ReportConfig()
-    bad_steps: BadStepsConfig = BadStepsConfig()
-    ranks: RanksConfig = RanksConfig()
-    model: str = option("demo", resume="fixed")
-    """'demo' (bundled), 'sdxl' (from the hub), a hub id, a diffusers folder or a .safetensors SDXL checkpoint."""
-    steps: int = option(450, at_least=1, resume="free")
-    """Optimiser steps."""
-    grad_accum: int = option(1, at_least=1)
-    """Batches per optimiser step and process."""
-    seed: int = option(0, at_least=0, at_most=MAX_SEED)
-    """What is random is a function of it, and of the number of the step, the process or the sample."""
-    device: str = option("auto", resume="free")
-    """'auto' (CUDA if there is one), 'cuda', 'cpu'."""
-
-    def __post_init__(self) -> None:
-        check_options(self)
-        if self.optimiser.warmup > self.steps:
-            raise UserError(f"--warmup {self.optimiser.warmup} is longer than --steps {self.steps}")
-
-    def resolved(self, device: torch.device) -> "TrainConfig":
-        """With values for alpha, learning rates and precision, which are saved with the run. Raises UserError."""
-        if self.optimiser.text_encoder_lr is not None and not self.lora.train_text_encoder:
-            raise UserError("--text-encoder-lr does nothing with --no-train-text-encoder")
-        lora, optimiser = replace(self.lora, alpha=self.lora.resolved_alpha), self.optimiser.resolved(self.model)
-        return replace(self, lora=lora, optimiser=optimiser, memory=self.memory.resolved(device))
 
 
 class StepInputs(NamedTuple):
@@ -131,10 +99,11 @@ class TrainStep:
         seed_generator(self.generator, seed_of(self.seed, self.rank, step, index))
         posterior_noise = torch.randn(shape, generator=self.generator, device=device)
         noise, timesteps = self.diffusion.draw(shape, self.generator)
+        images = to_device(batch.images, device)
         ids = to_device(time_ids(batch.original_size, batch.crop, batch.size), device)
         text = tuple(to_device(part, device) for part in self.model.text_inputs(batch.captions, batch.text))
         weights = None if batch.mask is None else to_device(weights_of_mask(batch.mask), device)
-        return StepInputs(to_device(batch.images, device), posterior_noise, noise, timesteps, ids, text, weights)
+        return StepInputs(images, posterior_noise, noise, timesteps, ids, text, weights)
 
     def backward(self, x: StepInputs) -> Tensor:
         """Adds the share of these images to the gradient, and returns their share of the loss. Nothing here waits for the
@@ -157,9 +126,10 @@ class TrainStep:
 def main(config: TrainConfig) -> Ending:
     # Signals, prompts, device, processes.
     stop = StopRequest()
-    prompts = config.gallery.read_prompts(config.model)
+    prompts = prompts_to_draw(config.gallery, config.model)
     device = resolve_device(config.device)
     config = config.resolved(device)
+    dtype = DTYPES[config.memory.precision]
     ranks = join_ranks(device, config.ranks.rank_timeout)
 
     # Data, opened before the model is loaded: a mistake in --data shows at once.
@@ -167,11 +137,14 @@ def main(config: TrainConfig) -> Ending:
     has_text = bool(source.text_signature) and not config.lora.train_text_encoder
 
     # Model on the host, and the plan by which a step fits into the memory of the device.
-    pipe = read_sdxl(config.model, config.memory.dtype)
+    pipe = read_sdxl(config.model, dtype)
+    lineage = Lineage(config.lineage, pipe)
+    lineage.merge()
     resolution = config.dataset.resolution or native_resolution(pipe)
     config = replace(config, dataset=replace(config.dataset, resolution=resolution))
     check_together(source, pipe, config.model, config.captions, has_text)
     stream = Stream(source, config.dataset, config.captions, resolution, config.seed, ranks.rank, ranks.world, has_text)
+    config = config.in_steps(source.epoch, ranks.world)
     stream.first_decodable(stream.bucket[0])  # raises UserError if no image can be decoded
     budget = ranks.min(limit_memory(config.memory.vram_gb, device))
     plan = plan_memory(pipe, config.lora, config.memory, stream.workload, device, budget)
@@ -179,14 +152,15 @@ def main(config: TrainConfig) -> Ending:
     # Model on the device, from the inside out: the frozen base, packed if the plan says so; LoRA in place of its linear
     # layers; kernels that call these; compiled blocks of all that; and checkpointing around the blocks.
     model = TrainingModel(pipe, config.model, source, config.captions, stream.workload, plan, device)
-    adapter = add_lora(model.denoiser, config.lora, model.denoiser.unused, config.seed, config.memory.dtype)
+    adapter = add_lora(model.denoiser, config.lora, model.denoiser.unused, config.seed, dtype)
+    lineage.begin(adapter)
     attention = apply_plan(model.denoiser, plan, config.memory, device)
-    optimiser = Optimiser(config.optimiser, config.memory.optimizer, adapter, config.steps, config.memory.dtype)
+    optimiser = Optimiser(config.optimiser, config.memory.optimizer, adapter, config.steps, dtype)
     train_step = TrainStep(config, model, adapter, optimiser.scaler, ranks.rank)
     accumulate = Accumulation(train_step, plan.micro, plan.oom_advice)
 
     # The run: at its beginning, or where a saved state left it.
-    flags = flat_options(config) | {"base_precision": plan.base, "attention": attention}
+    flags = flat_options(config) | {"base_precision": plan.base, "attention": attention} | lineage.flags
     shapes, policies = layer_shapes(model.denoiser), resume_policies(config)
     checkpoints = Checkpoints(config.checkpoints, flags, policies, source, ranks, adapter, shapes, optimiser, prompts)
     run = checkpoints.start_or_resume(ranks.broadcast(config.report.new_log()))
@@ -199,7 +173,7 @@ def main(config: TrainConfig) -> Ending:
     gallery = Gallery(config.gallery, model, adapter, prompts, resolution, config.checkpoints.out, ranks, stop, plan)
     stop.end_setup()  # from here on the loop notices a signal: an exception would leave worker processes half made
     loader = Loader(stream, run.samples, run.left_out, pin_memory=device.type == "cuda")
-    report.opening(stream, plan, checkpoints)
+    report.opening(stream, plan, checkpoints, lineage)
     report.pictures(gallery.begin(run.step))
 
     # The loop. What is random, and the learning rate, are functions of the step.
@@ -247,4 +221,4 @@ def main(config: TrainConfig) -> Ending:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script("train_lora.py", main, TrainConfig, __doc__))
+    sys.exit(run_script("train_lora.py", main, COMMAND))

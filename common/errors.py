@@ -58,6 +58,9 @@ def warn_of(program: str, error: UserError) -> None:
 
 def reader_is_gone() -> bool:
     """Whether the reader of our output has closed it, as `| head` does. What is left of it is then dropped."""
+    if not hasattr(select, "poll"):  # Windows: there it is the usual reason
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return True
     poll = select.poll()
     for number in (1, 2):
         poll.register(number, 0)  # 0: only errors, among them that nobody can read
@@ -82,7 +85,8 @@ def one_line_errors(program: str) -> Iterator[None]:
             raise
         sys.exit(128 + 13)  # as a program that SIGPIPE has ended
     except UserError as error:
-        warn_of(program, error)
+        with suppress(OSError):  # no disk behind stderr: the status still says it
+            warn_of(program, error)
         sys.exit(2)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":

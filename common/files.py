@@ -47,7 +47,9 @@ def write_atomically(path: Path, data: bytes, check: Callable[[Path], None] = la
 
 
 def sync_folder(folder: Path) -> None:
-    """Waits until files created, renamed or removed in the folder are so on the disk too."""
+    """Waits until files created, renamed or removed in the folder are so on the disk too. Windows cannot wait for that."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
     opened = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(opened)

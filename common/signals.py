@@ -4,7 +4,9 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+from common.system import signals
+
+SIGNALS = signals("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP", "SIGBREAK")
 
 
 @contextmanager
@@ -13,6 +15,9 @@ def blocked_signals() -> Iterator[None]:
 
     Otherwise a signal to the whole process group would also run the parent's handlers in the child, until it sets its own.
     """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows, where nothing is forked
+        yield
+        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         yield

@@ -2,34 +2,12 @@
 
 import random
 import unicodedata
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from common.errors import UserError
-from common.options import check_options, option
+from options.training import CaptionConfig
 
 TEXT_SUFFIXES = ("txt", "caption", "json")  # extensions of files with captions, the first of them that has any
 CAPTION_KEYS = ("captions", "text", "caption", "prompt")  # of JSON
-
-
-@dataclass(frozen=True)
-class CaptionConfig:
-    caption_dropout: float = option(0.0, at_least=0, at_most=1)
-    """Share of captions replaced by the empty one."""
-    shuffle_tags: bool = option(False)
-    """Shuffle the parts of a caption that commas separate, each time anew."""
-    keep_tags: int = option(0, at_least=0)
-    """With --shuffle-tags: number of first parts that keep their places."""
-    caption_prefix: str = option("")
-    """Put before every caption, for example a trigger word; with a space between, unless it ends in one or in punctuation. With
-    --shuffle-tags it is tags in front that keep their places."""
-    max_tokens: int = option(75, at_least=75, multiple_of=75)
-    """Longer captions are truncated. Above 75 (150, 225, …) a caption is split into chunks of 75 tokens that are encoded one by
-    one, as A1111 does."""
-
-    def __post_init__(self) -> None:
-        check_options(self)
-        if self.keep_tags and not self.shuffle_tags:
-            raise UserError("--keep-tags does nothing without --shuffle-tags")
 
 
 def caption_lines(captions: object) -> list[str]:

@@ -82,6 +82,11 @@ class Source:
     def samples(self) -> int:
         return len(self.places)
 
+    @property
+    def epoch(self) -> int:
+        """Draws until every sample was looked at once, on average."""
+        return self.samples
+
     def account(self) -> str:
         """What became of all that is there, in one line."""
         counts = f"{self.samples} images with a caption, {len(self.uncaptioned)} without, {len(self.refused)} refused"

@@ -10,6 +10,7 @@ from typing import Any
 
 from common.progress import tqdm
 from common.signals import blocked_signals
+from common.system import CAN_FORK, usable_cores
 
 Tick = Callable[[], None]  # moves the progress bar by one image
 
@@ -19,8 +20,8 @@ FORKED: tuple  # in a worker: (work, jobs, counter), inherited through the fork
 
 
 def cores() -> int:
-    """Number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+    """How many workers make sense here: 1, this process itself, where processes cannot be forked."""
+    return usable_cores() if CAN_FORK else 1
 
 
 def enter_worker(parent: int, *forked: object) -> None:
@@ -47,8 +48,11 @@ def run_forked(number: int) -> Any:
 def in_parallel(work: Callable[[Any, Tick], Any], jobs: Sequence, workers: int, bar: tqdm) -> list:
     """[work(job, tick) for job in jobs], by up to `workers` processes. As they are forked, only results need to be picklable.
 
-    The first error ends all of them and is raised.
+    The first error ends all of them and is raised. Where processes cannot be forked this one does the work.
     """
+    if not CAN_FORK:
+        with bar:
+            return [work(job, bar.update) for job in jobs]
     context, before = multiprocessing.get_context("fork"), bar.n
     counter = context.Value("q", 0)
     executor = ProcessPoolExecutor(min(workers, len(jobs)) or 1, context, enter_worker, (os.getpid(), work, jobs, counter))

@@ -72,24 +72,24 @@ def training_steps(path: Path) -> tuple[int, int]:
     return in_name, in_name
 
 
-def newest_lora(path: Path) -> Path:
+def newest_lora(path: Path, flag: str = "--lora") -> Path:
     """`path` if it is a file; if it is a folder, the .safetensors file in it with the highest step, of several the last one.
 
     Warns if another was written later, since copying changes times. Raises UserError if there is none.
     """
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     if not files:
-        raise UserError(f"--lora {path}: no .safetensors file there (train one with train_lora.py)")
+        raise UserError(f"{flag} {path}: no .safetensors file there (train one with train_lora.py)")
     written = {file: file.stat().st_mtime_ns for file in files}
     steps = {file: training_steps(file) if len(files) > 1 else (-1, -1) for file in files}
     newest, latest = max(files, key=lambda file: (steps[file], written[file])), max(files, key=written.__getitem__)
     if written[latest] > written[newest]:
         taken, later = (f"{file.name} (step {max(steps[file])})" for file in (newest, latest))
-        warn(printable(f"--lora {path}: took {taken}, although {later} was written later: name the file if you mean that"))
+        warn(printable(f"{flag} {path}: took {taken}, although {later} was written later: name the file if you mean that"))
     return newest
 
 
-def with_strength(lora: str) -> tuple[Path, float]:
+def with_strength(lora: str, flag: str = "--lora") -> tuple[Path, float]:
     """'naruto.safetensors:0.8' -> (path, 0.8). Without a number after the last colon the strength is 1.
 
     Raises UserError if that number is not finite.
@@ -102,7 +102,7 @@ def with_strength(lora: str) -> tuple[Path, float]:
     if not name or Path(lora).exists():
         return Path(lora), 1.0
     if not math.isfinite(strength):
-        raise UserError(f"--lora {lora}: the strength {number} is not a finite number")
+        raise UserError(f"{flag} {lora}: the strength {number} is not a finite number")
     return Path(name), strength
 
 

@@ -1,21 +1,10 @@
 """The objective: noise a latent, predict the noise, weigh the squared error (Ho et al. 2020, arXiv:2006.11239)."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.options import check_options, option
-
-
-@dataclass(frozen=True)
-class DiffusionConfig:
-    snr_gamma: float | None = option(None, above=0)
-    """Min-SNR weighting γ, e.g. 5 (Hang et al. 2023, arXiv:2303.09556). None: every timestep weighs the same."""
-
-    def __post_init__(self) -> None:
-        check_options(self)
+from options.training import DiffusionConfig
 
 
 def weights_of_mask(mask: Tensor) -> Tensor:

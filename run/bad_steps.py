@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,21 +16,12 @@ from torch import Tensor, nn
 
 from common.errors import UserError, warn
 from common.files import TolerantWriter, write_atomically
-from common.options import check_options, option
 from data import Stream
+from options.training import BadStepsConfig
 from run.accumulation import Step, rows_of
 from run.checkpoints import Run
 from run.ending import RunFailed
 from run.ranks import Ranks
-
-
-@dataclass(frozen=True)
-class BadStepsConfig:
-    max_bad_steps: int = option(20, at_least=1, resume="free")
-    """The run ends after so many bad steps in a row, which have no finite loss."""
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
 
 class BadSteps:

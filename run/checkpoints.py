@@ -8,49 +8,22 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from common.errors import UserError
 from common.files import TolerantWriter, check_writable, lock_folder, suite_sources, write_atomically
-from common.options import Resume, check_options, option
+from common.options import Resume
 from dataset.sources import Source
 from lora import Adapter
 from lora_files.write import check_written, make_header, serialise
 from memory import DTYPES
 from model.prompts import Prompt, to_header
+from options.training import CheckpointConfig
 from run.ending import Ending, RunFailed
 from run.optimiser import Optimiser
 from run.ranks import Ranks, leave_ranks
 from run.state import find_state, find_states, save_state
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    save_every: int = option(150, at_least=1, resume="free")
-    """Steps between checkpoints; the last step is always saved."""
-    format: Literal["kohya", "diffusers", "both"] = option("kohya", resume="free")
-    """Layout of the LoRA files. kohya is read by diffusers, ComfyUI and A1111; diffusers' own by few others."""
-    save_dtype: Literal["fp16", "bf16", "fp32"] = option("fp16", resume="free")
-    """Dtype of the weights in the files."""
-    keep: int | None = option(None, at_least=1, resume="free")
-    """Newest LoRA files of this run to keep. None: all, as the best is often not the last."""
-    out: Path = option(Path("checkpoints"), resume="free")
-    """Folder for LoRA files and the state of the run."""
-    resume: str = option("auto", resume="free")
-    """'auto' (from the newest whole state in --out, if there is one), 'none' (what is in --out is moved aside), or a state,
-    or the folder of a run."""
-    author: str | None = option(None, resume="free")
-    """Your name, for the header of the LoRA files."""
-    description: str | None = option(None, resume="free")
-    """What the LoRA shows, for the header of its files."""
-    resume_override: bool = option(False, resume="free")
-    """Resume although options differ from those of the state, with the new ones."""
-
-    def __post_init__(self) -> None:
-        check_options(self)
-
 
 LAYOUT_SUFFIXES = {  # --format: {layout of a file: what its name ends in, after the step}
     "kohya": {"kohya": ""},
@@ -115,12 +88,22 @@ class Checkpoints:
             check_writable("--out", self.config.out)
             self.lock = lock_folder("--out", self.config.out)
         found = self.ranks.broadcast(self.find() if self.ranks.is_first else None)
-        if not found:
+        if not found or self.is_finished_other_run(found[1]):
             return Run(log_dir)
         self.state, state = found
         run, changes = self.restore(self.state, state, log_dir)
         self.saved_step, self.resumed = run.step, f"step {run.step} of {self.state}{changes}"
         return run
+
+    def is_finished_other_run(self, state: dict) -> bool:
+        """Whether --resume auto has found a run that is done, and that this command would not lengthen: it has other data, as
+        when a caption was mended, or other options and no more steps. A new run begins, and `prepare_out` keeps the old files.
+        """
+        if self.config.resume != "auto" or self.config.resume_override or "made" not in state:
+            return False
+        flags, step = state["made"]["flags"], state["run"]["step"]
+        changes = {name for name in changed(flags, self.made["flags"]) if self.policies[name] != "free"}
+        return step >= flags["steps"] and bool(changes) and ("data" in changes or step >= self.made["flags"]["steps"])
 
     def nothing_to_do(self, run: Run) -> Ending:
         """The state has made all steps already."""
@@ -161,7 +144,7 @@ class Checkpoints:
         aside.mkdir()
         for path in paths:
             path.rename(aside / path.name)
-        print(f"aside      what another run has left in {out} is in {aside} now", flush=True)
+        print(f"aside      this is a new run: what another has left in {out} is in {aside} now", flush=True)
 
     def serialise(self, step: int) -> Iterator[tuple[str, bytes]]:
         """Name and content of each LoRA file at `step`."""
@@ -177,7 +160,7 @@ class Checkpoints:
         return f"{self.config.out / name}, {len(content) / 1e6:.2f} MB"
 
     def is_due(self, step: int, last: int) -> bool:
-        return step % self.config.save_every == 0 or step == last
+        return step % int(self.config.save_every) == 0 or step == last
 
     def check_ranks(self, run: Run) -> None:
         """Raises RunFailed if the ranks no longer hold the same LoRA."""
@@ -241,7 +224,8 @@ class Checkpoints:
             raise UserError(f"{path} does not fit: {', '.join(fixed)}: change it back, or another --out, or --resume none")
         not_free = ", ".join(change for name, change in flags.items() if self.policies[name] != "free")
         if not_free and not self.config.resume_override:
-            raise UserError(f"{path} is of another run: {not_free}: change it back, or another --out, or --resume-override")
+            ways = "change it back, or --resume-override to go on with it, or --resume none to start anew"
+            raise UserError(f"{path} is of another run: {not_free}: {ways}")
         self.adapter.load(state["lora"])
         self.optimiser.load_state_dict(state)
         run = Run(**state["run"])

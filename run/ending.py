@@ -7,7 +7,6 @@ from enum import Enum
 from typing import TypeVar
 
 import torch
-import tyro
 
 from common.errors import LossyStream, one_line_errors, warn
 from memory import describe_out_of_memory
@@ -18,14 +17,14 @@ T = TypeVar("T")
 
 
 class Ending(Enum):
-    """(exit status, reason in the last line). A mistake in the command is a UserError: status 2 (common/errors.py)."""
+    """(exit status as in sysexits.h, reason in the last line). A mistake in the command: 2 (common/errors.py)."""
 
-    FINISHED = os.EX_OK, ""
+    FINISHED = 0, ""
     FAILED = 1, ""  # a RunFailed gives the reason
-    OUT_OF_MEMORY = os.EX_OSERR, "memory ran out"
-    DATA_LOST = os.EX_IOERR, "the data cannot be read"
-    NOT_SAVED = os.EX_IOERR, "could not be saved"
-    STOPPED = os.EX_TEMPFAIL, "stopped by a signal"
+    OUT_OF_MEMORY = 71, "memory ran out"
+    DATA_LOST = 74, "the data cannot be read"
+    NOT_SAVED = 74, "could not be saved"
+    STOPPED = 75, "stopped by a signal"
 
     @property
     def status(self) -> int:
@@ -54,14 +53,12 @@ def agree_on_ending(ranks: Ranks, *, finished: bool, out_of_memory: bool, data_l
     return Ending.FINISHED if finished else Ending.STOPPED
 
 
-def run_script(name: str, main: Callable[[T], Ending], config: type[T], description: str | None) -> int:
-    """Parses the command line into `config`, runs `main`, and returns the exit status. A full disk behind the output does no
-    harm.
-    """
+def run_script(name: str, main: Callable[[T], Ending], command: T) -> int:
+    """Runs `main` with the options of the command, and returns the exit status. A full disk behind the output does no harm."""
     sys.stdout, sys.stderr = LossyStream(sys.stdout), LossyStream(sys.stderr)
     with one_line_errors(name):
         try:
-            ending = main(tyro.cli(config, description=description, config=(tyro.conf.OmitArgPrefixes,)))
+            ending = main(command)
         except Stopped:
             ending = Ending.STOPPED
             if os.environ.get("RANK", "0") == "0":

@@ -1,6 +1,5 @@
 """Pictures that people look at: rendered with diffusers' pipeline, base and LoRA side by side with the prompt above."""
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -10,13 +9,13 @@ from PIL import Image
 
 from common.errors import UserError, warn_of
 from common.files import TolerantWriter, write_atomically
-from common.options import check_options, option
 from common.sheets import png_bytes, side_by_side, stack
 from lora import Adapter
 from memory import note_if_out_of_memory, temporarily_on
 from model.prompts import Prompt, generation_parameters, read_prompts, times
 from model.render import render
 from model.vae import DECODING, decode_latents
+from options.training import GalleryConfig
 from performance.memory_plan import Plan
 from run.ranks import Ranks
 from run.setup import TrainingModel
@@ -25,22 +24,9 @@ from run.stop import StopRequest
 SAMPLE_STEPS, SAMPLE_GUIDANCE = 20, 5.0  # of a prompt that does not say
 
 
-@dataclass(frozen=True)
-class GalleryConfig:
-    pictures: bool = option(True, resume="free")
-    """Draw base and LoRA, into the folder `samples` in --out and for TensorBoard; at step 0 the base alone."""
-    prompts: tuple[str, ...] = option((), resume="free")
-    """What to draw: texts, or one file: a prompt on each line, with kohya's options such as --w 832, or TOML. None given: the
-    evaluation prompts of the model."""
-    sample_every: int = option(0, at_least=0, resume="free")
-    """Steps between pictures; 0: at every save."""
-
-    def __post_init__(self) -> None:
-        check_options(self)
-
-    def read_prompts(self, model: str) -> list[Prompt]:
-        """The prompts for --model. Raises UserError if their file cannot be read."""
-        return read_prompts(self.prompts, model) if self.pictures else []
+def prompts_to_draw(config: GalleryConfig, model: str) -> list[Prompt]:
+    """The prompts for --model. Raises UserError if their file cannot be read."""
+    return read_prompts(config.prompts, model) if config.pictures else []
 
 
 class Gallery:
@@ -76,7 +62,7 @@ class Gallery:
         return {} if step else self.draw(step)
 
     def draw(self, step: int) -> dict[str, np.ndarray]:
-        """Draws the prompts after `step`, at step 0 with the base alone, and writes the files. Returns, for the log of rank 0,
+        """Draws the prompts after `step`, with the base alone while the LoRA is nothing, and writes the files. Returns, for the log of rank 0,
         {tag: base and LoRA side by side, [H, W, 3] uint8}; what a signal came before, or is not finite, is left out.
 
         Called by all ranks.
@@ -110,6 +96,7 @@ class Gallery:
     def draw_own(self, step: int) -> dict[int, dict[str, Image.Image]]:
         """{number of the prompt: {"base": picture, "lora": picture}} of this rank's prompts, until a signal comes."""
         drawn = {}
+        starts_trained = any(bool(B.any()) for _, B, _ in self.adapter.deltas.values())  # from --init-lora
         for i in range(self.ranks.rank, len(self.prompts), self.ranks.world):
             if self.stop.requested:
                 break
@@ -117,7 +104,7 @@ class Gallery:
                 if i not in self.base:
                     self.base[i] = self.picture(i, 0, {})
                 drawn[i] = {"base": self.base[i]}
-                if step:
+                if step or starts_trained:
                     strength = self.prompts[i].strength or 0
                     drawn[i]["lora"] = self.picture(i, strength, {f"pytorch_lora_weights_{step}": (strength, "")})
             except UserError as error:  # a picture that is not finite; the other ranks wait for this one

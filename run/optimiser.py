@@ -2,37 +2,17 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from dataclasses import asdict, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.options import check_options, option
 from lora import Adapter
+from options.training import OptimiserConfig
 from performance.adamw8bit import make_optimizer, pad_state, update_scale
 
 MAX_GRAD_NORM = 1.0
-
-
-@dataclass(frozen=True)
-class OptimiserConfig:
-    lr: float | None = option(None, at_least=0)
-    """Learning rate. None: 1e-4; for the bundled model, which is 16 times narrower than SDXL, 2e-3."""
-    text_encoder_lr: float | None = option(None, at_least=0)
-    """Learning rate of both text encoders. None: that of --lr."""
-    lr_schedule: Literal["constant", "cosine", "linear"] = option("constant")
-    """After the warm-up: constant, or falling towards zero, which it would reach one step after the last."""
-    warmup: int = option(0, at_least=0)
-    """Steps over which the learning rate rises: it begins at 1/(WARMUP + 1) of its value."""
-
-    def __post_init__(self) -> None:
-        check_options(self)
-
-    def resolved(self, model: str) -> "OptimiserConfig":
-        """With the learning rates that it means for --model."""
-        lr = (2e-3 if model == "demo" else 1e-4) if self.lr is None else self.lr
-        return replace(self, lr=lr, text_encoder_lr=lr if self.text_encoder_lr is None else self.text_encoder_lr)
 
 
 def lr_factor(step: int, steps: int, config: OptimiserConfig) -> float:

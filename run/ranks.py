@@ -17,23 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from common.errors import warn
-from common.options import check_options, option
 
 T = TypeVar("T")
 
 START_TIMEOUT = 60.0  # seconds: at their start ranks may always be this far apart
 ROLL_CALL = 2.0  # seconds in which the ranks of the other hosts notice that one is cut off
-
-
-@dataclass(frozen=True)
-class RanksConfig:
-    rank_timeout: float = option(300, at_least=1, resume="free")
-    """Seconds a collective may wait, which is every step; if a process has not arrived by then, all processes exit."""
-    check_ranks_every: int = option(100, at_least=1, resume="free")
-    """Steps after which the processes compare their LoRA weights, bit by bit; also before each save."""
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
 
 @dataclass

@@ -6,7 +6,6 @@ import textwrap
 import threading
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from torch.utils.tensorboard import SummaryWriter
 
 from common.errors import warn, warn_of
 from common.files import TolerantWriter, check_writable
-from common.options import check_options, option
 from common.progress import tqdm
 from data import Loader, Stream
 from memory import forget_peak_memory, memory_in_use, peak_memory
@@ -26,6 +24,7 @@ from run.accumulation import Step
 from run.bad_steps import not_finite
 from run.checkpoints import Checkpoints, Run
 from run.ending import Ending
+from run.lineage import Lineage
 from run.optimiser import Optimiser
 from run.ranks import Ranks
 from run.watchdog import Watchdog
@@ -33,19 +32,6 @@ from run.watchdog import Watchdog
 LOG_EVERY = 10  # steps; reading makes the host wait for the device, and so do saves and checks of the ranks
 AGAIN = 60  # seconds until a log that could not be written is tried again
 LINE_EVERY = 60  # seconds between lines on the progress where stderr is no terminal
-
-
-@dataclass(frozen=True)
-class ReportConfig:
-    log_dir: Path = option(Path("runs"), resume="free")
-    """Folder for TensorBoard logs."""
-
-    def __post_init__(self) -> None:
-        check_options(self)
-
-    def new_log(self) -> str:
-        """A folder named after the time."""
-        return str(self.log_dir / time.strftime("%Y%m%d-%H%M%S"))
 
 
 class Report:
@@ -74,29 +60,31 @@ class Report:
         if ranks.is_first:
             check_writable("--log-dir", Path(run.log_dir).parent)
 
-    def opening(self, stream: Stream, plan: Plan, checkpoints: Checkpoints) -> None:
+    def opening(self, stream: Stream, plan: Plan, checkpoints: Checkpoints, lineage: Lineage) -> None:
         """Begins the log, prints what the run is about to do, and begins to measure."""
         if self.ranks.is_first:
             self.log = Log(self.run.log_dir, self.run.step + 1, TolerantWriter())
             self.log.add_text("config", f"```json\n{json.dumps(checkpoints.flags, indent=2)}\n```", self.run.step)
-            for name, line in self.summary(stream, plan, checkpoints).items():
+            for name, line in self.summary(stream, plan, checkpoints, lineage).items():
                 if line:
                     print(f"{name:10} {line}", flush=True)
         self.progress = tqdm(total=self.steps, initial=self.run.step, unit="step", disable=not self.ranks.is_first)
         self.meter.restart()
 
-    def summary(self, stream: Stream, plan: Plan, checkpoints: Checkpoints) -> dict[str, str]:
+    def summary(self, stream: Stream, plan: Plan, checkpoints: Checkpoints, lineage: Lineage) -> dict[str, str]:
         """{name: what the run is about to do}, in the order of printing; "" is left out."""
         flags, source = checkpoints.flags, stream.source
         total, trained, layers = self.model.parameter_count, self.adapter.parameter_count, len(self.adapter.modules)
         processes, samples = self.ranks.world, self.samples_per_step
-        epochs = self.steps * samples / source.samples
+        epochs = self.steps * samples / source.epoch
         launching = "every kernel launched" if self.graphed.eager else "CUDA graph"
         return {
             "resume": checkpoints.resumed,
             "model": f"{flags['model']}: U-Net and text encoders {total:,} parameters, frozen; {stream.resolution} px",
+            "merged": lineage.merged,
             "predicts": describe_model(self.model.pipe),
             "LoRA": f"rank {flags['rank']} on {layers} layers, {trained:,} parameters trained: {100 * trained / total:.2f} %",
+            "goes on": lineage.begun,
             "data": "\ndata       ".join([source.account(), *source.left_out()]),
             "caption": textwrap.shorten(stream.example(), 150, placeholder=" …"),
             "cut short": f"{', '.join(source.truncated)}: the samples before the cut are used" if source.truncated else "",

@@ -5,13 +5,13 @@ from torch import Tensor
 
 from common.errors import UserError
 from data import Batch, Workload
-from dataset.captions import CaptionConfig
 from dataset.sources import Source
 from memory import note_if_out_of_memory, temporarily_on
 from model.load import Pipeline
 from model.sdxl import Denoiser
 from model.text import CachedText, TokenInputs
 from model.vae import encode_pixels, normalise, same_signature, sample_latents, vae_dtype, vae_signature
+from options.training import CaptionConfig
 from performance.memory_plan import Plan
 from performance.quantise import PACKED_BASES, check_quantisable, quantise_base
 

@@ -78,6 +78,8 @@ def find_state(resume: str, folder: Path) -> tuple[Path, dict] | None:
     if resume == "none":
         return None
     root = folder if resume == "auto" else Path(resume)
+    if root.suffix == ".safetensors":
+        raise UserError(f"--resume {resume} is a LoRA file, not a saved state: --init-lora {resume} goes on from it")
     found = [root] if (root / MANIFEST).exists() else find_states(root)
     for path in found:
         try:

@@ -38,7 +38,7 @@ class StopRequest:
         self.requested, self.setting_up = False, True
         self.results: SimpleQueue = SimpleQueue()  # of the work that `wait` waits for; None: a signal came
         for number in SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup
+            if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup
                 signal.signal(number, self.on_signal)
 
     def on_signal(self, number: int, frame: object) -> None:

@@ -23,32 +23,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
-import torch
 import tyro
-from torch.utils.data import Dataset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.errors import UserError, one_line_errors
-from common.files import check_writable
 from common.options import check_options, option
-from common.progress import tqdm
-from data import DataConfig, assign_buckets, decode, describe_buckets
-from dataset.captions import CaptionConfig, choose_caption
-from dataset.images import Decoded
-from dataset.latents import LATENTS, pack_latents, unpack_text, with_text
-from dataset.loading import read_by_workers
-from dataset.shards import Shard, already_there, finish, write_shard
-from dataset.sources import File, Source, open_source
-from memory import resolve_device
-from model.check import describe_model
-from model.load import native_resolution, read_sdxl
-from model.sdxl import Denoiser
-from model.text import tokenize
-from model.vae import encode_pixels, hash_weights, normalise, vae_signature
-from run.ranks import Ranks, join_ranks, leave_ranks
-
-FORMAT = "1"  # of an entry: with another number all entries are made anew
+from options.command import parse_command
+from options.training import CaptionConfig, DataConfig
 
 
 @dataclass(frozen=True)
@@ -95,6 +76,33 @@ class CacheConfig:
         if not self.text and (self.shuffle_tags or self.caption_prefix):
             raise UserError("--shuffle-tags and --caption-prefix do nothing here without --text: training applies them")
         CaptionConfig(shuffle_tags=self.shuffle_tags, keep_tags=self.keep_tags)  # checks them
+
+
+if __name__ == "__main__":
+    COMMAND = parse_command("cache_latents.py", CacheConfig, __doc__)
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from common.files import check_writable
+from common.progress import tqdm
+from data import assign_buckets, decode, describe_buckets
+from dataset.captions import choose_caption
+from dataset.images import Decoded
+from dataset.latents import LATENTS, pack_latents, unpack_text, with_text
+from dataset.loading import read_by_workers
+from dataset.shards import Shard, already_there, finish, write_shard
+from dataset.sources import File, Source, open_source
+from memory import resolve_device
+from model.check import describe_model
+from model.load import native_resolution, read_sdxl
+from model.sdxl import Denoiser
+from model.text import tokenize
+from model.vae import encode_pixels, hash_weights, normalise, vae_signature
+from run.ranks import Ranks, join_ranks, leave_ranks
+
+FORMAT = "1"  # of an entry: with another number all entries are made anew
 
 
 def sha256(*parts: object) -> str:
@@ -302,4 +310,4 @@ def finish_all(config: CacheConfig, names: set[str], cached: set[str], ranks: Ra
 
 if __name__ == "__main__":
     with one_line_errors("cache_latents.py"):
-        main(tyro.cli(CacheConfig, description=__doc__))
+        main(COMMAND)

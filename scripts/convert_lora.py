@@ -15,12 +15,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.errors import UserError, one_line_errors
-from common.files import check_writable, write_atomically
-from lora_files.base_weights import model_shapes
-from lora_files.deltas import is_addition
-from lora_files.read import read_lora, read_metadata
-from lora_files.write import check_written, serialise
-from memory import DTYPES
+from options.command import parse_command
 
 
 @dataclass(frozen=True)
@@ -35,6 +30,18 @@ class ConvertConfig:
     """Dtype of the weights in the new file."""
     model: str | None = None
     """The model that the LoRA is for, as train_lora.py's --model. None: SDXL base's architecture, which needs no weights."""
+
+
+if __name__ == "__main__":
+    COMMAND = parse_command("convert_lora.py", ConvertConfig, __doc__)
+
+
+from common.files import check_writable, write_atomically
+from lora_files.base_weights import model_shapes
+from lora_files.deltas import is_addition
+from lora_files.read import read_lora, read_metadata
+from lora_files.write import check_written, serialise
+from memory import DTYPES
 
 
 def main(config: ConvertConfig) -> None:
@@ -62,4 +69,4 @@ def main(config: ConvertConfig) -> None:
 
 if __name__ == "__main__":
     with one_line_errors("convert_lora.py"):
-        main(tyro.cli(ConvertConfig, description=__doc__))
+        main(COMMAND)

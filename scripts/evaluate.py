@@ -14,30 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-import tyro
-from PIL import Image
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.errors import UserError, one_line_errors
 from common.options import check_options, option
-from common.progress import tqdm
-from data import decode
-from dataset.images import Decoded
-from dataset.sources import open_source
-from lora import merge_lora
-from lora_files.deltas import parameter_shapes
-from lora_files.read import newest_lora, read_lora, trained_on
-from memory import DTYPES, resolve_device, resolve_precision
-from model.check import describe_model
-from model.diffusion import Diffusion, DiffusionConfig
-from model.load import load_sdxl, native_resolution
-from model.prompts import Prompt
-from model.render import render
-from model.sdxl import Denoiser, time_ids
-from model.text import tokenize
-from model.vae import decode_latents, encode_pixels, normalise, sample_latents
+from options.command import parse_command
+from options.training import DiffusionConfig, resolve_precision
 
 HELD_OUT = Path(__file__).parents[1] / "assets/demo/heldout"
 
@@ -48,8 +29,8 @@ class EvaluateConfig:
     """A LoRA file, or a folder of them: the newest one in it."""
     model: str | None = None
     """None: the model that the LoRA was trained on."""
-    data: str = str(HELD_OUT)
-    """Held-out images with captions, as in training."""
+    data: str | None = None
+    """Images of the style that were kept out of training, with captions. None: the demo's, for a LoRA trained on the demo."""
     timesteps: int = option(10, at_least=1)
     """Number of timesteps, evenly spread over the schedule, at which the loss of every image is computed."""
     pictures: int = 8
@@ -59,6 +40,31 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+
+
+if __name__ == "__main__":
+    COMMAND = parse_command("evaluate.py", EvaluateConfig, __doc__)
+
+import numpy as np
+import torch
+from PIL import Image
+
+from common.progress import tqdm
+from data import decode
+from dataset.images import Decoded
+from dataset.sources import open_source
+from lora import merge_lora
+from lora_files.deltas import parameter_shapes
+from lora_files.read import newest_lora, read_lora, read_metadata, trained_on
+from memory import DTYPES, resolve_device
+from model.check import describe_model
+from model.diffusion import Diffusion
+from model.load import load_sdxl, native_resolution
+from model.prompts import Prompt
+from model.render import render
+from model.sdxl import Denoiser, time_ids
+from model.text import tokenize
+from model.vae import decode_latents, encode_pixels, normalise, sample_latents
 
 
 @torch.no_grad()
@@ -96,14 +102,19 @@ def statistics(images: list[Image.Image]) -> dict[str, np.ndarray]:
 def main(config: EvaluateConfig) -> None:
     device = resolve_device(config.device)
     lora = newest_lora(config.lora)
+    if config.data is None and read_metadata(lora).get("sdxl_lora.dataset") != open_source("demo").fingerprint:
+        raise UserError(
+            f"{lora} was not trained on the demo's images: --data names a folder of yours that training has not seen"
+        )
     model = config.model or trained_on(lora)
-    source = open_source(config.data)
+    source = open_source(config.data or str(HELD_OUT))
     if source.has_latents:
         raise UserError(f"--data {config.data} holds latents: the evaluation compares pictures, so it needs images")
     pipe = load_sdxl(model, DTYPES[resolve_precision("auto", device)], device)
     denoiser, size = Denoiser(pipe), native_resolution(pipe)
     deltas = read_lora(lora, parameter_shapes(denoiser))
     schedule = pipe.scheduler
+    print(f"{lora} on {source.samples} images of {config.data or 'the demo, kept out of training'}")
     print(f"model {model}: predicts {describe_model(pipe)}")
     diffusion = Diffusion(DiffusionConfig(), schedule.alphas_cumprod, schedule.config.prediction_type, device)
 
@@ -138,4 +149,4 @@ def main(config: EvaluateConfig) -> None:
 
 if __name__ == "__main__":
     with one_line_errors("evaluate.py"):
-        main(tyro.cli(EvaluateConfig, description=__doc__))
+        main(COMMAND)

@@ -18,25 +18,15 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import torch
-import torch.nn.functional as F
 import tyro
-from safetensors import safe_open
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.errors import UserError, one_line_errors
-from common.files import check_writable, read_header, write_atomically
 from common.options import check_options, option
-from common.progress import tqdm
-from lora import TARGETS, LoRAConfig
-from lora_files.base_weights import STORED_DTYPES, Place, model_shapes, places, weight_files
-from lora_files.deltas import Deltas, delta_svd, is_addition
-from lora_files.names import diffusers_name
-from lora_files.read import read_lora, read_metadata
-from lora_files.write import check_written, serialise
-from memory import DTYPES as memory_DTYPES
-from memory import resolve_device
+from options.command import parse_command
+from options.training import TARGETS, LoRAConfig
+
+ROUNDING = {"fp16": 2**-10, "bf16": 2**-7, "fp32": 2**-23}  # distance from 1 to the next number
 
 
 @dataclass(frozen=True)
@@ -72,7 +62,7 @@ class ExtractConfig:
         check_options(self)
         if self.error is not None and not 0 < self.error < 1:
             raise UserError(f"--error must be between 0 and 1, not {self.error}")
-        if self.error is not None and self.error < torch.finfo(memory_DTYPES[self.save_dtype]).eps:
+        if self.error is not None and self.error < ROUNDING[self.save_dtype]:
             raise UserError(f"--error {self.error} is below the rounding of {self.save_dtype}: try --save-dtype fp32")
         if self.model is not None and not self.resize:
             raise UserError("--model belongs to --resize: the layers of two models are read from their files")
@@ -83,6 +73,23 @@ class ExtractConfig:
             return "" if self.resize else TARGETS["all"]
         return LoRAConfig(targets=self.targets).pattern
 
+
+if __name__ == "__main__":
+    COMMAND = parse_command("extract_lora.py", ExtractConfig, __doc__)
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor
+
+from common.files import check_writable, read_header, write_atomically
+from common.progress import tqdm
+from lora_files.base_weights import STORED_DTYPES, Place, model_shapes, places, weight_files
+from lora_files.deltas import Deltas, delta_svd, is_addition
+from lora_files.names import diffusers_name
+from lora_files.read import read_lora, read_metadata
+from lora_files.write import check_written, serialise
+from memory import DTYPES, resolve_device
 
 # Decomposing.
 
@@ -300,7 +307,7 @@ def main(config: ExtractConfig) -> None:
         "ss_network_alpha": common({alpha for *_, alpha in deltas.values()}),
         "sdxl_lora.extracted": json.dumps({key: value for key, value in origin.items() if value is not None}),
     }
-    dtype = memory_DTYPES[config.save_dtype]
+    dtype = DTYPES[config.save_dtype]
     data = serialise(deltas, metadata, config.format, dtype)
 
     def check(written: Path) -> None:
@@ -319,4 +326,4 @@ def main(config: ExtractConfig) -> None:
 
 if __name__ == "__main__":
     with one_line_errors("extract_lora.py"):
-        main(tyro.cli(ExtractConfig, description=__doc__))
+        main(COMMAND)

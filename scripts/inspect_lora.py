@@ -17,18 +17,11 @@ from io import BytesIO
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
-from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.errors import UserError, one_line_errors, printable
-from common.files import check_writable, write_atomically
-from common.sheets import lettering, shorten
-from lora_files.base_weights import model_shapes
-from lora_files.compatibility import COMPONENT_LABELS, RULES, LoraFile, verdict
-from lora_files.deltas import delta_svd, is_addition
-from lora_files.read import check_generation, layouts, scan
+from options.command import parse_command
 
 
 @dataclass(frozen=True)
@@ -40,6 +33,19 @@ class InspectConfig:
     picture: Path | None = None
     """PNG file for the norms; replaced if it exists. None: the LoRA's name with .norms.png, in the current folder."""
 
+
+if __name__ == "__main__":
+    COMMAND = parse_command("inspect_lora.py", InspectConfig, __doc__)
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from common.files import check_writable, write_atomically
+from common.sheets import lettering, shorten
+from lora_files.base_weights import model_shapes
+from lora_files.compatibility import COMPONENT_LABELS, RULES, LoraFile, verdict
+from lora_files.deltas import delta_svd, is_addition
+from lora_files.read import check_generation, layouts, scan
 
 # The report.
 
@@ -206,4 +212,4 @@ def main(config: InspectConfig) -> None:
 
 if __name__ == "__main__":
     with one_line_errors("inspect_lora.py"):
-        main(tyro.cli(InspectConfig, description=__doc__))
+        main(COMMAND)

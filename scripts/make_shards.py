@@ -19,25 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import tyro
-from safetensors.torch import load
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.errors import UserError, one_line_errors, printable
-from common.files import check_writable
 from common.options import check_options, option
-from common.progress import tqdm
-from dataset.duplicates import LIMIT, equal_images, similar_images
-from dataset.folder import Folder
-from dataset.images import dhash, open_image, to_rgb
-from dataset.packing import NO_CAPTION, PER_SHARD, pack_all
-from dataset.rows import Inputs, ParquetRows, Row
-from dataset.shards import Shard, read_index, survey, unfinished
-from dataset.sources import Source, describe_others, open_folder
 from dataset.workers import Tick, cores, in_parallel
-
-MOST_GROUPS, MOST_NAMES = 20, 10  # that are printed: groups of duplicates, names in a group
+from options.command import parse_command
 
 
 @dataclass(frozen=True)
@@ -49,7 +37,7 @@ class ShardConfig:
     """Folder for the shards."""
     name: str = "shard"
     """Shards are called name-000000.tar, name-000001.tar, …"""
-    per_shard: int = option(PER_SHARD, at_least=1)
+    per_shard: int = option(500, at_least=1)
     """Inputs per shard; those that are refused are not in it."""
     workers: int = option(cores(), at_least=1)
     """Processes. Their number does not change the shards."""
@@ -64,6 +52,25 @@ class ShardConfig:
             raise UserError("--verify writes nothing: leave out --out" if self.verify else "--out is missing: where shards go")
         if self.out and self.out.resolve() == Path(self.source).resolve():
             raise UserError(f"--out {self.out} must be another folder than the images'")
+
+
+if __name__ == "__main__":
+    COMMAND = parse_command("make_shards.py", ShardConfig, __doc__)
+
+import numpy as np
+from safetensors.torch import load
+
+from common.files import check_writable
+from common.progress import tqdm
+from dataset.duplicates import LIMIT, equal_images, similar_images
+from dataset.folder import Folder
+from dataset.images import dhash, open_image, to_rgb
+from dataset.packing import NO_CAPTION, pack_all
+from dataset.rows import Inputs, ParquetRows, Row
+from dataset.shards import Shard, read_index, survey, unfinished
+from dataset.sources import Source, describe_others, open_folder
+
+MOST_GROUPS, MOST_NAMES = 20, 10  # that are printed: groups of duplicates, names in a group
 
 
 # Where the images come from.
@@ -226,4 +233,4 @@ def main(config: ShardConfig) -> None:
 
 if __name__ == "__main__":
     with one_line_errors("make_shards.py"):
-        main(tyro.cli(ShardConfig, description=__doc__))
+        main(COMMAND)

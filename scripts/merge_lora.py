@@ -15,8 +15,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.errors import UserError, one_line_errors
-from lora_files.merge import base_shapes, merge_files
-from lora_files.read import read_lora, read_metadata, with_strength
+from options.command import parse_command
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,14 @@ class MergeConfig:
     def __post_init__(self) -> None:
         if not self.lora:
             raise UserError("--lora is missing: nothing to merge")
+
+
+if __name__ == "__main__":
+    COMMAND = parse_command("merge_lora.py", MergeConfig, __doc__)
+
+
+from lora_files.merge import base_shapes, merge_files
+from lora_files.read import read_lora, read_metadata, with_strength
 
 
 def main(config: MergeConfig) -> None:
@@ -50,4 +57,4 @@ def main(config: MergeConfig) -> None:
 
 if __name__ == "__main__":
     with one_line_errors("merge_lora.py"):
-        main(tyro.cli(MergeConfig, description=__doc__))
+        main(COMMAND)

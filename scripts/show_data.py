@@ -9,24 +9,11 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import tyro
-from PIL import Image, ImageDraw
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from common.errors import UserError, one_line_errors
-from common.files import check_writable
 from common.options import MAX_SEED, check_options, option
-from common.sheets import lettering, stack
-from data import DataConfig, Stream, batch_or_raise
-from dataset.buckets import enlarged, share_cropped
-from dataset.captions import CaptionConfig, with_prefix
-from dataset.sources import Source, open_mixture
-from model.load import BASE
-from model.text import split_tokens
-
-SIDE, COLUMNS, LINES, FONT = 256, 6, 5, 12  # pixels of a cell, cells in a row, lines of a caption, pixels of a line
+from options.command import parse_command
+from options.training import CaptionConfig, DataConfig
 
 
 @dataclass(frozen=True)
@@ -42,6 +29,24 @@ class ShowConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+
+
+if __name__ == "__main__":
+    COMMAND = parse_command("show_data.py", ShowConfig, __doc__)
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from common.files import check_writable
+from common.sheets import lettering, stack
+from data import Stream, batch_or_raise, open_cache
+from dataset.buckets import enlarged, share_cropped
+from dataset.captions import with_prefix
+from dataset.sources import Source, open_mixture
+from model.load import BASE
+from model.text import split_tokens
+
+SIDE, COLUMNS, LINES, FONT = 256, 6, 5, 12  # pixels of a cell, cells in a row, lines of a caption, pixels of a line
 
 
 def dim(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -123,7 +128,7 @@ def caption_facts(source: Source, config: CaptionConfig) -> list[str]:
 
 
 def main(config: ShowConfig) -> None:
-    source = open_mixture(config.dataset.data, config.dataset.open_cache())
+    source = open_mixture(config.dataset.data, open_cache(config.dataset))
     if source.has_latents:
         raise UserError("--data holds latents: give the images that they were made of")
     check_writable("the folder of --out", config.out.parent)
@@ -145,4 +150,4 @@ def main(config: ShowConfig) -> None:
 
 if __name__ == "__main__":
     with one_line_errors("show_data.py"):
-        main(tyro.cli(ShowConfig, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)))
+        main(COMMAND)

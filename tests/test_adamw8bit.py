@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lora
-from lora import Adapter, LoRAConfig, add_lora
-from run.optimiser import Optimiser, OptimiserConfig
+from lora import Adapter, add_lora
+from options.training import LoRAConfig, OptimiserConfig
+from run.optimiser import Optimiser
 
 STEPS, LR = 6, 1e-2
 WIDTHS = st.tuples(st.integers(1, 700), st.integers(1, 700))

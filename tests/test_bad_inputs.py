@@ -26,14 +26,14 @@ from safetensors.torch import save
 from transformers import CLIPTokenizer
 
 from common.errors import UserError
-from data import DataConfig, Stream
+from data import Stream
 from dataset.buckets import resized
-from dataset.captions import CaptionConfig
 from dataset.images import Decoded, fit
 from dataset.latents import pack_latents
 from dataset.sources import open_mixture
 from model.load import BASE
 from model.text import tokenize
+from options.training import CaptionConfig, DataConfig
 
 PHOTO = photograph(3, 90, 70)
 JPEG, PNG = encoded(PHOTO, "JPEG"), encoded(PHOTO)

@@ -11,7 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.errors import UserError
-from lora import LoRAConfig, add_lora
+from lora import add_lora
+from options.training import LoRAConfig
 from performance import memory_plan as budget
 from performance.adamw8bit import bytes_per_trained
 from performance.checkpointing import block_names, checkpoint_blocks

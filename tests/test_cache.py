@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_train import last
 
 from common.errors import UserError
-from data import DataConfig, assign_buckets, decode
+from data import assign_buckets, decode
 from dataset.latents import unpack_latents, unpack_text
 from dataset.shards import INDEX, read_index
 from dataset.sources import open_source
@@ -20,6 +20,7 @@ from model.load import load_sdxl
 from model.sdxl import Denoiser
 from model.text import tokenize
 from model.vae import encode_pixels, normalise
+from options.training import DataConfig
 
 
 def contents(folder) -> dict[str, bytes]:

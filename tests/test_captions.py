@@ -3,7 +3,8 @@ import random
 import pytest
 
 from common.errors import UserError
-from dataset.captions import CaptionConfig, choose_caption
+from dataset.captions import choose_caption
+from options.training import CaptionConfig
 
 TAGS = "naruto, orange coat, smile, leaf village"
 

@@ -9,9 +9,9 @@ import webdataset as wds
 from conftest import encoded
 from PIL import Image, ImageDraw
 
-from data import DataConfig, Stream, make_loader
-from dataset.captions import CaptionConfig
+from data import Stream, make_loader
 from dataset.sources import Source, open_source
+from options.training import CaptionConfig, DataConfig
 
 COUNT = 1000
 SIZES = [tuple(size) for size in np.random.default_rng(0).integers(40, 161, (60, 2)).tolist()]  # width, height

@@ -15,15 +15,15 @@ from PIL import Image
 
 from common.errors import UserError
 from common.signals import SIGNALS, blocked_signals
-from data import DataConfig, Stream, decode, describe_buckets, make_loader
+from data import Stream, decode, describe_buckets, make_loader
 from dataset.buckets import bucket_sizes
-from dataset.captions import CaptionConfig
 from dataset.images import Decoded
 from dataset.latents import pack_latents
 from dataset.loading import hide_lost_connection
 from dataset.shards import split_captions
 from dataset.sources import EncodedSample, open_mixture, open_source
 from model.vae import normalise
+from options.training import CaptionConfig, DataConfig
 
 
 def stream(data, bs: int = 2, resolution: int = 64, seed: int = 0, **options) -> Stream:

@@ -4,7 +4,8 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
 from common.errors import UserError
-from model.diffusion import Diffusion, DiffusionConfig, weights_of_mask
+from model.diffusion import Diffusion, weights_of_mask
+from options.training import DiffusionConfig
 
 SCHEDULE = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 

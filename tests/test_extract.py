@@ -10,12 +10,13 @@ from test_interop import merged_like_diffusers
 from test_scripts import parts_of
 from torch import Tensor, nn
 
-from lora import TARGETS, merge_lora
+from lora import merge_lora
 from lora_files.deltas import Deltas, delta_svd, layer_shapes, mergeable_layers
 from lora_files.read import read_lora, read_metadata
 from lora_files.write import A1111_HEADER, serialise
 from model.checkpoint import checkpoint_of
 from model.load import load_sdxl
+from options.training import TARGETS
 
 FP32 = ("--save-dtype", "fp32")
 Delta = tuple[Tensor, Tensor, float]

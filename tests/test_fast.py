@@ -3,7 +3,8 @@ import torch
 from test_lora import inputs, shake
 
 from common.errors import UserError
-from lora import LoRAConfig, add_lora
+from lora import add_lora
+from options.training import LoRAConfig
 from performance import kernels as fast
 from performance.quantise import quantise_base
 

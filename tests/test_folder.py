@@ -19,12 +19,12 @@ from pyarrow import parquet
 
 from common.errors import UserError
 from common.text import read_text
-from data import DataConfig, Stream
-from dataset.captions import CaptionConfig
+from data import Stream
 from dataset.folder import SYSTEM_FILES, UNREAD, Folder
 from dataset.images import IMAGE_SUFFIXES, ORIENTATION, alpha_of, late_chunks_first, open_image, survey_size, to_rgb
 from dataset.sources import open_source
 from model.prompts import Prompt, read_prompts
+from options.training import CaptionConfig, DataConfig
 
 JPEG = encoded(photograph(3, 48, 32), "JPEG")
 SUFFIXES = [*IMAGE_SUFFIXES, *UNREAD, "txt", "json", "npz", "caption", "TXT", "JPG", "Tif", ""]

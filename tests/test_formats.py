@@ -14,7 +14,7 @@ from test_interop import merged_like_diffusers
 from test_lora import shake
 
 from common.errors import UserError
-from lora import LoRAConfig, add_lora, merge_lora
+from lora import add_lora, merge_lora
 from lora_files.deltas import layer_shapes, parameter_shapes
 from lora_files.names import from_sgm, kohya_name
 from lora_files.read import fits, newest_lora, read_lora, read_metadata, trained_on
@@ -22,6 +22,7 @@ from lora_files.write import largest_difference, make_header, serialise
 from model.checkpoint import checkpoint_of, sgm_path
 from model.load import load_sdxl
 from model.sdxl import Denoiser
+from options.training import LoRAConfig
 
 CONFIG = {"model": "demo", "rank": 4, "alpha": 2.0, "targets": "all", "resolution": 64}
 

@@ -3,9 +3,10 @@ import torch
 from test_lora import shake
 
 from common.errors import UserError
-from lora import LoRAConfig, add_lora
+from lora import add_lora
 from model.load import load_sdxl
 from model.sdxl import Denoiser
+from options.training import LoRAConfig
 from performance.adamw8bit import make_optimizer
 from performance.checkpointing import block_names, checkpoint_blocks
 from performance.cuda_graph import GraphedStep

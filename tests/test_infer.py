@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_lora import shake
 
 from common.sheets import grid, side_by_side
-from lora import LoRAConfig, add_lora, merge_lora
+from lora import add_lora, merge_lora
 from lora_files.deltas import layer_shapes
 from lora_files.read import read_lora, read_metadata
 from lora_files.write import make_header, serialise
@@ -22,6 +22,7 @@ from model.prompts import Prompt, to_header
 from model.render import render
 from model.sdxl import Denoiser
 from model.vae import decode_latents
+from options.training import LoRAConfig
 
 PROMPTS = ["a cat", "two dogs"]
 OPTIONS = ["--steps", 2, "--device", "cpu", "--prompts", *PROMPTS]

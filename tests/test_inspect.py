@@ -16,13 +16,14 @@ from test_lora import shake
 sys.path.append(str(ROOT / "scripts"))
 import inspect_lora
 
-from lora import EVERYTHING, LoRAConfig, add_lora
+from lora import add_lora
 from lora_files.compatibility import COMPONENT_LABELS, RULES, LoraFile, verdict
 from lora_files.deltas import Deltas, add_delta, layer_shapes
 from lora_files.names import kohya_name
 from lora_files.read import layouts, scan
 from lora_files.write import adapter_metadata, make_header, serialise
 from model.sdxl import Denoiser
+from options.training import EVERYTHING, LoRAConfig
 
 KOHYA, OTHER = ("kohya SGM", "kohya"), ("kohya diffusers", "kohya")
 PEFT, OLD = ("diffusers", "peft"), ("diffusers", "diffusers scripts")

@@ -23,12 +23,13 @@ from safetensors.torch import save_file
 from test_lora import inputs
 from torch import Tensor
 
-from lora import ATTENTION, EVERYTHING, merge_lora
+from lora import merge_lora
 from lora_files.deltas import Deltas, layer_shapes
 from lora_files.read import read_lora
 from lora_files.write import make_header, serialise
 from model.sdxl import Denoiser
 from model.text import tokenize
+from options.training import ATTENTION, EVERYTHING
 
 pytestmark = pytest.mark.filterwarnings("ignore:While injecting the PEFT adapters")  # of metadata for absent layers
 

@@ -18,6 +18,7 @@ from model.prompts import DEMO_PROMPTS
 # A package may import those of earlier rows, and those of its own row, but not in a circle.
 FLOORS = [
     {"common"},
+    {"options"},
     {"dataset", "model", "performance", "lora_files"},
     {"lora", "data"},
     {"memory"},

@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from common.errors import UserError
-from lora import Adapter, LoRAConfig, LoRALinear, LowRank, add_lora, linear_layers, merge_lora, merge_loras
+from lora import Adapter, LoRALinear, LowRank, add_lora, linear_layers, merge_lora, merge_loras
 from lora_files.names import kohya_name
 from model.sdxl import Denoiser
+from options.training import LoRAConfig
 
 
 def inputs(batch: int = 2, seed: int = 0) -> dict:

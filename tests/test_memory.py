@@ -7,8 +7,9 @@ from test_lora import inputs, shake
 from torch._dynamo.utils import counters
 
 from common.errors import UserError
-from lora import LoRAConfig, add_lora
-from memory import CUDA_ITSELF, GiB, MemoryConfig, limit_memory, peak_memory, resolve_device, resolve_precision
+from lora import add_lora
+from memory import CUDA_ITSELF, GiB, limit_memory, peak_memory, resolve_device
+from options.training import LoRAConfig, MemoryConfig, resolve_precision
 from performance.adamw8bit import make_optimizer
 from performance.checkpointing import BLOCKS, block_names, checkpoint_blocks, compile_blocks
 from performance.kernels import KERNELS, use_fast_kernels

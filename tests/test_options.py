@@ -2,15 +2,42 @@
 
 import math
 import re
+import subprocess
+import sys
 from dataclasses import dataclass, fields, is_dataclass
 
 import pytest
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import UserError
 from common.options import check_options, flat_options, leaves, option, resume_policies
-from train_lora import TrainConfig
+from options.training import CheckpointConfig, DataConfig, TrainConfig
+
+HEAVY = ("torch", "diffusers", "transformers", "bitsandbytes", "xformers", "tensorboard")
+ANSWER = """
+import runpy, sys
+for script in {scripts}:
+    for arguments, status in (["--help"], 0), (["--rnak"], 2):
+        sys.argv = [script, *arguments]
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            assert (end.code or 0) == status, (script, arguments, end.code)
+        else:
+            raise AssertionError(script)
+        assert not sys.modules.keys() & {heavy}, script
+"""
+
+
+def test_help_and_mistakes_answer_before_pytorch_is_imported():
+    scripts = ["train_lora.py", "infer.py", *(f"scripts/{path.name}" for path in (ROOT / "scripts").glob("*.py"))]
+    code = ANSWER.format(scripts=scripts, heavy=set(HEAVY))
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage:") == len(scripts) > 8
+
 
 NUMBERS = st.one_of(st.integers(-(10**6), 10**6), st.floats())
 
@@ -37,7 +64,7 @@ def test_every_option_of_training_has_a_resume_policy():
     assert len(policies) > 45
     assert set(policies.values()) == {"fixed", "free", "ask"}
     fixed = {name for name, policy in policies.items() if policy == "fixed"}
-    assert fixed == {"model", "rank", "alpha", "targets", "train_text_encoder", "optimizer"}
+    assert fixed == {"base_lora", "init_lora", "model", "rank", "alpha", "targets", "train_text_encoder", "optimizer"}
 
 
 def test_no_two_options_have_one_flag():
@@ -85,3 +112,22 @@ def test_a_value_is_accepted_if_and_only_if_it_is_within_its_bounds(value, low, 
         else:
             with pytest.raises(UserError, match=rf"^--{name.replace('_', '-')} must .*, not {re.escape(str(value))}$"):
                 Config(**base | {name: value})
+
+
+@given(
+    images=st.integers(1, 5000), bs=st.integers(1, 8), accumulated=st.integers(1, 4), processes=st.integers(1, 8),
+    epochs=st.floats(0.01, 50),
+)  # fmt: skip
+def test_epochs_are_looks_at_every_picture(images, bs, accumulated, processes, epochs):
+    dataset, checkpoints = DataConfig(bs=bs), CheckpointConfig(save_every=f"{epochs:.3f}epochs")
+    config = TrainConfig(dataset=dataset, checkpoints=checkpoints, epochs=epochs, grad_accum=accumulated)
+    found = config.in_steps(images, processes)
+    samples = bs * accumulated * processes  # of a step
+    assert (found.steps - 1) * samples < epochs * images <= found.steps * samples * (1 + 1e-9)
+    assert abs(int(found.checkpoints.save_every) - found.steps) * samples <= 0.001 * images + samples
+
+
+@pytest.mark.parametrize("length", ["0", "0epochs", "1.5", "-3", "epoch", "1week", ""])
+def test_lengths_that_are_none(length):
+    with pytest.raises(UserError, match="a number of steps from 1 up, or of epochs"):
+        CheckpointConfig(save_every=length)

@@ -10,12 +10,13 @@ from PIL import Image, ImageChops, ImageFont
 from test_lora import shake
 
 from common.sheets import NO_CHARACTER, Lettering, drawn, grid, lettering, shorten, side_by_side, stack
-from lora import LoRAConfig, add_lora
+from lora import add_lora
 from model.prompts import Prompt, read_prompts
 from model.render import render
 from model.sdxl import SAMPLERS
 from model.vae import decode_latents
-from run.gallery import Gallery, GalleryConfig
+from options.training import GalleryConfig, LoRAConfig
+from run.gallery import Gallery
 from run.ranks import Ranks
 
 NO_LETTER = "日本語"  # not in the bundled font

@@ -19,13 +19,13 @@ import torch
 from test_train import equal, weights
 
 from common.errors import UserError
-from data import DataConfig, Stream, make_loader
+from data import Stream, make_loader, open_cache
 from dataset import remote
-from dataset.captions import CaptionConfig
 from dataset.disk_cache import Cache
 from dataset.remote import RemoteFile, scheme_of
 from dataset.shards import read_index, to_line
 from dataset.sources import open_mixture, open_source, split_weight
+from options.training import CaptionConfig, DataConfig
 
 HALF = {"short", "reset", "stall", "closed"}  # faults for which the server sends half of what was requested
 
@@ -541,7 +541,7 @@ def test_the_least_recently_used_file_goes_first(tmp_path):
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--data-cache .*file cannot be written: "):
-        DataConfig(data_cache=str(tmp_path / "file")).open_cache()
+        open_cache(DataConfig(data_cache=str(tmp_path / "file")))
     with pytest.raises(UserError, match="--data-cache-gb must be above 0"):
         DataConfig(data_cache_gb=0)
 

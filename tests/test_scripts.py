@@ -16,17 +16,17 @@ from safetensors.torch import load_file, save_file
 from test_lora import shake
 from torch import nn
 
-from data import DataConfig, Stream
+from data import Stream
 from dataset.buckets import bucket_sizes
-from dataset.captions import CaptionConfig
 from dataset.images import dhash
 from dataset.sources import open_source
-from lora import LoRAConfig, add_lora, merge_lora
+from lora import add_lora, merge_lora
 from lora_files.deltas import layer_shapes
 from lora_files.read import read_lora, read_metadata
 from lora_files.write import A1111_HEADER, make_header, serialise
 from model.checkpoint import checkpoint_of
 from model.load import load_sdxl
+from options.training import CaptionConfig, DataConfig, LoRAConfig
 
 
 def members(tar) -> dict[str, bytes]:
@@ -262,3 +262,13 @@ def test_merge_mistakes(script, two_loras, tiny_model, tmp_path):
     check("bad.safetensors is not a readable", tmp_path / "bad.safetensors", tmp_path / "m", "--lora", two_loras[0])
     check("bad.safetensors is not a readable", tiny_model, tmp_path / "m", "--lora", tmp_path / "bad.safetensors")
     check("does not fit the model", ROOT / "assets/demo/model", tmp_path / "m", "--lora", two_loras[0])
+
+
+def test_a_lora_of_other_data_is_not_measured_on_the_demos(train, script, photos, tiny_model, tmp_path):
+    train("--data", photos, "--steps", 1)
+    _, err = script("scripts/evaluate.py", "--lora", tmp_path / "out", status=2)
+    assert "was not trained on the demo's images: --data names a folder of yours that training has not seen" in err
+    options = ["--lora", tmp_path / "out", "--model", tiny_model, "--data", photos, "--device", "cpu"]
+    options += ["--timesteps", 1, "--pictures", 0]
+    out, _ = script("scripts/evaluate.py", *options)
+    assert f"pytorch_lora_weights_1.safetensors on 7 images of {photos}" in out

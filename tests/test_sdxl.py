@@ -13,13 +13,14 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
 from common.errors import UserError
-from lora import LoRAConfig, add_lora
+from lora import add_lora
 from model.check import describe_model
 from model.checkpoint import checkpoint_of
 from model.load import BASE, base_architecture, check_folder, load_sdxl, native_resolution, read_sdxl
 from model.sdxl import time_ids
 from model.text import TokenInputs, most_chunks, split_tokens, tokenize
 from model.vae import decode_latents, encode_pixels, sample_latents
+from options.training import LoRAConfig
 
 CAPTIONS = ["a cat", "", "a long caption " * 30]
 

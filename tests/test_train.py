@@ -31,17 +31,18 @@ from data import Workload
 from dataset.images import Decoded
 from dataset.latents import pack_latents
 from dataset.sources import Source, open_source
-from lora import Adapter, LoRAConfig
+from lora import Adapter
 from lora_files.deltas import layer_shapes
 from lora_files.read import read_lora, read_metadata
 from lora_files.write import largest_difference, serialise
-from memory import MemoryConfig, plan_memory
+from memory import plan_memory
 from model.load import read_sdxl
 from model.sdxl import Denoiser
 from model.vae import sample_latents
+from options.training import LoRAConfig, MemoryConfig, OptimiserConfig
 from performance.cuda_graph import GraphedStep
 from run.checkpoints import Run
-from run.optimiser import OptimiserConfig, lr_factor
+from run.optimiser import lr_factor
 from run.report import Log, Meter
 from run.state import find_state, find_states, save_state
 from run.stop import StopRequest
@@ -177,11 +178,10 @@ def test_changed_options_are_shown_on_resume_and_refused_unless_overridden(train
     assert f"{state} does not fit: --rank 2 -> 4, --alpha 2.0 -> 4.0: change it back, or another --out" in err
     _, err = train("--steps", 2, "--optimizer", "adamw", "--alpha", 1, status=2)
     assert "--alpha 2.0 -> 1.0, --optimizer adamw8bit -> adamw" in err
-    _, err = train("--steps", 2, "--lr", 2e-4, "--precision", "fp16", "--data", photos, status=2)
-    files = r"--data files \w{8} -> files \w{8}"
-    changes = rf"{files}, --precision fp32 -> fp16, --base-precision fp32 -> fp16, --lr 0.0001 -> 0.0002, "
+    _, err = train("--steps", 2, "--lr", 2e-4, "--precision", "fp16", status=2)
+    changes = r"--precision fp32 -> fp16, --base-precision fp32 -> fp16, --lr 0.0001 -> 0.0002, "
     changes += "--text-encoder-lr 0.0001 -> 0.0002"
-    assert re.search(rf"is of another run: {changes}: change it back, or another --out, or --resume-override", err)
+    assert re.search(rf"is of another run: {changes}: change it back, or --resume-override to go on", err)
     copy = shutil.copytree(shards, tmp_path / "elsewhere")
     out, _ = train("--steps", 2, "--keep", 1, "--data", copy)
     assert f"resume     step 1 of {state}; --keep None -> 1; --steps 1 -> 2\n" in out
@@ -189,6 +189,37 @@ def test_changed_options_are_shown_on_resume_and_refused_unless_overridden(train
     assert "step 2 of" in out  # with a new loss scaler for fp16
     assert last(tmp_path / "runs", "lr/unet") == pytest.approx(1e-2)
     train("--steps", 2, "--rank", 4, "--resume", "none")
+
+
+def test_the_same_command_on_mended_data_is_a_new_run_once_the_old_one_is_done(train, photos, tmp_path):
+    data = shutil.copytree(photos, tmp_path / "photos")
+    command = ["--data", data, "--save-every", 1]
+    train(*command, "--steps", 2)
+    first = weights(tmp_path / "out", 2)
+    for text in data.glob("*.txt"):
+        text.write_text(f"a mended {text.stem}")
+    out, _ = train(*command, "--steps", 2)
+    aside = tmp_path / "out/before-1"
+    assert f"aside      this is a new run: what another has left in {tmp_path}/out is in {aside} now" in out
+    assert equal(weights(aside, 2), first)
+    assert not equal(weights(tmp_path / "out", 2), first)
+    out, _ = train(*command, "--steps", 2)
+    assert "is at step 2 already" in out  # the same data: nothing to do
+    out, _ = train(*command, "--steps", 2, "--lr", 1e-3)
+    assert "this is a new run" in out
+    _, err = train(*command, "--steps", 3, "--lr", 1e-2, status=2)  # longer, so it means to go on
+    assert "is of another run: --lr" in err
+    (data / "photo2.txt").write_text("another")
+    out, _ = train(*command, "--steps", 3, "--lr", 1e-3, "--resume-override")
+    assert "resume     step 2 of" in out
+
+
+def test_the_length_of_a_run_in_epochs(train, photos, tmp_path):
+    out, _ = train("--data", photos, "--epochs", 2, "--save-every", "1epoch", "--bs", 2, "--grad-accum", 2)  # 7 pictures
+    assert "steps      4: each image 2.29 times" in out
+    assert [p.name for p in sorted((tmp_path / "out").glob("*.safetensors"))] == [
+        f"pytorch_lora_weights_{step}.safetensors" for step in (2, 4)
+    ]
 
 
 RATES = "the learning rate goes from {} to {}"
@@ -239,7 +270,7 @@ def test_resuming_into_another_folder_leaves_the_first_run_alone(train, tmp_path
     assert f"resume     step 4 of {tmp_path}/b/state-" in out  # the same command resumes its own state
     assert last(tmp_path / "log", "loss") > 0
     out, _ = train("--steps", 3, "--resume", "none", "--out", tmp_path / "b")
-    assert f"aside      what another run has left in {tmp_path}/b is in {tmp_path}/b/before-1 now\n" in out
+    assert f"aside      this is a new run: what another has left in {tmp_path}/b is in {tmp_path}/b/before-1 now\n" in out
     moved = {p.name for p in (tmp_path / "b/before-1").iterdir()}
     assert {"pytorch_lora_weights_4.safetensors", "pytorch_lora_weights_5.safetensors"} < moved
     assert find_states(tmp_path / "b/before-1")
@@ -914,7 +945,7 @@ def test_a_gpu_that_fills_up_computes_its_steps_in_halves(train, tmp_path, monke
         (["--lr", -1e-4], "--lr must be at least 0, not -0.0001"),
         (["--text-encoder-lr", "nan"], "--text-encoder-lr must be at least 0, not nan"),
         (["--text-encoder-lr", 1e-5, "--no-train-text-encoder"], "--text-encoder-lr does nothing with --no-train-text-encoder"),
-        (["--warmup", 9, "--steps", 8], "--warmup 9 is longer than --steps 8"),
+        (["--warmup", 9, "--steps", 8], "--warmup 9 is longer than the run of 8 steps"),
         (["--pictures", "--prompts", "/nowhere/prompts.txt"], "--prompts /nowhere/prompts.txt: no such file"),
         (["--targets", "no_such_layer"], "--targets 'no_such_layer' matches none"),
         (["--out", "README.md/x"], "--out README.md/x cannot be written"),

@@ -6,8 +6,9 @@ import torch
 from tqdm import tqdm
 
 from common.errors import warn
-from lora import LoRAConfig, add_lora
+from lora import add_lora
 from model.load import read_sdxl
+from options.training import LoRAConfig
 from run.report import Meter
 from run.watchdog import MANY, Watchdog, flat_loss, no_change, no_gradient, no_learning_rate, slow
 

@@ -10,9 +10,10 @@ from torch.utils._pytree import tree_map
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from test_lora import inputs, shake
 
-from lora import LoRAConfig, add_lora
+from lora import add_lora
 from model.load import load_sdxl
 from model.sdxl import Denoiser
+from options.training import LoRAConfig
 from performance.adamw8bit import make_optimizer
 from run.ranks import join_ranks, leave_ranks
 

@@ -31,19 +31,19 @@ import webdataset as wds
 
 from common.errors import UserError, one_line_errors
 from common.progress import SHOW_PROGRESS
-from data import DataConfig, Stream
+from data import Stream
 from dataset.buckets import bucket_sizes
-from dataset.captions import CaptionConfig
 from dataset.images import Decoded
 from dataset.latents import pack_latents
 from dataset.sources import open_source
-from lora import LoRAConfig, add_lora, merge_lora
+from lora import add_lora, merge_lora
 from memory import peak_memory, resolve_device
-from model.diffusion import Diffusion, DiffusionConfig
+from model.diffusion import Diffusion
 from model.load import BASE, base_architecture, load_sdxl
 from model.sdxl import Denoiser, blueprint, time_ids
 from model.text import tokenize
 from model.vae import decode_latents, encode_pixels
+from options.training import CaptionConfig, DataConfig, DiffusionConfig, LoRAConfig
 from performance.adamw8bit import make_optimizer
 from performance.cuda_graph import GraphedStep
 from performance.kernels import KERNELS, kernel_problem, time_kernel, use_fast_kernels

@@ -24,12 +24,12 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from common.errors import one_line_errors
 from common.progress import tqdm
-from data import DataConfig, Stream
-from dataset.captions import CaptionConfig
+from data import Stream
 from dataset.images import Decoded
 from dataset.latents import pack_latents
 from dataset.shards import write_shards
 from dataset.sources import open_source
+from options.training import CaptionConfig, DataConfig
 
 
 @dataclass(frozen=True)

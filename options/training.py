@@ -1,0 +1,308 @@
+"""Every option of training, in groups. Its docstring is its help; docs/training.md and docs/data.md describe them."""
+
+import math
+import re
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from common.errors import UserError
+from common.options import MAX_SEED, check_options, option
+
+if TYPE_CHECKING:
+    import torch
+
+
+ATTENTION = r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$|\.self_attn\.(q|k|v|out)_proj$"
+EVERYTHING = ATTENTION + r"|\.ff\.net\.(0\.proj|2)$|\.proj_(in|out)$|\.mlp\.fc[12]$"
+TARGETS = {"attention": ATTENTION, "all": EVERYTHING}
+UNPACKED = ("fp16", "bf16", "fp32")
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    rank: int = option(8, at_least=1, resume="fixed")
+    """Rank r of every ΔW."""
+    alpha: float | None = option(None, above=0, resume="fixed")
+    """Scale α: ΔW = (α/r)·B·A. None: equal to --rank."""
+    targets: str = option("attention", resume="fixed")
+    """Linear layers to train: 'attention', 'all' (attention, feed-forward, projections) or a regular expression."""
+    train_text_encoder: bool = option(True, resume="fixed")
+    """Add LoRA to both text encoders, too."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise UserError(f"--targets {self.targets!r} is neither a preset nor a regular expression: {error}") from None
+
+    @property
+    def resolved_alpha(self) -> float:
+        return float(self.rank if self.alpha is None else self.alpha)
+
+    @property
+    def pattern(self) -> str:
+        return TARGETS.get(self.targets, self.targets)
+
+
+@dataclass(frozen=True)
+class LineageConfig:
+    base_lora: tyro.conf.UseAppendAction[tuple[str, ...]] = option((), resume="fixed")
+    """A LoRA file, or a folder of them, that is merged into the frozen base before training; `:0.8` after it is its strength.
+    May be repeated. What is trained does not contain it: pictures need both."""
+    init_lora: Path | None = option(None, resume="fixed")
+    """A LoRA file of any layout and rank, or a folder of them, that training goes on from, instead of from zero."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    data: tyro.conf.UseAppendAction[tuple[str, ...]] = option(())
+    """'demo', a folder of tar shards (of images or of latents), a brace pattern (shards/{000000..000012}.tar), a folder of
+    captioned images, or parquet files (columns image and text: packed into ~/.cache once); the shards also at http(s)://,
+    s3://, gs:// or hf:// (a dataset's: hf://datasets/name/of/…). `:3` after it is its weight in a mixture. May be repeated.
+    None given: demo."""
+    data_cache: str | None = option(None, resume="free")
+    """Folder on a local disk that keeps what was loaded from elsewhere; all processes of the host may share it. None: each
+    epoch loads everything again."""
+    data_cache_gb: float = option(10.0, above=0, resume="free")
+    """Gigabytes that --data-cache may take; what was not used for the longest time is removed first."""
+    bs: int = option(3, at_least=1)
+    """Images per batch and process."""
+    resolution: int | None = option(None, at_least=64, multiple_of=8)
+    """Side in pixels of the square whose area the images get. None: the model's own (1024 for SDXL)."""
+    buckets: bool = option(True)
+    """Aspect-ratio buckets of that area: an image goes to the bucket that crops it least. Off: the square in its middle."""
+    bucket_step: int = option(64, at_least=8, multiple_of=8)
+    """Pixels: the sides of the buckets are multiples of this."""
+    flip: bool = option(False)
+    """Mirror each image with probability 1/2."""
+    masked_loss: bool = option(False)
+    """Take alpha as a loss mask: transparent areas are not learned, and keep their colours instead of becoming white."""
+    workers: int = option(2, at_least=0, resume="free")
+    """Processes per rank that read and decode."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True)
+class CaptionConfig:
+    caption_dropout: float = option(0.0, at_least=0, at_most=1)
+    """Share of captions replaced by the empty one."""
+    shuffle_tags: bool = option(False)
+    """Shuffle the parts of a caption that commas separate, each time anew."""
+    keep_tags: int = option(0, at_least=0)
+    """With --shuffle-tags: number of first parts that keep their places."""
+    caption_prefix: str = option("")
+    """Put before every caption, for example a trigger word; with a space between, unless it ends in one or in punctuation. With
+    --shuffle-tags it is tags in front that keep their places."""
+    max_tokens: int = option(75, at_least=75, multiple_of=75)
+    """Longer captions are truncated. Above 75 (150, 225, …) a caption is split into chunks of 75 tokens that are encoded one by
+    one, as A1111 does."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.keep_tags and not self.shuffle_tags:
+            raise UserError("--keep-tags does nothing without --shuffle-tags")
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    snr_gamma: float | None = option(None, above=0)
+    """Min-SNR weighting γ, e.g. 5 (Hang et al. 2023, arXiv:2303.09556). None: every timestep weighs the same."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    vram_gb: float | None = option(None, above=0, at_most=10_000, resume="free")
+    """GiB of the GPU that this process may take, CUDA's own included: planned for and enforced. None, or more than is free:
+    what is free."""
+    precision: Literal["auto", "fp16", "bf16", "fp32"] = option("auto")
+    """Dtype of the activations; LoRA weights stay float32. auto: fp16 on CUDA, fp32 on CPU."""
+    base_precision: Literal["auto", "fp16", "bf16", "fp32", "int8", "nf4"] = option("auto")
+    """What the frozen linear layers are stored in. auto: --precision, or fewer bits if the budget asks for it."""
+    checkpointing: Literal["auto", "all", "none"] = option("auto", resume="free")
+    """Blocks that recompute their activations in the backward pass instead of keeping them. auto: as few as fit."""
+    optimizer: Literal["adamw8bit", "adamw"] = option("adamw8bit", resume="fixed")
+    """AdamW with 8-bit states (bitsandbytes), or torch's fused one with 32-bit states."""
+    attention: Literal["auto", "cudnn", "flash", "efficient", "xformers", "sdpa"] = option("auto", resume="free")
+    """Attention kernel of the U-Net. auto: the fastest here. sdpa: PyTorch's choice."""
+    cuda_graph: Literal["auto", "on", "off"] = option("auto", resume="free")
+    """Replay the step as one CUDA graph. auto: on CUDA, where it can be captured."""
+    compile: bool = option(False, resume="free")
+    """torch.compile every block of the U-Net: minutes at the start for a few percent, so for long runs only."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.base_precision in UNPACKED and self.precision not in ("auto", self.base_precision):
+            raise UserError(f"--base-precision {self.base_precision} contradicts --precision {self.precision}: leave one away")
+
+    def resolved(self, device: "torch.device") -> "MemoryConfig":
+        """With the precision that it means on `device`: that of an unpacked base, if one is named."""
+        precision = self.base_precision if self.base_precision in UNPACKED else self.precision
+        return replace(self, precision=resolve_precision(precision, device))  # type: ignore[arg-type]
+
+
+def resolve_precision(precision: str, device: "torch.device") -> str:
+    """'auto' -> 'fp16' on CUDA, as in the recipe, 'fp32' elsewhere."""
+    return precision if precision != "auto" else "fp16" if device.type == "cuda" else "fp32"
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    save_every: str = option("150", resume="free")
+    """Steps between checkpoints, or looks at every picture: 1epoch. The last step is always saved."""
+    format: Literal["kohya", "diffusers", "both"] = option("kohya", resume="free")
+    """Layout of the LoRA files. kohya is read by diffusers, ComfyUI and A1111; diffusers' own by few others."""
+    save_dtype: Literal["fp16", "bf16", "fp32"] = option("fp16", resume="free")
+    """Dtype of the weights in the files."""
+    keep: int | None = option(None, at_least=1, resume="free")
+    """Newest LoRA files of this run to keep. None: all, as the best is often not the last."""
+    out: Path = option(Path("checkpoints"), resume="free")
+    """Folder for LoRA files and the state of the run."""
+    resume: str = option("auto", resume="free")
+    """'auto' (from the newest whole state in --out, if there is one), 'none' (what is in --out is moved aside), or a state,
+    or the folder of a run."""
+    author: str | None = option(None, resume="free")
+    """Your name, for the header of the LoRA files."""
+    description: str | None = option(None, resume="free")
+    """What the LoRA shows, for the header of its files."""
+    resume_override: bool = option(False, resume="free")
+    """Resume although options differ from those of the state, with the new ones."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        self.steps_between_saves(1)
+
+    def steps_between_saves(self, per_epoch: float) -> int:
+        """--save-every in steps. `per_epoch`: steps until each picture was looked at once, on average."""
+        number = re.fullmatch(r"(\d*\.?\d+) ?(epochs?)?", self.save_every)
+        if not number or float(number[1]) <= 0 or not (number[2] or number[1].isdecimal()):
+            raise UserError(f"--save-every {self.save_every}: a number of steps from 1 up, or of epochs: 0.5epoch, 2epochs")
+        return math.ceil(float(number[1]) * per_epoch) if number[2] else int(number[1])
+
+
+@dataclass(frozen=True)
+class OptimiserConfig:
+    lr: float | None = option(None, at_least=0)
+    """Learning rate. None: 1e-4; for the bundled model, which is 16 times narrower than SDXL, 2e-3."""
+    text_encoder_lr: float | None = option(None, at_least=0)
+    """Learning rate of both text encoders. None: that of --lr."""
+    lr_schedule: Literal["constant", "cosine", "linear"] = option("constant")
+    """After the warm-up: constant, or falling towards zero, which it would reach one step after the last."""
+    warmup: int = option(0, at_least=0)
+    """Steps over which the learning rate rises: it begins at 1/(WARMUP + 1) of its value."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def resolved(self, model: str) -> "OptimiserConfig":
+        """With the learning rates that it means for --model."""
+        lr = (2e-3 if model == "demo" else 1e-4) if self.lr is None else self.lr
+        return replace(self, lr=lr, text_encoder_lr=lr if self.text_encoder_lr is None else self.text_encoder_lr)
+
+
+@dataclass(frozen=True)
+class GalleryConfig:
+    pictures: bool = option(True, resume="free")
+    """Draw base and LoRA, into the folder `samples` in --out and for TensorBoard."""
+    prompts: tuple[str, ...] = option((), resume="free")
+    """What to draw: texts, or one file: a prompt on each line, with kohya's options such as --w 832, or TOML. None given: the
+    evaluation prompts of the model."""
+    sample_every: int = option(0, at_least=0, resume="free")
+    """Steps between pictures; 0: at every save."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    log_dir: Path = option(Path("runs"), resume="free")
+    """Folder for TensorBoard logs."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def new_log(self) -> str:
+        """A folder named after the time."""
+        return str(self.log_dir / time.strftime("%Y%m%d-%H%M%S"))
+
+
+@dataclass(frozen=True)
+class BadStepsConfig:
+    max_bad_steps: int = option(20, at_least=1, resume="free")
+    """The run ends after so many bad steps in a row, which have no finite loss."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True)
+class RanksConfig:
+    rank_timeout: float = option(300, at_least=1, resume="free")
+    """Seconds a collective may wait, which is every step; if a process has not arrived by then, all processes exit."""
+    check_ranks_every: int = option(100, at_least=1, resume="free")
+    """Steps after which the processes compare their LoRA weights, bit by bit; also before each save."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All flags of train_lora.py. Those declared here belong to the whole run."""
+
+    lora: LoRAConfig = LoRAConfig()
+    lineage: LineageConfig = LineageConfig()
+    dataset: DataConfig = DataConfig()
+    captions: CaptionConfig = CaptionConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    memory: MemoryConfig = MemoryConfig()
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    optimiser: OptimiserConfig = OptimiserConfig()
+    gallery: GalleryConfig = GalleryConfig()
+    report: ReportConfig = ReportConfig()
+    bad_steps: BadStepsConfig = BadStepsConfig()
+    ranks: RanksConfig = RanksConfig()
+    model: str = option("demo", resume="fixed")
+    """'demo' (bundled), 'sdxl' (from the hub), a hub id, a diffusers folder or a .safetensors SDXL checkpoint."""
+    steps: int = option(450, at_least=1, resume="free")
+    """Optimiser steps."""
+    epochs: float | None = option(None, above=0, resume="free")
+    """The length of the run in looks at every picture; it goes before --steps."""
+    grad_accum: int = option(1, at_least=1)
+    """Batches per optimiser step and process."""
+    seed: int = option(0, at_least=0, at_most=MAX_SEED)
+    """What is random is a function of it, and of the number of the step, the process or the sample."""
+    device: str = option("auto", resume="free")
+    """'auto' (CUDA if there is one), 'cuda', 'cpu'."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def resolved(self, device: "torch.device") -> "TrainConfig":
+        """With values for alpha, learning rates and precision, which are saved with the run. Raises UserError."""
+        if self.optimiser.text_encoder_lr is not None and not self.lora.train_text_encoder:
+            raise UserError("--text-encoder-lr does nothing with --no-train-text-encoder")
+        lora, optimiser = replace(self.lora, alpha=self.lora.resolved_alpha), self.optimiser.resolved(self.model)
+        return replace(self, lora=lora, optimiser=optimiser, memory=self.memory.resolved(device))
+
+    def in_steps(self, epoch: int, processes: int) -> "TrainConfig":
+        """With --steps and --save-every in optimiser steps; an epoch has `epoch` samples. Raises UserError."""
+        per_epoch = epoch / (self.dataset.bs * self.grad_accum * processes)
+        steps = math.ceil(self.epochs * per_epoch) if self.epochs else self.steps
+        if self.optimiser.warmup > steps:
+            raise UserError(f"--warmup {self.optimiser.warmup} is longer than the run of {steps} steps")
+        between = self.checkpoints.steps_between_saves(per_epoch)
+        return replace(self, steps=steps, checkpoints=replace(self.checkpoints, save_every=str(between)))

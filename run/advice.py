@@ -1,0 +1,51 @@
+"""What a person should know before and after a run: where it usually goes wrong, how long it takes, what to do next."""
+
+from pathlib import Path
+
+from data import Stream
+from dataset.buckets import enlarged
+
+MANY_LOOKS = 100  # at each picture: then they are learned by heart more often than not
+MUCH_ENLARGED = 1.5
+SLOW_ON_A_CPU = 10**9  # parameters; SDXL has 3.4 × 10⁹, and takes minutes a step
+
+
+def concerns(stream: Stream, looks: float, on_cpu: bool, parameters: int) -> list[str]:
+    """One line for each thing in which beginners go wrong. `looks`: at each picture; `parameters`: of the base."""
+    lines = []
+    if looks > MANY_LOOKS:
+        lines.append(f"{looks:.0f} looks at each picture are many: it may learn them by heart; try the earlier files, too")
+    factors = enlargements(stream)
+    if much := [factor for factor in factors if factor > MUCH_ENLARGED]:
+        advice = "they teach blur: take larger ones, or a smaller --resolution"
+        lines.append(f"{len(much)} of {len(factors)} pictures are enlarged more than {MUCH_ENLARGED} times: {advice}")
+    if on_cpu and parameters > SLOW_ON_A_CPU:
+        lines.append("this model on a CPU takes minutes a step: a GPU of 8 GB is enough")
+    return lines
+
+
+def enlargements(stream: Stream) -> list[float]:
+    """The factor by which each picture is scaled to cover its bucket; [] for cached latents."""
+    if stream.source.has_latents:
+        return []
+    pixels = zip(stream.source.places["height"].tolist(), stream.source.places["width"].tolist(), strict=True)
+    return [enlarged(size, stream.sizes[b]) for size, b in zip(pixels, stream.bucket, strict=True) if all(size)]
+
+
+def duration(seconds: float) -> str:
+    """'50 seconds', '4 minutes', '2 h 5 min'."""
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    minutes = round(seconds / 60)
+    return f"{minutes} minutes" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def next_steps(file: Path, log_dir: str, model: str) -> list[str]:
+    """Commands to copy after a run that wrote `file`."""
+    lines = [
+        f"look       python infer.py --lora {file} --compare",
+        f"curves     tensorboard --logdir {Path(log_dir).parent}",
+    ]
+    if model != "demo":  # no other program knows the bundled model
+        lines.append(f"use it     cp {file} ComfyUI/models/loras/    (strength 0.7 to 1)")
+    return lines

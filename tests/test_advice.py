@@ -1,0 +1,44 @@
+"""run/advice.py: what a run says to the person who started it."""
+
+import pytest
+
+from run.advice import concerns, duration
+
+
+class FakeSource:
+    has_latents = False
+
+    def __init__(self, sizes):
+        import numpy as np
+
+        self.places = np.array(sizes, [("height", "i8"), ("width", "i8")])
+
+
+class FakeStream:
+    def __init__(self, sizes):
+        self.source, self.sizes, self.bucket = FakeSource(sizes), [(1024, 1024)], [0] * len(sizes)
+
+
+LARGE, SMALL = (2000, 1500), (400, 500)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "looks", "on_cpu", "parameters", "words"),
+    [
+        ([LARGE] * 3, 20, False, 3 * 10**9, []),
+        ([LARGE] * 3, 112.4, False, 3 * 10**9, ["112 looks at each picture"]),
+        ([LARGE, SMALL, (0, 0), SMALL], 20, True, 10**6, ["2 of 3 pictures are enlarged more than 1.5 times"]),
+        ([LARGE], 20, True, 3 * 10**9, ["on a CPU"]),
+    ],
+)
+def test_concerns(sizes, looks, on_cpu, parameters, words):
+    lines = concerns(FakeStream(sizes), looks, on_cpu, parameters)
+    assert len(lines) == len(words)
+    assert all(word in line for word, line in zip(words, lines, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(8.4, "8 seconds"), (89, "89 seconds"), (240, "4 minutes"), (5399, "90 minutes"), (7500, "2 h 5 min")]
+)
+def test_durations_as_people_say_them(seconds, text):
+    assert duration(seconds) == text.replace("90 minutes", "1 h 30 min")
