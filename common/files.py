@@ -1,13 +1,10 @@
 """Atomic writes: a file is written under a temporary name, checked and renamed, so it is complete or absent."""
 
 import hashlib
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TypeVar
-
-from safetensors import SafetensorError, safe_open
 
 from common.errors import UserError, warn
 
@@ -82,62 +79,6 @@ def lock_folder(flag: str, folder: Path) -> IO:
     except OSError as error:
         warn(f"{flag} {folder} cannot be locked ({error.strerror}): let no other run write there")
     return lock
-
-
-FOREIGN = {  # first bytes of a file that is no .safetensors file -> what it is
-    b"PK": "is a pickle, and pickles, which can run code, are not read: convert it to .safetensors",
-    b"\x80": "is a pickle, and pickles, which can run code, are not read: convert it to .safetensors",
-    b"GGUF": "is a GGUF file of quantised weights, which are not read: use the .safetensors file that it was made of",
-    b"version https://git-lfs": "is a pointer of Git LFS, not the file itself: run `git lfs pull`",
-    b"<": "is a web page, not a .safetensors file: download the file itself",
-}
-
-
-def why_no_safetensors(path: Path) -> str | None:
-    """What a file is instead of a .safetensors file and what to do, to be read after its name; None if it seems to be one."""
-    if not path.is_file():
-        return "is no file" if path.exists() else None
-    with path.open("rb") as file:
-        start = file.read(24)
-    if start[8:9] == b"{":  # after the length of the header
-        return None
-    unknown = None if path.suffix.lower() == ".safetensors" else "is not a readable .safetensors file"
-    return next((what for first, what in FOREIGN.items() if start.startswith(first)), unknown)
-
-
-def read_header(path: Path) -> tuple[int, dict]:
-    """(byte at which the data begins, {key: {dtype, shape, data_offsets}}) of a .safetensors file. Raises UserError if it is
-    none, or damaged.
-    """
-    try:
-        if reason := why_no_safetensors(path):
-            raise UserError(f"{path} {reason}")
-        with safe_open(path, "pt"):  # checks every offset
-            pass
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            return 8 + length, json.loads(file.read(length))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is not a readable .safetensors file: {error}") from None
-
-
-def encode_header(header: dict) -> bytes:
-    """The beginning of a .safetensors file, in the order of `header`: the library writes metadata in a random order."""
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-
-
-def check_dtypes(path: Path, exempt: str) -> None:
-    """Raises UserError, which names the first, if a tensor of a .safetensors file is of integers or another dtype that holds no
-    weights without the scales that its program keeps. `exempt`: how keys end that may be of any dtype.
-    """
-    for key, entry in read_header(path)[1].items():
-        if entry.get("dtype", "F32") not in WEIGHT_DTYPES and not key.endswith(exempt):
-            raise UserError(f"{path}: {key} is {entry['dtype']}, which holds no weights: {', '.join(WEIGHT_DTYPES)} do")
 
 
 class TolerantWriter:

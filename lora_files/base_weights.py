@@ -1,15 +1,17 @@
 """Files of SDXL weights: which tensor holds the weight of which module."""
 
-import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.safetensors_files import read_header
 from lora_files.deltas import parameter_shapes
-from lora_files.names import from_sgm
+from model.checkpoint import checkpoint_names
 from model.load import base_architecture, load_sdxl
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
@@ -40,13 +42,14 @@ class Place:
         return rows.T if self.transposed else rows
 
 
-RESBLOCK = {  # OpenCLIP's names in a layer -> transformers'
-    "attn.out_proj": "self_attn.out_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-}
+@cache
+def checkpoint_parameters() -> dict[str, list[str]]:
+    """`checkpoint_names` of SDXL base. A smaller variant has some of its layers, under the same names."""
+    with torch.device("meta"):
+        parts = base_architecture()
+    return checkpoint_names(
+        f"{component}.{name}" for component in COMPONENTS for name, _ in parts[component].named_parameters()
+    )
 
 
 def places(component: str, key: str, shape: list[int]) -> list[Place]:
@@ -55,24 +58,12 @@ def places(component: str, key: str, shape: list[int]) -> list[Place]:
     `component` is 'unet', 'text_encoder' or 'text_encoder_2'; '' for a checkpoint in one file, which has the names of
     Stability's code.
     """
-    path, _, leaf = key.rpartition(".")
-    if key == "conditioner.embedders.1.model.text_projection":
-        return [Place("text_encoder_2.text_projection.weight", transposed=True)]
-    if match := re.fullmatch(r"conditioner\.embedders\.1\.model\.transformer\.resblocks\.(\d+)\.(.+)\.(\w+)", key):
-        layer = f"text_encoder_2.text_model.encoder.layers.{match[1]}"
-        if match[3].startswith("in_proj_"):  # the rows of q, then of k, then of v
-            n, kind = shape[0] // 3, match[3].removeprefix("in_proj_")
-            return [Place(f"{layer}.self_attn.{x}_proj.{kind}", i * n, (i + 1) * n) for i, x in enumerate("qkv")]
-        return [Place(f"{layer}.{RESBLOCK[match[2]]}.{leaf}")] if match[2] in RESBLOCK else []
-    if leaf not in ("weight", "bias"):
-        return []
     if component:
-        return [Place(f"{component}.{key}")]
-    if path.startswith("model.diffusion_model."):
-        return [Place(f"unet.{from_sgm(path.removeprefix('model.diffusion_model.'))}.{leaf}")]
-    if path.startswith("conditioner.embedders.0.transformer."):
-        return [Place("text_encoder." + key.removeprefix("conditioner.embedders.0.transformer."))]
-    return []
+        return [Place(f"{component}.{key}")] if key.endswith((".weight", ".bias")) else []
+    names = checkpoint_parameters().get(key, [])
+    if len(names) == 1:
+        return [Place(names[0], transposed=key.endswith("text_projection"))]
+    return [Place(name, i * shape[0] // 3, (i + 1) * shape[0] // 3) for i, name in enumerate(names)]
 
 
 # The files.
@@ -93,12 +84,29 @@ def weight_files(base: Path) -> dict[Path, str]:
     return files
 
 
+def stored_weights(model: Path) -> Iterator[tuple[Path, str, Place, torch.Size]]:
+    """(file, key, place, shape) of every weight and bias of a folder or checkpoint.
+
+    Raises UserError if it has none, or one of a dtype that cannot be added to or subtracted from.
+    """
+    empty = True
+    for file, component in weight_files(model).items():
+        for key, entry in read_header(file)[1].items():
+            for place in places(component, key, entry.get("shape", [])):
+                if entry["dtype"] not in STORED_DTYPES:
+                    known = ", ".join(STORED_DTYPES)
+                    raise UserError(f"{file}: {key} is {entry['dtype']}, which cannot be computed with: {known} can")
+                yield file, key, place, place.weight_in(torch.empty(entry["shape"], device="meta")).shape
+                empty = False
+    if empty:
+        raise UserError(f"{model} holds no layer of SDXL in Stability's layout (extract_lora.py reads a LoRA with --resize)")
+
+
 def model_shapes(model: str | None) -> dict[str, torch.Size]:
     """{path: shape} of layers and parameters, as from `parameter_shapes`. None: SDXL base's architecture, without weights."""
-    names = ("unet", "text_encoder", "text_encoder_2")
     if model is None:
         with torch.device("meta"):
             parts = base_architecture()
     else:
         parts = load_sdxl(model, torch.float32, torch.device("cpu")).components
-    return parameter_shapes(torch.nn.ModuleDict({name: parts[name] for name in names}))
+    return parameter_shapes(torch.nn.ModuleDict({name: parts[name] for name in COMPONENTS}))

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
-from common.files import check_writable, encode_header, read_header
+from common.files import check_writable
 from common.progress import tqdm
-from lora_files.base_weights import STORED_DTYPES, places, weight_files
+from common.safetensors_files import encode_header, read_header
+from lora_files.base_weights import STORED_DTYPES, places, stored_weights, weight_files
 from lora_files.deltas import Deltas, add_deltas
 from model.checkpoint import checkpoint_of, with_text_model
 from model.load import Pipeline
@@ -39,21 +40,12 @@ def written_whole(out: Path) -> Iterator[Path]:
 
 
 def base_shapes(base: Path) -> dict[str, torch.Size]:
-    """Shapes of layers and parameters, as from `parameter_shapes`, in the files of a folder or checkpoint. Raises UserError if
-    one has a dtype to which nothing can be added.
-    """
+    """Shapes of layers and parameters, as from `parameter_shapes`, in the files of a folder or checkpoint."""
     shapes = {}
-    for file, component in weight_files(base).items():
-        for key, entry in read_header(file)[1].items():
-            for place in places(component, key, entry.get("shape", [])):
-                shape = place.weight_in(torch.empty(entry["shape"], device="meta")).shape
-                shapes[place.parameter] = shape
-                if len(shape) > 1:
-                    shapes[place.module] = shape
-                if entry["dtype"] not in STORED_DTYPES:
-                    raise UserError(
-                        f"{file}: {key} is {entry['dtype']}, which cannot be added to: {', '.join(STORED_DTYPES)} can"
-                    )
+    for _, _, place, shape in stored_weights(base):
+        shapes[place.parameter] = shape
+        if len(shape) > 1:
+            shapes[place.module] = shape
     return shapes
 
 
@@ -105,6 +97,8 @@ def write_pipeline(pipe: Pipeline, out: Path, sources: list[dict]) -> None:
                     tensors["ztsnr"] = torch.ones(1)
             save_file(tensors, part, metadata)
         else:
+            for owner in (pipe, pipe.unet, pipe.vae):
+                owner.register_to_config(_name_or_path="")  # a path on this machine, which would be written
             pipe.save_pretrained(part, max_shard_size="100GB")
             text = part / "text_encoder/model.safetensors"
             save_file({with_text_model(name): tensor for name, tensor in load_file(text).items()}, text, metadata)

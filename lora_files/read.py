@@ -19,19 +19,24 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from common.errors import UserError, printable, warn
-from common.files import check_dtypes, read_header
+from common.safetensors_files import check_dtypes, read_header
 from lora_files.deltas import Deltas
 from lora_files.names import kohya_name
 
 MAX_HEADER = 16 * 2**20  # bytes; a LoRA on every layer of SDXL has 0.4 MB. A million keys would take a minute to read
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata in the header of a LoRA file. Raises UserError if it is not a readable .safetensors file."""
+def read_lora_header(path: Path) -> dict:
+    """The header of a LoRA file. Raises UserError if it is not a readable .safetensors file, or too large for a LoRA."""
     with suppress(OSError), path.open("rb") as file:
         if MAX_HEADER < int.from_bytes(file.read(8), "little") < path.stat().st_size:  # a longer one is damaged
             raise UserError(f"{path} is no LoRA: its header alone is above {MAX_HEADER // 2**20} MiB")
-    return read_header(path)[1].get("__metadata__", {})
+    return read_header(path)[1]
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata in the header of a LoRA file."""
+    return read_lora_header(path).get("__metadata__", {})
 
 
 def tensor_hash(path: Path) -> str:
@@ -108,8 +113,7 @@ def with_strength(lora: str, flag: str = "--lora") -> tuple[Path, float]:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """{key: tensor} of a LoRA file. Raises UserError, which names the first, if a tensor is not finite or holds no weights."""
-    read_metadata(path)
-    check_dtypes(path, exempt=".alpha")  # which some tools store as an integer
+    check_dtypes(path, read_lora_header(path), exempt=".alpha")  # which some tools store as an integer
     tensors = load_file(path)
     if wrong := [key for key, tensor in tensors.items() if not tensor.float().isfinite().all()]:
         raise UserError(f"{path}: {wrong[0]} is not finite ({len(wrong)} of {len(tensors)} tensors)")
@@ -318,8 +322,8 @@ def read_lora(path: Path, shapes: dict[str, torch.Size]) -> Deltas:
     parts = contents.parts
     if kind := next(filter(None, map(unsupported_kind, parts.values())), None):
         raise UserError(f"{path} is {kind}: only LoRA of plain A and B can be merged exactly")
-    if not parts:
-        raise UserError(f"{path} holds no tensor")
+    if not any(parts.values()):
+        raise UserError(f"{path} is no LoRA: {f'{next(iter(parts))} is of a model' if parts else 'it holds no tensor'}")
     check_generation(path, parts, shapes)
     if contents.wrong:
         problem, stems = next(iter(contents.wrong.items()))

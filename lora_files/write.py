@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from common.errors import UserError
-from common.files import encode_header
+from common.safetensors_files import encode_header
 from lora_files.deltas import Deltas
 from lora_files.names import diffusers_name, kohya_name
 from lora_files.read import NOT_COPIED, read_lora
@@ -91,8 +91,9 @@ def largest_difference(read_back: Deltas, live: Deltas) -> float:
     largest = torch.zeros(())
     for path, (A, B, alpha) in live.items():
         file_A, file_B, file_alpha = read_back[path]
-        scaled_B = file_B.float() * (file_alpha / alpha if alpha else 1)
-        differences = (file_A.float() - A.float().cpu()).abs().max(), (scaled_B - B.float().cpu()).abs().max()
+        scaled_B = file_B.float() * (file_alpha / alpha if alpha else file_alpha)
+        live_B = B.float().cpu() if alpha else torch.zeros(())  # with α = 0 the file may say so by α or by B
+        differences = (file_A.float() - A.float().cpu()).abs().max(), (scaled_B - live_B).abs().max()
         largest = torch.stack([largest, *differences]).max()
     return largest.item()
 

@@ -1,5 +1,6 @@
 """What the suite relies on in a model, checked once after loading: whole, finite, and of a schedule and latents as SDXL's."""
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -27,18 +28,19 @@ def predictions(header: dict) -> dict[str, str]:
     return {key: value for key, value in header.get("__metadata__", {}).items() if key == "modelspec.prediction_type"}
 
 
-def agreed_prediction(model: str, statements: Mapping[str, str | None]) -> str | None:
-    """'epsilon' or 'v_prediction', from {place: what it says that the model predicts}; None if nothing says so.
+def agreed_prediction(model: str, statements: Mapping[str, str | None]) -> str:
+    """'epsilon' or 'v_prediction', from {place: what it says that the model predicts}; epsilon if nothing says so.
 
     Raises UserError if it is something else, or if two places contradict each other.
     """
     for place, said in statements.items():
         if said not in PREDICTIONS:
             raise UserError(f"--model {model} predicts {said!r}, as {place} says; only epsilon and v_prediction can be used")
-    if len({PREDICTIONS[str(said)] for said in statements.values()}) > 1:
+    agreed = {PREDICTIONS[str(said)] for said in statements.values()} or {"epsilon"}
+    if len(agreed) > 1:
         contradiction = ", ".join(f"{place} says {said}" for place, said in statements.items())
         raise UserError(f"--model {model} contradicts itself about what it predicts: {contradiction}")
-    return next((PREDICTIONS[str(said)] for said in statements.values()), None)
+    return agreed.pop()
 
 
 def check_channels(model: str, channels: int = 4) -> None:
@@ -67,15 +69,16 @@ def check_model(model: str, pipe: StableDiffusionXLPipeline) -> None:
     for what, (found, wanted) in needed.items():
         if found != wanted:
             raise UserError(f"--model {model} cannot be used here: {what}: {found}, not {wanted}")
-    if not unet.sample_size:
+    if type(unet.sample_size) is not int or unet.sample_size < 1:
         raise UserError(f"--model {model}: its U-Net's config.json has no sample_size, the side of its latents")
-    for number, tokenizer in enumerate((pipe.tokenizer, pipe.tokenizer_2)):
-        if len(tokenizer) > (rows := (text, text_2)[number].vocab_size):
-            raise UserError(f"--model {model}: tokenizer {number + 1} has {len(tokenizer)} tokens, its encoder only {rows}")
-    mean, std = vae.latents_mean or [0.0] * 4, vae.latents_std or [1.0] * 4
-    usable = torch.tensor([*mean, *std, vae.scaling_factor]).isfinite().all() and 0 not in (*std, vae.scaling_factor)
-    if not usable or (len(mean), len(std)) != (4, 4) or (vae.latents_mean is None) != (vae.latents_std is None):
-        raise UserError(f"--model {model}: its VAE's latents_mean, latents_std or scaling_factor in config.json are not usable")
+    for number, (tokenizer, rows) in enumerate(((pipe.tokenizer, text), (pipe.tokenizer_2, text_2)), 1):
+        found = len(tokenizer), tokenizer.model_max_length
+        if found != (rows.vocab_size, 77):
+            of_encoder = f"{found[0]} tokens, {found[1]} in a caption: its encoder needs {rows.vocab_size} and 77"
+            raise UserError(f"--model {model}: tokenizer {number} is not the model's: it has {of_encoder}")
+        if rows.eos_token_id not in (2, tokenizer.eos_token_id):  # 2: as of SDXL base, where it means the largest token
+            raise UserError(f"--model {model}: eos_token_id of text encoder {number} is not its tokenizer's")
+    check_statistics(model, vae)
     check_schedule(model, pipe.scheduler)
     for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
         for key, tensor in getattr(pipe, name).state_dict().items():
@@ -85,13 +88,27 @@ def check_model(model: str, pipe: StableDiffusionXLPipeline) -> None:
                 raise UserError(f"--model {model}: {name}.{key} is not finite in {str(tensor.dtype).removeprefix('torch.')}")
 
 
+def check_statistics(model: str, vae) -> None:
+    """Raises UserError unless the numbers that scale the latents are positive, and as many as the latents have channels."""
+    mean, std = vae.latents_mean or [0.0] * 4, vae.latents_std or [1.0] * 4
+    rows = (mean, std, [vae.scaling_factor])
+    numbers = all(isinstance(x, int | float) and math.isfinite(x) for row in rows if isinstance(row, list) for x in row)
+    lengths = [len(row) for row in rows if isinstance(row, list)]
+    both = (vae.latents_mean is None) == (vae.latents_std is None)
+    if not (numbers and both and lengths == [4, 4, 1] and min(*std, vae.scaling_factor) > 0):
+        raise UserError(f"--model {model}: its VAE's latents_mean, latents_std or scaling_factor in config.json are not usable")
+
+
 def check_schedule(model: str, scheduler) -> None:
-    """Raises UserError unless a scheduler of diffusers has ᾱ for every timestep, and predicts ε or v."""
+    """Raises UserError unless a scheduler of diffusers has ᾱ for every timestep, from which ε or v can be predicted."""
     config, name = scheduler.config, type(scheduler).__name__
     alphas = getattr(scheduler, "alphas_cumprod", None)
     flow = config.get("use_flow_sigmas") or config.get("timestep_type", "discrete") != "discrete"
     if alphas is None or flow or not ((alphas >= 0) & (alphas <= 1)).all() or not (alphas.diff() <= 0).all():
         raise UserError(f"--model {model} has {name}, a schedule that cannot be used here: it has no ᾱ that falls from 1 to 0")
+    if config.prediction_type == "epsilon" and (config.get("rescale_betas_zero_snr") or alphas[-1] == 0):
+        raise UserError(f"--model {model} predicts ε, but its last timestep is pure noise, from which only v can be predicted")
+    type(scheduler).from_config(config).set_timesteps(8)  # raises what sampling would raise
 
 
 def describe_model(pipe: StableDiffusionXLPipeline) -> str:

@@ -1,9 +1,8 @@
 """A checkpoint in one file: the names of Stability's code (SGM) for the tensors of diffusers' and transformers' modules."""
 
 import re
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,61 +14,47 @@ PREFIXES = {  # part of the pipeline -> prefix of its names
     "vae": "first_stage_model.",
 }
 
-# Pattern of a diffusers path in the U-Net -> its SGM path, from the numbers that the pattern matches.
 # SGM numbers the blocks of each half in one list. input_blocks.0 is conv_in; then every down block i has 3 entries: resnet
 # (and attention) 0, resnet (and attention) 1, downsampler. So layer j of down block i is entry 3·i + j + 1:
 # down_blocks.1.attentions.0 is in input_blocks.4. An up block has 3 entries, too, resnets (and attentions) 0 to 2; its
 # upsampler belongs to the last. Inside an entry .0 is the resnet, .1 the attention. The middle block is resnet .0,
 # attention .1 and resnet .2. In time_embed and label_emb .0 and .2 are the linear layers, .1 is SiLU.
-SGM_BLOCKS: list[tuple[str, Callable[..., str]]] = [
-    (r"(?<=resnets\.\d)\.norm1$", lambda: ".in_layers.0"),
-    (r"(?<=resnets\.\d)\.norm2$", lambda: ".out_layers.0"),
-    (r"^down_blocks\.(\d+)\.attentions\.(\d+)", lambda i, j: f"input_blocks.{3 * i + j + 1}.1"),
-    (r"^down_blocks\.(\d+)\.resnets\.(\d+)", lambda i, j: f"input_blocks.{3 * i + j + 1}.0"),
-    (r"^mid_block\.attentions\.0", lambda: "middle_block.1"),
-    (r"^mid_block\.resnets\.(\d+)", lambda j: f"middle_block.{2 * j}"),
-    (r"^up_blocks\.(\d+)\.attentions\.(\d+)", lambda i, j: f"output_blocks.{3 * i + j}.1"),
-    (r"^up_blocks\.(\d+)\.resnets\.(\d+)", lambda i, j: f"output_blocks.{3 * i + j}.0"),
-    (r"^time_embedding\.linear_(\d)", lambda i: f"time_embed.{2 * i - 2}"),
-    (r"^add_embedding\.linear_(\d)", lambda i: f"label_emb.0.{2 * i - 2}"),
-    (r"^down_blocks\.(\d+)\.downsamplers\.0\.conv$", lambda i: f"input_blocks.{3 * i + 3}.0.op"),
-    (r"^up_blocks\.(\d+)\.upsamplers\.0\.conv$", lambda i: f"output_blocks.{3 * i + 2}.2.conv"),
-    (r"^conv_in$", lambda: "input_blocks.0.0"),
-    (r"^conv_out$", lambda: "out.2"),
-    (r"^conv_norm_out$", lambda: "out.0"),
-    (r"\.conv1$", lambda: ".in_layers.2"),
-    (r"\.conv2$", lambda: ".out_layers.3"),
-    (r"\.conv_shortcut$", lambda: ".skip_connection"),
-    (r"\.time_emb_proj$", lambda: ".emb_layers.1"),
-]
-
-
-def sgm_path(path: str) -> str:
-    """A path inside the U-Net: 'down_blocks.1.attentions.0.….to_q' -> 'input_blocks.4.1.….to_q'."""
-    for pattern, name in SGM_BLOCKS:
-        path = re.sub(pattern, partial(replacement, name), path)
-    return path
-
-
-def replacement(name: Callable[..., str], match: re.Match) -> str:
-    """Calls a function of SGM_BLOCKS with the numbers that its pattern matched."""
-    return name(*map(int, match.groups()))
-
-
-TEXT_ENCODER_2 = {  # pattern in a name of text encoder 2 -> what stands in OpenCLIP's
+Table: TypeAlias = dict[str, str | Callable[[re.Match], str]]  # pattern in a name -> what stands there in a checkpoint
+SGM_BLOCKS: Table = {
+    r"(?<=resnets\.\d)\.norm1$": ".in_layers.0",
+    r"(?<=resnets\.\d)\.norm2$": ".out_layers.0",
+    r"^down_blocks\.(\d+)\.attentions\.(\d+)": lambda m: f"input_blocks.{3 * int(m[1]) + int(m[2]) + 1}.1",
+    r"^down_blocks\.(\d+)\.resnets\.(\d+)": lambda m: f"input_blocks.{3 * int(m[1]) + int(m[2]) + 1}.0",
+    r"^mid_block\.attentions\.0": "middle_block.1",
+    r"^mid_block\.resnets\.(\d+)": lambda m: f"middle_block.{2 * int(m[1])}",
+    r"^up_blocks\.(\d+)\.attentions\.(\d+)": lambda m: f"output_blocks.{3 * int(m[1]) + int(m[2])}.1",
+    r"^up_blocks\.(\d+)\.resnets\.(\d+)": lambda m: f"output_blocks.{3 * int(m[1]) + int(m[2])}.0",
+    r"^time_embedding\.linear_(\d)": lambda m: f"time_embed.{2 * int(m[1]) - 2}",
+    r"^add_embedding\.linear_(\d)": lambda m: f"label_emb.0.{2 * int(m[1]) - 2}",
+    r"^down_blocks\.(\d+)\.downsamplers\.0\.conv$": lambda m: f"input_blocks.{3 * int(m[1]) + 3}.0.op",
+    r"^up_blocks\.(\d+)\.upsamplers\.0\.conv$": lambda m: f"output_blocks.{3 * int(m[1]) + 2}.2.conv",
+    r"^conv_in$": "input_blocks.0.0",
+    r"^conv_out$": "out.2",
+    r"^conv_norm_out$": "out.0",
+    r"\.conv1$": ".in_layers.2",
+    r"\.conv2$": ".out_layers.3",
+    r"\.conv_shortcut$": ".skip_connection",
+    r"\.time_emb_proj$": ".emb_layers.1",
+}
+TEXT_ENCODER_2: Table = {  # OpenCLIP's names
     r"^text_model\.": "",
     r"^embeddings\.": "",
     r"^encoder\.layers\.": "transformer.resblocks.",
     r"\.layer_norm(\d)": r".ln_\1",
     r"^final_layer_norm": "ln_final",
     r"\.self_attn\.out_proj": ".attn.out_proj",
-    r"\.self_attn\.q_proj\.": ".attn.in_proj_",
+    r"\.self_attn\.[qkv]_proj\.": ".attn.in_proj_",
     r"\.mlp\.fc1": ".mlp.c_fc",
     r"\.mlp\.fc2": ".mlp.c_proj",
     r"^position_embedding\.weight": "positional_embedding",
     r"^text_projection\.weight": "text_projection",
 }
-VAE = {  # the same for the VAE; its upward blocks are numbered from the other end
+VAE: Table = {  # its upward blocks are numbered from the other end
     r"down_blocks\.(\d)\.resnets": r"down.\1.block",
     r"up_blocks\.(\d)\.resnets": lambda match: f"up.{3 - int(match[1])}.block",
     r"down_blocks\.(\d)\.downsamplers\.0": r"down.\1.downsample",
@@ -84,10 +69,15 @@ VAE = {  # the same for the VAE; its upward blocks are numbered from the other e
 }
 
 
-def renamed(name: str, table: dict) -> str:
+def renamed(name: str, table: Table) -> str:
     for pattern, replacement in table.items():
         name = re.sub(pattern, replacement, name)
     return name
+
+
+def sgm_path(path: str) -> str:
+    """A path inside the U-Net: 'down_blocks.1.attentions.0.….to_q' -> 'input_blocks.4.1.….to_q'."""
+    return renamed(path, SGM_BLOCKS)
 
 
 def with_text_model(name: str) -> str:
@@ -95,26 +85,37 @@ def with_text_model(name: str) -> str:
     return f"text_model.{name.removeprefix('text_model.')}"
 
 
+def checkpoint_names(parameters: Iterable[str]) -> dict[str, list[str]]:
+    """{key in a checkpoint: paths of the parameters that it holds, such as 'unet.conv_in.weight'}: one parameter, or of text
+    encoder 2 those of q, k and v, as rows in this order.
+    """
+    names: dict[str, list[str]] = {}
+    for parameter in parameters:
+        component, _, name = parameter.partition(".")
+        if component == "unet":
+            path, _, leaf = name.rpartition(".")
+            name = f"{sgm_path(path)}.{leaf}"
+        elif component == "text_encoder":
+            name = with_text_model(name)
+        else:
+            name = renamed(name, TEXT_ENCODER_2 if component == "text_encoder_2" else VAE)
+        names.setdefault(PREFIXES[component] + name, []).append(parameter)
+    return {key: sorted(own, key=lambda path: "qkv".find(path.partition("_proj.")[0][-1])) for key, own in names.items()}
+
+
 def checkpoint_of(parts: Any) -> dict[str, Tensor]:
     """{key: contiguous tensor} of the modules unet, text_encoder, text_encoder_2 and, if it has one, vae of `parts`.
 
     On the meta device: the keys and shapes of a file that is whole.
     """
+    modules = {component: getattr(parts, component) for component in PREFIXES if hasattr(parts, component)}
+    state = {f"{component}.{name}": t for component, module in modules.items() for name, t in module.state_dict().items()}
     tensors = {"conditioner.embedders.1.model.logit_scale": torch.ones(())}
-    for name, tensor in parts.unet.state_dict().items():
-        path, _, leaf = name.rpartition(".")
-        tensors[f"{PREFIXES['unet']}{sgm_path(path)}.{leaf}"] = tensor
-    for name, tensor in parts.text_encoder.state_dict().items():
-        tensors[PREFIXES["text_encoder"] + with_text_model(name)] = tensor
-    second = parts.text_encoder_2.state_dict()
-    for name, tensor in second.items():
-        if ".q_proj." in name:  # one tensor: the rows of q, then of k, then of v
-            tensor = torch.cat([second[name.replace(".q_proj.", f".{x}_proj.")] for x in "qkv"])
-        if not re.search(r"\.[kv]_proj\.", name):
-            key = renamed(name, TEXT_ENCODER_2)
-            tensors[PREFIXES["text_encoder_2"] + key] = tensor.T if key == "text_projection" else tensor
-    for name, tensor in parts.vae.state_dict().items() if hasattr(parts, "vae") else ():
-        key = renamed(name, VAE)
-        convolution = "attn_1" in key and tensor.ndim == 2  # of 1 × 1 pixel, where diffusers has a linear layer
-        tensors[PREFIXES["vae"] + key] = tensor[:, :, None, None] if convolution else tensor
-    return {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+    for key, names in checkpoint_names(state).items():
+        tensor = state[names[0]] if len(names) == 1 else torch.cat([state[name] for name in names])
+        if key.endswith("text_projection"):
+            tensor = tensor.T
+        if "attn_1" in key and tensor.ndim == 2:  # a convolution of 1 × 1 pixel, where diffusers has a linear layer
+            tensor = tensor[:, :, None, None]
+        tensors[key] = tensor.detach().contiguous()
+    return tensors

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from common.errors import UserError
 from options.training import DiffusionConfig
 
 
@@ -23,8 +22,6 @@ class Diffusion:
 
     def __init__(self, config: DiffusionConfig, alphas_cumprod: Tensor, prediction_type: str, device: torch.device):
         self.alphas_cumprod = alphas_cumprod.to(device, torch.float32)
-        if prediction_type not in ("epsilon", "v_prediction"):
-            raise UserError(f"--model predicts {prediction_type!r}; only epsilon and v_prediction can be trained")
         self.v_prediction = prediction_type == "v_prediction"
         snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
         self.weights = torch.ones_like(snr)

@@ -4,24 +4,19 @@ import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
-from safetensors import SafetensorError
+from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers.utils import logging as transformers_logging
 
 from common.errors import UserError
-from common.files import ROOT, check_dtypes, read_header, why_no_safetensors
-from model.check import (
-    agreed_prediction,
-    check_channels,
-    check_differences,
-    check_model,
-    predictions,
-    squeezed,
-)
+from common.files import ROOT
+from common.safetensors_files import check_dtypes, read_header, why_no_safetensors
+from model.check import agreed_prediction, check_channels, check_differences, check_model, predictions, squeezed
 from model.checkpoint import PREFIXES, checkpoint_of
 from model.vae import vae_dtype
 
@@ -39,6 +34,10 @@ CLASSES = {  # of the pipeline -> the class that the suite knows
     "text_encoder_2": CLIPTextModelWithProjection,
 }
 BASE = ROOT / "assets/sdxl"  # configurations and tokenizers of SDXL base, which a checkpoint file does not contain
+
+for library in (diffusers_logging, transformers_logging):  # what is wrong with a model is said by its check, in one line
+    library.set_verbosity_error()
+    library.disable_progress_bar()
 
 
 def load_sdxl(model: str, dtype: torch.dtype, device: torch.device) -> Pipeline:
@@ -69,16 +68,18 @@ def read_sdxl(model: str, dtype: torch.dtype, unet: bool = True) -> Pipeline:
             raise UserError(f"--model {model}: no such file or folder (nor 'demo', 'sdxl' or a hub id like owner/name)")
         else:
             pipe = from_folder(model, download(source, dtype), dtype, unet)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        check_model(model, pipe)
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # the libraries raise anything for files that are not as they expect
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
         if path.exists():
             kind = "folder" if path.is_dir() else "checkpoint"
-            raise UserError(f"--model {model} is no complete SDXL {kind}: {str(error).splitlines()[0][:300]}") from None
+            raise UserError(f"--model {model} is no complete SDXL {kind}: {reason}") from None
         raise UserError(
-            f"--model {model} needs files of {source} that are not on this machine and could not be fetched "
-            f"({type(error).__name__}: {str(error).splitlines()[0][:150]}); where there is network run "
-            f"`hf download {source} --local-dir sdxl`, copy the folder here and pass --model sdxl/"
+            f"--model {model} needs files of {source} that are not on this machine and could not be fetched ({reason}); where "
+            f"there is network run `hf download {source} --local-dir sdxl`, copy the folder here and pass --model sdxl/"
         ) from None
-    check_model(model, pipe)
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.enable_slicing()  # image by image: the memory of a batch of 1
     for name in CLASSES:
@@ -100,20 +101,22 @@ def download(repository: str, dtype: torch.dtype) -> Path:
 def from_folder(model: str, folder: Path, dtype: torch.dtype, unet: bool) -> Pipeline:
     """Reads a diffusers folder. The libraries fill what the files lack with random numbers: their report is checked."""
     check_folder(model, folder)
-    files = [file.name for file in folder.glob("unet/*.safetensors")]
-    halves = [name for name in files if ".fp16." in name]
-    variant = "fp16" if halves and (dtype == torch.float16 or len(halves) == len(files)) else None
-    options = {"variant": variant, "dtype": dtype, "local_files_only": True, "use_safetensors": True}
-    parts = {}
+    parts: dict[str, Any] = {}
+    statements: dict[str, str | None] = {}
     for name, kind in CLASSES.items():
-        for weights in (folder / name).glob("*.safetensors"):
-            check_dtypes(weights, exempt="position_ids")
+        headers = {file: read_header(file)[1] for file in (folder / name).glob("*.safetensors")}
+        for file, header in headers.items():
+            check_dtypes(file, header, exempt="position_ids")
+            statements |= predictions(header) if name == "unet" else {}
         if name == "unet" and not unet:
             parts[name] = empty_unet(folder / name, dtype)
             continue
+        halves = [file for file in headers if ".fp16." in file.name]
         part, report = kind.from_pretrained(
-            folder / name, **options, low_cpu_mem_usage=False, ignore_mismatched_sizes=True, output_loading_info=True
-        )
+            folder / name, dtype=dtype, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False,
+            variant="fp16" if halves and (dtype == torch.float16 or len(halves) == len(headers)) else None,
+            ignore_mismatched_sizes=True, output_loading_info=True,
+        )  # fmt: skip
         differences = {
             "lacks {}": report["missing_keys"],
             "has {}, which SDXL does not know": report["unexpected_keys"],
@@ -121,14 +124,16 @@ def from_folder(model: str, folder: Path, dtype: torch.dtype, unet: bool) -> Pip
         }
         check_differences(f"--model {model} is no complete SDXL folder: {name}", differences, len(part.state_dict()))
         parts[name] = part
-    pipe = StableDiffusionXLPipeline.from_pretrained(
-        folder, variant=variant, local_files_only=True, add_watermarker=False, **parts
-    )
-    statements = {"scheduler_config.json": pipe.scheduler.config.get("prediction_type", "epsilon")}
-    for file in files:
-        statements |= predictions(read_header(folder / "unet" / file)[1])
-    agreed_prediction(model, statements)
+    pipe = StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True, add_watermarker=False, **parts)
+    statements["scheduler_config.json"] = pipe.scheduler.config.get("prediction_type", "epsilon")
+    pipe.scheduler = with_prediction(pipe.scheduler, agreed_prediction(model, statements))
     return pipe
+
+
+def with_prediction(scheduler: Any, prediction: str, **changes: bool) -> Any:
+    """The scheduler for a model that predicts 'epsilon' or 'v_prediction'. `changes`: of its configuration."""
+    config = {"clip_sample": False} | dict(scheduler.config)  # without it DDIM would clip latents like pixels
+    return type(scheduler).from_config(config | changes, prediction_type=prediction)
 
 
 def empty_unet(config: Path, dtype: torch.dtype) -> UNet2DConditionModel:
@@ -163,9 +168,11 @@ def from_checkpoint(model: str, path: Path, dtype: torch.dtype, unet: bool) -> P
     """
     if path.suffix != ".safetensors":  # diffusers goes by the name, and would take it for a pickle
         raise UserError(f"--model {model} {why_no_safetensors(path) or 'must be renamed to end in .safetensors'}")
-    check_dtypes(path, exempt="position_ids")
     header = read_header(path)[1]
+    check_dtypes(path, header, exempt="position_ids")
     shapes = {key: entry["shape"] for key, entry in header.items() if key.startswith(tuple(PREFIXES.values()))}
+    if not shapes:
+        raise UserError(f"--model {model} is no checkpoint in Stability's layout; a LoRA belongs to --lora")
     with torch.device("meta"):
         wanted = {key: tensor.shape for key, tensor in checkpoint_of(SimpleNamespace(**base_architecture())).items()}
     unused = re.compile(r"logit_scale$|position_ids$|\.model_ema\.")
@@ -189,9 +196,8 @@ def from_checkpoint(model: str, path: Path, dtype: torch.dtype, unet: bool) -> P
     finally:
         torch.set_default_dtype(default_dtype)
     statements = predictions(header) | ({"the key v_pred": "v_prediction"} if "v_pred" in header else {})
-    if agreed := agreed_prediction(model, statements):
-        objective = {"prediction_type": agreed, "rescale_betas_zero_snr": "ztsnr" in header and agreed == "v_prediction"}
-        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **objective)
+    zero_snr = {"rescale_betas_zero_snr": True} if "ztsnr" in header else {}
+    pipe.scheduler = with_prediction(pipe.scheduler, agreed_prediction(model, statements), **zero_snr)
     return pipe
 
 

@@ -11,9 +11,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UniPCMultistepScheduler,
 )
-from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
-from transformers.utils import logging as transformers_logging
 
 from model.text import tokenize
 
@@ -24,10 +22,6 @@ SAMPLERS = {
     "euler-a": EulerAncestralDiscreteScheduler,
     "unipc": UniPCMultistepScheduler,
 }
-
-for library in (diffusers_logging, transformers_logging):
-    library.set_verbosity_error()
-    library.disable_progress_bar()
 
 
 def blueprint(pipe: StableDiffusionXLPipeline, with_text: bool = True) -> "Denoiser":

@@ -82,9 +82,9 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
-from common.files import check_writable, read_header, write_atomically
+from common.files import check_writable, write_atomically
 from common.progress import tqdm
-from lora_files.base_weights import STORED_DTYPES, Place, model_shapes, places, weight_files
+from lora_files.base_weights import Place, model_shapes, stored_weights
 from lora_files.deltas import Deltas, delta_svd, is_addition
 from lora_files.names import diffusers_name
 from lora_files.read import read_lora, read_metadata
@@ -180,20 +180,11 @@ class Weight:
 
 def find_weights(model: Path) -> dict[str, Weight]:
     """{module path: weight} of every linear layer and convolution. A folder and a checkpoint give the same paths."""
-    found = {}
-    for file, component in weight_files(model).items():  # of two variants the last counts: x.safetensors after x.fp16.…
-        for key, entry in read_header(file)[1].items():
-            for place in places(component, key, entry.get("shape", [])) if len(entry.get("shape", [])) > 1 else ():
-                if entry["dtype"] not in STORED_DTYPES:
-                    raise UserError(
-                        f"{file}: {key} is {entry['dtype']}, which cannot be subtracted: {', '.join(STORED_DTYPES)} can"
-                    )
-                shape = place.weight_in(torch.empty(entry["shape"], device="meta")).shape
-                if ".embeddings." not in place.module:  # the embeddings of tokens and positions are no layers
-                    found[diffusers_name(place.module)] = Weight(file, key, place, shape)
-    if not found:
-        raise UserError(f"{model} holds no layer of SDXL (a LoRA is read with --resize)")
-    return found
+    return {  # of two variants the last counts: x.safetensors after x.fp16.…
+        diffusers_name(place.module): Weight(file, key, place, shape)
+        for file, key, place, shape in stored_weights(model)
+        if len(shape) > 1 and ".embeddings." not in place.module  # the embeddings of tokens and positions are no layers
+    }
 
 
 class Models:

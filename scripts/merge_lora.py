@@ -43,6 +43,9 @@ from lora_files.read import read_lora, read_metadata, with_strength
 def main(config: MergeConfig) -> None:
     if config.out.exists():
         raise UserError(f"{config.out} is there already: remove it or choose another name")
+    if config.base.exists() and config.base.is_dir() == (config.out.suffix == ".safetensors"):
+        kind = "a folder" if config.base.is_dir() else "a file, x.safetensors,"
+        raise UserError(f"{config.out} must be {kind} as {config.base} is: infer.py --save-merged writes either")
     if config.base.resolve() in config.out.resolve().parents:
         raise UserError(f"{config.out} is inside of {config.base}: write it somewhere else")
     shapes = base_shapes(config.base)

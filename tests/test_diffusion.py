@@ -89,11 +89,6 @@ def test_draw_is_a_function_of_the_generator():
     assert abs(t.float().mean() - 499.5) < 10
 
 
-def test_other_predictions_are_refused():
-    with pytest.raises(UserError, match="--model predicts 'sample'"):
-        make("sample")
-
-
 def test_bad_gamma():
     with pytest.raises(UserError, match="--snr-gamma"):
         DiffusionConfig(snr_gamma=0.0)

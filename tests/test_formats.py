@@ -15,8 +15,9 @@ from test_lora import shake
 
 from common.errors import UserError
 from lora import add_lora, merge_lora
+from lora_files.base_weights import places
 from lora_files.deltas import layer_shapes, parameter_shapes
-from lora_files.names import from_sgm, kohya_name
+from lora_files.names import kohya_name
 from lora_files.read import fits, newest_lora, read_lora, read_metadata, trained_on
 from lora_files.write import largest_difference, make_header, serialise
 from model.checkpoint import checkpoint_of, sgm_path
@@ -68,7 +69,8 @@ def test_names_of_stability_there_and_back(sdxl_meta):
 
     paths = [path.removeprefix("unet.") for path in layer_shapes(sdxl_meta) if path.startswith("unet.")]
     assert len(paths) == 794
-    assert [from_sgm(sgm_path(path)) for path in paths] == paths
+    keys = [f"model.diffusion_model.{sgm_path(path)}.weight" for path in paths]
+    assert [place.module for key in keys for place in places("", key, [1])] == [f"unet.{path}" for path in paths]
     checkpoint = {f"model.diffusion_model.{sgm_path(path)}.weight": torch.tensor(i) for i, path in enumerate(paths)}
     checkpoint |= {key.replace(".weight", ".bias"): torch.tensor(-1) for key in checkpoint}
     checkpoint |= {f"model.diffusion_model.out.0.{part}": torch.tensor(-1) for part in ("weight", "bias")}
@@ -138,7 +140,8 @@ def test_what_does_not_fit_is_refused_by_name(denoiser, file, tmp_path):
     refused({**tensors, **again}, "twice, under two names")
     narrow = {k: t[:, :24].contiguous() if "attn2_to_k.lora_down" in k else t for k, t in tensors.items()}
     refused(narrow, "it is for another model, whose text has 24 channels, not 80")
-    refused({}, "holds no tensor")
+    refused({}, "is no LoRA: it holds no tensor")
+    refused({"conv_in.weight": torch.ones(4, 4, 3, 3)}, r"is no LoRA: conv_in\.weight is of a model")
     for shape in ((0, 64), (4,), ()):  # rank 0, no matrix, no dimension at all
         refused(
             {**tensors, f"{name}.lora_down.weight": torch.ones(shape)}, "1 of .* modules have other shapes than their layer"
@@ -441,7 +444,7 @@ def test_any_adapter_returns_from_any_layout(adapter, denoiser, tmp_path, layout
         for path in rng.sample(list(adapter.deltas), rng.randrange(1, len(adapter.deltas))):
             rank, (out, inner) = rng.randrange(1, 9), shapes[path]
             A, B = torch.randn(rank, inner, generator=g), torch.randn(out, rank, generator=g)
-            deltas[path] = (A, B, rng.choice([0.5, 1.0, 3.0, 8.0]))
+            deltas[path] = (A, B, rng.choice([0.0, 0.5, 1.0, 3.0, 8.0]))
         (tmp_path / "x.safetensors").write_bytes(serialise(deltas, {}, layout, dtype))
         back = read_lora(tmp_path / "x.safetensors", shapes)
         assert back.keys() == deltas.keys()

@@ -127,6 +127,7 @@ def test_a_merged_folder_has_the_names_of_the_hub_and_one_file_for_each_part(scr
         assert all(name.startswith(prefix) for name in load_file(file))
         source = json.loads(read_metadata(file).get("sdxl_lora.merged", "[]"))
         assert part != "text_encoder" or source == [{"file": lora.name, "strength": 1.0}]
+    assert not [file for file in merged.rglob("*.json") if str(tmp_path) in file.read_text()]
     demo = load_file(ROOT / "assets/demo/model/text_encoder/model.safetensors")
     assert all(name.startswith("text_model.") for name in demo)
 

@@ -247,6 +247,9 @@ def test_merge_mistakes(script, two_loras, tiny_model, tmp_path):
         assert not list(tmp_path.glob("m*"))
 
     check("--lora is missing", tiny_model, tmp_path / "m")
+    check("must be a folder as", tiny_model, tmp_path / "m.safetensors", "--lora", two_loras[0])
+    check("must be a file, x.safetensors, as", two_loras[0], tmp_path / "m", "--lora", two_loras[0])
+    check("holds no layer of SDXL", two_loras[0], tmp_path / "m.safetensors", "--lora", two_loras[0])
     check("is neither a file nor a diffusers folder", ROOT / "scripts", tmp_path / "m", "--lora", two_loras[0])
     check("is there already", tiny_model, two_loras[1], "--lora", two_loras[0])
     check("is inside of", tiny_model, tiny_model / "unet/merged", "--lora", two_loras[0])
@@ -257,9 +260,9 @@ def test_merge_mistakes(script, two_loras, tiny_model, tmp_path):
     fp8 = {key: t.to(torch.float8_e4m3fn) for key, t in load_file(next((tiny_model / "unet").glob("*.safetensors"))).items()}
     shutil.copytree(tiny_model, tmp_path / "fp8")
     save_file(fp8, next((tmp_path / "fp8/unet").glob("*.safetensors")))
-    check("is F8_E4M3, which cannot be added to", tmp_path / "fp8", tmp_path / "m", "--lora", two_loras[0])
+    check("is F8_E4M3, which cannot be computed with", tmp_path / "fp8", tmp_path / "m", "--lora", two_loras[0])
     (tmp_path / "bad.safetensors").write_bytes(b"rubbish")
-    check("bad.safetensors is not a readable", tmp_path / "bad.safetensors", tmp_path / "m", "--lora", two_loras[0])
+    check("bad.safetensors is not a readable", tmp_path / "bad.safetensors", tmp_path / "m.safetensors", "--lora", two_loras[0])
     check("bad.safetensors is not a readable", tiny_model, tmp_path / "m", "--lora", tmp_path / "bad.safetensors")
     check("does not fit the model", ROOT / "assets/demo/model", tmp_path / "m", "--lora", two_loras[0])
 

@@ -17,7 +17,7 @@ from lora import add_lora
 from model.check import describe_model
 from model.checkpoint import checkpoint_of
 from model.load import BASE, base_architecture, check_folder, load_sdxl, native_resolution, read_sdxl
-from model.sdxl import time_ids
+from model.sdxl import SAMPLERS, time_ids
 from model.text import TokenInputs, most_chunks, split_tokens, tokenize
 from model.vae import decode_latents, encode_pixels, sample_latents
 from options.training import LoRAConfig
@@ -319,6 +319,8 @@ def test_header_or_key_says_what_a_checkpoint_predicts(small_base, tmp_path, sai
 
 def test_checkpoints_of_other_kinds_are_refused_by_their_kind(small_base, tmp_path):
     tensors = checkpoint_of(small_base)
+    refused({"lora_unet_mid.lora_up.weight": torch.ones(4, 4)}, "a LoRA belongs to --lora", tmp_path)
+    refused(tensors | {"ztsnr": torch.ones(1)}, "predicts ε, but its last timestep is pure noise", tmp_path)
     conv_in = tensors["model.diffusion_model.input_blocks.0.0.weight"]
     inpainting = {"model.diffusion_model.input_blocks.0.0.weight": torch.cat([conv_in, conv_in, conv_in[:, :1]], dim=1)}
     refused(tensors | inpainting, "is an inpainting model: its U-Net takes 9 channels, not 4", tmp_path)
@@ -345,7 +347,8 @@ def change_tensors(folder, part: str, change) -> None:
 
 
 def change_config(folder, part: str, **fields) -> None:
-    file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    name = part.removesuffix("_2")
+    file = folder / part / (f"{name}_config.json" if name in ("scheduler", "tokenizer") else "config.json")
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
@@ -405,11 +408,56 @@ def test_a_schedule_without_alphas_is_refused(folder, name):
         ("vae", {"latents_mean": [1.0, 2.0, 3.0], "latents_std": [1.0] * 4}, "not usable"),
         ("vae", {"latents_mean": [1.0] * 4}, "not usable"),
         ("unet", {"sample_size": None}, "no sample_size"),
+        ("unet", {"sample_size": [8, 16]}, "no sample_size"),
+        ("unet", {"act_fn": "rubbish"}, "is no complete SDXL folder: ValueError: "),
+        ("scheduler", {"beta_start": "0.1"}, "is no complete SDXL folder: TypeError: "),
+        ("scheduler", {"timestep_spacing": "rubbish"}, "is no complete SDXL folder: ValueError: rubbish"),
+        ("scheduler", {"rescale_betas_zero_snr": True}, "predicts ε, but its last timestep is pure noise"),
+        ("scheduler", {"trained_betas": [0.1, 1.0]}, "predicts ε, but its last timestep is pure noise"),
+        ("vae", {"scaling_factor": None}, "not usable"),
+        ("vae", {"scaling_factor": "1"}, "not usable"),
+        ("vae", {"latents_mean": 1.0, "latents_std": 1.0}, "not usable"),
+        ("vae", {"latents_mean": [0.0] * 4, "latents_std": [1.0, 1.0, -1.0, 1.0]}, "not usable"),
+        ("text_encoder", {"hidden_size": 7}, "is no complete SDXL folder: "),
+        ("text_encoder_2", {"eos_token_id": 5}, "eos_token_id of text encoder 2"),
+        ("tokenizer", {"model_max_length": None}, "tokenizer 1 is not the model's"),
+        ("tokenizer_2", {"model_max_length": 50}, "tokenizer 2 is not the model's"),
     ],
 )
 def test_a_configuration_that_cannot_be_used_is_refused(folder, part, fields, message):
     change_config(folder, part, **fields)
     assert message.replace("cannot be used", "") in message_of(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "tokenizer_2"])
+def test_a_tokenizer_that_is_not_the_models_is_refused(folder, name):
+    """transformers makes one of two tokens where there is none."""
+    shutil.rmtree(folder / name)
+    assert "is not the model's: it has 2 tokens" in message_of(folder)
+
+
+def test_each_part_has_its_own_variant(folder):
+    """As after one part was exchanged: the others are there in half precision only."""
+    whole = load_sdxl(str(folder), torch.float32, torch.device("cpu"))
+    for part in ("unet", "text_encoder"):
+        (file,) = (folder / part).glob("*.safetensors")
+        save_file({key: tensor.half() for key, tensor in load_file(file).items()}, file.with_suffix(".fp16.safetensors"))
+        file.unlink()
+    mixed = load_sdxl(str(folder), torch.float32, torch.device("cpu"))
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        half, wanted = part in ("unet", "text_encoder"), getattr(whole, part).state_dict()
+        for key, tensor in getattr(mixed, part).state_dict().items():
+            assert torch.equal(tensor, wanted[key].half().float() if half else wanted[key])
+
+
+@pytest.mark.parametrize("said", ["v", "v_prediction", "eps", "epsilon"])
+def test_every_name_of_a_prediction_reaches_the_scheduler(folder, said):
+    change_config(folder, "scheduler", prediction_type=said)
+    scheduler = read_sdxl(str(folder), torch.float32).scheduler
+    assert scheduler.config.prediction_type == ("v_prediction" if said.startswith("v") else "epsilon")
+    for sampler in SAMPLERS.values():  # DDIM's own default clips latents to [-1, 1]
+        config = sampler.from_config(scheduler.config).config
+        assert (config.prediction_type, config.get("clip_sample", False)) == (scheduler.config.prediction_type, False)
 
 
 def test_an_inpainting_folder_is_refused(folder):
