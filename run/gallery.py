@@ -62,8 +62,9 @@ class Gallery:
         return {} if step else self.draw(step)
 
     def draw(self, step: int) -> dict[str, np.ndarray]:
-        """Draws the prompts after `step`, with the base alone while the LoRA is nothing, and writes the files. Returns, for the log of rank 0,
-        {tag: base and LoRA side by side, [H, W, 3] uint8}; what a signal came before, or is not finite, is left out.
+        """Draws the prompts after `step`, with the base alone while the LoRA is nothing, and writes the files. Returns, for the
+        log of rank 0, {tag: base and LoRA side by side, [H, W, 3] uint8}; what a signal came before, or is not finite, is left
+        out.
 
         Called by all ranks.
         """

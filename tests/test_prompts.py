@@ -128,7 +128,7 @@ def infotext(text: str) -> dict[str, str]:
     return {**values, "prompt": lines[0], "negative": "".join(negative)}
 
 
-@given(PROMPTS, TEXTS.map(lambda text: text.replace("\\", "")))
+@given(PROMPTS, st.text("abé日,.:-", min_size=1))
 def test_a1111_reads_what_a_picture_was_drawn_from(prompt, model):
     defaults = Prompt("", seed=0, width=64, height=96, steps=20, guidance=5.0, strength=1.0)
     prompt = prompt.filled(3, defaults)
