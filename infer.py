@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import tyro
 
@@ -126,24 +126,19 @@ def read_loras(config: InferConfig, files: list[tuple[Path, float]], denoiser: D
 Drawing = tuple[tuple[int, ...], Prompt]  # numbers of the LoRA that are merged at the strength of the prompt: () is the base
 
 
-class Table(NamedTuple):
-    """The pictures of a call: cells[row][column]."""
-
-    columns: list[str]
-    rows: list[str]
-    cells: list[list[Drawing]]
-
-
-def plan_table(config: InferConfig, files: list[tuple[Path, float]], prompts: list[Prompt], size: dict[str, int]) -> Table:
-    """A column and a row for each value of the two axes; with --compare the base is the first value of one of them. What a
-    prompt says itself comes before the flags, but not before an axis. `size`: width and height.
+def plan_table(
+    config: InferConfig, files: list[tuple[Path, float]], prompts: list[Prompt], size: dict[str, int]
+) -> tuple[list[str], list[str], list[list[Drawing]]]:
+    """Names of columns, names of rows, and the pictures, row by row: one for each two values of the axes. With --compare the
+    base is the first value of one of them. What a prompt says itself comes before the flags, but not before an axis. `size`:
+    width and height.
     """
     one_scale = not config.grid and len(config.scale) == 1
     unique = len({file.stem for file, _ in files}) == len(files)
     names = [(file.stem if unique else f"{file.parent.name}/{file.stem}") + times(strength) for file, strength in files]
     axes: dict[str, list[tuple[str, dict[str, Any]]]] = {  # {axis: [(label, what it sets)]}
         "lora": [(name, {"loras": (n,)}) for n, name in enumerate(names)],
-        "scale": [("LoRA", {})] if one_scale else [(f"LoRA{times(scale)}", {"strength": scale}) for scale in config.scale],
+        "scale": [("LoRA", {})] if one_scale else [(f"LoRA × {scale:g}", {"strength": scale}) for scale in config.scale],
         "prompt": [(prompt.text, {"prompt": n}) for n, prompt in enumerate(prompts)],
     }
     axes |= {name: [(f"{name} {n}", {name: n}) for n in getattr(config, name)] for name in ("seed", "guidance", "steps")}
@@ -153,28 +148,29 @@ def plan_table(config: InferConfig, files: list[tuple[Path, float]], prompts: li
         axes[axis].insert(0, ("base", {"loras": (), "strength": 0.0}))
     flags: dict[str, Any] = {"seed": config.seed[0], "steps": config.steps[0], "guidance": config.guidance[0]}
     defaults = Prompt("", negative=config.negative, strength=config.scale[0], **flags, **size)
-    table = Table([label for label, _ in columns], [label for label, _ in rows], [[] for _ in rows])
-    for (_, row), cells in zip(rows, table.cells, strict=True):
+    cells: list[list[Drawing]] = [[] for _ in rows]
+    for (_, row), drawings in zip(rows, cells, strict=True):
         for _, column in columns:
             settings: dict[str, Any] = {"prompt": 0, "loras": tuple(range(len(files)))} | row | column
             number, chosen = settings.pop("prompt"), settings.pop("loras")
-            cells.append((chosen, replace(prompts[number], **settings).filled(number, defaults)))
-    return table
+            drawings.append((chosen, replace(prompts[number], **settings).filled(number, defaults)))
+    return [label for label, _ in columns], [label for label, _ in rows], cells
 
 
 def draw_table(
-    table: Table, pipe: Pipeline, model: str, files: list[tuple[Path, float]], loras: list[tuple[Deltas, float]],
+    cells: list[list[Drawing]], pipe: Pipeline, model: str, files: list[tuple[Path, float]], loras: list[tuple[Deltas, float]],
     last: tuple[tuple[int, ...], float] | None,
-) -> dict[Drawing, Image.Image]:  # fmt: skip
-    """Every picture, those of one merged model after the other: merging costs nothing per step. Prints the seconds that each
+) -> list[list[Image.Image]]:  # fmt: skip
+    """The pictures, drawn one merged model after the other: merging costs nothing per step. Prints the seconds that each
     took. `last`: numbers and strength of what the model holds afterwards; None: that is left open.
     """
     merges: dict[tuple[tuple[int, ...], float], dict[Drawing, None]] = {}  # a picture that is twice in the table is drawn once
-    for chosen, prompt in chain(*table.cells):
+    for chosen, prompt in chain(*cells):
         merges.setdefault((chosen, prompt.strength or 0.0), {})[chosen, prompt] = None
     if last:
         merges[last] = merges.pop(last, {})
-    denoiser, pictures = Denoiser(pipe), {}
+    denoiser = Denoiser(pipe)
+    pictures: dict[Drawing, Image.Image] = {}
     weights = check_fit(denoiser, {name: delta for deltas, _ in loras for name, delta in deltas.items()})
     several = sum(bool(chosen) for chosen, _ in merges) > 1
     base = {name: weight.cpu().clone() for name, weight in weights.items()} if several else {}
@@ -192,7 +188,7 @@ def draw_table(
         for drawing, image in zip(drawings, images, strict=True):
             image.info["parameters"] = generation_parameters(drawing[1], pipe.scheduler, model, names)
             pictures[drawing] = image
-    return pictures
+    return [[pictures[drawing] for drawing in row] for row in cells]
 
 
 def main(config: InferConfig) -> None:
@@ -222,13 +218,13 @@ def main(config: InferConfig) -> None:
     print(f"{device}, {precision}, {' and '.join(map(str, config.steps))} steps of the {config.sampler} sampler")
 
     # Pictures, and the sheets that show them side by side.
-    table = plan_table(config, files, prompts, {"width": side, "height": side} | size)
+    columns, rows, cells = plan_table(config, files, prompts, {"width": side, "height": side} | size)
     last = (tuple(range(len(files))), config.scale[0]) if config.save_merged else None
-    images = sheets(config, table, draw_table(table, pipe, model, files, loras, last))
+    pictures = sheets(config, columns, rows, cells, draw_table(cells, pipe, model, files, loras, last))
     move_older_pictures(config.out)
-    for name, image in images.items():
+    for name, image in pictures.items():
         write_atomically(config.out / name, png_bytes(image))
-    print(f"pictures in {config.out}/: {', '.join(images)}")
+    print(f"pictures in {config.out}/: {', '.join(pictures)}")
 
     if config.save_merged:
         pipe.scheduler = own_scheduler
@@ -237,22 +233,24 @@ def main(config: InferConfig) -> None:
         print(f"merged model in {config.save_merged}")
 
 
-def sheets(config: InferConfig, table: Table, pictures: dict[Drawing, Image.Image]) -> dict[str, Image.Image]:
+def sheets(
+    config: InferConfig, columns: list[str], rows: list[str], cells: list[list[Drawing]], images: list[list[Image.Image]]
+) -> dict[str, Image.Image]:
     """{file name: picture}: each clean picture, and the sheets that show them side by side with what they are drawn from."""
-    images = [[pictures[drawing] for drawing in row] for row in table.cells]
     if config.grid:
         files = {f"grid-{y}-{x}.png": image for y, row in enumerate(images, 1) for x, image in enumerate(row, 1)}
-        title = "" if "prompt" in config.axes else table.cells[0][0][1].text
-        return files | {"grid.png": grid(images, table.columns, table.rows, title)}
-    if len(table.columns) == 1:
+        return files | {"grid.png": grid(images, columns, rows, "" if "prompt" in config.axes else cells[0][0][1].text)}
+    if len(columns) == 1:
         return {f"{y}.png": image for y, (image,) in enumerate(images, 1)}
-    files, rows = {}, []
-    for y, (row, cells) in enumerate(zip(images, table.cells, strict=True), 1):
-        names = [f"LoRA{times(prompt.strength)}" if loras else "base" for loras, prompt in cells]
-        rows.append(side_by_side(dict(zip(names, row, strict=True)), table.rows[y - 1]))
-        clean = {re.sub("[^a-z0-9.-]+", "-", column.lower()): image for column, image in zip(table.columns, row, strict=True)}
-        files |= {f"{y}.png": rows[-1]} | {f"{y}-{name}.png": image for name, image in clean.items()}
-    return files | {"compare.png": stack(rows)}
+    files, stacked = {}, []
+    for y, (row, drawings, text) in enumerate(zip(images, cells, rows, strict=True), 1):
+        names = columns
+        if len(config.scale) == 1:  # then each prompt may have its own
+            names = [f"LoRA{times(prompt.strength)}" if loras else "base" for loras, prompt in drawings]
+        stacked.append(side_by_side(dict(zip(names, row, strict=True)), text))
+        clean = {re.sub("[^a-z0-9.-]+", "-", column.lower()): image for column, image in zip(columns, row, strict=True)}
+        files |= {f"{y}.png": stacked[-1]} | {f"{y}-{name}.png": image for name, image in clean.items()}
+    return files | {"compare.png": stack(stacked)}
 
 
 def move_older_pictures(folder: Path) -> None:

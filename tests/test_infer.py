@@ -233,7 +233,7 @@ def test_several_with_strengths_and_parts(script, lora, tiny_model, tmp_path):
 def test_a_sweep_has_a_column_for_every_scale(script, lora, tiny_model, tmp_path):
     script("infer.py", "--compare", "--lora", lora, "--out", tmp_path / "images", *OPTIONS, "--scale", 1, 0.25)
     columns = {"base": pictures(tiny_model)}
-    columns |= {name: merged(tiny_model, (lora, scale, ALL)) for name, scale in (("LoRA", 1), ("LoRA × 0.25", 0.25))}
+    columns |= {f"LoRA × {scale:g}": merged(tiny_model, (lora, scale, ALL)) for scale in (1, 0.25)}
     for i, prompt in enumerate(PROMPTS):
         row = {name: Image.fromarray(column[i].astype(np.uint8)) for name, column in columns.items()}
         sheet = np.asarray(Image.open(tmp_path / f"images/{i + 1}.png"))
