@@ -13,11 +13,9 @@ failed, or the data can no longer be read; 71 memory ran out; 1 training went wr
 command. Without data, or without memory for a gradient, the last whole step is saved.
 """
 
-import signal
 import time
 
 STARTED = time.perf_counter()  # before the imports: they are part of the wait for the first step
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # until StopRequest: Ctrl-C during an import would print its traceback
 
 import sys
 from dataclasses import replace

@@ -5,6 +5,7 @@ A bug keeps its traceback. How a training run ends otherwise is in run/ending.py
 
 import os
 import select
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -75,6 +76,7 @@ def one_line_errors(program: str) -> Iterator[None]:
     """Wraps the body of a script: a UserError ends it with one line and status 2, Ctrl-C with status 130, and a reader of its
     output who is gone with status 141, without a line. Under torchrun the first process alone says that it was interrupted.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # during the imports Ctrl-C just ended the script
     try:
         try:
             yield

@@ -63,11 +63,11 @@ def check_writable(flag: str, folder: Path) -> None:
         raise UserError(f"{flag} {folder} cannot be written: {error.strerror}") from None
 
 
-def lock_folder(flag: str, folder: Path) -> IO:
+def lock_folder(name: str, folder: Path, wait: bool = False) -> IO:
     """Locks a folder until the file that this returns is closed, or the process ends in whatever way.
 
     A POSIX record lock on the file `.lock` in it: it also holds between hosts on NFS, and no forked worker inherits it. Where
-    the file system has no locks it warns. Raises UserError naming `flag` if another process has the lock.
+    the file system has no locks it warns. If another process has the lock it waits, or raises UserError naming the flag `name`.
     """
     import fcntl  # not on Windows
 
@@ -75,9 +75,12 @@ def lock_folder(flag: str, folder: Path) -> IO:
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):  # POSIX allows both
-        raise UserError(f"{flag} {folder}: another run is writing there: wait for its end, or use another {flag}") from None
+        if not wait:
+            raise UserError(f"{name} {folder}: another run is writing there: wait for its end, or use another {name}") from None
+        print(f"waiting for another process that writes to {folder}", flush=True)
+        fcntl.lockf(lock, fcntl.LOCK_EX)
     except OSError as error:
-        warn(f"{flag} {folder} cannot be locked ({error.strerror}): let no other run write there")
+        warn(f"{name} {folder} cannot be locked ({error.strerror}): let no other run write there")
     return lock
 
 

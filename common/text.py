@@ -1,6 +1,9 @@
 """Bytes -> text, by one rule for captions, prompts and metadata."""
 
 import codecs
+import re
+
+NO_TEXT = re.compile("[\x00-\x08\x0e-\x1b\ud800-\udfff]")  # control characters but for spaces; halves of surrogate pairs
 
 
 def read_text(encoded: bytes) -> str:
@@ -14,8 +17,8 @@ def read_text(encoded: bytes) -> str:
         text = encoded.decode("utf-16" if marked else guessed or "utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError("neither UTF-8 nor UTF-16: save it as UTF-8") from None
-    if any((c < " " or (guessed and not c.isprintable())) and not c.isspace() for c in text):
-        raise ValueError("no text: it holds control characters")
+    if NO_TEXT.search(text) or (guessed and not all(c.isprintable() or c.isspace() for c in text)):
+        raise ValueError("no text: it holds control characters: save it as UTF-8")
     return text
 
 

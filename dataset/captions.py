@@ -4,6 +4,7 @@ import random
 import unicodedata
 from dataclasses import replace
 
+from common.text import NO_TEXT
 from options.training import CaptionConfig
 
 TEXT_SUFFIXES = ("txt", "caption", "json")  # extensions of files with captions, the first of them that has any
@@ -11,14 +12,16 @@ CAPTION_KEYS = ("captions", "text", "caption", "prompt")  # of JSON
 
 
 def caption_lines(captions: object) -> list[str]:
-    """The captions in a text, one on each line, or in a list of texts; of anything else, none.
+    """The captions in a text, one on each line, or in a list of texts; of None, none.
 
-    Raises ValueError for half of a surrogate pair, which JSON can hold: it is no character.
+    Raises ValueError for anything else, and for what JSON and parquet can hold but is no text.
     """
-    lines = captions.splitlines() if isinstance(captions, str) else captions if isinstance(captions, list) else []
+    if not isinstance(captions, str | list | None):
+        raise ValueError("its caption is neither a text nor a list of texts")
+    lines = captions.splitlines() if isinstance(captions, str) else captions or []
     lines = [line.strip() for line in lines if isinstance(line, str)]
-    if any("\ud800" <= character <= "\udfff" for line in lines for character in line):
-        raise ValueError("its caption holds half of a surrogate pair")
+    if any(NO_TEXT.search(line) for line in lines):
+        raise ValueError("its caption holds control characters, or half of a surrogate pair")
     return [line for line in lines if line]
 
 

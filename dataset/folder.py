@@ -6,34 +6,18 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from common.errors import UserError, printable
 from common.text import read_text
 from dataset.captions import CAPTION_KEYS, TEXT_SUFFIXES, caption_lines
-from dataset.images import IMAGE_SUFFIXES
+from dataset.images import IMAGE_SUFFIXES, UNREAD
 
-# Extensions that are named with the reason why they are not read.
-UNREAD = {
-    suffix: reason
-    for suffixes, reason in (
-        ("heic heif hif", "HEIF: pip install -r requirements-heif.txt reads it"),
-        ("jxl", "JPEG XL: make a PNG of it, for example with djxl"),
-        ("jp2 j2k jpf jpx jpm", "JPEG 2000: save it as PNG"),
-        ("psd psb xcf kra ai svg eps pdf", "a document of a drawing program: export it as PNG"),
-        ("cr2 cr3 nef arw dng orf rw2 raf", "a camera's raw data: develop it as JPEG, PNG or TIFF"),
-        ("tga pcx ppm pgm pbm pnm exr hdr ico dds qoi jxr wdp", "not read: save it as PNG"),
-        ("mp4 mov mkv webm avi", "a film: save its frames as images"),
-        ("gz tgz bz2 xz zst zip 7z rar", "compressed: unpack it"),
-        ("csv", "not read: write its rows into a metadata.jsonl with file_name and text"),
-    )
-    for suffix in suffixes.split()
-    if suffix not in IMAGE_SUFFIXES
-}
 SYSTEM_FILES = ("__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "thumbs.db",
                 "ehthumbs.db", "desktop.ini")  # fmt: skip
 OWN_FILES = ("index.jsonl", ".lock")  # that make_shards.py writes beside shards
-NO_NAME = re.compile("[\x00-\x1f\ud800-\udc7f\udd00-\udfff]")  # control characters; surrogates that encode no byte
 SPLITS = "train|training|validation|valid|val|dev|test|testing|eval|evaluation"  # those of load_dataset
 SPLIT = re.compile(rf"(?:^|[^a-z])({SPLITS})(?=[^a-z]|$)")
 REPEATS = re.compile(r"(\d+)_.")  # a folder of kohya's: 10_name
@@ -73,28 +57,27 @@ def files_under(folder: Path) -> tuple[list[Path], list[str]]:
 
 
 class Names:
-    """Files by name, in whatever Unicode normal form it is, and whatever the letter case of the extension."""
+    """Files by name, through whichever link, in whatever Unicode normal form, and whatever the case of the extension."""
 
     def __init__(self, files: Iterable[Path]):
         self.exact = set(files)
-        self.normal = {self.normalise(path): path for path in self.exact}
+        self.normal = {normal_form(path): path for path in self.exact}
 
     def find(self, path: Path) -> Path | None:
-        return path if path in self.exact else self.normal.get(self.normalise(path))
+        return path if path in self.exact else self.normal.get(normal_form(path))
 
     def find_in(self, folder: Path, name: str) -> Path | None:
-        """The file of this relative name, also with backslashes. Raises ValueError if the name leads out of the folder."""
-        for spelling in (name, name.replace("\\", "/")):
-            path = PurePosixPath(spelling)
-            if path.is_absolute() or ".." in path.parts or NO_NAME.search(name):
-                raise ValueError(f"{name!r} is no name in this folder")
-            if found := self.find(folder / path):
-                return found
+        """The file of this name, from the folder or absolute, also with backslashes. None if it is not among the files."""
+        with suppress(ValueError):  # a NUL, or half of a surrogate pair
+            return self.find(folder / name) or self.find(folder / name.replace("\\", "/"))
         return None
 
-    @staticmethod
-    def normalise(path: Path) -> str:
-        return unicodedata.normalize("NFC", str(path.with_suffix(path.suffix.lower())))
+
+real = lru_cache(os.path.realpath)
+
+
+def normal_form(path: Path) -> str:
+    return unicodedata.normalize("NFC", f"{real(path.parent)}/{path.stem}{path.suffix.lower()}")
 
 
 class Folder:
@@ -107,10 +90,9 @@ class Folder:
         self.images: list[Path] = []
         self.texts: list[Path] = []
         self.tables, self.shards = [path] if suffix_of(path.name) == "parquet" and path.is_file() else [], []
-        self.refused: list[str] = []  # names with the reason
         self.others: Counter[str] = Counter()  # {what they are: number} of files that are counted only
         self.captions: dict[Path, list[str]] = defaultdict(list)  # of images, by metadata.jsonl
-        files, unread = files_under(path) if path.is_dir() else ([], [])
+        files, self.refused = files_under(path) if path.is_dir() else ([], [])  # the rest of `refused`: names with the reason
         files = [file for file in files if file.name not in OWN_FILES]
         visible = [file for file in files if not is_hidden(file.relative_to(path))]
         self.others["hidden"], self.names = len(files) - len(visible), Names(visible)
@@ -121,22 +103,22 @@ class Folder:
                     self.read_metadata(file)
         for file in visible:
             self.sort(file)
-        self.refused += unread
         if self.shards or self.tables:
-            beside = "a .tar" if self.shards else "a .parquet"
             for image in self.images:
-                self.refuse(image, f"an image beside {beside}: put images into a folder of their own")
+                self.refuse(image, "an image beside shards or a .parquet: put images into a folder of their own")
             self.others["texts beside them"] += len(self.texts)
             self.images, self.texts = [], []
 
     def sort(self, file: Path) -> None:
         suffix, name = suffix_of(file.name), file.relative_to(self.path).as_posix().lower()
-        if file.exists() and not file.is_file():
-            self.refuse(file, "no plain file")
+        if not file.is_file():
+            self.refuse(file, "no plain file" if file.exists() else "a link to nothing")
+        elif suffix in IMAGE_SUFFIXES:
+            self.images.append(file)
         elif suffix in UNREAD:
             self.refuse(file, UNREAD[suffix])
-        elif suffix in IMAGE_SUFFIXES or file in self.captions:
-            self.images.append(file)  # also a link to nowhere
+        elif file in self.captions:  # by metadata.jsonl, whatever its extension
+            self.images.append(file)
         elif suffix == "tar" and file not in self.shards:
             self.refuse(file, f"shards are read from one folder: --data {file.parent}")
         elif suffix == "parquet" and not self.shards:
@@ -155,28 +137,22 @@ class Folder:
     def read_metadata(self, metadata: Path) -> None:
         """Rows {"file_name": …, "text": …} (Hugging Face imagefolder). Several rows of an image are all captions of it."""
         try:
-            text = read_text(metadata.read_bytes())
+            lines = read_text(metadata.read_bytes()).split("\n")  # splitlines() would also split at U+2028 in a text
         except ValueError as error:
             raise UserError(f"{metadata} is {error}") from None
-        for number, line in enumerate(text.split("\n"), 1):  # splitlines() would also split at U+2028 in a text
-            if not line.strip():
-                continue
+        for number, line in ((number, line) for number, line in enumerate(lines, 1) if line.strip()):
             where = f"{metadata} line {number}"
             try:
                 row = json.loads(line)
                 name = os.fspath(row["file_name"])
                 texts = row[next((key for key in CAPTION_KEYS if key in row), "text")]
             except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise UserError(f"{where}: needs file_name and text ({error})") from None
+                raise UserError(f"{where}: needs file_name and text of one image ({error})") from None
             try:
-                file = self.names.find_in(metadata.parent, name)
-            except ValueError as error:
-                raise UserError(f"{where}: {error}") from None
-            try:
-                if file:
+                if file := self.names.find_in(metadata.parent, name):
                     self.captions[file] += caption_lines(texts)
                 else:
-                    self.refused.append(printable(f"{where}: {name} (is not there, or is hidden)"))
+                    self.refused.append(printable(f"{where}: {name} (is not in the folder, or is hidden)"))
             except ValueError as error:
                 self.refused.append(printable(f"{where}: {name} ({error})"))
 

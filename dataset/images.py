@@ -24,6 +24,30 @@ class Decoded(NamedTuple):
 
 # Extensions of files that are read as images; in a shard, the first of them that a sample has.
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "avif", "jfif", "jpe", "bmp", "dib", "tif", "tiff", "gif", "apng")
+UNREAD = {  # other extensions that are named, with the reason why they are not read
+    suffix: reason
+    for suffixes, reason in (
+        ("heic heif hif", "HEIF: pip install -r requirements-heif.txt reads it"),
+        ("jxl", "JPEG XL: make a PNG of it, for example with djxl"),
+        ("jp2 j2k jpf jpx jpm", "JPEG 2000: save it as PNG"),
+        ("psd psb xcf kra ai svg eps pdf", "a document of a drawing program: export it as PNG"),
+        ("cr2 cr3 nef arw dng orf rw2 raf", "a camera's raw data: develop it as JPEG, PNG or TIFF"),
+        ("tga pcx ppm pgm pbm pnm exr hdr ico dds qoi jxr wdp", "not read: save it as PNG"),
+        ("mp4 mov mkv webm avi", "a film: save its frames as images"),
+        ("gz tgz bz2 xz zst zip 7z rar", "compressed: unpack it"),
+        ("csv", "not read: write its rows into a metadata.jsonl with file_name and text"),
+    )
+    for suffix in suffixes.split()
+}
+FIRST_BYTES = {  # of a file whose extension is none of these -> what it is
+    rb"....ftyp(hei|hev|mif|msf)": UNREAD["heic"],
+    rb"\xff\x0a|\0\0\0\x0cJXL ": UNREAD["jxl"],
+    rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51": UNREAD["jp2"],
+    rb"8BPS|%PDF|%!PS": UNREAD["psd"],
+    rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|PK\x03\x04|Rar!|7z\xbc\xaf": UNREAD["zip"],
+    rb"version https://git-lfs": "a pointer of Git LFS, not the file itself: run git lfs pull",
+    rb"\s*<": "a web page or SVG, no file of pixels",
+}
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "DIB", "HEIF")  # no others: Pillow would run PostScript
 HEAD = 2**16  # bytes from the start of an image that usually include its size, and from its end that may turn a PNG
 MOST_PIXELS = 200_000_000  # an image may have: a file of some kilobytes can decode to more than the memory holds
@@ -52,11 +76,18 @@ def open_image(encoded: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(late_chunks_first(encoded)), formats=KNOWN)
     except UnidentifiedImageError:  # Pillow's text has a memory address in it, which differs every time
-        raise ValueError("no image of a known kind") from None
+        raise ValueError(kind_of(encoded) or "no image of a known kind") from None
+    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+        raise ValueError("pixels of more than 16 bits, whose white is unknown: save it with 8 or 16")
     if image.width * image.height > MOST_PIXELS:
         raise ValueError(f"{image.width} × {image.height} pixels are more than the limit of {MOST_PIXELS:,}")
     note_turn(image)
     return image
+
+
+def kind_of(encoded: bytes) -> str | None:
+    """What a file is by its first bytes, and what to do, if it is of a known kind that is not read."""
+    return next((kind for first, kind in FIRST_BYTES.items() if re.match(first, encoded, re.DOTALL)), None)
 
 
 def late_chunks_first(encoded: bytes) -> bytes:
@@ -98,22 +129,20 @@ def upright(image: Image.Image) -> Image.Image:
     return image.transpose(TURNS[turn]) if turn > 1 else image  # transpose would copy an upright image too
 
 
-def size_of(encoded: bytes) -> Size:
-    """Upright (height, width) by the first bytes of an image; (0, 0) if they cannot be read."""
-    try:
-        return upright_size(open_image(encoded))
-    except Exception:  # whatever a broken file makes Pillow raise
-        return 0, 0
-
-
 def survey_size(read: Callable[[int, int], bytes], size: int) -> Size:
-    """As `size_of`, of an image of `size` bytes whose parts `read(offset, bytes)` gives: of as few of them as will do."""
+    """Upright (height, width) of an image of `size` bytes, whose parts `read(offset, bytes)` gives: of as few as will do.
+    (0, 0) if it cannot be read.
+    """
     head = read(0, min(size, HEAD))
     if head.startswith(b"\x89PNG") and size > HEAD:
         head += read(max(HEAD, size - HEAD), HEAD)
-    tiff = head.startswith((b"II", b"MM"))  # its tags may be anywhere
-    pixels = (0, 0) if tiff and size > HEAD else size_of(head)
-    return size_of(read(0, size)) if pixels == (0, 0) and size > HEAD else pixels
+    if size <= HEAD or not head.startswith((b"II", b"MM")):  # the tags of a TIFF may be anywhere
+        with suppress(Exception):  # whatever a broken file makes Pillow raise
+            return upright_size(open_image(head))
+    whole = read(0, size) if size > HEAD else b""
+    with suppress(Exception):
+        return upright_size(open_image(whole))
+    return 0, 0
 
 
 def to_rgb(image: Image.Image, on_white: bool = True) -> Image.Image:

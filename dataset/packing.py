@@ -4,7 +4,6 @@ The inputs are cut into runs of equal length. Each run is a job and makes one sh
 A job whose shard exists and was made of the same inputs is not done again.
 """
 
-import fcntl
 import hashlib
 import io
 import json
@@ -12,16 +11,16 @@ import os
 import re
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
+from common.files import lock_folder
 from common.progress import tqdm
 from dataset.captions import caption_lines
 from dataset.images import dhash, open_image, to_rgb, upright
 from dataset.rows import Inputs, ParquetRows
-from dataset.shards import Shard, already_there, finish, read_index, unfinished, write_shard
+from dataset.shards import Shard, already_there, finish, read_index, split_captions, unfinished, write_shard
 from dataset.workers import Tick, cores, in_parallel
 
 VERSION = 1  # of the contents of a shard: with another number all shards are made anew
@@ -39,8 +38,8 @@ def pack(name: str, encoded: bytes | str, captions: list[str]) -> tuple[dict, st
         raise ValueError(encoded)
     if not encoded:
         raise ValueError("cannot be read")
-    lines = [" ".join(caption.split()) for caption in caption_lines(captions)]
-    if not lines:
+    text = "\n".join(" ".join(caption.split()) for caption in caption_lines(captions)).encode()
+    if not split_captions(text):  # as the shard will be read
         raise ValueError(NO_CAPTION[1:-1])
     try:
         image = open_image(encoded)
@@ -58,7 +57,6 @@ def pack(name: str, encoded: bytes | str, captions: list[str]) -> tuple[dict, st
         rgb = to_rgb(open_image(encoded))  # as --verify decodes it
     digest, difference_hash = hashlib.sha256(encoded).hexdigest(), dhash(rgb)
     metadata = {"width": rgb.width, "height": rgb.height, "source": name, "sha256": digest, "dhash": difference_hash}
-    text = "\n".join(lines).encode()
     return {suffix: encoded, "txt": text, "json": json.dumps(metadata)}, digest, difference_hash
 
 
@@ -103,7 +101,8 @@ def pack_all(inputs: Inputs, folder: Path, name: str, per_shard: int, workers: i
     """
     ours, jobs = re.compile(re.escape(name) + r"-\d{6,}\.tar"), jobs_of(inputs, name, per_shard)
     try:
-        with alone_in(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock_folder("the folder", folder, wait=True):
             begun, index, existing = [path.stem for path in unfinished(folder)], read_index(folder), already_there(folder)
             if others := [tar for tar in begun if not ours.fullmatch(tar)]:
                 raise UserError(
@@ -128,22 +127,6 @@ def pack_all(inputs: Inputs, folder: Path, name: str, per_shard: int, workers: i
         raise UserError(f"{folder} cannot be written: {error.strerror}") from None
     except BrokenProcessPool:
         raise UserError(f"a process that wrote to {folder} was killed, perhaps for its memory: try fewer --workers") from None
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Creates the folder and holds a lock on it; waits for it if another process holds it.
-
-    Processes forked in the body share the lock. It is released when the last of them has ended, even if the parent was killed.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process that writes to {folder}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def pack_tables(tables: list[Path]) -> tuple[Path, list[str]]:

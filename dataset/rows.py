@@ -24,9 +24,6 @@ class Inputs(Protocol):
     def rows(self, first: int, last: int) -> Iterator[Row]: ...
 
 
-# Rows of parquet files.
-
-
 class ParquetRows:
     """Rows of the columns image {bytes, path} and text, as in lambdalabs/naruto-blip-captions. Raises UserError for others."""
 
@@ -101,16 +98,16 @@ def encoded_image(cell: object, folder: Path) -> tuple[str, bytes | str]:
     if isinstance(cell, list) and len(cell) == 1:
         cell = cell[0]
     name, encoded = (cell.get("path"), cell.get("bytes")) if isinstance(cell, dict) else ("", cell)
-    if encoded is None and name:
-        encoded = name
+    encoded = (name or None) if encoded is None else encoded
     if encoded is None or isinstance(encoded, bytes):
         return name or "", encoded or b""
     if not isinstance(encoded, str):
         return name or "", "the column image holds no encoded image: bytes, or a struct of bytes and path"
+    if not (path := names_under(folder).find_in(folder, encoded)):
+        return "", f"the column image holds a path, and no such file is in {folder}/: {encoded[:80]}"
     try:
-        path = names_under(folder).find_in(folder, encoded)
-        return encoded, path.read_bytes() if path else f"the column image holds a path, and no such file is in {folder}/"
-    except (ValueError, OSError) as error:
+        return encoded, path.read_bytes()
+    except OSError as error:
         return encoded, str(error)
 
 

@@ -8,11 +8,10 @@ import hashlib
 import json
 import re
 import tarfile
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
-from itertools import islice
+from os.path import splitext
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 from unicodedata import normalize
@@ -22,13 +21,12 @@ import webdataset as wds
 from common.errors import UserError
 from common.text import read_text
 from dataset.captions import CAPTION_KEYS, TEXT_SUFFIXES, caption_lines
-from dataset.folder import UNREAD, is_hidden
-from dataset.images import HEAD, IMAGE_SUFFIXES, MOST_BYTES, survey_size
+from dataset.folder import is_hidden, suffix_of
+from dataset.images import HEAD, IMAGE_SUFFIXES, MOST_BYTES, UNREAD, kind_of, survey_size
 from dataset.latents import LATENTS, signature_of, size_of_latents
 
 INDEX = "index.jsonl"
-COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\3\4", b"Rar!", b"7z\xbc\xaf")  # first bytes
-MOST_TEXT = 2**20  # bytes of a caption's file: a longer one is ignored
+MOST_TEXT = 2**20  # bytes of a caption's file
 
 
 @dataclass
@@ -67,40 +65,48 @@ INDEX_KEYS = {
 # Reading a shard.
 
 
-def members_of(path: Path) -> tuple[list[tuple[str, str, int, int]], bool]:
-    """Reads the headers of a tar -> ([(key, extension, offset of the data, its bytes) of each file], whether it is truncated).
+Members = dict[str, dict[str, tuple[int, int]]]  # {key: {extension: (offset of the data, its bytes)}}
+
+
+def members_of(path: Path) -> tuple[Members, bool]:
+    """Reads the headers of a tar -> (its files, whether it is truncated). Those of a key need not be neighbours.
 
     Raises UserError if it is no tar file, or holds links, devices, a name twice or names that lead out of the folder.
     """
-    files, length, member, end = [], path.stat().st_size, None, 0
+    samples: Members = {}
+    spelling: dict[str, str] = {}  # {key in Unicode's composed form: key as it is first found}
+    length, member, end = path.stat().st_size, None, 0
     try:
         with tarfile.open(path, "r:", errors="backslashreplace") as tar:  # so that names can be printed
             for member in tar:
                 name, plain = PurePosixPath(member.name), member.isdir() or (member.isfile() and not member.issparse())
                 if not plain or name.is_absolute() or ".." in name.parts:
-                    raise UserError(f"{path} holds {member.name!r}, which is no plain file or leads out of it")
+                    advice = "pack the files themselves, as tar --dereference --hard-dereference does"
+                    raise UserError(f"{path} holds {member.name!r}, which is no plain file or leads out of it: {advice}")
                 if member.size < 0:
                     raise UserError(f"{path} holds {member.name!r} of a size below zero")
                 end = member.offset_data + (member.size + 511) // 512 * 512
                 if member.offset_data + member.size > length:
                     break
-                key, extension = wds.tariterators.base_plus_ext(member.name)
-                if member.isfile():
-                    if key is None or is_hidden(name):
-                        key, extension = member.name, ""
-                    files.append((key, extension.lower(), member.offset_data, member.size))
+                if not member.isfile():
+                    continue
+                key, extension = (member.name, "") if is_hidden(name) else splitext(member.name)
+                parts = samples.setdefault(spelling.setdefault(normalize("NFC", key), key), {})
+                if (extension := extension.lower().removeprefix(".")) in parts:
+                    raise UserError(f"{path} holds two files of the same name, {member.name!r}: rename or remove one")
+                parts[extension] = member.offset_data, member.size
     except (tarfile.TarError, OSError, ValueError) as error:
         if member is None:
             with path.open("rb") as file:
-                packed = file.read(8).startswith(COMPRESSED)
-            raise UserError(f"{path} is no tar file: {'it is compressed: unpack it' if packed else error}") from None
-    if len({(normalize("NFC", key), extension) for key, extension, *_ in files}) < len(files):
-        raise UserError(f"{path} holds two files of the same name")
+                reason = kind_of(file.read(HEAD)) or error
+            if (suffix := suffix_of(path.name)) != "tar":
+                reason = UNREAD.get(suffix, "give a folder, .tar or .parquet files")
+            raise UserError(f"{path} is no tar file: {reason}") from None
     with path.open("rb") as file:
         file.seek(min(end, length))
         rest = file.read(HEAD)
     # Complete if the end-of-archive mark follows, at least its first block of 512 zeros, and nothing but zeros after it.
-    return files, len(rest) < 512 or any(rest)
+    return samples, len(rest) < 512 or any(rest)
 
 
 def read_from(file: BinaryIO, begin: int, at: int, size: int) -> bytes:
@@ -110,22 +116,20 @@ def read_from(file: BinaryIO, begin: int, at: int, size: int) -> bytes:
 
 def survey(path: Path) -> Shard:
     """Reads only the headers of the tar file and of the images, and the captions. Raises UserError as `members_of`."""
-    members, truncated = members_of(path)
+    samples, truncated = members_of(path)
     shard = Shard(path.name, path.stat().st_size, truncated=truncated)
     kinds: set[bool] = set()  # whether samples are latents
     tensor_names: list[set[str]] = []  # of each sample of latents
-    vae_signatures: set[tuple[float, ...]] = set()
-    text_signatures: set[tuple[float, ...]] = set()
+    signatures = set()  # of the models that made the latents
     with path.open("rb") as file:
         read = partial(read_from, file, 0)
-        for key, parts in samples_of(members).items():
+        for key, parts in samples.items():
             kind = next((extension for extension in (*IMAGE_SUFFIXES, LATENTS) if extension in parts), None)
             account(shard, key, parts, kind)
             if kind is None:
                 continue
-            texts = [(e, parts[e]) for e in TEXT_SUFFIXES if e in parts and parts[e][1] <= MOST_TEXT]
             try:
-                text = next((place for e, place in texts if split_captions(read(*place), must_be_json=(e == "json"))), None)
+                text = caption_among(parts, read)
             except ValueError as error:
                 shard.unusable.append(f"{key} ({error})")
                 continue
@@ -137,67 +141,63 @@ def survey(path: Path) -> Shard:
                 size = 0  # training skips it, as an image that cannot be read
             if kind == LATENTS:
                 pixels, names = size_of_latents(read(at, min(size, HEAD)))
-                if names:  # else they cannot be read, and training skips them
-                    tensor_names.append(names)
-                metadata = read(*dict(texts)["json"]) if "json" in dict(texts) else b""
-                vae_signatures.add(signature_of(metadata, "vae"))
-                text_signatures.add(signature_of(metadata, "text"))
+                tensor_names += [names] if names else []  # without any they cannot be read, and training skips them
+                metadata = read(*parts.get("json", (0, 0)))
+                signatures.add((signature_of(metadata, "vae"), signature_of(metadata, "text")))
             else:
                 pixels = survey_size(partial(read_from, file, at), size)
             kinds.add(kind == LATENTS)
             shard.samples.append((key, at, size, *text, *pixels))
     if len(kinds) > 1:
         raise UserError(f"{path} holds both images and latents: train on one kind")
-    if max(len(vae_signatures), len(text_signatures)) > 1:
+    if len(signatures) > 1:
         raise UserError(f"the latents of {path} were made by several models: make them anew with scripts/cache_latents.py")
     shard.has_latents = kinds == {True}
-    shard.vae_signature = list(next(iter(vae_signatures), ()))
-    shard.text_signature = list(next(iter(text_signatures), ()))
+    shard.vae_signature, shard.text_signature = map(list, next(iter(signatures), ((), ())))
     shard.has_mirrored = bool(tensor_names) and all("mirrored" in names for names in tensor_names)
     shard.has_masks = bool(tensor_names) and all("mask" in names for names in tensor_names)
     return shard
 
 
-def samples_of(members: list[tuple[str, str, int, int]]) -> dict[str, dict[str, tuple[int, int]]]:
-    """Members as of `members_of` -> {key: {extension: (offset, bytes)}}. Those of a key need not be neighbours."""
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
-    spelling: dict[str, str] = {}  # {key in Unicode's composed form: key as it is first found}
-    for key, extension, at, size in members:
-        samples.setdefault(spelling.setdefault(normalize("NFC", key), key), {})[extension] = at, size
-    return samples
-
-
 def account(shard: Shard, key: str, extensions: Iterable[str], kind: str | None) -> None:
-    """Reports the files of a sample but the one of `kind`, its image: as refused, without a caption, or by their number."""
-    others = Counter(shard.others)
+    """Reports the files of a sample but the one of `kind`, its image: as unusable with the reason, or by their number."""
     for extension in (e for e in extensions if e != kind):
-        last = extension.rpartition(".")[2]
-        if last in UNREAD:
-            shard.unusable.append(f"{key}.{extension} ({UNREAD[last]})")
-        elif kind is None and last in IMAGE_SUFFIXES:  # photo.2.jpg has the key photo and the extension 2.jpg
-            shard.uncaptioned.append(f"{key}.{extension}")
+        if reason := "one image of each name is read" if extension in IMAGE_SUFFIXES else UNREAD.get(extension):
+            shard.unusable.append(f"{key}.{extension} ({reason})")
         else:
-            others[f".{last}" if last else "hidden" if is_hidden(PurePosixPath(key)) else "without an extension"] += 1
-    shard.others = dict(others)
+            other = f".{extension}" if extension else "hidden" if is_hidden(PurePosixPath(key)) else "without an extension"
+            shard.others[other] = shard.others.get(other, 0) + 1
+
+
+def caption_among(parts: dict[str, tuple[int, int]], read: Callable[[int, int], bytes]) -> tuple[int, int] | None:
+    """(offset, bytes) of the first file of a sample that holds captions. Raises ValueError if one before it cannot be read."""
+    for extension in (e for e in TEXT_SUFFIXES if e in parts):
+        at, size = parts[extension]
+        if split_captions(read(at, min(size, MOST_TEXT + 1)), must_be_json=extension == "json"):
+            return at, size
+    return None
 
 
 def split_captions(encoded: bytes, must_be_json: bool = False) -> list[str]:
     """The captions of an image: the lines of its .txt file, or what its .json file has as one of CAPTION_KEYS.
 
-    Raises ValueError with the reason if they are no text.
+    Raises ValueError with the reason if they cannot be read.
     """
+    if len(encoded) > MOST_TEXT:
+        raise ValueError("its caption is larger than 1 MiB")
     try:
         text = read_text(encoded).strip()
     except ValueError as error:
         raise ValueError(f"its caption is {error}") from None
-    captions: object = text
-    if must_be_json or re.match(r'\{\s*["}]', text):  # "{red|blue} coat" is a caption
-        try:
-            entry = json.loads(text)
-            captions = next((entry[key] for key in CAPTION_KEYS if key in entry), None)
-        except (ValueError, TypeError, RecursionError):
-            return []
-    return caption_lines(captions)
+    if not text or not (must_be_json or re.match(r'\{\s*["}]', text)):  # "{red|blue} coat" is a caption
+        return caption_lines(text)
+    try:
+        entry = json.loads(text)
+    except (ValueError, RecursionError):
+        entry = None
+    if not isinstance(entry, dict):
+        raise ValueError(f"its caption is no JSON object with {' or '.join(CAPTION_KEYS)}")
+    return caption_lines(next((entry[key] for key in CAPTION_KEYS if entry.get(key)), None))
 
 
 # The index of a folder of shards.
@@ -216,8 +216,8 @@ def read_lines(text: bytes, where: str) -> dict[str, Shard]:
             entry = json.loads(line)
             shard = Shard(**{attributes[key]: value for key, value in entry.items() if key in attributes})
             shard.samples = [(str(key), *map(int, numbers)) for key, *numbers in shard.samples]
-            shard.uncaptioned, shard.has_latents = list(map(str, shard.uncaptioned)), bool(shard.has_latents)
-            shard.unusable = list(map(str, shard.unusable))
+            shard.uncaptioned, shard.unusable = list(map(str, shard.uncaptioned)), list(map(str, shard.unusable))
+            shard.has_latents = bool(shard.has_latents)
             shard.others = {str(kind): int(number) for kind, number in shard.others.items()}
             shard.vae_signature = [float(value) for value in shard.vae_signature]
             shard.text_signature = [float(value) for value in shard.text_signature]
@@ -264,13 +264,9 @@ def already_there(folder: Path) -> dict[str, Shard]:
 
 
 def write_shard(
-    folder: Path,
-    name: str,
-    samples: Iterable[tuple[str, dict, str]],
-    refused: Sequence[str] = (),
-    made_of: str = "",
-    dhashes: Sequence[str] = (),
-) -> Shard:
+    folder: Path, name: str, samples: Iterable[tuple[str, dict, str]],
+    refused: Sequence[str] = (), made_of: str = "", dhashes: Sequence[str] = (),
+) -> Shard:  # fmt: skip
     """Samples (key, {extension: content}, hash) -> folder/name, written under a temporary name and renamed when it is complete.
     Without samples no tar file is written.
 
@@ -297,18 +293,6 @@ def write_shard(
     else:
         part.unlink()
     return shard
-
-
-def write_shards(folder: Path, name: str, samples: Iterable[dict], per_shard: int) -> int:
-    """Samples {extension: content} -> folder/name-000000.tar, … and their index. Returns the number of shards."""
-    remaining = iter(samples)
-    shards: list[Shard] = []
-    while chunk := list(islice(remaining, per_shard)):
-        first = len(shards) * per_shard
-        keyed = ((f"{first + i:07d}", sample, "") for i, sample in enumerate(chunk))
-        shards.append(write_shard(folder, f"{name}-{len(shards):06d}.tar", keyed))
-    finish(folder, shards, ())
-    return len(shards)
 
 
 def finish(folder: Path, shards: list[Shard], replaced: Iterable[str]) -> None:

@@ -5,8 +5,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +26,7 @@ from dataset.shards import MOST_TEXT, Shard, read_from, read_index, split_captio
 
 DEMO = ROOT / "assets/demo/train"
 
+HUB_ID = r"[\w.-]+/[\w-]+"
 PLACE = np.dtype([(name, "i8") for name in ("file", "at", "size", "text_at", "text_size", "height", "width")])
 
 
@@ -89,8 +89,9 @@ class Source:
 
     def account(self) -> str:
         """What became of all that is there, in one line."""
-        counts = f"{self.samples} images with a caption, {len(self.uncaptioned)} without, {len(self.refused)} refused"
-        others = describe_others(self.others)
+        unreadable, others = np.count_nonzero(self.places["height"] == 0), describe_others(self.others)
+        broken = f" ({unreadable} cannot be read: training skips them)" if unreadable else ""
+        counts = f"{self.samples} images with a caption{broken}, {len(self.uncaptioned)} without, {len(self.refused)} refused"
         return f"{counts}; beside them {others}" if others else counts
 
     def left_out(self, most: int = 20) -> list[str]:
@@ -129,33 +130,49 @@ def open_mixture(data: tuple[str, ...], cache: Cache | None = None) -> Source:
     if weights and len(weights) < len(pairs):
         raise UserError(f"{' '.join(data)}: give all of them a weight (:3 at the end), or none")
     sources = [open_source(name, cache) for name, _ in pairs]
-    if len({source.has_latents for source in sources}) > 1:
-        raise UserError(f"{' '.join(data)}: these hold both images and latents: train on one kind")
-    if len({(source.vae_signature, source.text_signature) for source in sources}) > 1:
-        raise UserError(f"{' '.join(data)}: these latents were made by several models")
-    first, *others = sources
-    if not others:
-        return first
+    if len(sources) == 1:
+        return sources[0]
+    fingerprint = hashlib.sha256(" ".join(source.fingerprint for source in sources).encode()).hexdigest()
+    part = np.repeat(range(len(sources)), [source.samples for source in sources])
+    whole = joined([name for name, _ in pairs], sources, fingerprint)
+    return replace(whole, part=part, shares=tuple(weight / sum(weights) for weight in weights))
+
+
+def joined(labels: Sequence[str], sources: Sequence[Source], fingerprint: str) -> Source:
+    """One source of several. Raises UserError for both images and latents, or for latents that several models made."""
+    full = [(label, source) for label, source in zip(labels, sources, strict=True) if source.samples]
+    by_kind = {source.has_latents: label for label, source in full}
+    if len(by_kind) > 1:
+        raise UserError(f"{by_kind[False]} and {by_kind[True]} hold both images and latents: train on one kind")
+    by_model = {(source.vae_signature, source.text_signature): label for label, source in full}
+    if len(by_model) > 1:
+        names = " and ".join(list(by_model.values())[:2])
+        raise UserError(f"the latents of {names} were made by several models: make them anew with scripts/cache_latents.py")
+    places, first_file = [source.places.copy() for source in sources], 0
+    for source, of_source in zip(sources, places, strict=True):
+        of_source["file"] += first_file
+        first_file += len(source.files)
     captions = [lines for source in sources for lines in source.captions or [[]] * source.samples]
-    places = [source.places.copy() for source in sources]
-    for n, part in enumerate(places):
-        part["file"] += sum(len(source.files) for source in sources[:n])
-    return replace(
-        first,
-        files=[file for source in sources for file in source.files],
-        places=np.concatenate(places),
-        names=[name for source in sources for name in source.names],
-        captions=captions,
-        uncaptioned=[name for source in sources for name in source.uncaptioned],
-        refused=[line for source in sources for line in source.refused],
+
+    def all_of(field: str) -> list:
+        return [item for source in sources for item in getattr(source, field)]
+
+    return Source(
+        files=all_of("files"),
+        places=np.concatenate([np.empty(0, PLACE), *places]),
+        names=all_of("names"),
+        captions=captions if any(captions) else [],
+        uncaptioned=all_of("uncaptioned"),
+        fingerprint=fingerprint,
+        refused=all_of("refused"),
         others=sum((source.others for source in sources), Counter()),
         note=" ".join(filter(None, (source.note for source in sources))),
-        truncated=tuple(name for source in sources for name in source.truncated),
-        fingerprint=hashlib.sha256(" ".join(source.fingerprint for source in sources).encode()).hexdigest(),
-        has_mirrored=all(source.has_mirrored for source in sources),
-        has_masks=all(source.has_masks for source in sources),
-        part=np.repeat(range(len(sources)), [source.samples for source in sources]),
-        shares=tuple(weight / sum(weights) for weight in weights),
+        truncated=tuple(all_of("truncated")),
+        has_latents=True in by_kind,
+        has_mirrored=bool(full) and all(source.has_mirrored for _, source in full),
+        has_masks=bool(full) and all(source.has_masks for _, source in full),
+        vae_signature=full[0][1].vae_signature if full else (),
+        text_signature=full[0][1].text_signature if full else (),
     )
 
 
@@ -185,7 +202,7 @@ def open_source(data: str, cache: Cache | None = None) -> Source:
         raise UserError("the name of the data is empty")
     path = DEMO if data == "demo" else Path(data)
     try:
-        if re.fullmatch(r"[\w.-]+/[\w-]+", data) and not path.exists():
+        if re.fullmatch(HUB_ID, data) and not path.exists():
             raise UserError(f"{data} does not exist; a data set of the hub: scripts/make_shards.py {data} --out shards/")
         source = of_shards(remote_shards(expand(data), cache)) if scheme_of(data) else open_folder(Folder(path))
     except OSError as error:
@@ -200,8 +217,8 @@ def open_folder(folder: Folder) -> Source:
     if folder.tables:
         path, refused = pack_tables(folder.tables)
         source = open_folder(Folder(path))
-        uncaptioned = [line for line in refused if line.endswith(NO_CAPTION)]
-        refused = folder.refused + [line for line in refused if line not in uncaptioned]
+        uncaptioned = [line.removesuffix(f" {NO_CAPTION}") for line in refused if line.endswith(NO_CAPTION)]
+        refused = folder.refused + [line for line in refused if not line.endswith(NO_CAPTION)]
         return replace(source, uncaptioned=uncaptioned, refused=refused, others=folder.others)
     shards = local_shards(folder.path, folder.shards)
     if not shards:
@@ -221,7 +238,7 @@ def why_empty(source: Source) -> str:
 def expand(pattern: str) -> list[str]:
     """'{0..2}.tar' -> ['0.tar', '1.tar', '2.tar']. Raises UserError if a brace is not closed."""
     try:
-        return list(braceexpand(pattern))
+        return [pattern] if os.path.exists(pattern) else list(braceexpand(pattern, escape=False))
     except UnbalancedBracesError:
         raise UserError(f"{pattern}: a brace is not closed") from None
 
@@ -235,12 +252,10 @@ def local_shards(path: Path, found: Sequence[Path]) -> list[tuple[Path, Shard]]:
     index = {folder: read_index(folder) for folder in {tar.parent for tar in tars}}
     if path.is_dir():
         tars = sorted({*tars, *(path / name for name, shard in index.get(path, {}).items() if shard.bytes)})
-    for tar in tars:
-        if not tar.is_file():
-            raise UserError(f"{tar} does not exist")
-    for folder in index:
-        if unfinished(folder):
-            raise UserError(f"{path}: the writing of these shards was interrupted: the same command goes on with it")
+    if missing := [tar for tar in tars if not tar.is_file()]:
+        raise UserError(f"{missing[0]} does not exist")
+    if any(map(unfinished, index)):
+        raise UserError(f"{path}: the writing of these shards was interrupted: the same command goes on with it")
     shards = []
     for tar in tqdm(tars, desc="looking through the shards", unit="shard", delay=2, leave=False):
         shard = index[tar.parent].get(tar.name)
@@ -250,37 +265,35 @@ def local_shards(path: Path, found: Sequence[Path]) -> list[tuple[Path, Shard]]:
     return shards
 
 
-def of_shards(shards: Sequence[tuple[File | RemoteFile, Shard]]) -> Source:
-    """One source of several shards. Raises UserError for both images and latents, or for latents that several models made."""
-    shards = [(file, s) for file, s in shards if s.samples or s.uncaptioned or s.truncated or s.unusable or s.others]
-    full = [shard for _, shard in shards if shard.samples]
-    by_kind = {shard.has_latents: shard.name for shard in full}
-    if len(by_kind) > 1:
-        raise UserError(f"{by_kind[False]} and {by_kind[True]} hold both images and latents: train on one kind")
-    by_model = {(tuple(shard.vae_signature), tuple(shard.text_signature)): shard.name for shard in full}
-    if len(by_model) > 1:
-        names = " and ".join(list(by_model.values())[:2])
-        raise UserError(f"the latents of {names} were made by several models: make them anew with scripts/cache_latents.py")
-    digest = hashlib.sha256()
-    for shard in full:
-        digest.update(json.dumps([(key, size, text_size) for key, _, size, _, text_size, *_ in shard.samples]).encode())
-    places = [(number, *sample[1:]) for number, (_, shard) in enumerate(shards) for sample in shard.samples]
+def of_shard(file: File | RemoteFile, shard: Shard) -> Source:
+    def named(names: Iterable[str]) -> list[str]:
+        return [printable(f"{shard.name}:{name}") for name in names]
+
     return Source(
-        files=[file for file, _ in shards],
-        places=np.array(places, PLACE),
-        names=[printable(f"{shard.name}:{key}") for shard in full for key, *_ in shard.samples],
+        files=[file],
+        places=np.array([(0, *sample[1:]) for sample in shard.samples], PLACE),
+        names=named(key for key, *_ in shard.samples),
         captions=[],
-        uncaptioned=[printable(f"{shard.name}:{key}") for _, shard in shards for key in shard.uncaptioned],
-        fingerprint=digest.hexdigest(),
-        refused=[printable(f"{shard.name}:{line}") for _, shard in shards for line in shard.unusable],
-        others=sum((Counter(shard.others) for _, shard in shards), Counter()),
-        truncated=tuple(printable(shard.name) for _, shard in shards if shard.truncated),
-        has_latents=all(shard.has_latents for shard in full) and bool(full),
-        has_mirrored=all(shard.has_mirrored for shard in full) and bool(full),
-        has_masks=all(shard.has_masks for shard in full) and bool(full),
-        vae_signature=tuple(full[0].vae_signature) if full else (),
-        text_signature=tuple(full[0].text_signature) if full else (),
+        uncaptioned=named(shard.uncaptioned),
+        fingerprint="",
+        refused=named(shard.unusable),
+        others=Counter(shard.others),
+        truncated=(printable(shard.name),) * shard.truncated,
+        has_latents=shard.has_latents,
+        has_mirrored=shard.has_mirrored,
+        has_masks=shard.has_masks,
+        vae_signature=tuple(shard.vae_signature),
+        text_signature=tuple(shard.text_signature),
     )
+
+
+def of_shards(shards: Sequence[tuple[File | RemoteFile, Shard]]) -> Source:
+    """One source of several shards. Raises UserError as `joined`."""
+    digest = hashlib.sha256()
+    for _, shard in shards:
+        if shard.samples:
+            digest.update(json.dumps([(key, size, text_size) for key, _, size, _, text_size, *_ in shard.samples]).encode())
+    return joined([s.name for _, s in shards], [of_shard(file, s) for file, s in shards], digest.hexdigest())
 
 
 def scan_images(folder: Folder) -> Source:
@@ -306,7 +319,7 @@ def scan_images(folder: Folder) -> Source:
                 size = 0  # training skips it, as an image that cannot be read
             with path.open("rb") as file:
                 pixels = survey_size(partial(read_from, file, 0), size)
-        except OSError:  # a broken link, or no permission: training skips it and reports its name
+        except OSError:  # no permission: training skips it and reports its name
             size, pixels = 0, (0, 0)
         digest.update(json.dumps([str(path.relative_to(folder.path)), size, lines]).encode())
         if lines:
@@ -323,13 +336,13 @@ def scan_images(folder: Folder) -> Source:
 
 
 def captions_beside(image: Path, names: Names) -> tuple[list[str], Path | None]:
-    """(captions of name.jpg in a name.txt, name.json, … of up to MOST_TEXT bytes, that file). Raises ValueError if it is no
-    text.
-    """
+    """(captions of name.jpg in a name.txt, name.json, …, that file). Raises ValueError if it cannot be read."""
     for suffix in TEXT_SUFFIXES:
-        path = names.find(image.with_suffix(f".{suffix}"))
-        with suppress(OSError):
-            encoded = path.read_bytes() if path and path.is_file() and path.stat().st_size <= MOST_TEXT else b""
-            if lines := split_captions(encoded, must_be_json=(suffix == "json")):
+        if (path := names.find(image.with_suffix(f".{suffix}"))) and path.is_file():
+            try:
+                (encoded,) = File(path).read((0, MOST_TEXT + 1))
+            except OSError as error:
+                raise ValueError(f"its caption cannot be read: {error.strerror}") from None
+            if lines := split_captions(encoded, must_be_json=suffix == "json"):
                 return lines, path
     return [], None

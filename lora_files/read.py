@@ -329,9 +329,6 @@ def read_lora(path: Path, shapes: dict[str, torch.Size]) -> Deltas:
         problem, stems = next(iter(contents.wrong.items()))
         examples = ", ".join(" ".join([stem, *(str(list(t.shape)) for t in parts[stem].values())]) for stem in stems[:3])
         raise UserError(f"{path} does not fit the model: {len(stems)} of {len(parts)} modules {problem}, first {examples}")
-    for module, (*_, alpha) in contents.deltas.items():
-        if not math.isfinite(alpha):
-            raise UserError(f"{path}: the alpha of {module} is {alpha}")
     return contents.deltas | contents.additions
 
 
@@ -380,6 +377,8 @@ def scaling_rules(path: Path, metadata: dict[str, str]) -> Callable[[str, int], 
                 if any(re.match(rf"(.*\.)?({pattern})$", name) for name in (rest, short, f"text_model.{short}")):
                     value = other
                     break
+            if not math.isfinite(float(value)):
+                raise ValueError(f"the alpha of {module} is {value}")
             return float(value) * (rank**0.5 if config.get(f"{component}.use_rslora") else 1)
         except (ValueError, TypeError, AttributeError, re.error) as error:
             raise UserError(f"{path}: its PEFT configuration is not usable: {error}") from None

@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from common.errors import UserError
+from common.files import write_atomically
 from common.safetensors_files import encode_header
 from lora_files.deltas import Deltas
 from lora_files.names import diffusers_name, kohya_name
@@ -166,3 +167,19 @@ def check_written(path: Path, shapes: dict[str, torch.Size], live: Deltas, dtype
     if not difference <= torch.finfo(dtype).eps * largest:
         raise UserError(f"the LoRA file read back differs from the weights by {difference:.3g}, so {otherwise}")
     return difference
+
+
+def write_lora(
+    out: Path, deltas: Deltas, metadata: dict[str, str], layout: str, dtype: torch.dtype, shapes: dict[str, torch.Size]
+) -> tuple[int, float]:
+    """Writes a new LoRA file, and reads it back before it gets its name. Returns its size in bytes, and its largest difference.
+
+    Raises UserError if that is more than rounding.
+    """
+    data, differences = serialise(deltas, {"modelspec.title": out.stem} | metadata, layout, dtype), []
+
+    def check(written: Path) -> None:
+        differences.append(check_written(written, shapes, deltas, dtype, "it was not kept: try --save-dtype fp32"))
+
+    write_atomically(out, data, check)
+    return len(data), differences[0]

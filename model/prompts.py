@@ -17,7 +17,11 @@ NARUTO_PROMPTS = ["Naruto Uzumaki eating ramen", "Bill Gates in Naruto style", "
 LINE_OPTIONS = {  # as kohya's scripts read them
     "n": "negative", "w": "width", "h": "height", "d": "seed", "s": "steps", "l": "guidance", "am": "strength",
 }  # fmt: skip
-A1111_SYNTAX = re.compile(r"<(?:lora|lyco|hypernet):[^>]*>|\([^()]*:\d\.\d+\)")
+OTHER_SYNTAX = re.compile(  # of A1111's prompts and what it writes below a picture, of ComfyUI and of wildcards
+    r"<(?:lora|lyco|hypernet):[^>]*>|[(\[][^()\[\]]*(?::\s*-?\d*\.\d+|[^\d\s]\s*:\s*-?\d+)\s*[)\]]"
+    r"|^Negative prompt:|^Steps: \d+,|(?<!\S)embedding:\S+|(?<!\S)__\w+__|\{[^{}]*\|[^{}]*\}"
+)
+PROMPT_FILES = (".txt", ".toml", ".json", ".jsonl", ".csv", ".yaml", ".yml")  # the first two are read
 MAX_LENGTH = 10_000  # characters: one may come from a file of unknown origin
 SAMPLER_NAMES = {  # class of diffusers -> A1111's name
     "DDIMScheduler": "DDIM", "DPMSolverMultistepScheduler": "DPM++ 2M", "EulerDiscreteScheduler": "Euler",
@@ -73,7 +77,7 @@ def make_prompt(where: str, given: dict[str, object], convert: bool = False) -> 
     if "text" not in values:
         raise UserError(f"{where} has no text")
     for text in (str(values[name]) for name in ("text", "negative") if name in values):
-        if found := A1111_SYNTAX.search(text):
+        if found := OTHER_SYNTAX.search(text):
             raise UserError(f"{where}: {found[0][:40]} is not read, but would be drawn: remove it")
         if len(text) > MAX_LENGTH or any(c < " " for c in text):
             raise UserError(f"{where} holds control characters, or more than {MAX_LENGTH} characters")
@@ -125,13 +129,15 @@ def read_prompts(prompts: tuple[str, ...], model: str) -> list[Prompt]:
     if not prompts:
         return list(map(Prompt, DEMO_PROMPTS.read_text().splitlines() if model == "demo" else NARUTO_PROMPTS))
     first, where = prompts[0], f"--prompts {prompts[0]}"
+    if len(prompts) == 1 and first.endswith(PROMPT_FILES[2:]):
+        raise UserError(f"{where}: only lines of text and TOML are read: write a .txt with a prompt on each line")
     if len(prompts) == 1 and os.path.isfile(first):  # Path.is_file() would raise for a long prompt
         try:
             text = read_text(Path(first).read_bytes())
         except (ValueError, OSError) as error:
             raise UserError(f"{where} is {error}") from None
         return parse_file(where, text, first.endswith(".toml"))
-    if len(prompts) == 1 and first.endswith((".txt", ".toml")):
+    if len(prompts) == 1 and (first.endswith(PROMPT_FILES) or os.path.isdir(first)):
         raise UserError(f"{where}: no such file")
     return [parse_line(f"--prompts text {n}", prompt) for n, prompt in enumerate(prompts, 1)]
 

@@ -36,11 +36,11 @@ if __name__ == "__main__":
     COMMAND = parse_command("convert_lora.py", ConvertConfig, __doc__)
 
 
-from common.files import check_writable, write_atomically
+from common.files import check_writable
 from lora_files.base_weights import model_shapes
 from lora_files.deltas import is_addition
 from lora_files.read import read_lora, read_metadata
-from lora_files.write import check_written, serialise
+from lora_files.write import write_lora
 from memory import DTYPES
 
 
@@ -53,18 +53,11 @@ def main(config: ConvertConfig) -> None:
     added = [deltas.pop(name) for name in list(deltas) if is_addition(name)]
     if not deltas:
         raise UserError(f"{config.lora} holds only additions (.diff, .diff_b), which no layout of LoRA can hold")
-    metadata = {"modelspec.title": config.out.stem} | read_metadata(config.lora)
     dtype = DTYPES[config.save_dtype]
-    data = serialise(deltas, metadata, config.format, dtype)
-    errors = []
-
-    def check(written: Path) -> None:
-        errors.append(check_written(written, shapes, deltas, dtype, "it was not kept: try --save-dtype fp32"))
-
-    write_atomically(config.out, data, check)
+    _, difference = write_lora(config.out, deltas, read_metadata(config.lora), config.format, dtype, shapes)
     if added:
         print(f"left out: {len(added)} additions to norms, biases or whole weights (.diff, .diff_b)")
-    print(f"{config.out}: {len(deltas)} layers in the {config.format} layout, largest difference {errors[0]:.2g}")
+    print(f"{config.out}: {len(deltas)} layers in the {config.format} layout, largest difference {difference:.2g}")
 
 
 if __name__ == "__main__":

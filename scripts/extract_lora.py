@@ -82,13 +82,13 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
-from common.files import check_writable, write_atomically
+from common.files import check_writable
 from common.progress import tqdm
 from lora_files.base_weights import Place, model_shapes, stored_weights
 from lora_files.deltas import Deltas, delta_svd, is_addition
 from lora_files.names import diffusers_name
 from lora_files.read import read_lora, read_metadata
-from lora_files.write import check_written, serialise
+from lora_files.write import write_lora
 from memory import DTYPES, resolve_device
 
 # Decomposing.
@@ -292,27 +292,21 @@ def main(config: ExtractConfig) -> None:
     # The file.
     origin: dict[str, object] = {"source": config.source.name, "base": config.base and config.base.name}
     origin |= {"rank": config.rank, "error": config.error}
-    metadata = {"modelspec.title": config.out.stem} | source.metadata
-    metadata |= {
+    metadata = source.metadata | {
         "ss_network_dim": common({layer.rank for layer in layers}),
         "ss_network_alpha": common({alpha for *_, alpha in deltas.values()}),
         "sdxl_lora.extracted": json.dumps({key: value for key, value in origin.items() if value is not None}),
     }
     dtype = DTYPES[config.save_dtype]
-    data = serialise(deltas, metadata, config.format, dtype)
-
-    def check(written: Path) -> None:
-        check_written(written, source.shapes, deltas, dtype, "it was not kept: try --save-dtype fp32")
-
-    write_atomically(config.out, data, check)
+    size, _ = write_lora(config.out, deltas, metadata, config.format, dtype, source.shapes)
     print(*table(layers), sep="\n")
     if equal:
         print(f"left out: {equal} layers that do not differ")
     if outside:
         share = sum(outside) / (sum(outside) + sum(layer.total for layer in layers))
         print(f"left out: {len(outside)} layers outside of --targets, {share:.2%} of all (--targets . extracts them, too)")
-    size = f"{len(data) / 1e6:.1f} MB"
-    print(f"{config.out}: {len(layers)} layers in the {config.format} layout, {retained(layers):.2%} retained, {size}")
+    kept = f"{len(layers)} layers in the {config.format} layout, {retained(layers):.2%} retained"
+    print(f"{config.out}: {kept}, {size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

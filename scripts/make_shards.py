@@ -13,6 +13,7 @@ command continues.
 """
 
 import hashlib
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ from dataset.images import dhash, open_image, to_rgb
 from dataset.packing import NO_CAPTION, pack_all
 from dataset.rows import Inputs, ParquetRows, Row
 from dataset.shards import Shard, read_index, survey, unfinished
-from dataset.sources import Source, describe_others, open_folder
+from dataset.sources import HUB_ID, Source, describe_others, open_folder
 
 MOST_GROUPS, MOST_NAMES = 20, 10  # that are printed: groups of duplicates, names in a group
 
@@ -106,6 +107,8 @@ def open_inputs(source: str) -> tuple[Inputs, list[str], str]:
     """(the images with a caption, the names of all others with the reason why they cannot be used, what else is there)."""
     path = Path(source)
     if not path.exists() and path.suffix != ".tar" and "{" not in source:
+        if not re.fullmatch(HUB_ID, source):
+            raise UserError(f"{source} does not exist here, and is no id of the hub, such as name/of")
         path = fetch(source)
     folder = Folder(path)
     if folder.tables:

@@ -171,8 +171,16 @@ for name, content, *picture in (
 ):
     image(name, "used", content, picture=(picture or [PHOTO])[0])
 case("image: unreadable", "skipped bad.jpg", with_bad_file("bad.jpg", unreadable))
-case("image: link to nowhere", "skipped bad.jpg", with_bad_file("bad.jpg", lambda path: path.symlink_to("nowhere.jpg")))
-case("image: link to itself", "skipped bad.jpg", with_bad_file("bad.jpg", lambda path: path.symlink_to("bad.jpg")))
+case(
+    "image: link to nowhere",
+    "refused bad.jpg (a link to nothing)",
+    with_bad_file("bad.jpg", lambda path: path.symlink_to("nowhere.jpg")),
+)
+case(
+    "image: link to itself",
+    "refused bad.jpg (a link to nothing)",
+    with_bad_file("bad.jpg", lambda path: path.symlink_to("bad.jpg")),
+)
 case("image: file of 50 GB", "skipped bad.jpg", with_bad_file("bad.jpg", enormous))
 case("image: a pipe", "refused bad.jpg (no plain file)", with_bad_file("bad.jpg", os.mkfifo))
 case("image: a folder", "", with_bad_file("bad.jpg", Path.mkdir))
@@ -205,7 +213,7 @@ caption("only spaces", b" \n\t \n", expected=None)
 caption("only a byte order mark", b"\xef\xbb\xbf\n", expected=None)
 caption("byte order mark", b"\xef\xbb\xbfbad", expected="bad")
 caption("UTF-16, as Windows writes it", "bad".encode("utf-16"), expected="bad")
-NO_CHARACTERS = "is no text: it holds control characters"
+NO_CHARACTERS = "is no text: it holds control characters: save it as UTF-8"
 NO_TEXT = "is neither UTF-8 nor UTF-16: save it as UTF-8"
 caption("UTF-16 without a byte order mark", "bad".encode("utf-16-le"), expected="bad")
 caption("UTF-16 of the other byte order, without a mark", "bad".encode("utf-16-be"), expected="bad")
@@ -213,19 +221,24 @@ caption("not UTF-8", b"bad \xff caf\xe9", expected=None, refused=NO_TEXT)
 caption("UTF-16 that ends within a character", "bad".encode("utf-16")[:-1], expected=None, refused=NO_TEXT)
 caption("NUL bytes", b"bad\0\0", expected=None, refused=NO_CHARACTERS)
 caption("UTF-32", "bad".encode("utf-32"), expected=None, refused=NO_CHARACTERS)
-caption("of 10 MB", b"bad " * 2_500_000, expected=None)
-caption("truncated JSON", b'{"captions": ["bad"', expected=None)
-caption("JSON nested 10,000 deep", b'{"captions": ' + b"[" * 10_000 + b"]" * 10_000 + b"}", expected=None)
+caption("of 10 MB", b"bad " * 2_500_000, expected=None, refused="is larger than 1 MiB")
+NO_JSON = "is no JSON object with captions or text or caption or prompt"
+NO_LIST = "is neither a text nor a list of texts"
+caption("truncated JSON", b'{"captions": ["bad"', expected=None, refused=NO_JSON)
+caption("JSON of a number", b'{"captions": 3, "prompt": "bad"}', expected=None, refused=NO_LIST)
+caption("JSON whose first key is empty", b'{"captions": [], "prompt": "bad"}', expected="bad")
+caption("JSON nested 10,000 deep", b'{"captions": ' + b"[" * 10_000 + b"]" * 10_000 + b"}", expected=None, refused=NO_JSON)
 caption("JSON with captions of other types", b'{"captions": [1, null, {"a": "b"}, ""]}', expected=None)
-SURROGATE = "holds half of a surrogate pair"
+SURROGATE = "holds control characters, or half of a surrogate pair"
 caption("JSON with a lone surrogate", b'{"captions": ["bad \\ud800"]}', expected=None, refused=SURROGATE)
+caption("JSON with a NUL", b'{"captions": ["bad \\u0000"]}', expected=None, refused=SURROGATE)
 caption("JSON with a byte order mark", b'\xef\xbb\xbf{"captions": "bad"}', expected="bad", extension="json")
-caption("JSON that is a number", b"3", expected=None, extension="json")
-caption("JSON that is a list", b'["bad"]', expected=None, extension="json")
+caption("JSON that is a number", b"3", expected=None, extension="json", refused=NO_JSON)
+caption("JSON that is a list", b'["bad"]', expected=None, extension="json", refused=NO_JSON)
 case("caption in a folder: missing", "uncaptioned bad.jpg", lambda folder: put(folder, *GOOD, BAD[0]))
 case(
     "caption in a folder: unreadable",
-    "uncaptioned bad.jpg",
+    "refused bad.jpg (its caption cannot be read: Input/output error)",
     lambda folder: (put(folder, *GOOD, BAD[0]), unreadable(folder / "bad.txt")),
 )
 case("caption in a shard: missing", "uncaptioned x.tar:bad", lambda folder: pack(folder, *GOOD, BAD[0]))
@@ -296,11 +309,11 @@ members("device", REFUSED, special(tarfile.CHRTYPE), *GOOD)
 members("pipe", REFUSED, special(tarfile.FIFOTYPE), *GOOD)
 members("absolute name", "error '/bad.jpg', which is no plain file or leads out", ("/bad.jpg", JPEG), ("/bad.txt", b"bad"))
 members("name with ..", "error 'a/../../bad.jpg', which is no plain file or leads out", ("a/../../bad.jpg", JPEG), *GOOD)
-members("name twice", "error two files of the same name", *BAD, *GOOD, *BAD)
+members("name twice", "error two files of the same name, 'bad.jpg': rename or remove one", *BAD, *GOOD, *BAD)
 members("name twice but for its case", "error two files of the same name", *BAD, ("bad.JPG", JPEG))
 members("pickles", "used", *BAD, *((f"bad.{kind}", pickle.dumps(Attack())) for kind in ("pyd", "pickle", "pth", "npy")), *GOOD)
 members("image not next to its caption", "used", BAD[0], *GOOD, BAD[1])
-members("name with another dot", "uncaptioned x.tar:bad.2.jpg", ("bad.2.jpg", JPEG), ("bad.2.txt", b"bad"), *GOOD)
+members("name with another dot", "used", ("bad.2.jpg", JPEG), ("bad.2.txt", b"bad"), *GOOD)
 members("name of 300 characters", "used", ("bad" * 100 + ".jpg", JPEG), ("bad" * 100 + ".txt", b"bad"))
 members("name beyond ASCII", "used", ("büße/猫.jpg", JPEG), ("büße/猫.txt", b"bad"))
 members(
@@ -327,21 +340,27 @@ def row(file_name: object = "bad.jpg", text: object = "bad") -> str:
 
 
 LINE = "error metadata.jsonl line 2: needs file_name and text"
-OUTSIDE = "is no name in this folder"
+OUTSIDE = "(is not in the folder, or is hidden)"
 metadata("line that is not JSON", LINE, row(), "{file_name")
 metadata("truncated line", LINE, row(), row()[:20])
 metadata("line nested 100,000 deep", LINE, row(), "[" * 100_000)
 metadata("line without a text", LINE, row(), '{"file_name": "bad.jpg"}')
 metadata("line that is a number", LINE, row(), "3")
 metadata("name that is a number", LINE, row(), row(3))
-metadata("name outside the folder", f"error line 2: '../../etc/passwd.jpg' {OUTSIDE}", row(), row("../../etc/passwd.jpg"))
-metadata("absolute name", f"error line 1: '/etc/passwd.jpg' {OUTSIDE}", row("/etc/passwd.jpg"))
-metadata("name with a NUL byte", f"error line 1: 'bad\\x00.jpg' {OUTSIDE}", row("bad\0.jpg"))
-metadata("name with a lone surrogate", f"error line 1: 'bad\\ud800.jpg' {OUTSIDE}", row("bad\ud800.jpg"))
 metadata(
-    "missing image", "used, refused metadata.jsonl line 2: nowhere.jpg (is not there, or is hidden)", row(), row("nowhere.jpg")
+    "name outside the folder",
+    f"used, refused metadata.jsonl line 2: ../../etc/passwd.jpg {OUTSIDE}",
+    row(),
+    row("../../etc/passwd.jpg"),
 )
-metadata("text of another type", "uncaptioned bad.jpg", row(text={"a": "bad"}))
+metadata("absolute name", f"used, refused metadata.jsonl line 2: /etc/passwd.jpg {OUTSIDE}", row(), row("/etc/passwd.jpg"))
+metadata("name with a NUL byte", rf"used, refused metadata.jsonl line 2: bad\x00.jpg {OUTSIDE}", row(), row("bad\0.jpg"))
+metadata(
+    "name with a lone surrogate", rf"used, refused metadata.jsonl line 2: bad\ud800.jpg {OUTSIDE}", row(), row("bad\ud800.jpg")
+)
+metadata("missing image", f"used, refused metadata.jsonl line 2: nowhere.jpg {OUTSIDE}", row(), row("nowhere.jpg"))
+NO_TEXT_LINE = f"metadata.jsonl line 1: bad.jpg (its caption {NO_LIST})"
+metadata("text of another type", f"uncaptioned bad.jpg, refused {NO_TEXT_LINE}", row(text={"a": "bad"}))
 metadata("some texts of other types", "used", row(text=[1, None, "bad", ""]))
 metadata(
     "byte order mark and a separator of lines", "used", "\ufeff" + row(), '{"file_name": "good.jpg", "text": "good\u2028"}'
@@ -354,7 +373,12 @@ case(
 )
 case("folder: missing", "error nowhere does not exist", lambda folder: None, "{}/nowhere")
 case("folder: empty", "error no image with a caption there", lambda folder: None)
-case("folder: an image instead", "error good.jpg is no tar file", lambda folder: put(folder, *GOOD), "{}/good.jpg")
+case(
+    "folder: an image instead",
+    "error good.jpg is no tar file: give a folder, .tar or .parquet files",
+    lambda folder: put(folder, *GOOD),
+    "{}/good.jpg",
+)
 
 
 # The index of shards.

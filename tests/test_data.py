@@ -276,9 +276,7 @@ def test_several_captions_of_an_image(photos, tmp_path):
     assert set(captions(stream(tmp_path / "a.tar", bs=1), 30)) == {"é", "z"}
 
 
-@pytest.mark.parametrize(
-    "text", ['{"captions": 3}', '{"captions": {"a": 1}}', '{"captions": [1, null, " "]}', "{}", "[" * 10**5, ""]
-)
+@pytest.mark.parametrize("text", ['{"captions": [1, null, " "]}', '{"captions": null, "width": 3}', "{}", "[" * 10**5, ""])
 def test_json_without_captions_gives_none(text):
     assert split_captions(text.encode()) == ([text] if text.startswith("[") else [])
     assert split_captions(b"{red|blue} coat") == ["{red|blue} coat"]  # no JSON: a caption that begins so

@@ -2,6 +2,7 @@
 
 import os
 import pty
+import signal
 import subprocess
 import sys
 import termios
@@ -49,6 +50,26 @@ def test_another_broken_pipe_is_a_bug():
     assert out == "1\n"
     assert "Traceback" in err
     assert "BrokenPipeError" in err
+
+
+COMMANDS = {  # a command that each script takes
+    "train_lora.py": [], "infer.py": [], "cache_latents.py": ["a", "--out", "b"], "convert_lora.py": ["a", "b"],
+    "evaluate.py": [], "extract_lora.py": ["a", "b", "--base", "c", "--rank", "1"], "inspect_lora.py": ["a"],
+    "make_shards.py": ["a", "--out", "b"], "merge_lora.py": ["a", "b", "--lora", "c"], "show_data.py": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_ctrl_c_while_a_script_imports_pytorch_leaves_no_traceback(tmp_path, script):
+    """A module in its place sends the signal while it is imported."""
+    for module in ("torch", "numpy"):
+        (tmp_path / f"{module}.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    path = script if (ROOT / script).exists() else f"scripts/{script}"
+    done = subprocess.run(
+        [sys.executable, path, *COMMANDS[script]], cwd=ROOT, capture_output=True, text=True, timeout=60,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
 @pytest.mark.parametrize(("rank", "message"), [("", "a.py: interrupted\n"), ("0", "a.py: interrupted\n"), ("1", "")])

@@ -78,7 +78,7 @@ def test_parquet_of_the_naruto_layout(script, tmp_path):
 def test_make_shards_mistakes(script, tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"rubbish")
     for source, message in (
-        ("/nowhere", "neither a folder or file here"),
+        ("/nowhere", "does not exist here, and is no id of the hub"),
         (tmp_path / "x.parquet", "no readable parquet file"),
         ("tests", "no usable image"),
     ):

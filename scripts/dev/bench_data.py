@@ -10,7 +10,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -27,7 +27,7 @@ from common.progress import tqdm
 from data import Stream
 from dataset.images import Decoded
 from dataset.latents import pack_latents
-from dataset.shards import write_shards
+from dataset.shards import finish, write_shard
 from dataset.sources import open_source
 from options.training import CaptionConfig, DataConfig
 
@@ -65,6 +65,12 @@ def pillow_alone(files: list[Path]) -> Callable[[], int]:
     return work
 
 
+def write_samples(folder: Path, samples: Iterable[dict]) -> None:
+    """Samples {extension: content} -> a shard in the folder, with its index."""
+    keyed = ((f"{n:07d}", sample, "") for n, sample in enumerate(samples))
+    finish(folder, [write_shard(folder, "shard-000000.tar", keyed)], ())
+
+
 def batches(folder: Path, images: int) -> Callable[[], int]:
     """A function that makes the next batches of 3 in this process, about `images` images, and returns their number."""
     config = DataConfig(bs=3, workers=0)
@@ -84,7 +90,7 @@ def main(config: BenchDataConfig) -> None:
         for what, size in {"1024 × 1024": (1024, 1024), "1600 × 1067": (1600, 1067)}.items():
             (folder / what).mkdir()
             files = [photo(rng, size) for _ in tqdm(range(config.photos), desc=what, leave=False)]
-            write_shards(folder / what, "photos", ({"jpg": file, "txt": "a picture"} for file in files), 1000)
+            write_samples(folder / what, ({"jpg": file, "txt": "a picture"} for file in files))
             loose = [folder / what / f"{i}.jpg" for i in range(config.photos)]
             for path, encoded in zip(loose, files, strict=True):
                 path.write_bytes(encoded)
@@ -96,7 +102,7 @@ def main(config: BenchDataConfig) -> None:
             {"safetensors": pack_latents(Decoded(posterior.numpy(), (1024, 1024), (0, 0))), "txt": "a picture"}
             for _ in range(config.latents)
         )
-        write_shards(folder / "latents", "latents", samples, 1000)
+        write_samples(folder / "latents", samples)
         jobs["latents of 1024 × 1024, batches"] = batches(folder / "latents", config.latents)
 
         rates: dict[str, list[float]] = {what: [] for what in jobs}
