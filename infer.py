@@ -3,17 +3,19 @@
 python infer.py --compare                             the newest LoRA in checkpoints/: base | LoRA, in images/
 python infer.py --prompts "a cat in Naruto style"     pictures with the LoRA only
 python infer.py --lora naruto.safetensors --model sdxl --scale 0.4 0.7 1.0 --sampler dpm++ --steps 25     a column each
+python infer.py --grid scale seed --scale 0.4 0.7 1.0 --seed 1 2 3    one sheet of both, grid.png
 python infer.py --lora naruto.safetensors:0.8 --lora ink.safetensors:0.5 --lora-parts unet                several at once
 python infer.py --save-merged merged/                 also writes W + ΔW as an ordinary diffusers folder
 python infer.py --save-merged merged.safetensors      or as one checkpoint file, for other programs
 """
 
+import re
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -22,13 +24,15 @@ from common.options import MAX_SEED, check_options, option
 from options.command import parse_command
 from options.training import resolve_precision
 
+Axis = Literal["lora", "scale", "seed", "prompt", "guidance", "steps"]
+OWN_NAMES = re.compile(r"\d+(-base|-lora(-[\de.-]+)?)?|compare|grid(-\d+-\d+)?")  # of the pictures that this script writes
 PARTS = {"unet": "unet.", "te1": "text_encoder.", "te2": "text_encoder_2."}
 
 
 @dataclass(frozen=True)
 class InferConfig:
     compare: bool = False
-    """Render the base model too, as the column on the left."""
+    """Render the base model too, as the first column (or row) beside those with LoRA."""
     lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A LoRA file of any tool, or a folder of them: the newest in it; `:0.8` after it is its strength. May be repeated, to
     merge several. None given: checkpoints/."""
@@ -37,21 +41,27 @@ class InferConfig:
     model: str | None = None
     """As in training. None: the model that the LoRA was trained on, from its header."""
     prompts: tuple[str, ...] = ()
-    """Texts, or one file with a prompt on each line. None given: the evaluation prompts of the model."""
+    """Texts, or one file: a prompt on each line, with kohya's options such as --w 832, or TOML. None given: those that the run
+    of the LoRA drew, from its header, or else the evaluation prompts of the model."""
     negative: str | None = None
     """Negative prompt."""
-    seed: int = option(0, at_least=0, at_most=MAX_SEED)
-    """Picture i starts from the noise of seed + i."""
-    steps: int = option(30, at_least=1)
+    seed: tuple[int, ...] = option((0,), at_least=0, at_most=MAX_SEED)
+    """Picture i starts from the noise of seed + i; where the seed is an axis of --grid, from that of the seed itself."""
+    size: str | None = None
+    """Width and height in pixels, such as 832x1216. None: the model's own."""
+    steps: tuple[int, ...] = option((30,), at_least=1)
     """Denoising steps."""
-    guidance: float = option(5.0, at_least=0)
+    guidance: tuple[float, ...] = option((5.0,), at_least=0)
     """Classifier-free guidance scale; 1 is without."""
     scale: tuple[float, ...] = (1.0,)
     """Strength of all LoRA together: W + scale·ΔW. Several: a column of pictures for each."""
+    grid: tuple[Axis, Axis] | None = None
+    """Columns and rows of one sheet, grid.png, with a picture for each two of the values that their flags have. Of a prompt
+    that is no axis the first is drawn, and all LoRA are merged together unless they are one."""
     sampler: Literal["default", "ddim", "dpm++", "euler", "euler-a", "unipc"] = "default"
     """Sampler of diffusers. default: the model's own."""
     out: Path = Path("images")
-    """Folder for 1.png, 2.png, … and compare.png."""
+    """Folder for the pictures: 1-base.png, 1-lora.png …; side by side 1.png, 2.png, … and all of them compare.png."""
     save_merged: Path | None = None
     """Where to write the merged model: a diffusers folder, or x.safetensors, a checkpoint in one file; for one --scale only."""
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
@@ -61,12 +71,24 @@ class InferConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-        if not self.scale:
-            raise UserError("--scale needs a number")
+        for axis in ("seed", "steps", "guidance", "scale"):
+            if not getattr(self, axis):
+                raise UserError(f"--{axis} needs a number")
+            if len(getattr(self, axis)) > 1 and axis not in self.axes:
+                raise UserError(f"--{axis} has several values: give one, or name {axis} in --grid, such as --grid scale {axis}")
+        if len(set(self.axes)) == 1:
+            raise UserError(f"--grid {' '.join(self.axes)}: name two different ones")
+        if self.compare and not {"lora", "scale"} & set(self.axes):
+            raise UserError("--compare needs lora or scale in --grid, beside which the base is drawn")
         if self.save_merged and len(self.scale) > 1:
             raise UserError("--save-merged writes one model: give one --scale")
         if wrong := set(self.lora_parts.split(",")) - PARTS.keys():
             raise UserError(f"--lora-parts {','.join(sorted(wrong))}: choose from {','.join(PARTS)}")
+
+    @property
+    def axes(self) -> tuple[Axis, Axis]:
+        """What the columns and the rows of pictures are."""
+        return self.grid or ("scale", "prompt")
 
 
 if __name__ == "__main__":
@@ -74,16 +96,17 @@ if __name__ == "__main__":
 
 from PIL import Image
 
-from common.files import check_writable
-from common.sheets import side_by_side, stack
+from common.files import check_writable, write_atomically
+from common.sheets import grid, png_bytes, side_by_side, stack
 from lora import merge_loras
 from lora_files.deltas import Deltas, check_fit, parameter_shapes
 from lora_files.merge import write_pipeline
-from lora_files.read import newest_lora, read_lora, read_tensors, trained_on, with_strength
+from lora_files.read import newest_lora, read_lora, read_metadata, read_tensors, tensor_hash, trained_on, with_strength
 from memory import DTYPES, resolve_device
 from model.check import describe_model
-from model.load import load_sdxl, native_resolution
-from model.render import read_prompts, render
+from model.load import Pipeline, load_sdxl, native_resolution
+from model.prompts import Prompt, from_header, generation_parameters, parse_size, read_prompts, times
+from model.render import render
 from model.sdxl import SAMPLERS, Denoiser
 from model.vae import decode_latents
 
@@ -100,66 +123,139 @@ def read_loras(config: InferConfig, files: list[tuple[Path, float]], denoiser: D
     return loras
 
 
+Drawing = tuple[tuple[int, ...], Prompt]  # numbers of the LoRA that are merged at the strength of the prompt: () is the base
+
+
+def plan_table(
+    config: InferConfig, files: list[tuple[Path, float]], prompts: list[Prompt], size: dict[str, int]
+) -> tuple[list[str], list[str], list[list[Drawing]]]:
+    """Names of columns, names of rows, and the pictures, row by row: one for each two values of the axes. With --compare the
+    base is the first value of one of them. What a prompt says itself comes before the flags, but not before an axis. `size`:
+    width and height.
+    """
+    one_scale = not config.grid and len(config.scale) == 1
+    unique = len({file.stem for file, _ in files}) == len(files)
+    names = [(file.stem if unique else f"{file.parent.name}/{file.stem}") + times(strength) for file, strength in files]
+    axes: dict[str, list[tuple[str, dict[str, Any]]]] = {  # {axis: [(label, what it sets)]}
+        "lora": [(name, {"loras": (n,)}) for n, name in enumerate(names)],
+        "scale": [("LoRA", {})] if one_scale else [(f"LoRA × {scale:g}", {"strength": scale}) for scale in config.scale],
+        "prompt": [(prompt.text, {"prompt": n}) for n, prompt in enumerate(prompts)],
+    }
+    axes |= {name: [(f"{name} {n}", {name: n}) for n in getattr(config, name)] for name in ("seed", "guidance", "steps")}
+    columns, rows = (axes[axis] for axis in config.axes)
+    if config.compare:
+        axis = next(axis for axis in config.axes if axis in ("lora", "scale"))
+        axes[axis].insert(0, ("base", {"loras": (), "strength": 0.0}))
+    flags: dict[str, Any] = {"seed": config.seed[0], "steps": config.steps[0], "guidance": config.guidance[0]}
+    defaults = Prompt("", negative=config.negative, strength=config.scale[0], **flags, **size)
+    cells: list[list[Drawing]] = [[] for _ in rows]
+    for (_, row), drawings in zip(rows, cells, strict=True):
+        for _, column in columns:
+            settings: dict[str, Any] = {"prompt": 0, "loras": tuple(range(len(files)))} | row | column
+            number, chosen = settings.pop("prompt"), settings.pop("loras")
+            drawings.append((chosen, replace(prompts[number], **settings).filled(number, defaults)))
+    return [label for label, _ in columns], [label for label, _ in rows], cells
+
+
+def draw_table(
+    cells: list[list[Drawing]], pipe: Pipeline, model: str, files: list[tuple[Path, float]], loras: list[tuple[Deltas, float]],
+    last: tuple[tuple[int, ...], float] | None,
+) -> list[list[Image.Image]]:  # fmt: skip
+    """The pictures, drawn one merged model after the other: merging costs nothing per step. Prints the seconds that each
+    took. `last`: numbers and strength of what the model holds afterwards; None: that is left open.
+    """
+    merges: dict[tuple[tuple[int, ...], float], dict[Drawing, None]] = {}  # a picture that is twice in the table is drawn once
+    for chosen, prompt in chain(*cells):
+        merges.setdefault((chosen, prompt.strength or 0.0), {})[chosen, prompt] = None
+    if last:
+        merges[last] = merges.pop(last, {})
+    denoiser = Denoiser(pipe)
+    pictures: dict[Drawing, Image.Image] = {}
+    weights = check_fit(denoiser, {name: delta for deltas, _ in loras for name, delta in deltas.items()})
+    several = sum(bool(chosen) for chosen, _ in merges) > 1
+    base = {name: weight.cpu().clone() for name, weight in weights.items()} if several else {}
+    for (chosen, strength), drawings in merges.items():
+        for name, weight in base.items():
+            weights[name].copy_(weight)
+        merge_loras(denoiser, [(loras[n][0], strength * loras[n][1]) for n in chosen])
+        names = {files[n][0].stem: (strength * files[n][1], tensor_hash(files[n][0])[:12]) for n in chosen}
+        label = "base" if not chosen else ("LoRA" if len(chosen) == len(files) else "".join(names)) + times(strength)
+        begin = time.perf_counter()
+        decode = partial(decode_latents, pipe.vae)
+        images = render(pipe, denoiser.describe, decode, [prompt for _, prompt in drawings], label)
+        if images:
+            print(f"{label}: {(time.perf_counter() - begin) / len(images):.2f} s per image")
+        for drawing, image in zip(drawings, images, strict=True):
+            image.info["parameters"] = generation_parameters(drawing[1], pipe.scheduler, model, names)
+            pictures[drawing] = image
+    return [[pictures[drawing] for drawing in row] for row in cells]
+
+
 def main(config: InferConfig) -> None:
-    # The LoRA, and the model it was trained on.
+    # The LoRA, the model it was trained on, and what to draw.
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
+    size = parse_size(config.size)
     files = [(newest_lora(path), strength) for path, strength in map(with_strength, config.lora or ("checkpoints",))]
     model = config.model or trained_on(files[0][0])
-    prompts = read_prompts(config.prompts, model)
+    of_header = [] if config.prompts else from_header(files[0][0], read_metadata(files[0][0]))
+    prompts = of_header or read_prompts(config.prompts, model)
+    if config.prompts and len(prompts) > 1 and "prompt" not in config.axes:
+        raise UserError(f"--prompts has {len(prompts)} texts: give one, or name prompt in --grid")
     for file, _ in files:
         read_tensors(file)  # a file that is damaged shows before the model is loaded
     pipe = load_sdxl(model, DTYPES[precision], device)
-    denoiser = Denoiser(pipe)
-    loras = read_loras(config, files, denoiser)
+    loras = read_loras(config, files, Denoiser(pipe))
     if config.save_merged:
         check_empty("--save-merged", config.save_merged)
     check_writable("--out", config.out)
 
     # How pictures are made: diffusers' pipeline and sampler.
-    own_scheduler = pipe.scheduler
+    own_scheduler, side = pipe.scheduler, native_resolution(pipe)
     if config.sampler != "default":
         pipe.scheduler = SAMPLERS[config.sampler].from_config(pipe.scheduler.config)
-    draw = partial(
-        render, pipe, denoiser.describe, partial(decode_latents, pipe.vae), prompts, seed=config.seed, steps=config.steps,
-        guidance=config.guidance, size=native_resolution(pipe), negative=config.negative,
-    )  # fmt: skip
     print(f"model {model}: predicts {describe_model(pipe)}")
-    print(f"{device}, {precision}, {config.steps} steps of the {config.sampler} sampler")
+    print(f"{device}, {precision}, {' and '.join(map(str, config.steps))} steps of the {config.sampler} sampler")
 
-    # Base, merge, LoRA. Merging costs nothing per step afterwards.
-    pictures = {"base": timed("base", draw, len(prompts))} if config.compare else {}
-    weights = check_fit(denoiser, {name: delta for deltas, _ in loras for name, delta in deltas.items()})
-    base = {name: weight.cpu().clone() for name, weight in weights.items()} if len(config.scale) > 1 else {}
-    for scale in config.scale:
-        for name, weight in base.items():
-            weights[name].copy_(weight)
-        merge_loras(denoiser, [(deltas, scale * strength) for deltas, strength in loras])
-        if config.save_merged:
-            sources = [{"file": file.name, "strength": scale * strength} for file, strength in files]
-            sampler, pipe.scheduler = pipe.scheduler, own_scheduler
-            write_pipeline(pipe, config.save_merged, sources)
-            pipe.scheduler = sampler
-            print(f"merged model in {config.save_merged}")
-        label = "LoRA" if len(config.scale) == 1 else f"LoRA × {scale:g}"
-        pictures[label] = timed(label, draw, len(prompts))
-
-    # Sheets.
-    rows = [dict(zip(pictures, row, strict=True)) for row in zip(*pictures.values(), strict=True)]
-    sheets = [side_by_side(row, prompt) for row, prompt in zip(rows, prompts, strict=True)]
-    images = sheets if len(pictures) > 1 else next(iter(pictures.values()))
-    files_written = {f"{i}.png": image for i, image in enumerate(images, 1)}
-    if len(pictures) > 1:
-        files_written["compare.png"] = stack(sheets)
+    # Pictures, and the sheets that show them side by side.
+    columns, rows, cells = plan_table(config, files, prompts, {"width": side, "height": side} | size)
+    last = (tuple(range(len(files))), config.scale[0]) if config.save_merged else None
+    pictures = sheets(config, columns, rows, cells, draw_table(cells, pipe, model, files, loras, last))
     move_older_pictures(config.out)
-    for name, image in files_written.items():
-        image.save(config.out / name)
-    print(f"pictures in {config.out}/: {', '.join(files_written)}")
+    for name, image in pictures.items():
+        write_atomically(config.out / name, png_bytes(image))
+    print(f"pictures in {config.out}/: {', '.join(pictures)}")
+
+    if config.save_merged:
+        pipe.scheduler = own_scheduler
+        sources = [{"file": file.name, "strength": config.scale[0] * strength} for file, strength in files]
+        write_pipeline(pipe, config.save_merged, sources)
+        print(f"merged model in {config.save_merged}")
+
+
+def sheets(
+    config: InferConfig, columns: list[str], rows: list[str], cells: list[list[Drawing]], images: list[list[Image.Image]]
+) -> dict[str, Image.Image]:
+    """{file name: picture}: each clean picture, and the sheets that show them side by side with what they are drawn from."""
+    if config.grid:
+        files = {f"grid-{y}-{x}.png": image for y, row in enumerate(images, 1) for x, image in enumerate(row, 1)}
+        return files | {"grid.png": grid(images, columns, rows, "" if "prompt" in config.axes else cells[0][0][1].text)}
+    if len(columns) == 1:
+        return {f"{y}.png": image for y, (image,) in enumerate(images, 1)}
+    files, stacked = {}, []
+    for y, (row, drawings, text) in enumerate(zip(images, cells, rows, strict=True), 1):
+        names = columns
+        if len(config.scale) == 1:  # then each prompt may have its own
+            names = [f"LoRA{times(prompt.strength)}" if loras else "base" for loras, prompt in drawings]
+        stacked.append(side_by_side(dict(zip(names, row, strict=True)), text))
+        clean = {re.sub("[^a-z0-9.-]+", "-", column.lower()): image for column, image in zip(columns, row, strict=True)}
+        files |= {f"{y}.png": stacked[-1]} | {f"{y}-{name}.png": image for name, image in clean.items()}
+    return files | {"compare.png": stack(stacked)}
 
 
 def move_older_pictures(folder: Path) -> None:
     """Moves the pictures of an earlier call into `older` in this folder, in the place of those of the same name there."""
-    if older := [path for path in folder.glob("*.png") if path.stem.isdecimal() or path.stem == "compare"]:
+    if older := [path for path in folder.glob("*.png") if OWN_NAMES.fullmatch(path.stem)]:
         (folder / "older").mkdir(exist_ok=True)
         for path in older:
             path.replace(folder / "older" / path.name)
@@ -171,14 +267,6 @@ def check_empty(flag: str, path: Path) -> None:
     if path.exists() and (not path.is_dir() or any(path.iterdir()) or path.suffix == ".safetensors"):
         raise UserError(f"{flag} {path} is there already and not an empty folder")
     check_writable(flag, path.parent)
-
-
-def timed(label: str, draw: Callable[..., list[Image.Image]], count: int) -> list[Image.Image]:
-    """The pictures; prints the seconds that each took."""
-    begin = time.perf_counter()
-    images = draw(label=label)
-    print(f"{label}: {(time.perf_counter() - begin) / count:.2f} s per image")
-    return images
 
 
 if __name__ == "__main__":

@@ -192,11 +192,11 @@ class Adapter:
         self.grad.zero_()
 
     @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Inside this context the model computes as without LoRA."""
+    def scaled(self, strength: float) -> Iterator[None]:
+        """Inside this context the model computes with W + strength·ΔW; with a strength of 0 as without LoRA."""
         scales = {m: m.scale for m in self.modules.values()}
         for m in scales:
-            m.scale = 0.0
+            m.scale *= strength
         try:
             yield
         finally:

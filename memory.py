@@ -95,6 +95,13 @@ def peak_memory(device: torch.device) -> tuple[float, float]:
     return peak, peak
 
 
+def forget_peak_memory(device: torch.device) -> None:
+    """Gives what the allocator keeps back to the device, and measures `peak_memory` from here on; not on the CPU."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def memory_in_use(device: torch.device) -> float:
     """Share of the device's memory that all its processes have taken; of the host, which swaps and never spills, 0."""
     if device.type != "cuda":

@@ -6,7 +6,8 @@
     torchrun --nproc-per-node 2 train_lora.py --model sdxl --data shards/
     torchrun --nnodes 2 --node-rank 0 --nproc-per-node 8 --master-addr HOST --master-port 29500 train_lora.py …
 
-Writes checkpoints/pytorch_lora_weights_{step}.safetensors and, for --resume, checkpoints/state-{n}; TensorBoard logs in runs/.
+Writes checkpoints/pytorch_lora_weights_{step}.safetensors, pictures to checkpoints/samples/ and, for --resume,
+checkpoints/state-{n}; TensorBoard logs in runs/.
 Exit status: 0 all steps are done and saved; 75 a signal asked it to stop (saved: the same command goes on); 74 the last save
 failed, or the data can no longer be read; 71 memory ran out; 1 training went wrong, as the last line says; 2 a mistake in the
 command. Without data, or without memory for a gradient, the last whole step is saved.
@@ -159,7 +160,7 @@ def main(config: TrainConfig) -> Ending:
     # The run: at its beginning, or where a saved state left it.
     flags = flat_options(config) | {"base_precision": plan.base, "attention": attention} | lineage.flags
     shapes, policies = layer_shapes(model.denoiser), resume_policies(config)
-    checkpoints = Checkpoints(config.checkpoints, flags, policies, source, ranks, adapter, shapes, optimiser)
+    checkpoints = Checkpoints(config.checkpoints, flags, policies, source, ranks, adapter, shapes, optimiser, prompts)
     run = checkpoints.start_or_resume(ranks.broadcast(config.report.new_log()))
     if run.step >= config.steps:
         return checkpoints.nothing_to_do(run)
@@ -167,10 +168,11 @@ def main(config: TrainConfig) -> Ending:
     report = Report(run, config.steps, samples_per_step, ranks, train_step, optimiser, STARTED)
     checkpoints.prepare_out()
     bad_steps = BadSteps(config.bad_steps, config.grad_accum, run, stream, train_step, ranks)
-    gallery = Gallery(model, adapter, prompts, resolution, ranks, stop, plan)
+    gallery = Gallery(config.gallery, model, adapter, prompts, resolution, config.checkpoints.out, ranks, stop, plan)
     stop.end_setup()  # from here on the loop notices a signal: an exception would leave worker processes half made
     loader = Loader(stream, run.samples, run.left_out, pin_memory=device.type == "cuda")
     report.opening(stream, plan, checkpoints, lineage)
+    report.pictures(gallery.begin(run.step))
 
     # The loop. What is random, and the learning rate, are functions of the step.
     upcoming = Upcoming.MORE_STEPS
@@ -190,15 +192,16 @@ def main(config: TrainConfig) -> Ending:
 
             logging = run.step % LOG_EVERY == 0
             saving = upcoming is Upcoming.LAST_STEP or checkpoints.is_due(run.step, config.steps)
+            drawing = upcoming is Upcoming.MORE_STEPS and gallery.is_due(run.step, config.steps, saving)
             if run.step % config.ranks.check_ranks_every == 0 and not saving:
                 checkpoints.check_ranks(run)
-            if saving or logging:
+            if saving or drawing or logging:
                 bad_steps.examine(report.read())
             if logging and run.leave_out(source.samples):  # not at other saves: batches may not depend on --save-every
                 loader.restart(run.samples, run.left_out)
             if saving:
                 report.saved(checkpoints.save(run))
-            if saving and upcoming is Upcoming.MORE_STEPS:  # after the weights are safe
+            if drawing:  # after the weights are safe
                 report.pictures(train_step.graphed.retry_without_graphs(partial(gallery.draw, run.step)))
 
     # The end: whatever ended the loop, the last whole step is saved.

@@ -40,9 +40,9 @@ def check_options(config: Any) -> None:
     for spec in fields(config):
         value = getattr(config, spec.name)
         bounds = {name: bound for name, bound in spec.metadata.get("bounds", {}).items() if bound is not None}
-        if value is not None and bounds and not within(value, **bounds):
-            raise UserError(f"{flag_of(spec.name)} must {describe_bounds(**bounds)}, not {value}")
         for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and bounds and not within(number, **bounds):
+                raise UserError(f"{flag_of(spec.name)} must {describe_bounds(**bounds)}, not {number}")
             if isinstance(number, float) and not math.isfinite(number):
                 raise UserError(f"{flag_of(spec.name)} must be a finite number, not {number}")
 
@@ -64,7 +64,8 @@ def describe_bounds(
 ) -> str:
     """The bounds in words that continue a sentence after 'must'."""
     if multiple_of is not None:
-        return f"be a multiple of {multiple_of}" + ("" if at_least is None else f" from {at_least} up")
+        upwards = "" if at_least is None else f" from {at_least} up"
+        return f"be a multiple of {multiple_of}{upwards}" + ("" if at_most is None else f" to {at_most}")
     if at_most is not None:
         return f"lie in {at_least}…{at_most}" if above is None else f"be above {above} and at most {at_most}"
     return f"be above {above}" if above is not None else f"be at least {at_least}"

@@ -1,10 +1,14 @@
 """Pictures side by side, with their captions."""
 
+from bisect import bisect_right
 from contextlib import suppress
 from functools import cache
-from itertools import groupby
+from io import BytesIO
+from itertools import accumulate, groupby
+from math import ceil
 
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from common.errors import printable, warn
 from common.files import ROOT
@@ -47,6 +51,19 @@ class Lettering:
         """Pixels, as the method of Pillow's fonts."""
         return sum(font.getlength(part) for font, part in self.parts(text))
 
+    def wrap(self, text: str, width: float) -> list[str]:
+        """Lines of at most `width` pixels, broken at spaces, and inside of words that are longer than a line."""
+        lines: list[str] = []
+        for word in text.split():
+            if lines and self.getlength(joined := f"{lines[-1]} {word}") <= width:
+                lines[-1] = joined
+                continue
+            while self.getlength(word) > width:
+                end = max(1, bisect_right(list(accumulate(map(self.getlength, word))), width))
+                lines, word = [*lines, word[:end]], word[end:]
+            lines += [word] if word else []
+        return lines
+
     def write(self, draw: ImageDraw.ImageDraw, xy: tuple[float, float], text: str, fill: str) -> None:
         """`xy`: the left end of the upper edge of the bundled font's line."""
         x, y = xy[0], xy[1] + self.fonts[0].getmetrics()[0]
@@ -63,22 +80,45 @@ def drawn(font: ImageFont.FreeTypeFont, character: str) -> tuple:
 lettering = cache(Lettering)  # by the size in pixels
 
 
-def side_by_side(columns: dict[str, Image.Image], prompt: str) -> Image.Image:
-    """Square pictures of one prompt from left to right, each with its name above it, and the prompt on top.
+def grid(rows: list[list[Image.Image]], columns: list[str], names: list[str], title: str) -> Image.Image:
+    """Rows of pictures, with the name of each column above it, that of each row on its left, and a title on top: all of it in
+    as many lines as it takes; without names of rows there is no room for them.
 
-    Small pictures are enlarged to at least 384 pixels, so that the text can be read.
+    Small pictures are enlarged to at least 384 pixels in width, so that the text can be read.
     """
-    side = max(384, next(iter(columns.values())).width)
-    font = lettering(side / 24)
-    line = round(side / 24 * 1.6)
-    sheet = Image.new("RGB", (len(columns) * (side + SHEET_MARGIN) + SHEET_MARGIN, side + 2 * line + SHEET_MARGIN), "white")
+    widest = max(image.width for row in rows for image in row)
+    factor = max(1, 384 / widest)
+    width, margin = round(widest * factor), SHEET_MARGIN
+    font, line = lettering(width / 24), round(width / 24 * 1.6)
+    beside = min(width // 2, ceil(max(map(font.getlength, names))))
+    left = margin + (beside + margin if beside else 0)
+    total = left + len(columns) * (width + margin)
+    titles, heads = font.wrap(title, total - 2 * margin), [font.wrap(column, width) for column in columns]
+    labels = [font.wrap(name, beside) for name in names]
+    tallest = [round(max(image.height for image in row) * factor) for row in rows]
+    heights = [max(height, line * len(label)) + margin for height, label in zip(tallest, labels, strict=True)]
+    top = line // 5
+    y = top + line * (len(titles) + max(map(len, heads)))
+    sheet = Image.new("RGB", (total, y + sum(heights)), "white")
+    texts = [(margin, top, titles, "black")]
+    texts += [(left + i * (width + margin), top + line * len(titles), head, "gray") for i, head in enumerate(heads)]
+    for row, label, height in zip(rows, labels, heights, strict=True):
+        texts.append((margin, y, label, "gray"))
+        for i, image in enumerate(row):
+            size = round(image.width * factor), round(image.height * factor)
+            sheet.paste(image.resize(size, Image.Resampling.LANCZOS), (left + i * (width + margin), y))
+        y += height
     draw = ImageDraw.Draw(sheet)
-    font.write(draw, (SHEET_MARGIN, line // 5), shorten(prompt, sheet.width - 2 * SHEET_MARGIN, font), "black")
-    for i, (name, image) in enumerate(columns.items()):
-        x = SHEET_MARGIN + i * (side + SHEET_MARGIN)
-        font.write(draw, (x, line), name, "gray")
-        sheet.paste(image.resize((side, side), Image.Resampling.LANCZOS), (x, 2 * line))
+    for x, y, lines, colour in texts:
+        for i, text in enumerate(lines):
+            font.write(draw, (x, y + i * line), text, colour)
+    sheet.info |= rows[0][-1].info  # what one of the pictures is drawn from
     return sheet
+
+
+def side_by_side(columns: dict[str, Image.Image], prompt: str) -> Image.Image:
+    """Pictures of one prompt from left to right, each with its name above it, and the prompt on top."""
+    return grid([list(columns.values())], list(columns), [""], prompt)
 
 
 def shorten(text: str, width: int, font: Lettering | ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
@@ -91,10 +131,21 @@ def shorten(text: str, width: int, font: Lettering | ImageFont.FreeTypeFont | Im
 
 
 def stack(sheets: list[Image.Image]) -> Image.Image:
-    """Sheets of equal width, one below the other."""
-    stacked = Image.new("RGB", (sheets[0].width, sum(sheet.height for sheet in sheets)), "white")
+    """Sheets one below the other."""
+    stacked = Image.new("RGB", (max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)), "white")
+    stacked.info |= sheets[0].info
     y = 0
     for sheet in sheets:
         stacked.paste(sheet, (0, y))
         y += sheet.height
     return stacked
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """A PNG file with the texts of `image.info`, such as "parameters", which A1111 and others read."""
+    buffer, texts = BytesIO(), PngInfo()
+    for name, text in image.info.items():
+        if isinstance(text, str):
+            texts.add_text(str(name), text)
+    image.save(buffer, "PNG", pnginfo=texts)
+    return buffer.getvalue()

@@ -4,6 +4,7 @@ A key such as `lora_unet_input_blocks_4_1_proj_in.lora_down.weight` is a stem, t
 "down" (A), "up" (B) or "alpha".
 """
 
+import hashlib
 import json
 import math
 import re
@@ -36,6 +37,12 @@ def read_lora_header(path: Path) -> dict:
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata in the header of a LoRA file."""
     return read_lora_header(path).get("__metadata__", {})
+
+
+def tensor_hash(path: Path) -> str:
+    """SHA-256 of the bytes of the tensors alone, by which A1111 and others know a LoRA."""
+    begin, _ = read_header(path)
+    return hashlib.sha256(path.read_bytes()[begin:]).hexdigest()
 
 
 def trained_on(path: Path) -> str:

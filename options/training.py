@@ -235,9 +235,12 @@ class OptimiserConfig:
 @dataclass(frozen=True)
 class GalleryConfig:
     pictures: bool = option(True, resume="free")
-    """Draw base and LoRA side by side at every save."""
+    """Draw base and LoRA, into the folder `samples` in --out and for TensorBoard."""
     prompts: tuple[str, ...] = option((), resume="free")
-    """What to draw: texts, or one file with a prompt on each line. None given: the evaluation prompts of the model."""
+    """What to draw: texts, or one file: a prompt on each line, with kohya's options such as --w 832, or TOML. None given: the
+    evaluation prompts of the model."""
+    sample_every: int = option(0, at_least=0, resume="free")
+    """Steps between pictures; 0: at every save."""
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -18,6 +18,7 @@ from dataset.sources import Source
 from lora import Adapter
 from lora_files.write import check_written, make_header, serialise
 from memory import DTYPES
+from model.prompts import Prompt, to_header
 from options.training import CheckpointConfig
 from run.ending import Ending, RunFailed
 from run.optimiser import Optimiser
@@ -65,13 +66,13 @@ class Checkpoints:
 
     def __init__(
         self, config: CheckpointConfig, flags: dict[str, object], policies: dict[str, Resume], source: Source, ranks: Ranks,
-        adapter: Adapter, shapes: dict[str, torch.Size], optimiser: Optimiser,
+        adapter: Adapter, shapes: dict[str, torch.Size], optimiser: Optimiser, prompts: list[Prompt],
     ):  # fmt: skip
         """`flags`: {name: value} of every option, and `policies` what each means on resume (common/options.py); `shapes`:
-        {module path: shape of W} of the layers that a LoRA file may have weights for.
+        {module path: shape of W} of the layers that a LoRA file may have weights for; `prompts`: for its header.
         """
         self.config, self.flags, self.policies, self.source, self.ranks = config, flags, policies, source, ranks
-        self.adapter, self.shapes, self.optimiser = adapter, shapes, optimiser
+        self.adapter, self.shapes, self.optimiser, self.prompts = adapter, shapes, optimiser, prompts
         self.made = provenance(flags, source.fingerprint, ranks.world)
         self.disk = TolerantWriter()
         self.saved_step = 0  # of the last attempt to save, or of the state that was loaded
@@ -135,7 +136,7 @@ class Checkpoints:
         if not self.ranks.is_first:
             return
         out = self.config.out
-        paths = [*find_states(out), *sorted(out.glob("pytorch_lora_weights_*"))]
+        paths = [*find_states(out), *sorted(out.glob("pytorch_lora_weights_*")), *out.glob("samples")]
         if not paths or (self.state and self.belongs_to_out(self.state)):
             return
         folders = (out / f"before-{n}" for n in itertools.count(1))
@@ -147,7 +148,8 @@ class Checkpoints:
 
     def serialise(self, step: int) -> Iterator[tuple[str, bytes]]:
         """Name and content of each LoRA file at `step`."""
-        header = make_header(self.flags, self.source.samples, step) | {"sdxl_lora.dataset": self.source.fingerprint}
+        header = make_header(self.flags, self.source.samples, step) | to_header(self.prompts)
+        header["sdxl_lora.dataset"] = self.source.fingerprint
         deltas, dtype = self.adapter.deltas, DTYPES[self.config.save_dtype]
         for layout, suffix in LAYOUT_SUFFIXES[self.config.format].items():
             yield f"pytorch_lora_weights_{step}{suffix}.safetensors", serialise(deltas, header, layout, dtype)

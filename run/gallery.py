@@ -1,16 +1,19 @@
 """Pictures that people look at: rendered with diffusers' pipeline, base and LoRA side by side with the prompt above."""
 
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
 from common.errors import UserError, warn_of
-from common.sheets import side_by_side, stack
+from common.files import TolerantWriter, write_atomically
+from common.sheets import png_bytes, side_by_side, stack
 from lora import Adapter
 from memory import note_if_out_of_memory, temporarily_on
-from model.render import read_prompts, render
+from model.prompts import Prompt, generation_parameters, read_prompts, times
+from model.render import render
 from model.vae import DECODING, decode_latents
 from options.training import GalleryConfig
 from performance.memory_plan import Plan
@@ -18,8 +21,10 @@ from run.ranks import Ranks
 from run.setup import TrainingModel
 from run.stop import StopRequest
 
+SAMPLE_STEPS, SAMPLE_GUIDANCE = 20, 5.0  # of a prompt that does not say
 
-def prompts_to_draw(config: GalleryConfig, model: str) -> list[str]:
+
+def prompts_to_draw(config: GalleryConfig, model: str) -> list[Prompt]:
     """The prompts for --model. Raises UserError if their file cannot be read."""
     return read_prompts(config.prompts, model) if config.pictures else []
 
@@ -31,45 +36,86 @@ class Gallery:
     """
 
     def __init__(
-        self, model: TrainingModel, adapter: Adapter, prompts: list[str], size: int, ranks: Ranks, stop: StopRequest, plan: Plan
-    ):
-        """`size`: pixels a side. Where the VAE has no room beside the weights it decodes in tiles."""
-        self.model, self.adapter, self.prompts = model, adapter, prompts
+        self, config: GalleryConfig, model: TrainingModel, adapter: Adapter, prompts: list[Prompt], side: int, out: Path,
+        ranks: Ranks, stop: StopRequest, plan: Plan,
+    ):  # fmt: skip
+        """`side`: pixels, of a prompt that does not say; `out`: --out. Where the VAE has no room beside the weights it decodes
+        in tiles.
+        """
+        self.config, self.model, self.adapter, self.folder = config, model, adapter, out / "samples"
         self.ranks, self.stop, self.advice = ranks, stop, plan.oom_advice
-        vae_bytes = sum(p.nbytes for p in model.vae.parameters()) + DECODING * size**2 * model.vae.dtype.itemsize
+        defaults = Prompt("", seed=0, width=side, height=side, steps=SAMPLE_STEPS, guidance=SAMPLE_GUIDANCE, strength=1.0)
+        self.prompts = [prompt.filled(i, defaults) for i, prompt in enumerate(prompts)]
+        pixels = max((p.width * p.height for p in self.prompts if p.width and p.height), default=0)
+        vae_bytes = sum(p.nbytes for p in model.vae.parameters()) + DECODING * pixels * model.vae.dtype.itemsize
         decode = partial(decode_latents, model.vae, tiled=plan.weights + vae_bytes > plan.budget)
-        self.render = partial(render, model.pipe, model.full_denoiser.describe, decode, steps=20, guidance=5.0, size=size)
+        self.render = partial(render, model.pipe, model.full_denoiser.describe, decode)
         self.base: dict[int, Image.Image] = {}
+        self.disk = TolerantWriter()
 
-    def draw(self, step: int) -> np.ndarray | None:
-        """One sheet after `step`, a row for each prompt: [H, W, 3] uint8; None without prompts, or if a signal came before.
+    def is_due(self, step: int, last: int, saving: bool) -> bool:
+        every = self.config.sample_every
+        return step % every == 0 or step == last if every else saving
+
+    def begin(self, step: int) -> dict[str, np.ndarray]:
+        """`draw`, if this is the beginning of a run."""
+        return {} if step else self.draw(step)
+
+    def draw(self, step: int) -> dict[str, np.ndarray]:
+        """Draws the prompts after `step`, with the base alone while the LoRA is nothing, and writes the files. Returns, for the
+        log of rank 0, {tag: base and LoRA side by side, [H, W, 3] uint8}; what a signal came before, or is not finite, is left
+        out.
 
         Called by all ranks.
         """
         if not self.prompts:
-            return None
+            return {}
         with (
             note_if_out_of_memory(f"drawing pictures after step {step}; {self.advice}"),
             temporarily_on(self.model.device, self.model.kept_on_host),
             torch.compiler.set_stance("force_eager"),  # compiling for these shapes would take minutes
         ):
-            rows = self.draw_rows(f"LoRA, step {step}")
-        rows = {i: row for part in self.ranks.gather(rows) for i, row in part.items()}
-        return np.asarray(stack([rows[i] for i in sorted(rows)])) if len(rows) == len(self.prompts) else None
+            drawn = self.draw_own(step)
+        drawn = {i: pictures for part in self.ranks.gather(drawn) for i, pictures in part.items()}
+        if not self.ranks.is_first:
+            return {}
+        files: dict[str, Image.Image] = {}
+        sheets: dict[int, Image.Image] = {}
+        for i, pictures in sorted(drawn.items()):
+            files |= {f"step-{step:06}-p{i + 1}-{name}.png": image for name, image in pictures.items()}
+            names = {"base": "base", "lora": f"LoRA{times(self.prompts[i].strength)}, step {step}"}
+            sheets[i] = side_by_side({names[n]: image for n, image in pictures.items()}, self.prompts[i].text)
+        if len(sheets) == len(self.prompts):
+            files[f"step-{step:06}.png"] = stack(list(sheets.values()))
+        self.disk("the pictures", partial(self.write, files))
+        return {f"p{i + 1}": np.asarray(sheet) for i, sheet in sheets.items()}
 
-    def draw_rows(self, name: str) -> dict[int, Image.Image]:
-        """{number of the prompt: base and LoRA side by side} of this rank's prompts, until a signal comes."""
-        rows = {}
+    def write(self, files: dict[str, Image.Image]) -> None:
+        for name, image in files.items():
+            write_atomically(self.folder / name, png_bytes(image))
+
+    def draw_own(self, step: int) -> dict[int, dict[str, Image.Image]]:
+        """{number of the prompt: {"base": picture, "lora": picture}} of this rank's prompts, until a signal comes."""
+        drawn = {}
+        starts_trained = any(bool(B.any()) for _, B, _ in self.adapter.deltas.values())  # from --init-lora
         for i in range(self.ranks.rank, len(self.prompts), self.ranks.world):
             if self.stop.requested:
                 break
             try:
                 if i not in self.base:
-                    with self.adapter.disabled():
-                        self.base[i] = self.render(prompts=[self.prompts[i]], seed=i)[0]
-                pictures = {"base": self.base[i], name: self.render(prompts=[self.prompts[i]], seed=i)[0]}
+                    self.base[i] = self.picture(i, 0, {})
+                drawn[i] = {"base": self.base[i]}
+                if step or starts_trained:
+                    strength = self.prompts[i].strength or 0
+                    drawn[i]["lora"] = self.picture(i, strength, {f"pytorch_lora_weights_{step}": (strength, "")})
             except UserError as error:  # a picture that is not finite; the other ranks wait for this one
-                warn_of(name, error)
-                break
-            rows[i] = side_by_side(pictures, self.prompts[i])
-        return rows
+                warn_of(f"step {step}", error)
+                drawn.pop(i, None)
+        return drawn
+
+    def picture(self, i: int, strength: float, loras: dict[str, tuple[float, str]]) -> Image.Image:
+        """Prompt `i` with the LoRA at a strength, and with what it is drawn from as its text; `loras`: the names for that."""
+        with self.adapter.scaled(strength):
+            (image,) = self.render([self.prompts[i]])
+        image.info["parameters"] = generation_parameters(self.prompts[i], self.model.pipe.scheduler, self.model.name, loras)
+        return image

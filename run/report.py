@@ -17,7 +17,7 @@ from common.errors import warn, warn_of
 from common.files import TolerantWriter, check_writable
 from common.progress import tqdm
 from data import Loader, Stream
-from memory import memory_in_use, peak_memory
+from memory import forget_peak_memory, memory_in_use, peak_memory
 from model.check import describe_model
 from performance.memory_plan import Plan
 from run.accumulation import Step
@@ -142,10 +142,14 @@ class Report:
         if error is not None:
             self.log.add_scalar("largest_error_of_the_file", error, self.run.step)
 
-    def pictures(self, sheet: np.ndarray | None) -> None:
-        """[H, W, 3] uint8. The time that saving and drawing took counts for no step."""
-        if sheet is not None:
-            self.log.add_image("compare", sheet, self.run.step, dataformats="HWC")
+    def pictures(self, sheets: dict[str, np.ndarray]) -> None:
+        """{tag: [H, W, 3] uint8}. The time that saving and drawing took counts for no step, and what memory pictures before
+        the first step took not for the plan.
+        """
+        for tag, sheet in sheets.items():
+            self.log.add_image(f"samples/{tag}", sheet, self.run.step, dataformats="HWC")
+        if self.run.step == 0:
+            forget_peak_memory(self.device)
         self.meter.restart()
 
     def closing(self, ending: Ending, checkpoints: Checkpoints, loader: Loader, advice: str | None) -> None:

@@ -44,7 +44,8 @@ class TrainingModel:
         The base is packed before it is moved, so that the device never holds all of it unpacked. Raises UserError if the text
         in the shards was made by other encoders.
         """
-        self.pipe, self.vae, self.device, self.has_latents = pipe, pipe.vae, device, work.has_latents
+        self.pipe, self.name, self.vae = pipe, name, pipe.vae
+        self.device, self.has_latents = device, work.has_latents
         self.full_denoiser = Denoiser(pipe)  # with its text encoders: for pictures
         self.parameter_count = sum(p.numel() for p in self.full_denoiser.parameters())
         self.denoiser = Denoiser(pipe, with_text=False) if work.has_text else self.full_denoiser

@@ -60,6 +60,7 @@ from memory import DTYPES, resolve_device
 from model.check import describe_model
 from model.diffusion import Diffusion
 from model.load import load_sdxl, native_resolution
+from model.prompts import Prompt
 from model.render import render
 from model.sdxl import Denoiser, time_ids
 from model.text import tokenize
@@ -125,9 +126,9 @@ def main(config: EvaluateConfig) -> None:
             print(f"left out {raw.name}: {error}")
     if not samples:
         raise UserError(f"--data {config.data}: no image can be decoded")
-    captions = [caption for _, caption in samples[: config.pictures]]
-    decoder = partial(decode_latents, pipe.vae)
-    draw = partial(render, pipe, denoiser.describe, decoder, captions, seed=0, steps=20, guidance=5.0, size=size)
+    settings = Prompt("", seed=0, width=size, height=size, steps=20, guidance=5.0)
+    prompts = [Prompt(caption).filled(i, settings) for i, (_, caption) in enumerate(samples[: config.pictures])]
+    draw = partial(render, pipe, denoiser.describe, partial(decode_latents, pipe.vae), prompts)
     results = {}
     for name in ("base", "LoRA"):
         if name == "LoRA":
@@ -137,10 +138,10 @@ def main(config: EvaluateConfig) -> None:
     (base_loss, base_pictures), (lora_loss, lora_pictures) = results.values()
     print(f"held-out denoising loss ({len(samples)} images x {config.timesteps} timesteps, the same noise)")
     print(f"  base {base_loss:.4f}   LoRA {lora_loss:.4f}   {100 * (lora_loss / base_loss - 1):+.1f} %")
-    if captions:
+    if prompts:
         style_pictures = [Image.fromarray(image.values) for image, _ in samples]
         style, base, tuned = map(statistics, (style_pictures, base_pictures, lora_pictures))
-        print(f"distance of {len(captions)} pictures to the held-out style images (0 equal, 1 disjoint)")
+        print(f"distance of {len(prompts)} pictures to the held-out style images (0 equal, 1 disjoint)")
         for name, reference in style.items():
             before, after = (np.abs(drawn[name] - reference).sum() / 2 for drawn in (base, tuned))
             print(f"  {name:8} base {before:.3f}   LoRA {after:.3f}   {100 * (after / before - 1):+.1f} %")

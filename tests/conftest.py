@@ -266,7 +266,6 @@ def train(script, tiny_model, shards, tmp_path, monkeypatch):
 
     Draws no pictures by default. With --pictures it draws one a save, in two steps: three in 20 would take most of the time.
     """
-    from model.render import render
     from performance.memory_plan import dry_run  # takes more than half of a short run; its result depends on the key alone
 
     def cached_dry_run(denoiser, block_names, text, latent_side):
@@ -277,8 +276,8 @@ def train(script, tiny_model, shards, tmp_path, monkeypatch):
         return DRY_RUNS[key]
 
     monkeypatch.setattr("memory.dry_run", cached_dry_run)
-    monkeypatch.setattr("model.render.NARUTO_PROMPTS", ["one picture a save is enough"])
-    monkeypatch.setattr("run.gallery.render", lambda *args, **options: render(*args, **{**options, "steps": 2}))
+    monkeypatch.setattr("model.prompts.NARUTO_PROMPTS", ["one picture a save is enough"])
+    monkeypatch.setattr("run.gallery.SAMPLE_STEPS", 2)
     base = ["--model", tiny_model, "--rank", 2, "--bs", 2, "--workers", 0, "--device", "cpu", "--no-pictures"]
     base += ["--out", tmp_path / "out", "--log-dir", tmp_path / "runs"]
 

@@ -30,7 +30,7 @@ from dataset.images import IMAGE_SUFFIXES, ORIENTATION, alpha_of, late_chunks_fi
 from dataset.packing import pack
 from dataset.shards import split_captions
 from dataset.sources import PLACE, Source, open_folder, open_mixture, open_source
-from model.render import read_prompts
+from model.prompts import Prompt, read_prompts
 from options.training import CaptionConfig, CaptionFilesConfig, DataConfig
 
 JPEG = encoded(photograph(3, 48, 32), "JPEG")
@@ -361,7 +361,7 @@ def test_prompts_and_metadata_have_the_same_reader(tmp_path, encoding):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.jpg", "text": "a house"}\n', encoding=encoding)
     assert open_source(str(tmp_path)).read_sample(0).captions == ["a house"]
     (tmp_path / "p.txt").write_text("# mine\n\na house\n  a tree \n", encoding=encoding)
-    assert read_prompts((str(tmp_path / "p.txt"),), "demo") == ["a house", "a tree"]
+    assert read_prompts((str(tmp_path / "p.txt"),), "demo") == [Prompt("a house"), Prompt("a tree")]
 
 
 def test_text_of_another_encoding_is_refused_by_name(tmp_path):
@@ -436,13 +436,9 @@ def test_a_png_without_late_chunks_is_not_copied():
 @pytest.mark.parametrize(
     "option",
     [
-        "--n blurry",
-        "--w 256",
-        "--d 7",
-        "--l 3",
-        "--s 5",
         "--ar 16:9",
         "--negative_prompt=x",
+        "--W 256",
         "<lora:a:0.8>",
         "(red:1.2)",
         "(red:2)",
@@ -457,7 +453,7 @@ def test_a_png_without_late_chunks_is_not_copied():
 def test_options_of_other_programs_are_refused(tmp_path, option):
     (tmp_path / "p.txt").write_text(f"# prompts\na -- house (at 10:30), well-made -x\nhouse {option}\n")
     named = re.escape(option.split()[0].partition("=")[0])
-    with pytest.raises(UserError, match=rf"^--prompts .*p\.txt line 3: options such as {named} are not read"):
+    with pytest.raises(UserError, match=rf"^--prompts .*p\.txt line 3: {named} is (no option of a prompt|not read)"):
         read_prompts((str(tmp_path / "p.txt"),), "demo")
     with pytest.raises(UserError, match=r"^--prompts text 2: "):
         read_prompts(("a house", f"house {option}"), "demo")

@@ -11,13 +11,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_lora import shake
 
-from common.sheets import side_by_side
+from common.sheets import grid, side_by_side
 from lora import add_lora, merge_lora
 from lora_files.deltas import layer_shapes
 from lora_files.read import read_lora, read_metadata
 from lora_files.write import make_header, serialise
 from model.checkpoint import checkpoint_of
 from model.load import load_sdxl
+from model.prompts import Prompt, to_header
 from model.render import render
 from model.sdxl import Denoiser
 from model.vae import decode_latents
@@ -44,18 +45,23 @@ def pictures(model, prompts=PROMPTS, prepare=lambda denoiser: None) -> list[np.n
     pipe = load_sdxl(str(model), torch.float32, torch.device("cpu"))
     denoiser = Denoiser(pipe)
     prepare(denoiser)
-    draw = partial(render, pipe, denoiser.describe, partial(decode_latents, pipe.vae))
-    return [np.asarray(p, int) for p in draw(prompts, seed=0, steps=2, guidance=5.0, size=64)]
+    settings = Prompt("", seed=0, steps=2, guidance=5.0, width=64, height=64)
+    filled = [Prompt(prompt).filled(i, settings) for i, prompt in enumerate(prompts)]
+    images = render(pipe, denoiser.describe, partial(decode_latents, pipe.vae), filled)
+    return [np.asarray(image, int) for image in images]
 
 
 def test_compare_shows_base_and_merged(script, lora, tiny_model, tmp_path):
     out, _ = script("infer.py", "--compare", "--lora", lora.parent, "--out", tmp_path / "images", *OPTIONS)
-    assert sorted(p.name for p in (tmp_path / "images").iterdir()) == ["1.png", "2.png", "compare.png"]
+    clean = [f"{i}-{name}.png" for i in (1, 2) for name in ("base", "lora")]
+    assert sorted(p.name for p in (tmp_path / "images").iterdir()) == sorted(["1.png", "2.png", *clean, "compare.png"])
     assert len(re.findall(r"(base|LoRA): [\d.]+ s per image", out)) == 2
     script("infer.py", "--lora", lora, "--out", tmp_path / "merged", *OPTIONS)
     for i, (base, prompt) in enumerate(zip(pictures(tiny_model), PROMPTS, strict=True), 1):
         columns = {"base": Image.fromarray(base.astype(np.uint8)), "LoRA": Image.open(tmp_path / f"merged/{i}.png")}
         assert np.array_equal(np.asarray(Image.open(tmp_path / f"images/{i}.png")), np.asarray(side_by_side(columns, prompt)))
+        for name, image in columns.items():
+            assert np.array_equal(np.asarray(Image.open(tmp_path / f"images/{i}-{name.lower()}.png")), np.asarray(image))
 
 
 def test_pictures_of_an_older_call_are_moved(script, lora, tmp_path):
@@ -67,7 +73,9 @@ def test_pictures_of_an_older_call_are_moved(script, lora, tmp_path):
     printed, _ = script("infer.py", *options, "--prompts", "a")
     assert f"older pictures are in {out}/older" in printed
     assert sorted(path.name for path in out.iterdir()) == ["1.png", "cat.png", "older"]
-    assert sorted(path.name for path in (out / "older").iterdir()) == ["1.png", "2.png", "3.png", "compare.png"]
+    assert sorted(path.name for path in (out / "older").iterdir()) == sorted(
+        [f"{i}{name}.png" for i in (1, 2, 3) for name in ("", "-base", "-lora")] + ["compare.png"]
+    )
     assert (out / "older/3.png").read_bytes() == third
 
 
@@ -233,6 +241,60 @@ def test_a_sweep_has_a_column_for_every_scale(script, lora, tiny_model, tmp_path
     assert (tmp_path / "images/compare.png").exists()
 
 
+def pixels_of(path) -> np.ndarray:
+    return np.asarray(Image.open(path), int)
+
+
+def test_a_grid_has_a_picture_for_every_two_values(script, lora, tmp_path):
+    """Each equals the picture that the same values give by themselves; the base, in the first row, is drawn once a seed."""
+    options = ["--lora", lora, "--device", "cpu", "--guidance", 2, "--prompts"]
+    line, values = "a cat --s 2 --d {} --am {} --h 96", ["--seed", 3, 4, "--scale", 0.5, 1, "--steps", 9]
+    command = ["infer.py", *options, line.format(8, 3), *values, "--compare", "--grid", "seed", "scale"]
+    out, _ = script(*command, "--out", tmp_path / "grid")
+    assert len(re.findall("s per image", out)) == 3
+    names = [f"grid-{row}-{column}.png" for row in (1, 2, 3) for column in (1, 2)]
+    assert sorted(path.name for path in (tmp_path / "grid").iterdir()) == sorted([*names, "grid.png"])
+    lines = [line.format(seed, scale) for scale in (0, 0.5, 1) for seed in (3, 4)]
+    script("infer.py", *options, *lines, "--out", tmp_path / "alone")
+    for i, (name, tag) in enumerate(zip(names, ("", "", *[" <lora:x:0.5>"] * 2, *[" <lora:x:1>"] * 2), strict=True), 1):
+        found = Image.open(tmp_path / "grid" / name)
+        assert found.size == (64, 96)
+        assert np.array_equal(np.asarray(found, int), pixels_of(tmp_path / f"alone/{i}.png"))
+        text = f"a cat{tag}\nSteps: 2, Sampler: Euler, CFG scale: 2, Seed: {4 - i % 2}, Size: 64x96, Model: "
+        assert found.info["parameters"].startswith(text)
+    digest = read_metadata(lora)["sshs_model_hash"][:12]
+    assert found.info["parameters"].endswith(f', Lora hashes: "x: {digest}"')
+
+
+def test_a_grid_of_files_and_prompts(script, lora, tiny_model, tmp_path):
+    other = tmp_path / "other/x.safetensors"
+    other.parent.mkdir()
+    save_file({key: -t if key.endswith("up.weight") else t for key, t in load_file(lora).items()}, other, read_metadata(lora))
+    options = ["--lora", f"{lora}:0.8", "--lora", other, "--grid", "lora", "prompt", "--compare", *OPTIONS]
+    script("infer.py", *options, "--out", tmp_path / "grid")
+    wanted = [pictures(tiny_model), merged(tiny_model, (lora, 0.8, ALL)), merged(tiny_model, (other, 1, ALL))]
+    for column, of_file in enumerate(wanted, 1):
+        for row, image in enumerate(of_file, 1):
+            assert np.array_equal(pixels_of(tmp_path / f"grid/grid-{row}-{column}.png"), image)
+    columns = ["base", "checkpoints/x × 0.8", "other/x"]
+    shown = [[Image.fromarray(of_file[row].astype(np.uint8)) for of_file in wanted] for row in (0, 1)]
+    assert np.array_equal(pixels_of(tmp_path / "grid/grid.png"), np.asarray(grid(shown, columns, PROMPTS, "")))
+
+
+def test_without_prompts_it_draws_those_of_the_header(script, lora, tiny_model, tmp_path):
+    header = read_metadata(lora) | to_header([Prompt("a cat"), Prompt("two dogs", seed=5, height=96, strength=0.5)])
+    save_file(load_file(lora), lora, header)
+    options = ["--lora", lora, "--steps", 2, "--device", "cpu"]
+    script("infer.py", *options, "--out", tmp_path / "header")
+    script("infer.py", *options, "--out", tmp_path / "lines", "--prompts", "a cat", "two dogs --d 5 --h 96 --am 0.5")
+    for name in ("1.png", "2.png"):
+        assert (tmp_path / "header" / name).read_bytes() == (tmp_path / "lines" / name).read_bytes()
+    script("infer.py", *options, "--size", "96x64", "--out", tmp_path / "wide", "--compare", "--save-merged", tmp_path / "m")
+    assert [Image.open(tmp_path / f"wide/{i}-lora.png").size for i in (1, 2)] == [(96, 64), (96, 96)]
+    assert "<lora:x:0.5>" in Image.open(tmp_path / "wide/2.png").info["parameters"]
+    assert np.array_equal(pictures(tmp_path / "m")[0], merged(tiny_model, (lora, 1, ALL))[0])  # not at the strength of a prompt
+
+
 @pytest.mark.parametrize("broken", ["latents", "pixels"])
 def test_a_picture_that_is_not_finite_is_no_black_one(script, lora, tmp_path, monkeypatch, broken):
     embeds = {f"{name}prompt_embeds": torch.full((1, 77, 80), torch.nan) for name in ("", "negative_")}
@@ -285,6 +347,13 @@ def test_mistakes(script, lora, tmp_path):
         refused("--guidance must be at least 0", "--lora", lora, "--guidance", number)
     refused("with the LoRA merged is not finite in float32", "--lora", lora, "--scale", 1e300)
     refused("--steps", "--lora", lora, "--steps", 0)
+    refused("--steps must be at least 1, not 0", "--lora", lora, "--steps", 4, 0, "--grid", "steps", "scale")
+    refused("--seed has several values: give one, or name seed in --grid", "--lora", lora, "--seed", 1, 2)
+    refused("--grid scale scale: name two different ones", "--lora", lora, "--grid", "scale", "scale")
+    refused("--compare needs lora or scale in --grid", "--lora", lora, "--grid", "seed", "prompt", "--compare")
+    refused("--prompts has 2 texts: give one", "--lora", lora, "--grid", "seed", "scale", "--prompts", "a", "b")
+    refused("--size 65x64: width must be a multiple of 8", "--lora", lora, "--size", "65x64")
+    refused("--prompts text 2: --ar is no option", "--lora", lora, "--prompts", "a", "b --ar 2")
     refused("--lora-parts te3: choose from unet,te1,te2", "--lora", lora, "--lora-parts", "unet,te3")
     refused("give one --scale", "--lora", lora, "--scale", 1, 2, "--save-merged", tmp_path / "m")
     refused("--device cuda:77", "--lora", lora, "--device", "cuda:77")

@@ -13,7 +13,7 @@ from conftest import ROOT
 from common.files import suite_sources
 from dataset.sources import DEMO
 from model.load import BASE, MODELS
-from model.render import DEMO_PROMPTS
+from model.prompts import DEMO_PROMPTS
 
 # A package may import those of earlier rows, and those of its own row, but not in a circle.
 FLOORS = [

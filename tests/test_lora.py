@@ -60,7 +60,7 @@ def test_merged_equals_patched(denoiser, targets):
     shake(adapter)
     with torch.no_grad():
         patched = denoiser(**inputs())
-        with adapter.disabled():
+        with adapter.scaled(0):
             base = denoiser(**inputs())
             merge_lora(denoiser, adapter.deltas)
             merged = denoiser(**inputs())
@@ -158,7 +158,7 @@ def test_disabled_is_the_base(denoiser):
         base = denoiser(**inputs())
         adapter = add_lora(denoiser, LoRAConfig(), denoiser.unused)
         shake(adapter)
-        with adapter.disabled():
+        with adapter.scaled(0):
             assert torch.equal(denoiser(**inputs()), base)
         assert not torch.equal(denoiser(**inputs()), base)
 

@@ -6,20 +6,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageFont
+from PIL import Image, ImageChops, ImageFont
 from test_lora import shake
 
-from common.sheets import NO_CHARACTER, Lettering, drawn, lettering, shorten, side_by_side, stack
+from common.sheets import NO_CHARACTER, Lettering, drawn, grid, lettering, shorten, side_by_side, stack
 from lora import add_lora
-from model.render import read_prompts, render
+from model.prompts import Prompt, read_prompts
+from model.render import render
 from model.sdxl import SAMPLERS
 from model.vae import decode_latents
-from options.training import LoRAConfig
+from options.training import GalleryConfig, LoRAConfig
 from run.gallery import Gallery
 from run.ranks import Ranks
 
 NO_LETTER = "日本語"  # not in the bundled font
-OPTIONS = {"seed": 3, "steps": 2, "guidance": 5.0, "size": 64}
+DEFAULTS = Prompt("", seed=3, steps=2, guidance=5.0, width=64, height=64, strength=1.0)
+
+
+def filled(*texts: str, **settings) -> list[Prompt]:
+    return [Prompt(text, **settings).filled(i, DEFAULTS) for i, text in enumerate(texts)]
 
 
 class Lacking:
@@ -36,18 +41,18 @@ class Lacking:
 
 
 def test_a_picture_depends_on_its_own_seed_only(pipe, denoiser):
-    draw = partial(render, pipe, denoiser.describe, partial(decode_latents, pipe.vae), **OPTIONS)
-    three = draw(["a", "b", "c"])
-    two = draw(["x", "b"])
+    draw = partial(render, pipe, denoiser.describe, partial(decode_latents, pipe.vae))
+    three = draw(filled("a", "b", "c"))
+    two = draw(filled("x", "b"))
     assert three[1] == two[1]
     assert three[0] != two[0]
-    assert draw(["b"], seed=4)[0] == three[1]
+    assert draw(filled("b", seed=4))[0] == three[1]
     assert three[0].size == (64, 64)
 
 
 def test_render_equals_the_pipeline(pipe, denoiser):
     """`render` gives the same picture as diffusers' pipeline."""
-    ours = render(pipe, denoiser.describe, partial(decode_latents, pipe.vae), ["a cat"], **OPTIONS)[0]
+    ours = render(pipe, denoiser.describe, partial(decode_latents, pipe.vae), filled("a cat"))[0]
     options = {"num_inference_steps": 2, "guidance_scale": 5.0, "generator": torch.Generator().manual_seed(3)}
     theirs = pipe("a cat", **options).images[0]
     assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
@@ -59,7 +64,7 @@ def test_a_model_of_zero_terminal_snr_is_sampled_from_its_last_timestep(pipe, de
     if name != "default":
         pipe.scheduler = SAMPLERS[name].from_config(pipe.scheduler.config)
     ordinary = pipe.scheduler
-    draw = partial(render, pipe, denoiser.describe, partial(decode_latents, pipe.vae), ["a"], **OPTIONS)
+    draw = partial(render, pipe, denoiser.describe, partial(decode_latents, pipe.vae), filled("a"))
     draw()
     assert pipe.scheduler is ordinary
     pipe.scheduler = type(ordinary).from_config(ordinary.config, rescale_betas_zero_snr=True, prediction_type="v_prediction")
@@ -70,20 +75,39 @@ def test_a_model_of_zero_terminal_snr_is_sampled_from_its_last_timestep(pipe, de
     assert np.abs(np.asarray(ours, int) - np.asarray(pipe("a", **options).images[0], int)).max() <= 1
 
 
-def test_gallery_shows_base_and_adapter(pipe, denoiser):
+def test_gallery_shows_base_and_adapter(pipe, denoiser, tmp_path):
     adapter = add_lora(denoiser, LoRAConfig(), denoiser.unused)
     stop = SimpleNamespace(requested=True)
     plan = SimpleNamespace(oom_advice="", weights=0, budget=2**40)
     facts = {"pipe": pipe, "vae": pipe.vae, "device": torch.device("cpu"), "kept_on_host": [], "full_denoiser": denoiser}
-    gallery = Gallery(SimpleNamespace(**facts), adapter, ["a"], 64, Ranks(0, 1), stop, plan)
-    assert gallery.draw(7) is None
+    prompts = [Prompt("a", steps=2), Prompt("b", steps=2, width=96, strength=0.5)]
+    model = SimpleNamespace(name="/private/model", **facts)
+    gallery = Gallery(GalleryConfig(), model, adapter, prompts, 64, tmp_path, Ranks(0, 1), stop, plan)
+    assert gallery.draw(7) == {}
     stop.requested = False
-    same = gallery.draw(7)
+    (first, second), start = gallery.draw(7).values(), gallery.begin(0)
+    assert start.keys() == {"p1", "p2"}
+    assert gallery.begin(7) == {}
     shake(adapter)
-    changed = gallery.draw(7)
-    middle = same.shape[1] // 2
-    assert np.array_equal(same[:, : middle - 8], changed[:, : middle - 8])
-    assert not np.array_equal(same[:, middle + 8 :], changed[:, middle + 8 :])
+    changed = gallery.draw(8)
+    middle = first.shape[1] // 2
+    assert np.array_equal(first[:, : middle - 8], changed["p1"][:, : middle - 8])
+    assert not np.array_equal(first[:, middle + 8 :], changed["p1"][:, middle + 8 :])
+    assert changed["p2"].shape[1] == second.shape[1] > changed["p2"].shape[0]
+    files = {path.name for path in (tmp_path / "samples").iterdir()}
+    names = {f"step-00000{step}-p{i}-{name}.png" for step in (7, 8) for i in (1, 2) for name in ("base", "lora")}
+    begun = {"step-000000.png", "step-000000-p1-base.png", "step-000000-p2-base.png"}
+    assert files == names | begun | {"step-000007.png", "step-000008.png"}
+    parameters = Image.open(tmp_path / "samples/step-000008-p2-lora.png").info["parameters"]
+    assert parameters == (
+        "b <lora:pytorch_lora_weights_8:0.5>\nSteps: 2, Sampler: Euler, CFG scale: 5, Seed: 1, Size: 96x64, Model: model"
+    )
+    gallery.ranks = SimpleNamespace(rank=1, world=2)
+    assert gallery.draw_own(8).keys() == {1}
+    half = np.asarray(Image.open(tmp_path / "samples/step-000008-p2-lora.png"), int)
+    with adapter.scaled(0.5):
+        wanted = render(pipe, denoiser.describe, partial(decode_latents, pipe.vae), [gallery.prompts[1]])
+    assert np.array_equal(half, np.asarray(wanted[0], int))
 
 
 def test_sheets_hold_the_pictures(tmp_path):
@@ -126,7 +150,37 @@ def test_a_letter_that_the_bundled_font_lacks_is_from_the_system(monkeypatch, ca
     assert alone.getlength("abcd") == sum(font.getlength(part) for font, part in alone.parts("abcd"))
 
 
+@settings(max_examples=15, deadline=None)
+@given(st.text(st.sampled_from("ab ,日本\n😀") | st.characters(codec="utf-8")), st.integers(8, 400))
+def test_wrapped_text_is_whole_and_fits(text, width):
+    font = lettering(16)
+    lines = font.wrap(text, width)
+    assert "".join(lines).replace(" ", "") == "".join(text.split())
+    assert all(font.getlength(line) <= width + 1 or len(line) == 1 for line in lines)
+
+
+@pytest.mark.parametrize("columns", [1, 8])
+def test_no_text_of_a_grid_is_cut_or_covered(columns, monkeypatch):
+    """Every letter lies on white when it is written, and inside of the sheet."""
+    pictures = [[Image.new("RGB", (64, 96), "red")] * columns, [Image.new("RGB", (96, 64), "red")] * columns]
+    text, write, boxes = "a very long prompt, 日本語の長い文章で空白がない " * 12, Lettering.write, []
+
+    def record(font, draw, xy, line, fill):
+        before = draw._image.copy()
+        write(font, draw, xy, line, fill)
+        _, _, right, bottom = ImageChops.difference(before, draw._image).getbbox()
+        assert right < before.width
+        assert bottom < before.height
+        box = (*map(int, xy), int(xy[0] + font.getlength(line)), int(xy[1] + font.fonts[0].size * 1.3))
+        assert before.crop(box).getextrema() == ((255, 255),) * 3, line
+        boxes.append(line)
+
+    monkeypatch.setattr(Lettering, "write", record)
+    grid(pictures, [f"column {i} {text[:90]}" for i in range(columns)], [text, "short"], text)
+    assert "".join(boxes).replace(" ", "").count("".join(text.split())) == 2  # title, and label of a row
+
+
 def test_sdxl_is_judged_by_the_naruto_prompts():
-    assert read_prompts((), "sdxl")[0] == "Naruto Uzumaki eating ramen"
+    assert read_prompts((), "sdxl")[0] == Prompt("Naruto Uzumaki eating ramen")
     assert len(read_prompts((), "some/folder")) == 3
-    assert read_prompts(("long " * 100,), "sdxl") == ["long " * 100]
+    assert read_prompts(("long " * 100,), "sdxl") == [Prompt(" ".join(["long"] * 100))]

@@ -22,7 +22,7 @@ def fork(command: list, stdout, **_) -> Forked:
 def soak(script, train, monkeypatch, tiny_model, tmp_path):
     """soak("--blows", 7) runs soak.py and returns its summary. Uses the fixture `train`, which makes the pictures smaller."""
     (tmp_path / "prompts").write_text("one picture")
-    monkeypatch.setattr("model.render.DEMO_PROMPTS", tmp_path / "prompts")
+    monkeypatch.setattr("model.prompts.DEMO_PROMPTS", tmp_path / "prompts")
     monkeypatch.setitem(MODELS, "demo", str(tiny_model))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("subprocess.Popen", fork)

@@ -11,6 +11,7 @@ import threading
 import time
 from multiprocessing import Value
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -106,7 +107,10 @@ def test_a_run_writes_weights_metadata_and_logs(train, tiny_model, shards, tmp_p
         "loss_scale",
     }
     assert expected <= set(log.Tags()["scalars"])
-    assert [event.step for event in log.Images("compare")] == [3, 6, 7]
+    assert [event.step for event in log.Images("samples/p1")] == [0, 3, 6, 7]
+    samples = [f"step-00000{step}{name}.png" for step in (3, 6, 7) for name in ("", "-p1-base", "-p1-lora")]
+    assert visible(tmp_path / "out/samples") == sorted([*samples, "step-000000.png", "step-000000-p1-base.png"])
+    assert json.loads(header["sdxl_lora.prompts"]) == [{"text": "one picture a save is enough"}]
     assert "config/text_summary" in log.Tags()["tensors"]
 
 
@@ -689,13 +693,39 @@ def test_if_memory_runs_out_again_the_last_complete_step_is_saved(train, tmp_pat
 
 
 def test_pictures_that_run_out_of_memory_end_the_run_after_its_save(train, tmp_path, monkeypatch):
-    def render(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has")
+    scaled = Adapter.scaled
 
-    monkeypatch.setattr("run.gallery.render", render)
+    def run_out(adapter, strength):
+        if strength:  # not at step 0, where the base alone is drawn
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has")
+        return scaled(adapter, strength)
+
+    monkeypatch.setattr("lora.Adapter.scaled", run_out)
     _, err = train("--steps", 4, "--save-every", 2, "--pictures", status=71)
     assert "train_lora.py: out of memory, drawing pictures after step 2; the plan predicted a peak of" in err
     assert find_state("auto", tmp_path / "out")[1]["run"]["step"] == 2
+
+
+def test_pictures_change_no_bit_of_what_is_trained(train, tmp_path, monkeypatch):
+    """Other than the saves; of several prompts, with a LoRA that is scaled meanwhile, and with a disk that is full."""
+    options = ["--steps", 4, "--save-every", 3, "--caption-dropout", 0.3, "--flip"]
+    lines = "a --am 0.5 --w 96\n# b\nc --s 1 --n d --d 9\n"
+    (tmp_path / "prompts.txt").write_text(lines)
+    drawing = ["--pictures", "--prompts", tmp_path / "prompts.txt", "--sample-every", 2]
+    train(*options, *drawing)
+    sheets = [f"step-00000{step}.png" for step in (0, 2, 4)]
+    assert [name for name in visible(tmp_path / "out/samples") if "-p" not in name] == sheets
+    train(*options, "--out", tmp_path / "plain")
+    assert not (tmp_path / "plain/samples").exists()
+    assert equal(weights(tmp_path / "out", 4), weights(tmp_path / "plain", 4))
+    with monkeypatch.context() as patch:
+        patch.setattr("run.gallery.write_atomically", Mock(side_effect=OSError(28, "No space left on device")))
+        _, err = train(*options, *drawing, "--out", tmp_path / "full")
+    assert err.count("the pictures could not be written ([Errno 28] No space left on device): training goes on") == 1
+    assert equal(weights(tmp_path / "full", 4), weights(tmp_path / "plain", 4))
+    train(*options, *drawing, "--steps", 2, "--out", tmp_path / "out", "--resume", "none")
+    assert visible(tmp_path / "out/before-1/samples")
+    assert visible(tmp_path / "out/samples")[-1] == "step-000002.png"
 
 
 def test_fp16_with_a_grad_scaler(train, tmp_path):
