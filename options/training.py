@@ -4,7 +4,7 @@ import re
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -226,7 +226,7 @@ class BadStepsConfig:
 
 @dataclass(frozen=True)
 class RanksConfig:
-    rank_timeout: float = option(300, at_least=1, resume="free")
+    rank_timeout: float = option(300.0, at_least=1, resume="free")
     """Seconds a collective may wait, which is every step; if a process has not arrived by then, all processes exit."""
     check_ranks_every: int = option(100, at_least=1, resume="free")
     """Steps after which the processes compare their LoRA weights, bit by bit; also before each save."""
@@ -268,7 +268,16 @@ class TrainConfig:
 
     def resolved(self, device: "torch.device") -> "TrainConfig":
         """With values for alpha, learning rates and precision, which are saved with the run. Raises UserError."""
-        if self.optimiser.text_encoder_lr is not None and not self.lora.train_text_encoder:
-            raise UserError("--text-encoder-lr does nothing with --no-train-text-encoder")
         lora, optimiser = replace(self.lora, alpha=self.lora.resolved_alpha), self.optimiser.resolved(self.model)
+        if self.optimiser.text_encoder_lr not in (None, optimiser.lr) and not self.lora.train_text_encoder:
+            raise UserError("--text-encoder-lr does nothing with --no-train-text-encoder")
         return replace(self, lora=lora, optimiser=optimiser, memory=self.memory.resolved(device))
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """The command line of train_lora.py: the options of a run, and files that give some of them."""
+
+    run: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()
+    config: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A TOML file of flags by name, as `rank = 8`. May be repeated: the later file wins, and flags win over files."""
