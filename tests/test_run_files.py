@@ -1,11 +1,17 @@
 """options/command.py: mistakes in a command or a run file are one line, and the file that a run writes gives it again."""
 
+import json
+import re
+import tomllib
+from pathlib import Path
+
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from common.options import flat_options
+from common.options import flag_of, flat_options
 from options.command import all_fields, options_as_toml, parse_arguments
 from options.foreign import DIFFERENT, NO_EFFECT, SAME
 from options.training import TrainCommand, TrainConfig
@@ -117,3 +123,104 @@ def test_the_file_that_a_run_writes_gives_the_same_run_again(train, script, tmp_
 def test_the_table_of_foreign_names():
     assert len(SAME | DIFFERENT | NO_EFFECT) == len(SAME) + len(DIFFERENT) + len(NO_EFFECT) > 150
     assert {name.removeprefix("no_") for name in SAME.values()} <= NAMES.keys()
+
+
+PRESETS = sorted((ROOT / "presets").glob("*.toml"))
+MODELS, KINDS = {"sdxl", "pony", "illustrious", "noobai-vpred", "lightning"}, {"style", "character"}
+
+
+@pytest.mark.parametrize("file", PRESETS, ids=lambda file: file.stem)
+def test_a_preset_is_read_and_every_line_has_its_reason(file):
+    lines = [line for line in file.read_text().splitlines() if not line.startswith("#")]
+    assert lines
+    assert all(re.fullmatch(r"[\w-]+ = [^#]+  # .{9,}", line) for line in lines)
+    parse("--config", str(file))
+
+
+def test_presets_of_models_kinds_and_cards_set_different_options():
+    values = {file.stem: tomllib.loads(file.read_text()).keys() for file in PRESETS}
+    cards = values.keys() - MODELS - KINDS
+    assert cards == {"8gb", "12gb", "16gb", "24gb"}
+    for one, other in [(MODELS, KINDS), (KINDS, cards)]:
+        assert not set().union(*(values[name] for name in one)) & set().union(*(values[name] for name in other))
+
+
+# Settings of kohya's scripts.
+
+KOHYA = """
+[general]
+pretrained_model_name_or_path = "model.safetensors"
+[training]
+unet_lr = 2e-4
+learning_rate = 1e-4
+network_dim = 16
+optimizer_type = "AdamW8bit"
+lr_scheduler = "cosine"
+lr_warmup_steps = 10
+max_train_steps = 800
+network_train_unet_only = {unet_only}
+min_snr_gamma = 0
+noise_offset = 0.03
+save_precision = "float"
+new_key = 3
+[[datasets]]
+resolution = [1024, 768]
+[[datasets.subsets]]
+image_dir = "a"
+num_repeats = 3
+[[datasets.subsets]]
+image_dir = "b"
+"""
+
+
+@pytest.mark.parametrize("unet_only", ["true", "false"])
+def test_toml_of_kohyas_scripts(script, tmp_path, unet_only):
+    (tmp_path / "theirs.toml").write_text(KOHYA.format(unet_only=unet_only))
+    out = tmp_path / "run.toml"
+    script("scripts/from_kohya.py", tmp_path / "theirs.toml", "--out", out)
+    rates = {"text_encoder_lr": 1e-4} if unet_only == "false" else {}
+    assert tomllib.loads(out.read_text()) == rates | {
+        "model": "model.safetensors", "lr": 2e-4, "rank": 16, "alpha": 1.0, "optimizer": "adamw8bit", "lr_schedule": "cosine",
+        "warmup": 10, "steps": 800, "train_text_encoder": unet_only == "false", "save_dtype": "fp32", "bs": 1,
+        "resolution": 880, "data": ["a", "b"],
+    }  # fmt: skip
+    for line in ("min_snr_gamma: off", "noise_offset: 0.03: the noise is plain Gaussian", "new_key: 3: not known here"):
+        assert f"# {line}" in out.read_text()
+    _, err = script("scripts/from_kohya.py", tmp_path / "theirs.toml", "--out", out, status=2)
+    assert "is there already" in err
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("a.json", "[1]", "holds no settings by name"),
+        ("a.toml", "{", "is neither JSON nor TOML"),
+        ("a.toml", None, "cannot be read: No such file"),
+        ("a.toml", "max_train_steps = 5\nlr_warmup_steps = 9", "--warmup 9 is longer than --steps 5"),
+    ],
+)
+def test_settings_that_cannot_be_used_leave_no_file(script, tmp_path, file, text, message):
+    if text is not None:
+        (tmp_path / file).write_text(text)
+    _, err = script("scripts/from_kohya.py", tmp_path / file, "--out", tmp_path / "run.toml", status=2)
+    assert message in err
+    assert {path.name for path in tmp_path.iterdir()} <= {file}
+
+
+def test_another_optimizer_and_another_layer_keep_what_is_theirs(script, tmp_path):
+    theirs = {"optimizer": "Prodigy", "unet_lr": 1.0, "LoRA_type": "LyCORIS/LoKr", "network_dim": 100000, "network_alpha": 1}
+    theirs |= {"additional_parameters": "--network_train_unet_only --max_grad_norm=0 --seed 7", "bucket_reso_steps": 1}
+    (tmp_path / "gui.json").write_text(json.dumps(theirs))
+    script("scripts/from_kohya.py", tmp_path / "gui.json", "--out", tmp_path / "run.toml")
+    assert tomllib.loads((tmp_path / "run.toml").read_text()) == {"train_text_encoder": False, "seed": 7, "bs": 1}
+
+
+@pytest.mark.parametrize("file", sorted(Path("/work/shared/kohya-presets").glob("*.json")), ids=lambda file: file.stem)
+def test_every_key_of_a_setting_of_the_gui_is_accounted_for(file, script, tmp_path):
+    """On the project's machines; elsewhere there are no such files."""
+    out = tmp_path / "run.toml"
+    script("scripts/from_kohya.py", file, "--out", out)
+    options, said = tomllib.loads(out.read_text()), out.read_text()
+    assert "not known here" not in said
+    for key in json.loads(file.read_text()):
+        assert SAME.get(key) in options or f"# {key}: " in said or f"# {flag_of(SAME[key])}: " in said, key
