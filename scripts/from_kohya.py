@@ -48,10 +48,7 @@ VALUES: dict[str, dict[str, Any]] = {  # option here: {their value: the value he
 }
 ZERO_IS_OFF = ("snr_gamma", "save_every", "keep", "text_encoder_lr")
 THEIR_DEFAULTS = {"alpha": 1.0, "bs": 1}  # which differ from those here
-NEEDS = {
-    "keep_tags": ("shuffle_tags", False),
-    "text_encoder_lr": ("train_text_encoder", True),
-}  # (another, its default)
+NEEDS = {"keep_tags": ("shuffle_tags", False), "text_encoder_lr": ("train_text_encoder", True)}  # (another, its default)
 
 
 def settings(table: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -82,7 +79,7 @@ def convert(option: str, value: Any) -> Any:
         return {"true": True, "false": False}[str(value).lower()]
     converted = kind(value)
     bounds = {name: bound for name, bound in FIELDS[option].metadata["bounds"].items() if bound is not None}
-    if bounds and not within(converted, **bounds):
+    if (bounds and not within(converted, **bounds)) or (kind is int and converted != float(value)):  # warm-up may be a share
         raise ValueError
     return [converted] if tuple in kinds else converted
 
@@ -106,20 +103,20 @@ def translate(pairs: list[tuple[str, Any]]) -> tuple[dict[str, Any], dict[str, s
             except (ValueError, KeyError, TypeError):
                 notes[key] = f"{value!r}: not here, so {flag_of(option)} keeps its default"
             else:
+                if key == "unet_lr" and "lr" in options:  # then learning_rate is for the text encoders
+                    options.setdefault("text_encoder_lr", options["lr"])
                 options[option.removeprefix("no_")] = options.get(option, []) + converted if option == "data" else converted
-    settle(options, notes, dict(pairs))
+    settle(options, notes)
     return options, notes
 
 
-def settle(options: dict[str, Any], notes: dict[str, str], theirs: dict[str, Any]) -> None:
+def settle(options: dict[str, Any], notes: dict[str, str]) -> None:
     """What depends on other settings, and what was left to kohya's own defaults."""
     if "rank" in options:
         options |= {name: value for name, value in THEIR_DEFAULTS.items() if name not in options}
-    if "learning_rate" in theirs and "lr" in options and options.get("train_text_encoder", True):
-        options.setdefault("text_encoder_lr", float(theirs["learning_rate"] or options["lr"]))
-    if "lycoris" in f"{theirs.get('LoRA_type')} {theirs.get('network_module')}".lower():
+    if "lycoris" in f"{notes.get('LoRA_type')} {notes.get('network_module')}".lower():
         drop(options, notes, ("rank", "alpha"), "of another kind of layer: choose it for LoRA")
-    if {"optimizer", "optimizer_type"} & notes.keys() and "optimizer" not in options:
+    if any(notes.get(key, "not set") != "not set" for key in ("optimizer", "optimizer_type")):
         drop(options, notes, ("lr", "text_encoder_lr"), "of another optimizer: choose it for AdamW")
     for option, (other, default) in NEEDS.items():
         if not options.get(other, default):
@@ -137,13 +134,13 @@ def read_settings(file: Path) -> list[tuple[str, Any]]:
     try:
         text = file.read_text("utf-8")
         table = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
+        if not isinstance(table, dict):
+            raise ValueError("it holds no settings by name")
+        return list(settings(table))
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise UserError(f"{file} is neither JSON nor TOML of kohya's: {error}") from None
-    if not isinstance(table, dict):
-        raise UserError(f"{file} holds no settings by name")
-    return list(settings(table))
+        raise UserError(f"{file} is neither TOML of sd-scripts nor JSON of its GUI: {error}") from None
 
 
 def main(config: KohyaConfig) -> None:

@@ -193,8 +193,9 @@ def test_toml_of_kohyas_scripts(script, tmp_path, unet_only):
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("a.json", "[1]", "holds no settings by name"),
-        ("a.toml", "{", "is neither JSON nor TOML"),
+        ("a.json", "[1]", "it holds no settings by name"),
+        ("a.toml", "{", "is neither TOML of sd-scripts nor JSON"),
+        ("a.json", '{"additional_parameters": "--seed \'1"}', "No closing quotation"),
         ("a.toml", None, "cannot be read: No such file"),
         ("a.toml", "max_train_steps = 5\nlr_warmup_steps = 9", "--warmup 9 is longer than --steps 5"),
     ],
@@ -213,6 +214,28 @@ def test_another_optimizer_and_another_layer_keep_what_is_theirs(script, tmp_pat
     (tmp_path / "gui.json").write_text(json.dumps(theirs))
     script("scripts/from_kohya.py", tmp_path / "gui.json", "--out", tmp_path / "run.toml")
     assert tomllib.loads((tmp_path / "run.toml").read_text()) == {"train_text_encoder": False, "seed": 7, "bs": 1}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "here", "said"),
+    [
+        ({"lr_warmup_steps": 0.1}, {}, "lr_warmup_steps: 0.1: not here, so --warmup keeps its default"),
+        ({"optimizer_type": "", "learning_rate": "1e-4"}, {"lr": 1e-4}, "optimizer_type: not set"),
+        ({"optimizer_type": "Prodigy", "learning_rate": 1}, {}, "--lr: 1.0: of another optimizer"),
+        ({"unet_lr": 1e-4, "learning_rate": 2e-4, "text_encoder_lr": 3e-4}, {"lr": 1e-4, "text_encoder_lr": 3e-4}, ""),
+        ({"learning_rate": 2e-4, "text_encoder_lr": "0.0"}, {"lr": 2e-4, "train_text_encoder": False}, "text_encoder_lr: off"),
+        ({"keep_tokens": 2}, {}, "--keep-tags: 2: does nothing here without --shuffle-tags"),
+        ({"learning_rate": "fast"}, {}, "learning_rate: 'fast': not here"),
+        ({"resolution": "1024"}, {"resolution": 1024}, ""),
+        ({"batch_size": [3, {"image_dir": "x"}]}, {"data": ["x"]}, ""),
+    ],
+)
+def test_single_keys_of_kohyas(script, tmp_path, theirs, here, said):
+    (tmp_path / "theirs.json").write_text(json.dumps(theirs))
+    script("scripts/from_kohya.py", tmp_path / "theirs.json", "--out", tmp_path / "run.toml")
+    text = (tmp_path / "run.toml").read_text()
+    assert tomllib.loads(text) == here
+    assert f"# {said}" in text
 
 
 @pytest.mark.parametrize("file", sorted(Path("/work/shared/kohya-presets").glob("*.json")), ids=lambda file: file.stem)
