@@ -119,7 +119,10 @@ def read_files(arguments: list[str], known: dict[str, Field]) -> dict[str, tuple
     files = []
     for argument, following in pairwise([*arguments, ""]):
         flag, equals, value = argument.partition("=")
-        files += [value if equals else following] if flag == "--config" else []
+        if flag == "--config":
+            files.append(value if equals else following)
+            if not files[-1] or files[-1].startswith("--"):
+                raise UserError("--config needs a file")
     return {name: (value, file) for file in files for name, value in read_file(file, known).items()}
 
 

@@ -39,6 +39,9 @@ def parse(*arguments: str) -> TrainConfig:
         ("--rank abc", "--rank: invalid literal for int.*'abc'"),
         ("--rank", "Missing value for argument '--rank'.*"),
         ("--precision fp8", "invalid choice 'fp8' for argument '--precision'.*'bf16'.*"),
+        ("--config", "--config needs a file"),
+        ("--config= --rank 8", "--config needs a file"),
+        ("--config --rank 8", "--config needs a file"),
         ("photos/", "Unrecognized options: photos/"),
     ],
 )
