@@ -23,10 +23,10 @@ from functools import partial
 from typing import NamedTuple
 
 from options.command import parse_command
-from options.training import TrainConfig
+from options.training import TrainCommand, TrainConfig
 
 if __name__ == "__main__":
-    COMMAND = parse_command("train_lora.py", TrainConfig, __doc__)  # before the imports of PyTorch, which take seconds
+    COMMAND = parse_command("train_lora.py", TrainCommand, __doc__).run  # before PyTorch, whose import takes seconds
 
 import torch
 from torch import Tensor

@@ -5,7 +5,7 @@ import re
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -180,7 +180,7 @@ def resolve_precision(precision: str, device: "torch.device") -> str:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    save_every: str = option("150", resume="free")
+    save_every: int | str = option(150, resume="free")
     """Steps between checkpoints, or looks at every picture: 1epoch. The last step is always saved."""
     format: Literal["kohya", "diffusers", "both"] = option("kohya", resume="free")
     """Layout of the LoRA files. kohya is read by diffusers, ComfyUI and A1111; diffusers' own by few others."""
@@ -206,7 +206,7 @@ class CheckpointConfig:
 
     def steps_between_saves(self, per_epoch: float) -> int:
         """--save-every in steps. `per_epoch`: steps until each picture was looked at once, on average."""
-        number = re.fullmatch(r"(\d*\.?\d+) ?(epochs?)?", self.save_every)
+        number = re.fullmatch(r"(\d*\.?\d+) ?(epochs?)?", str(self.save_every))
         if not number or float(number[1]) <= 0 or not (number[2] or number[1].isdecimal()):
             raise UserError(f"--save-every {self.save_every}: a number of steps from 1 up, or of epochs: 0.5epoch, 2epochs")
         return math.ceil(float(number[1]) * per_epoch) if number[2] else int(number[1])
@@ -270,7 +270,7 @@ class BadStepsConfig:
 
 @dataclass(frozen=True)
 class RanksConfig:
-    rank_timeout: float = option(300, at_least=1, resume="free")
+    rank_timeout: float = option(300.0, at_least=1, resume="free")
     """Seconds a collective may wait, which is every step; if a process has not arrived by then, all processes exit."""
     check_ranks_every: int = option(100, at_least=1, resume="free")
     """Steps after which the processes compare their LoRA weights, bit by bit; also before each save."""
@@ -311,12 +311,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.epochs is None and self.optimiser.warmup > self.steps:
+            raise UserError(f"--warmup {self.optimiser.warmup} is longer than --steps {self.steps}")
 
     def resolved(self, device: "torch.device") -> "TrainConfig":
         """With values for alpha, learning rates and precision, which are saved with the run. Raises UserError."""
-        if self.optimiser.text_encoder_lr is not None and not self.lora.train_text_encoder:
-            raise UserError("--text-encoder-lr does nothing with --no-train-text-encoder")
         lora, optimiser = replace(self.lora, alpha=self.lora.resolved_alpha), self.optimiser.resolved(self.model)
+        if self.optimiser.text_encoder_lr not in (None, optimiser.lr) and not self.lora.train_text_encoder:
+            raise UserError("--text-encoder-lr does nothing with --no-train-text-encoder")
         return replace(self, lora=lora, optimiser=optimiser, memory=self.memory.resolved(device))
 
     def in_steps(self, epoch: int, processes: int) -> "TrainConfig":
@@ -326,4 +328,13 @@ class TrainConfig:
         if self.optimiser.warmup > steps:
             raise UserError(f"--warmup {self.optimiser.warmup} is longer than the run of {steps} steps")
         between = self.checkpoints.steps_between_saves(per_epoch)
-        return replace(self, steps=steps, checkpoints=replace(self.checkpoints, save_every=str(between)))
+        return replace(self, steps=steps, checkpoints=replace(self.checkpoints, save_every=between))
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """The command line of train_lora.py: the options of a run, and files that give some of them."""
+
+    run: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()
+    config: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A TOML file of flags by name, as `rank = 8`. May be repeated: the later file wins, and flags win over files."""

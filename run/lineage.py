@@ -28,6 +28,7 @@ class Lineage:
         merged = [f"{identity(file)}:{strength:g}" for file, strength in files]
         # What the run records of the options, as of --data: what they hold, not where it is.
         self.flags: dict[str, object] = {"base_lora": merged, "init_lora": identity(start) if start else None}
+        self.options = {"base_lora": config.base_lora, "init_lora": config.init_lora and str(config.init_lora)}  # as given
         self.merged, self.begun = ", ".join(merged), ""  # lines for the report
 
     def merge(self) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import textwrap
 import threading
 import time
@@ -14,11 +15,12 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from common.errors import warn, warn_of
-from common.files import TolerantWriter, check_writable
+from common.files import TolerantWriter, check_writable, write_atomically
 from common.progress import tqdm
 from data import Loader, Stream
 from memory import forget_peak_memory, memory_in_use, peak_memory
 from model.check import describe_model
+from options.command import options_as_toml
 from performance.memory_plan import Plan
 from run.accumulation import Step
 from run.bad_steps import not_finite
@@ -65,6 +67,9 @@ class Report:
         if self.ranks.is_first:
             self.log = Log(self.run.log_dir, self.run.step + 1, TolerantWriter())
             self.log.add_text("config", f"```json\n{json.dumps(checkpoints.flags, indent=2)}\n```", self.run.step)
+            content = options_as_toml(checkpoints.flags | lineage.options, sys.argv).encode(errors="backslashreplace")
+            file = Path(self.run.log_dir) / "config.toml"
+            TolerantWriter()(str(file), partial(write_atomically, file, content))
             for name, line in self.summary(stream, plan, checkpoints, lineage).items():
                 if line:
                     print(f"{name:10} {line}", flush=True)

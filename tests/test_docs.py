@@ -11,9 +11,9 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
-import tyro
 from conftest import ROOT, run_main
 
+import options.command
 from model.prompts import LINE_OPTIONS
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -49,20 +49,19 @@ def inline_code(page: Path) -> list[str]:
 
 @functools.cache
 def parser(script: str) -> Callable[[list[str]], object]:
-    """A function from arguments to the script's options. Records the script's call of tyro.cli; its main never runs."""
-    calls = []
+    """A function from arguments to the script's options. Records which options it reads; its main never runs."""
+    configs = []
 
-    def record(*args, **kwargs):
-        calls.append((args, kwargs))
+    def record(config, *_):
+        configs.append(config)
         raise SystemExit(0)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tyro, "cli", record)
+        patch.setattr(options.command, "parse_arguments", record)
         for stream in ("stdout", "stderr"):  # train_lora.py replaces them
             patch.setattr(sys, stream, getattr(sys, stream))
         run_main(script)
-    ((args, kwargs),) = calls
-    return lambda arguments: tyro.cli(*args, **kwargs, args=arguments)
+    return functools.partial(options.command.parse_arguments, configs[0])
 
 
 def check_script(script: str, arguments: list[str]) -> str | None:

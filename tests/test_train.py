@@ -945,7 +945,7 @@ def test_a_gpu_that_fills_up_computes_its_steps_in_halves(train, tmp_path, monke
         (["--lr", -1e-4], "--lr must be at least 0, not -0.0001"),
         (["--text-encoder-lr", "nan"], "--text-encoder-lr must be at least 0, not nan"),
         (["--text-encoder-lr", 1e-5, "--no-train-text-encoder"], "--text-encoder-lr does nothing with --no-train-text-encoder"),
-        (["--warmup", 9, "--steps", 8], "--warmup 9 is longer than the run of 8 steps"),
+        (["--warmup", 9, "--steps", 8], "--warmup 9 is longer than --steps 8"),
         (["--pictures", "--prompts", "/nowhere/prompts.txt"], "--prompts /nowhere/prompts.txt: no such file"),
         (["--targets", "no_such_layer"], "--targets 'no_such_layer' matches none"),
         (["--out", "README.md/x"], "--out README.md/x cannot be written"),

@@ -23,7 +23,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-import tyro
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -43,6 +42,7 @@ from model.load import BASE, base_architecture, load_sdxl
 from model.sdxl import Denoiser, blueprint, time_ids
 from model.text import tokenize
 from model.vae import decode_latents, encode_pixels
+from options.command import parse_command
 from options.training import CaptionConfig, DataConfig, DiffusionConfig, LoRAConfig
 from performance.adamw8bit import make_optimizer
 from performance.cuda_graph import GraphedStep
@@ -408,4 +408,4 @@ def main(config: BenchConfig) -> None:
 
 if __name__ == "__main__":
     with one_line_errors("bench.py"):
-        main(tyro.cli(BenchConfig, description=__doc__))
+        main(parse_command("bench.py", BenchConfig, __doc__))

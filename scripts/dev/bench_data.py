@@ -18,7 +18,6 @@ from statistics import median
 
 import numpy as np
 import torch
-import tyro
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -29,6 +28,7 @@ from dataset.images import Decoded
 from dataset.latents import pack_latents
 from dataset.shards import finish, write_shard
 from dataset.sources import open_source
+from options.command import parse_command
 from options.training import CaptionConfig, DataConfig
 
 
@@ -127,4 +127,4 @@ def main(config: BenchDataConfig) -> None:
 
 if __name__ == "__main__":
     with one_line_errors("bench_data.py"):
-        main(tyro.cli(BenchDataConfig, description=__doc__))
+        main(parse_command("bench_data.py", BenchDataConfig, __doc__))

@@ -29,7 +29,6 @@ from threading import Thread
 from typing import ClassVar
 
 import torch
-import tyro
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -40,6 +39,7 @@ from common.errors import UserError, one_line_errors
 from common.progress import SHOW_PROGRESS
 from dataset.remote import TIMEOUT
 from dataset.sources import DEMO
+from options.command import parse_command
 from run.state import find_state
 
 BLOWS = {  # name: (signal, whether the whole process group gets it, status that the run must end with)
@@ -272,4 +272,4 @@ def main(config: SoakConfig) -> bool:
 
 if __name__ == "__main__":
     with one_line_errors("soak.py"):
-        sys.exit(not main(tyro.cli(SoakConfig, description=__doc__)))
+        sys.exit(not main(parse_command("soak.py", SoakConfig, __doc__)))
