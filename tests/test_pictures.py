@@ -15,7 +15,7 @@ from model.prompts import Prompt, read_prompts
 from model.render import render
 from model.sdxl import SAMPLERS
 from model.vae import decode_latents
-from options.training import GalleryConfig, LoRAConfig
+from options.training import CheckpointConfig, GalleryConfig, LoRAConfig
 from run.gallery import Gallery
 from run.ranks import Ranks
 
@@ -82,7 +82,7 @@ def test_gallery_shows_base_and_adapter(pipe, denoiser, tmp_path):
     facts = {"pipe": pipe, "vae": pipe.vae, "device": torch.device("cpu"), "kept_on_host": [], "full_denoiser": denoiser}
     prompts = [Prompt("a", steps=2), Prompt("b", steps=2, width=96, strength=0.5)]
     model = SimpleNamespace(name="/private/model", **facts)
-    gallery = Gallery(GalleryConfig(), model, adapter, prompts, 64, tmp_path, Ranks(0, 1), stop, plan)
+    gallery = Gallery(GalleryConfig(), model, adapter, prompts, 64, CheckpointConfig(out=tmp_path), Ranks(0, 1), stop, plan)
     assert gallery.draw(7) == {}
     stop.requested = False
     (first, second), start = gallery.draw(7).values(), gallery.begin(0)
