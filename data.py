@@ -119,13 +119,19 @@ def assign_buckets(source: Source, config: DataConfig, resolution: int) -> tuple
     return sizes, np.array([chosen[size] for size in pixels])
 
 
+def bucketed(source: Source, sizes: list[Size], bucket: np.ndarray) -> list[tuple[Size, Size]]:
+    """(size of the image, size of its bucket) of each image that can be read; [] for cached latents."""
+    pixels = zip(source.places["height"].tolist(), source.places["width"].tolist(), strict=True)
+    pairs = [(size, sizes[b]) for size, b in zip(pixels, bucket, strict=True) if all(size)]
+    return [] if source.has_latents else pairs
+
+
 def describe_buckets(source: Source, sizes: list[Size], bucket: np.ndarray) -> str:
     """One line: how many buckets are in use, the share of the images that is cropped away, and how many are enlarged."""
     used = f"{len(np.unique(bucket))} of {len(sizes)} buckets"
     if source.has_latents:
         return used
-    pixels = zip(source.places["height"].tolist(), source.places["width"].tolist(), strict=True)
-    pairs = [(size, sizes[b]) for size, b in zip(pixels, bucket, strict=True) if all(size)]
+    pairs = bucketed(source, sizes, bucket)
     cropped = np.mean([share_cropped(*pair) for pair in pairs]) if pairs else 0
     factors = [factor for pair in pairs if (factor := enlarged(*pair)) > 1]
     enlargement = f"{len(factors)} images enlarged, by up to {max(factors):.2f}" if factors else "none enlarged"
@@ -274,6 +280,10 @@ class Stream(IterableDataset):
 
     def describe(self) -> str:
         return describe_buckets(self.source, self.sizes, self.bucket)
+
+    def enlargements(self) -> list[float]:
+        """The factor by which each image is scaled to cover its bucket; [] for cached latents."""
+        return [enlarged(*pair) for pair in bucketed(self.source, self.sizes, self.bucket)]
 
 
 class Loader:

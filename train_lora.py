@@ -46,6 +46,7 @@ from run.bad_steps import BadSteps
 from run.checkpoints import Checkpoints
 from run.ending import Ending, agree_on_ending, run_script
 from run.gallery import Gallery, prompts_to_draw
+from run.header import run_header
 from run.lineage import Lineage
 from run.optimiser import Optimiser
 from run.ranks import join_ranks, leave_ranks
@@ -124,7 +125,7 @@ class TrainStep:
 def main(config: TrainConfig) -> Ending:
     # Signals, prompts, device, processes.
     stop = StopRequest()
-    prompts = prompts_to_draw(config.gallery, config.model)
+    prompts = prompts_to_draw(config.gallery, config.captions, config.model)
     device = resolve_device(config.device)
     config = config.resolved(device)
     dtype = DTYPES[config.memory.precision]
@@ -159,16 +160,17 @@ def main(config: TrainConfig) -> Ending:
 
     # The run: at its beginning, or where a saved state left it.
     flags = flat_options(config) | {"base_precision": plan.base, "attention": attention} | lineage.flags
+    header = run_header(flags, source, pipe.scheduler.config.prediction_type, prompts) if ranks.is_first else {}
     shapes, policies = layer_shapes(model.denoiser), resume_policies(config)
-    checkpoints = Checkpoints(config.checkpoints, flags, policies, source, ranks, adapter, shapes, optimiser, prompts)
-    run = checkpoints.start_or_resume(ranks.broadcast(config.report.new_log()))
+    checkpoints = Checkpoints(config.checkpoints, flags, policies, source, ranks, adapter, shapes, optimiser, header)
+    run = checkpoints.start_or_resume(ranks.broadcast(config.report.new_log(config.checkpoints.name)))
     if run.step >= config.steps:
         return checkpoints.nothing_to_do(run)
     start, samples_per_step = run.step, train_step.samples * ranks.world
     report = Report(run, config.steps, samples_per_step, ranks, train_step, optimiser, STARTED)
     checkpoints.prepare_out()
     bad_steps = BadSteps(config.bad_steps, config.grad_accum, run, stream, train_step, ranks)
-    gallery = Gallery(config.gallery, model, adapter, prompts, resolution, config.checkpoints.out, ranks, stop, plan)
+    gallery = Gallery(config.gallery, model, adapter, prompts, resolution, config.checkpoints, ranks, stop, plan)
     stop.end_setup()  # from here on the loop notices a signal: an exception would leave worker processes half made
     loader = Loader(stream, run.samples, run.left_out, pin_memory=device.type == "cuda")
     report.opening(stream, plan, checkpoints, lineage)

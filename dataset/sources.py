@@ -5,7 +5,8 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -100,6 +101,17 @@ class Source:
         """Lines of text: what is refused and why, the first `most` of it, and `note`."""
         more = [f"and {len(self.refused) - most} more"] * (len(self.refused) > most)
         return [f"refused {line}" for line in self.refused[:most]] + more + [self.note] * bool(self.note)
+
+    def local_captions(self, most: int) -> Iterator[str]:
+        """The captions of the first `most` samples; none if they are on a server."""
+        for n in range(min(most, self.samples)):
+            file, place = self.files[self.places[n]["file"]], self.places[n]
+            if self.captions and self.captions[n]:
+                yield from self.captions[n]
+            elif isinstance(file, File):
+                with suppress(OSError, ValueError):
+                    (text,) = file.read((int(place["text_at"]), int(place["text_size"])))
+                    yield from split_captions(text)
 
     def read_sample(self, n: int) -> EncodedSample:
         """Sample n, still encoded. If a local file or its caption cannot be read its image is empty, and is skipped like a

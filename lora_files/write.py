@@ -135,28 +135,6 @@ A1111_HEADER = {  # without these A1111 and Forge think that a file is for Stabl
 }
 
 
-def make_header(config: dict, images: int, step: int) -> dict[str, str]:
-    """Metadata of a trained LoRA: what A1111 and Forge need to list it under SDXL, ModelSpec 1.0.1, our own `sdxl_lora.*`.
-
-    `config`: {option: value} of the run: rank, alpha, targets, resolution, model, …
-    """
-    name, side = f"pytorch_lora_weights_{step}", config["resolution"]
-    given = {key: config.get(key) for key in ("author", "description")}
-    return {f"modelspec.{key}": str(value) for key, value in given.items() if value} | {
-        "ss_network_dim": str(config["rank"]),
-        "ss_network_alpha": str(config["alpha"]),
-        "ss_network_args": json.dumps({"targets": config["targets"]}),
-        "ss_output_name": name,
-        "ss_resolution": f"({side}, {side})",
-        "ss_num_train_images": str(images),
-        "ss_steps": str(step),
-        "modelspec.title": name,
-        "modelspec.resolution": f"{side}x{side}",
-        "sdxl_lora.step": str(step),
-        "sdxl_lora.config": json.dumps(config),
-    }
-
-
 def check_written(path: Path, shapes: dict[str, torch.Size], live: Deltas, dtype: torch.dtype, otherwise: str) -> float:
     """Reads a written file as any other, and returns its largest difference from the weights `live`.
 

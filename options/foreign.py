@@ -19,7 +19,8 @@ SAME = {  # their name: the option here
     "gradient_accumulation_steps": "grad_accum", "seed": "seed",
     "min_snr_gamma": "snr_gamma", "snr_gamma": "snr_gamma", "mixed_precision": "precision",
     "fp8_base": "base_precision", "gradient_checkpointing": "checkpointing", "torch_compile": "compile",
-    "output_dir": "out", "logging_dir": "log_dir", "save_every_n_steps": "save_every",
+    "output_dir": "out",
+    "output_name": "name", "metadata_license": "license", "logging_dir": "log_dir", "save_every_n_steps": "save_every",
     "checkpointing_steps": "save_every", "save_last_n_steps": "keep", "checkpoints_total_limit": "keep",
     "save_precision": "save_dtype", "resume_from_checkpoint": "resume", "sample_prompts": "prompts",
     "validation_prompt": "prompts", "training_comment": "description", "metadata_author": "author",
@@ -56,7 +57,6 @@ REASONS = {  # what is done here: their names
         "secondary_separator enable_wildcard token_warmup_min token_warmup_step",
     "SDXL always takes the penultimate layer": "clip_skip",
     "--keep is a number of files": "save_last_n_epochs",
-    "files are pytorch_lora_weights_{step}.safetensors in --out": "output_name",
     "scripts/cache_latents.py does that once, before training":
         "cache_latents cache_latents_to_disk sdxl_cache_text_encoder_outputs cache_text_encoder_outputs "
         "cache_text_encoder_outputs_to_disk",

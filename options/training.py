@@ -194,16 +194,30 @@ class CheckpointConfig:
     resume: str = option("auto", resume="free")
     """'auto' (from the newest whole state in --out, if there is one), 'none' (what is in --out is moved aside), or a state,
     or the folder of a run."""
+    name: str | None = option(None, resume="free")
+    """Name of the LoRA: its files are NAME-000450.safetensors, its log's folder NAME-… too. None:
+    pytorch_lora_weights_450.safetensors."""
     author: str | None = option(None, resume="free")
     """Your name, for the header of the LoRA files."""
     description: str | None = option(None, resume="free")
     """What the LoRA shows, for the header of its files."""
+    license: str | None = option(None, resume="free")
+    """Under which licence others may use the LoRA, for the header of its files."""
+    tags: bool = option(True, resume="free")
+    """Put the commonest tags of the captions into the header, where other programs show them as hints for prompts."""
     resume_override: bool = option(False, resume="free")
     """Resume although options differ from those of the state, with the new ones."""
 
     def __post_init__(self) -> None:
         check_options(self)
         self.steps_between_saves(1)
+        if self.name is not None and not re.fullmatch(r"\w[\w .+-]*", self.name):
+            raise UserError(f"--name {self.name!r} must be a name of letters, digits, spaces and - _ . +")
+
+    @property
+    def pattern(self) -> str:
+        """For glob: the names of the LoRA files."""
+        return f"{self.name}-[0-9]*" if self.name else "pytorch_lora_weights_*"
 
     def steps_between_saves(self, per_epoch: float) -> int:
         """--save-every in steps. `per_epoch`: steps until each picture was looked at once, on average."""
@@ -255,9 +269,9 @@ class ReportConfig:
     def __post_init__(self) -> None:
         check_options(self)
 
-    def new_log(self) -> str:
-        """A folder named after the time."""
-        return str(self.log_dir / time.strftime("%Y%m%d-%H%M%S"))
+    def new_log(self, name: str | None) -> str:
+        """A folder named after the LoRA and the time."""
+        return str(self.log_dir / time.strftime(f"{name}-%Y%m%d-%H%M%S" if name else "%Y%m%d-%H%M%S"))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from data import Stream
-from dataset.buckets import enlarged
 
 MANY_LOOKS = 100  # at each picture: then they are learned by heart more often than not
 MUCH_ENLARGED = 1.5
@@ -15,21 +14,13 @@ def concerns(stream: Stream, looks: float, on_cpu: bool, parameters: int) -> lis
     lines = []
     if looks > MANY_LOOKS:
         lines.append(f"{looks:.0f} looks at each picture are many: it may learn them by heart; try the earlier files, too")
-    factors = enlargements(stream)
+    factors = stream.enlargements()
     if much := [factor for factor in factors if factor > MUCH_ENLARGED]:
         advice = "they teach blur: take larger ones, or a smaller --resolution"
         lines.append(f"{len(much)} of {len(factors)} pictures are enlarged more than {MUCH_ENLARGED} times: {advice}")
     if on_cpu and parameters > SLOW_ON_A_CPU:
         lines.append("this model on a CPU takes minutes a step: a GPU of 8 GB is enough")
     return lines
-
-
-def enlargements(stream: Stream) -> list[float]:
-    """The factor by which each picture is scaled to cover its bucket; [] for cached latents."""
-    if stream.source.has_latents:
-        return []
-    pixels = zip(stream.source.places["height"].tolist(), stream.source.places["width"].tolist(), strict=True)
-    return [enlarged(size, stream.sizes[b]) for size, b in zip(pixels, stream.bucket, strict=True) if all(size)]
 
 
 def duration(seconds: float) -> str:

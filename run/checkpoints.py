@@ -16,11 +16,11 @@ from common.files import TolerantWriter, check_writable, lock_folder, suite_sour
 from common.options import Resume
 from dataset.sources import Source
 from lora import Adapter
-from lora_files.write import check_written, make_header, serialise
+from lora_files.write import check_written, serialise
 from memory import DTYPES
-from model.prompts import Prompt, to_header
 from options.training import CheckpointConfig
 from run.ending import Ending, RunFailed
+from run.header import file_stem, step_header
 from run.optimiser import Optimiser
 from run.ranks import Ranks, leave_ranks
 from run.state import find_state, find_states, save_state
@@ -66,13 +66,13 @@ class Checkpoints:
 
     def __init__(
         self, config: CheckpointConfig, flags: dict[str, object], policies: dict[str, Resume], source: Source, ranks: Ranks,
-        adapter: Adapter, shapes: dict[str, torch.Size], optimiser: Optimiser, prompts: list[Prompt],
+        adapter: Adapter, shapes: dict[str, torch.Size], optimiser: Optimiser, header: dict[str, str],
     ):  # fmt: skip
         """`flags`: {name: value} of every option, and `policies` what each means on resume (common/options.py); `shapes`:
-        {module path: shape of W} of the layers that a LoRA file may have weights for; `prompts`: for its header.
+        {module path: shape of W} of the layers that a LoRA file may have weights for; `header`: of `run_header`.
         """
         self.config, self.flags, self.policies, self.source, self.ranks = config, flags, policies, source, ranks
-        self.adapter, self.shapes, self.optimiser, self.prompts = adapter, shapes, optimiser, prompts
+        self.adapter, self.shapes, self.optimiser, self.header = adapter, shapes, optimiser, header
         self.made = provenance(flags, source.fingerprint, ranks.world)
         self.disk = TolerantWriter()
         self.saved_step = 0  # of the last attempt to save, or of the state that was loaded
@@ -136,7 +136,7 @@ class Checkpoints:
         if not self.ranks.is_first:
             return
         out = self.config.out
-        paths = [*find_states(out), *sorted(out.glob("pytorch_lora_weights_*")), *out.glob("samples")]
+        paths = [*find_states(out), *sorted(out.glob(self.config.pattern)), *out.glob("samples")]
         if not paths or (self.state and self.belongs_to_out(self.state)):
             return
         folders = (out / f"before-{n}" for n in itertools.count(1))
@@ -148,11 +148,11 @@ class Checkpoints:
 
     def serialise(self, step: int) -> Iterator[tuple[str, bytes]]:
         """Name and content of each LoRA file at `step`."""
-        header = make_header(self.flags, self.source.samples, step) | to_header(self.prompts)
-        header["sdxl_lora.dataset"] = self.source.fingerprint
+        name = self.config.name
+        header = self.header | step_header(name, step)
         deltas, dtype = self.adapter.deltas, DTYPES[self.config.save_dtype]
         for layout, suffix in LAYOUT_SUFFIXES[self.config.format].items():
-            yield f"pytorch_lora_weights_{step}{suffix}.safetensors", serialise(deltas, header, layout, dtype)
+            yield f"{file_stem(name, step)}{suffix}.safetensors", serialise(deltas, header, layout, dtype)
 
     def describe_file(self, step: int) -> str:
         """Name and size that the LoRA file will have."""
@@ -201,7 +201,7 @@ class Checkpoints:
         state |= {"run": asdict(run), "made": self.made}
         save_state(out, state, files)  # it still names the files removed below: killed here, the next save removes them
         kept = run.saved[-self.config.keep * len(files) :] if self.config.keep else run.saved
-        partly_written = out.glob(".pytorch_lora_weights_*")  # by a process that was killed
+        partly_written = out.glob(f".{self.config.pattern}")  # by a process that was killed
         for old in (*(out / name for name in run.saved if name not in kept), *partly_written):
             old.unlink(missing_ok=True)
         run.saved = kept

@@ -1,7 +1,7 @@
 """Pictures that people look at: rendered with diffusers' pipeline, base and LoRA side by side with the prompt above."""
 
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,13 +10,15 @@ from PIL import Image
 from common.errors import UserError, warn_of
 from common.files import TolerantWriter, write_atomically
 from common.sheets import png_bytes, side_by_side, stack
+from dataset.captions import with_trigger
 from lora import Adapter
 from memory import note_if_out_of_memory, temporarily_on
 from model.prompts import Prompt, generation_parameters, read_prompts, times
 from model.render import render
 from model.vae import DECODING, decode_latents
-from options.training import GalleryConfig
+from options.training import CaptionConfig, CheckpointConfig, GalleryConfig
 from performance.memory_plan import Plan
+from run.header import file_stem
 from run.ranks import Ranks
 from run.setup import TrainingModel
 from run.stop import StopRequest
@@ -24,9 +26,13 @@ from run.stop import StopRequest
 SAMPLE_STEPS, SAMPLE_GUIDANCE = 20, 5.0  # of a prompt that does not say
 
 
-def prompts_to_draw(config: GalleryConfig, model: str) -> list[Prompt]:
-    """The prompts for --model. Raises UserError if their file cannot be read."""
-    return read_prompts(config.prompts, model) if config.pictures else []
+def prompts_to_draw(config: GalleryConfig, captions: CaptionConfig, model: str) -> list[Prompt]:
+    """The prompts for --model, with the trigger in front of those that lack it. Raises UserError if their file cannot be
+    read.
+    """
+    prompts = read_prompts(config.prompts, model) if config.pictures else []
+    trigger = captions.trigger.strip(" ,").casefold()
+    return [p if trigger in p.text.casefold() else replace(p, text=with_trigger(p.text, captions)) for p in prompts]
 
 
 class Gallery:
@@ -36,13 +42,14 @@ class Gallery:
     """
 
     def __init__(
-        self, config: GalleryConfig, model: TrainingModel, adapter: Adapter, prompts: list[Prompt], side: int, out: Path,
-        ranks: Ranks, stop: StopRequest, plan: Plan,
+        self, config: GalleryConfig, model: TrainingModel, adapter: Adapter, prompts: list[Prompt], side: int,
+        files: CheckpointConfig, ranks: Ranks, stop: StopRequest, plan: Plan,
     ):  # fmt: skip
-        """`side`: pixels, of a prompt that does not say; `out`: --out. Where the VAE has no room beside the weights it decodes
-        in tiles.
+        """`side`: pixels, of a prompt that does not say; `files`: where pictures go. Where the VAE has no room beside the
+        weights it decodes in tiles.
         """
-        self.config, self.model, self.adapter, self.folder = config, model, adapter, out / "samples"
+        self.config, self.model, self.adapter = config, model, adapter
+        self.name, self.folder = files.name, files.out / "samples"
         self.ranks, self.stop, self.advice = ranks, stop, plan.oom_advice
         defaults = Prompt("", seed=0, width=side, height=side, steps=SAMPLE_STEPS, guidance=SAMPLE_GUIDANCE, strength=1.0)
         self.prompts = [prompt.filled(i, defaults) for i, prompt in enumerate(prompts)]
@@ -107,7 +114,7 @@ class Gallery:
                 drawn[i] = {"base": self.base[i]}
                 if step or starts_trained:
                     strength = self.prompts[i].strength or 0
-                    drawn[i]["lora"] = self.picture(i, strength, {f"pytorch_lora_weights_{step}": (strength, "")})
+                    drawn[i]["lora"] = self.picture(i, strength, {file_stem(self.name, step): (strength, "")})
             except UserError as error:  # a picture that is not finite; the other ranks wait for this one
                 warn_of(f"step {step}", error)
                 drawn.pop(i, None)

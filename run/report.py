@@ -23,6 +23,7 @@ from model.check import describe_model
 from options.command import options_as_toml
 from performance.memory_plan import Plan
 from run.accumulation import Step
+from run.advice import concerns, duration, next_steps
 from run.bad_steps import not_finite
 from run.checkpoints import Checkpoints, Run
 from run.ending import Ending
@@ -73,6 +74,9 @@ class Report:
             for name, line in self.summary(stream, plan, checkpoints, lineage).items():
                 if line:
                     print(f"{name:10} {line}", flush=True)
+            looks = self.steps * self.samples_per_step / stream.source.epoch
+            for line in concerns(stream, looks, self.device.type == "cpu", self.model.parameter_count):
+                print(f"note       {line}", flush=True)
         self.progress = tqdm(total=self.steps, initial=self.run.step, unit="step", disable=not self.ranks.is_first)
         self.meter.restart()
 
@@ -125,6 +129,7 @@ class Report:
         """
         if not self.meter.steps:
             return []
+        first = not self.meter.shares
         scalars, spoilt = self.meter.read(self.samples_per_step, self.optimiser.scale)
         rates = dict(self.optimiser.learning_rates())
         shown = {"lr": f"{next(iter(rates.values())):.2e}", "img_s": f"{scalars['images_per_second']:.2f}"}
@@ -133,6 +138,9 @@ class Report:
             self.line_at = time.perf_counter()
             rate, loss = scalars["images_per_second"], scalars["loss"]
             print(f"step       {self.run.step} of {self.steps}: loss {loss:.4f}, {rate:.3g} img/s", flush=True)
+        if first and self.ranks.is_first and (left := self.steps - self.run.step):
+            rest = duration(left * scalars["seconds_per_step"])
+            tqdm.write(f"time       about {rest} for the {left} steps left, without pictures")
         scalars |= {f"lr/{name}": rate for name, rate in rates.items()}
         scalars |= dict(zip(("peak_memory_GiB", "peak_reserved_GiB"), peak_memory(self.device), strict=True))
         scalars["memory_in_use"] = memory_in_use(self.device)
@@ -169,7 +177,10 @@ class Report:
             warn(f"step {self.run.step} {ending.reason}")
         elif self.run.saved:
             next_time = f": {ending.reason}, {command} goes on from there" if ending.reason else ""
-            print(f"wrote {checkpoints.config.out / self.run.saved[-1]}{next_time}")
+            file = checkpoints.config.out / self.run.saved[-1]
+            print(f"wrote {file}{next_time}")
+            if ending is Ending.FINISHED:
+                print(*next_steps(file, self.run.log_dir, str(checkpoints.flags["model"])), sep="\n")
         else:
             print(ending.nothing_saved)
         self.log.close()

@@ -4,6 +4,7 @@ Only SGM's block names are taken from lora_files/names.py; test_interop.py check
 """
 
 import re
+from types import SimpleNamespace
 
 import torch
 from safetensors.torch import save_file
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from lora_files.deltas import Deltas
 from lora_files.names import kohya_name
+from run.header import run_header, step_header
 
 SUFFIXES = {
     "kohya": (".lora_down.weight", ".lora_up.weight"),
@@ -72,3 +74,9 @@ def named(deltas: Deltas, layout: str, suffix: str, alpha: bool) -> dict[str, Te
 
 def write(file, deltas: Deltas, layout: str, suffix: str, alpha: bool, metadata=None) -> None:
     save_file(named(deltas, layout, suffix, alpha), file, metadata)
+
+
+def make_header(config: dict, images: int, step: int) -> dict[str, str]:
+    """The header of a file of a run with the options `config` on so many images."""
+    source = SimpleNamespace(samples=images, fingerprint="", local_captions=lambda most: ["a house, red"])
+    return run_header(config, source, "epsilon", []) | step_header(config.get("name"), step)

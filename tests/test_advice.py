@@ -1,22 +1,19 @@
 """run/advice.py: what a run says to the person who started it."""
 
+import numpy as np
 import pytest
 
+from data import Stream
+from dataset.sources import PLACE, Source
+from options.training import CaptionConfig, DataConfig
 from run.advice import concerns, duration
 
 
-class FakeSource:
-    has_latents = False
-
-    def __init__(self, sizes):
-        import numpy as np
-
-        self.places = np.array(sizes, [("height", "i8"), ("width", "i8")])
-
-
-class FakeStream:
-    def __init__(self, sizes):
-        self.source, self.sizes, self.bucket = FakeSource(sizes), [(1024, 1024)], [0] * len(sizes)
+def stream_of(sizes: list[tuple[int, int]]) -> Stream:
+    places = np.zeros(len(sizes), PLACE)
+    places["height"], places["width"] = zip(*sizes, strict=True)
+    source = Source([], places, [str(size) for size in sizes], [["x"]] * len(sizes), [], "")
+    return Stream(source, DataConfig(buckets=False), CaptionConfig(), 1024, 0)
 
 
 LARGE, SMALL = (2000, 1500), (400, 500)
@@ -32,7 +29,7 @@ LARGE, SMALL = (2000, 1500), (400, 500)
     ],
 )
 def test_concerns(sizes, looks, on_cpu, parameters, words):
-    lines = concerns(FakeStream(sizes), looks, on_cpu, parameters)
+    lines = concerns(stream_of(sizes), looks, on_cpu, parameters)
     assert len(lines) == len(words)
     assert all(word in line for word, line in zip(words, lines, strict=True))
 

@@ -19,6 +19,7 @@ from model.prompts import LINE_OPTIONS
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHER_COMMANDS = {"cp", "for", "hf", "pip", "pre-commit", "source", "tensorboard"}
 FOREIGN_FLAGS = {  # flags in the text that belong to other programs
+    "wsl": {"--install"},
     "torchrun": {"--max-restarts", "--nproc-per-node", "--node-rank", "--signals-to-handle", "--shutdown-timeout"},
     "kohya": {"--fp8_base"},
     "a line of --prompts": {f"--{option}" for option in LINE_OPTIONS},

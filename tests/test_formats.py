@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from layouts import SUFFIXES, named, with_text_model, write
+from layouts import SUFFIXES, make_header, named, with_text_model, write
 from safetensors.torch import load, load_file, save_file
 from test_interop import merged_like_diffusers
 from test_lora import shake
@@ -19,7 +19,7 @@ from lora_files.base_weights import places
 from lora_files.deltas import layer_shapes, parameter_shapes
 from lora_files.names import kohya_name
 from lora_files.read import fits, newest_lora, read_lora, read_metadata, trained_on
-from lora_files.write import largest_difference, make_header, serialise
+from lora_files.write import largest_difference, serialise
 from model.checkpoint import checkpoint_of, sgm_path
 from model.load import load_sdxl
 from model.sdxl import Denoiser

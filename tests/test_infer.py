@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from layouts import make_header
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_lora import shake
@@ -15,7 +16,7 @@ from common.sheets import grid, side_by_side
 from lora import add_lora, merge_lora
 from lora_files.deltas import layer_shapes
 from lora_files.read import read_lora, read_metadata
-from lora_files.write import make_header, serialise
+from lora_files.write import serialise
 from model.checkpoint import checkpoint_of
 from model.load import load_sdxl
 from model.prompts import Prompt, to_header

@@ -7,7 +7,7 @@ import pytest
 import test_interop
 import torch
 from conftest import ROOT
-from layouts import named
+from layouts import make_header, named
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_interop import fused, random_deltas, turns, weights
@@ -21,7 +21,7 @@ from lora_files.compatibility import COMPONENT_LABELS, RULES, LoraFile, verdict
 from lora_files.deltas import Deltas, add_delta, layer_shapes
 from lora_files.names import kohya_name
 from lora_files.read import layouts, scan
-from lora_files.write import adapter_metadata, make_header, serialise
+from lora_files.write import adapter_metadata, serialise
 from model.sdxl import Denoiser
 from options.training import EVERYTHING, LoRAConfig
 

@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT
 from diffusers import StableDiffusionXLPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
-from layouts import named, with_text_model
+from layouts import make_header, named, with_text_model
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import save_file
@@ -26,7 +26,7 @@ from torch import Tensor
 from lora import merge_lora
 from lora_files.deltas import Deltas, layer_shapes
 from lora_files.read import read_lora
-from lora_files.write import make_header, serialise
+from lora_files.write import serialise
 from model.sdxl import Denoiser
 from model.text import tokenize
 from options.training import ATTENTION, EVERYTHING

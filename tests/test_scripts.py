@@ -1,3 +1,4 @@
+import base64
 import hashlib
 import io
 import json
@@ -10,6 +11,7 @@ import pyarrow
 import pytest
 import torch
 from conftest import ROOT, photograph
+from layouts import make_header
 from PIL import Image
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
@@ -23,7 +25,7 @@ from dataset.sources import open_source
 from lora import add_lora, merge_lora
 from lora_files.deltas import layer_shapes
 from lora_files.read import read_lora, read_metadata
-from lora_files.write import A1111_HEADER, make_header, serialise
+from lora_files.write import A1111_HEADER, serialise
 from model.checkpoint import checkpoint_of
 from model.load import load_sdxl
 from options.training import CaptionConfig, DataConfig, LoRAConfig
@@ -275,3 +277,33 @@ def test_a_lora_of_other_data_is_not_measured_on_the_demos(train, script, photos
     options += ["--timesteps", 1, "--pictures", 0]
     out, _ = script("scripts/evaluate.py", *options)
     assert f"pytorch_lora_weights_1.safetensors on 7 images of {photos}" in out
+
+
+@pytest.mark.parametrize("pictures", [True, False])
+def test_a_folder_to_give_away(train, script, tmp_path, pictures):
+    options = ["--steps", 1, "--name", "naruto", "--trigger", "nrt", "--license", "CC0", "--author", "Ann"]
+    train(*options, "--prompts", "a cat --s 1", "a dog --s 1", *(["--pictures"] if pictures else []))
+    out, _ = script("scripts/share.py", tmp_path / "out", "--out", tmp_path / "gift")
+    assert f"naruto.safetensors of step 1, README.md and {2 * pictures} pictures" in out
+    ours, theirs = tmp_path / "out/naruto-000001.safetensors", tmp_path / "gift/naruto.safetensors"
+    assert load_file(ours).keys() == load_file(theirs).keys()
+    assert all(torch.equal(tensor, load_file(theirs)[key]) for key, tensor in load_file(ours).items())
+    page = (tmp_path / "gift/README.md").read_text()
+    front = page.split("---")[1]
+    assert 'license: "CC0"' in front
+    assert 'instance_prompt: "nrt"' in front
+    assert "| this file | step 1 |" in page
+    assert "By Ann." in page
+    assert str(tmp_path) not in page
+    if pictures:
+        kind, _, encoded = read_metadata(theirs)["modelspec.thumbnail"].partition(",")
+        assert kind == "data:image/jpeg;base64"
+        assert max(Image.open(io.BytesIO(base64.b64decode(encoded))).size) <= 256
+        samples = tmp_path / "out/samples"
+        assert (tmp_path / "gift/images/2.png").read_bytes() == (samples / "step-000001-p2-lora.png").read_bytes()
+        assert (tmp_path / "gift/naruto.preview.png").exists()
+        assert "![nrt a dog](images/2.png)" in page
+    _, err = script("scripts/share.py", tmp_path / "out", "--out", tmp_path / "gift", status=2)
+    assert "is there already and not an empty folder" in err
+    _, err = script("scripts/share.py", tmp_path / "nothing", "--out", tmp_path / "x", status=2)
+    assert "no .safetensors file there" in err

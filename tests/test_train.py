@@ -33,7 +33,7 @@ from dataset.latents import pack_latents
 from dataset.sources import Source, open_source
 from lora import Adapter
 from lora_files.deltas import layer_shapes
-from lora_files.read import read_lora, read_metadata
+from lora_files.read import newest_lora, read_lora, read_metadata
 from lora_files.write import largest_difference, serialise
 from memory import plan_memory
 from model.load import read_sdxl
@@ -979,3 +979,33 @@ def test_a_truncated_shard(train, shards, tmp_path):
     tar.write_bytes(tar.read_bytes()[:2000])
     out, _ = train("--data", folder, "--steps", 1)
     assert "cut short  photos-000001.tar: the samples before the cut are used" in out
+
+
+def test_a_named_run_with_a_trigger(train, photos, tiny_model, tmp_path):
+    options = ["--data", photos, "--name", "naruto", "--trigger", "nrt style", "--license", "CC0", "--save-every", 1]
+    options += ["--prompts", "a cat", "NRT style, a dog"]
+    out, _ = train("--steps", 2, *options)
+    assert visible(tmp_path / "out") == ["naruto-000001.safetensors", "naruto-000002.safetensors", "state-2"]
+    assert [path.name.partition("-")[0] for path in (tmp_path / "runs").iterdir()] == ["naruto"]
+    assert f"look       python infer.py --lora {tmp_path}/out/naruto-000002.safetensors --compare\n" in out
+    assert f"use it     cp {tmp_path}/out/naruto-000002.safetensors ComfyUI/models/loras/" in out
+    header = read_metadata(tmp_path / "out/naruto-000002.safetensors")
+    wanted = {"modelspec.trigger_phrase": "nrt style", "modelspec.license": "CC0", "modelspec.title": "naruto"}
+    wanted |= {"ss_output_name": "naruto-000002", "modelspec.prediction_type": "epsilon", "ss_sd_model_name": tiny_model.name}
+    assert wanted.items() <= header.items()
+    assert json.loads(header["ss_tag_frequency"]) == {"pictures": {f"picture number {i}": 1 for i in range(7)}}
+    assert "sdxl_lora.prompts" not in header  # no pictures were drawn
+    train("--steps", 3, *options, "--no-tags")
+    assert "ss_tag_frequency" not in read_metadata(tmp_path / "out/naruto-000003.safetensors")
+    assert newest_lora(tmp_path / "out").name == "naruto-000003.safetensors"
+    out, _ = train("--steps", 1, *options, "--resume", "none")
+    assert len(list((tmp_path / "out/before-1").glob("naruto-*"))) == 3
+    train("--steps", 1, *options, "--resume", "none", "--pictures", "--out", tmp_path / "b")
+    prompts = json.loads(read_metadata(tmp_path / "b/naruto-000001.safetensors")["sdxl_lora.prompts"])
+    assert [prompt["text"] for prompt in prompts] == ["nrt style a cat", "NRT style, a dog"]
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "../x", ".hidden", "a\nb", "-x"])
+def test_names_that_are_none(train, name):
+    _, err = train(f"--name={name}", status=2)
+    assert "must be a name of letters" in err
