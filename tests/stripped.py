@@ -103,7 +103,7 @@ def behave_like_windows(fcntl) -> None:
     memory_info = psutil.Process.memory_info
     Memory = namedtuple("Memory", "rss vms peak_wset")
     psutil.Process.memory_info = lambda self: Memory(*memory_info(self)[:2], memory_info(self).rss)
-    shutil._use_fd_functions = False
+    shutil._use_fd_functions = shutil._USE_CP_SENDFILE = False
     rename = os.rename
 
     def rename_once(source, target, **options) -> None:

@@ -49,6 +49,8 @@ def test_every_script_runs_without_what_linux_alone_has(system, pictures, tmp_pa
         ["scripts/cache_latents.py", shards, "--out", tmp_path / "latents", "--model", "demo"],
         ["scripts/inspect_lora.py", lora, "--model", "demo"],
         ["scripts/convert_lora.py", lora, tmp_path / "converted.safetensors", "--model", "demo"],
+        ["scripts/merge_lora.py", "assets/demo/model", tmp_path / "merged-too", "--lora", lora],
+        ["scripts/share.py", out, "--out", tmp_path / "shared"],
         *([name, "--help"] for name in SCRIPTS),
     ]
     (tmp_path / "commands.json").write_text(json.dumps([list(map(str, command)) for command in commands]))
@@ -87,6 +89,19 @@ def test_every_unguarded_use_is_found(system, tmp_path):
     env = os.environ | LOCALE | {"PYTHONPATH": str(ROOT / "tests")}
     run = subprocess.run([sys.executable, "uses.py"], cwd=tmp_path, env=env, capture_output=True)
     assert run.returncode == 0, run.stderr
+
+
+def test_a_folder_is_locked_on_windows(tmp_path):
+    lock = "import stripped; stripped.strip('windows'); from pathlib import Path; from common.files import lock_folder\n"
+    lock += "file = lock_folder('--out', Path('.')); print('held', flush=True); input()"
+    options = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}, "text": True}
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", lock], **options, **pipes) as holder:
+        assert holder.stdout.readline() == "held\n"
+        other = subprocess.run([sys.executable, "-c", lock], **options, input="\n", capture_output=True)
+        assert "another run is writing there" in other.stderr
+        holder.communicate("\n")
+    assert subprocess.run([sys.executable, "-c", lock], **options, input="\n", capture_output=True).stdout == "held\n"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
