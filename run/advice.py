@@ -33,7 +33,9 @@ def duration(seconds: float) -> str:
 
 def next_steps(file: Path, log_dir: str, model: str) -> list[str]:
     """Commands to copy after a run that wrote `file`."""
-    lines = [
+    samples = file.parent / "samples"
+    lines = [f"pictures   {samples}/"] if samples.exists() else []
+    lines += [
         f"look       python infer.py --lora {file} --compare",
         f"curves     tensorboard --logdir {Path(log_dir).parent}",
     ]
