@@ -19,7 +19,6 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from common.errors import UserError, printable
-from common.system import CAN_FORK
 from dataset.buckets import Order, bucket_sizes, choose_bucket, enlarged, resized, share_cropped
 from dataset.captions import choose_caption, example_caption
 from dataset.disk_cache import Cache
@@ -315,13 +314,9 @@ class Loader:
 
 
 def make_loader(stream: Stream, pin_memory: bool) -> Iterator[Batch]:
-    """Batches decoded ahead of time by --workers processes. Raises UserError, from the first on, if none can be decoded.
-
-    `pin_memory` is for the workers' batches: without workers, the thread that asks for one would do it on the wrong device.
-    """
-    workers = stream.config.workers if CAN_FORK else 0  # else the loop reads
-    options = {"pin_memory": pin_memory, "prefetch_factor": 4} if workers else {}
-    return map(batch_or_raise, read_by_workers(stream, workers, **options))  # not a generator: the workers start now
+    """Batches decoded ahead of time by --workers processes. Raises UserError, from the first on, if none can be decoded."""
+    batches = read_by_workers(stream, stream.config.workers, pin_memory, prefetch=4)
+    return map(batch_or_raise, batches)  # not a generator: the workers start now
 
 
 def batch_or_raise(batch: Batch | UserError) -> Batch:

@@ -67,7 +67,7 @@ class InferConfig:
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     """auto: fp16 on CUDA, fp32 on CPU. The VAE is never fp16."""
     device: str = "auto"
-    """'auto' (CUDA if there is one), 'cuda', 'cpu'."""
+    """'auto' (CUDA if there is one, else the CPU), 'cuda', 'cpu', 'mps'."""
 
     def __post_init__(self) -> None:
         check_options(self)

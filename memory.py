@@ -3,15 +3,17 @@ Adam, the cap on the device's memory, and the plan by which a step fits under it
 """
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from common import system
-from common.errors import UserError
+from common.errors import UserError, warn
 from data import Workload
 from lora import add_lora
 from model.load import Pipeline
@@ -35,6 +37,8 @@ def resolve_device(device: str) -> torch.device:
     """'auto' -> CUDA if there is one, else CPU; 'cuda' -> this process's own. Raises UserError if it is not here."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cpu" and (reason := why_no_cuda()):
+            warn(f"warning: the NVIDIA card of this machine is not used, but the CPU ({reason}); --device cpu means that")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -44,6 +48,21 @@ def resolve_device(device: str) -> torch.device:
     if device.startswith("cuda"):
         torch.cuda.set_device(device)  # streams and graphs are made on the current one
     return torch.device(device)
+
+
+def why_no_cuda() -> str | None:
+    """Why PyTorch cannot use the NVIDIA card, and what to do; None if there is none, or if CUDA_VISIBLE_DEVICES hides it."""
+    card = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi")
+    if not card or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return None
+    if torch.version.cuda is None:
+        return f"PyTorch {torch.__version__} is a build without CUDA: install the one that pytorch.org shows for CUDA"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        said = str(error).splitlines()[0].partition(". Please")[0]
+        return f"{said}: update NVIDIA's driver, or install a PyTorch for an older CUDA from pytorch.org"
+    return "PyTorch finds no card: see what nvidia-smi says"
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import IO, TypeVar
 
 from common.errors import UserError, warn
+from common.system import lock_file
 
 ROOT = Path(__file__).parents[1]  # root folder of the suite, which holds its bundled files
 
@@ -66,19 +67,17 @@ def check_writable(flag: str, folder: Path) -> None:
 def lock_folder(name: str, folder: Path, wait: bool = False) -> IO:
     """Locks a folder until the file that this returns is closed, or the process ends in whatever way.
 
-    A POSIX record lock on the file `.lock` in it: it also holds between hosts on NFS, and no forked worker inherits it. Where
+    A lock on the file `.lock` in it, which no forked worker inherits and which also holds between hosts on NFS. Where
     the file system has no locks it warns. If another process has the lock it waits, or raises UserError naming the flag `name`.
     """
-    import fcntl  # not on Windows
-
-    lock = (folder / ".lock").open("a")
+    lock = (folder / ".lock").open("ab")
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # POSIX allows both
+        lock_file(lock, wait=False, inherited=False)
+    except (BlockingIOError, PermissionError):  # both occur
         if not wait:
             raise UserError(f"{name} {folder}: another run is writing there: wait for its end, or use another {name}") from None
         print(f"waiting for another process that writes to {folder}", flush=True)
-        fcntl.lockf(lock, fcntl.LOCK_EX)
+        lock_file(lock, wait=True, inherited=False)
     except OSError as error:
         warn(f"{name} {folder} cannot be locked ({error.strerror}): let no other run write there")
     return lock

@@ -1,6 +1,5 @@
 """A cache on a local disk for what is loaded from a server, shared by the processes of a host."""
 
-import fcntl
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
+from common.system import lock_file
 from dataset.shards import Shard, read_lines, to_line
 
 
@@ -34,7 +34,7 @@ class Cache:
     @contextmanager
     def locked(self, name: str) -> Iterator:
         with (self.folder / name).open("a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock_file(file, wait=True, inherited=True)
             yield file
 
     def part(self, key: str, size: int, load: Callable[[], bytes]) -> bytes:
@@ -75,7 +75,7 @@ class Cache:
             counter.flush()
             part = self.folder / ".part"  # one name for all processes: only the holder of the lock writes it
             part.write_bytes(data)
-            part.rename(path)
+            part.replace(path)
 
     def make_room(self, size: int) -> int:
         """Removes the least recently used files until a tenth of `limit` is free: listing the folder is slow, so do it rarely.

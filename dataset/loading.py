@@ -10,13 +10,19 @@ from types import TracebackType
 from torch.utils.data import DataLoader, Dataset
 
 from common.signals import SIGNALS, blocked_signals
+from common.system import CAN_FORK
 
 
-def read_by_workers(dataset: Dataset, workers: int, **options) -> Iterator:
-    """The items of a DataLoader that makes no batches. The workers start at once, not with the first item."""
-    loader = DataLoader(
-        dataset, batch_size=None, num_workers=workers, worker_init_fn=leave_signals_to_the_loop if workers else None, **options
-    )
+def read_by_workers(dataset: Dataset, workers: int, pin_memory: bool = False, prefetch: int = 2, **options) -> Iterator:
+    """The items of a DataLoader that makes no batches. The workers start at once, not with the first item. Without workers, or
+    where processes cannot be forked, whoever takes an item reads it.
+
+    `pin_memory` is for the workers' items: without workers, the thread that asks for one would do it on the wrong device.
+    """
+    if workers and CAN_FORK:
+        options |= {"num_workers": workers, "worker_init_fn": leave_signals_to_the_loop}
+        options |= {"pin_memory": pin_memory, "prefetch_factor": prefetch}
+    loader = DataLoader(dataset, batch_size=None, **options)
     with blocked_signals():
         return iter(loader)
 

@@ -285,11 +285,11 @@ def write_shard(
             shard.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     shard.hashes, shard.refused, shard.made_of, shard.dhashes = hashes, list(refused), made_of, list(dhashes)
     aside = path.with_name(f".{name}.json.part")
-    aside.write_text(to_line(shard))
+    aside.write_text(to_line(shard), "utf-8", newline="\n")
     path.unlink(missing_ok=True)  # an older shard must not be taken for the one that the sidecar describes
-    aside.rename(sidecar(folder, name))  # before the shard: without it the shard would look like one of unknown origin
+    aside.replace(sidecar(folder, name))  # before the shard: without it the shard would look like one of unknown origin
     if hashes:
-        part.rename(path)
+        part.replace(path)
     else:
         part.unlink()
     return shard
@@ -306,7 +306,7 @@ def finish(folder: Path, shards: list[Shard], replaced: Iterable[str]) -> None:
     for name in replaced - {shard.name for shard in shards if shard.samples}:
         (folder / name).unlink(missing_ok=True)  # while it is in the index: afterwards its origin would be unknown
     aside = folder / f".{INDEX}.part"
-    aside.write_text("\n".join(lines) + "\n")
-    aside.rename(folder / INDEX)
+    aside.write_text("\n".join(lines) + "\n", "utf-8", newline="\n")
+    aside.replace(folder / INDEX)
     for path in unfinished(folder):
         path.unlink()

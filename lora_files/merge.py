@@ -31,7 +31,7 @@ def written_whole(out: Path) -> Iterator[Path]:
     part = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         yield part
-        part.rename(out)
+        part.replace(out)
     except BaseException as error:
         shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
         if isinstance(error, OSError):

@@ -360,7 +360,7 @@ def scaling_rules(path: Path, metadata: dict[str, str]) -> Callable[[str, int], 
         config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
         config_file = path.with_name("adapter_config.json")
         if path.name == "adapter_model.safetensors" and config_file.is_file():  # the names that PEFT gives the two files
-            config = {f".{key}": value for key, value in json.loads(config_file.read_text()).items()}
+            config = {f".{key}": value for key, value in json.loads(config_file.read_text("utf-8")).items()}
         if not isinstance(config, dict):
             raise ValueError("it is no JSON object")
     except (ValueError, AttributeError, OSError) as error:

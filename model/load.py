@@ -148,7 +148,7 @@ def check_folder(model: str, folder: Path) -> None:
     if not index.is_file():
         raise UserError(f"--model {model} is no diffusers folder: it has no model_index.json")
     try:
-        entries = json.loads(index.read_text())
+        entries = json.loads(index.read_text("utf-8"))
         kind = entries.get("_class_name")
     except (ValueError, AttributeError):
         raise UserError(f"--model {model}: model_index.json is not JSON") from None

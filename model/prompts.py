@@ -127,7 +127,7 @@ def read_prompts(prompts: tuple[str, ...], model: str) -> list[Prompt]:
     Raises UserError if the file is missing, empty or no text, or for what is not known in it.
     """
     if not prompts:
-        return list(map(Prompt, DEMO_PROMPTS.read_text().splitlines() if model == "demo" else NARUTO_PROMPTS))
+        return list(map(Prompt, DEMO_PROMPTS.read_text("utf-8").splitlines() if model == "demo" else NARUTO_PROMPTS))
     first, where = prompts[0], f"--prompts {prompts[0]}"
     if len(prompts) == 1 and first.endswith(PROMPT_FILES[2:]):
         raise UserError(f"{where}: only lines of text and TOML are read: write a .txt with a prompt on each line")

@@ -19,6 +19,7 @@ import tyro
 
 from common.errors import UserError, one_line_errors, printable
 from common.options import flag_of
+from common.system import print_what_can_be_printed
 from options.foreign import DIFFERENT, NO_EFFECT, SAME
 
 T = TypeVar("T")
@@ -34,6 +35,7 @@ def parse_command(program: str, config: type[T], description: str | None) -> T:
     A script calls this before it imports PyTorch, which takes seconds: Ctrl-C during that would print a traceback, so until
     `one_line_errors` around `main` it just ends the script.
     """
+    print_what_can_be_printed()
     with one_line_errors(program):
         options = parse_arguments(config, sys.argv[1:], description)
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -154,7 +154,7 @@ class MemoryConfig:
     checkpointing: Literal["auto", "all", "none"] = option("auto", resume="free")
     """Blocks that recompute their activations in the backward pass instead of keeping them. auto: as few as fit."""
     optimizer: Literal["adamw8bit", "adamw"] = option("adamw8bit", resume="fixed")
-    """AdamW with 8-bit states (bitsandbytes), or torch's fused one with 32-bit states."""
+    """AdamW with 8-bit states (bitsandbytes), or torch's fused one with 32-bit states, which is always taken on MPS."""
     attention: Literal["auto", "cudnn", "flash", "efficient", "xformers", "sdpa"] = option("auto", resume="free")
     """Attention kernel of the U-Net. auto: the fastest here. sdpa: PyTorch's choice."""
     cuda_graph: Literal["auto", "on", "off"] = option("auto", resume="free")
@@ -168,9 +168,10 @@ class MemoryConfig:
             raise UserError(f"--base-precision {self.base_precision} contradicts --precision {self.precision}: leave one away")
 
     def resolved(self, device: "torch.device") -> "MemoryConfig":
-        """With the precision that it means on `device`: that of an unpacked base, if one is named."""
+        """With the precision that it means on `device`, that of an unpacked base if one is named, and the optimiser there."""
         precision = self.base_precision if self.base_precision in UNPACKED else self.precision
-        return replace(self, precision=resolve_precision(precision, device))  # type: ignore[arg-type]
+        optimizer = "adamw" if device.type == "mps" else self.optimizer  # bitsandbytes has no 8-bit one there
+        return replace(self, precision=resolve_precision(precision, device), optimizer=optimizer)  # type: ignore[arg-type]
 
 
 def resolve_precision(precision: str, device: "torch.device") -> str:
@@ -321,7 +322,7 @@ class TrainConfig:
     seed: int = option(0, at_least=0, at_most=MAX_SEED)
     """What is random is a function of it, and of the number of the step, the process or the sample."""
     device: str = option("auto", resume="free")
-    """'auto' (CUDA if there is one), 'cuda', 'cpu'."""
+    """'auto' (CUDA if there is one, else the CPU), 'cuda', 'cpu', 'mps'."""
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -8,6 +8,16 @@ STATE_BLOCK = 256  # values that share a scale in bitsandbytes' 8-bit states
 # Optimiser.
 
 
+class SkippingAdamW(torch.optim.AdamW):
+    """For MPS, whose fused kernel takes `found_inf` but does not read it: the host does, and waits for it."""
+
+    found_inf: Tensor
+
+    def step(self) -> None:  # type: ignore[override]
+        if not self.found_inf.item():
+            super().step()
+
+
 def make_optimizer(name: str, groups: list[dict]) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) with weight decay 0.01 over flat parameters.
 
@@ -18,7 +28,7 @@ def make_optimizer(name: str, groups: list[dict]) -> torch.optim.Optimizer:
     sets this attribute before `step()` and deletes it afterwards; if the scaler is disabled, the caller may set it.
     """
     if name == "adamw":
-        return torch.optim.AdamW(groups, weight_decay=0.01, fused=True)
+        return (SkippingAdamW if groups[0]["params"][0].is_mps else torch.optim.AdamW)(groups, weight_decay=0.01, fused=True)
     import bitsandbytes
 
     class AdamW8bit(bitsandbytes.optim.AdamW8bit):

@@ -143,7 +143,7 @@ class Checkpoints:
         aside = next(folder for folder in folders if not folder.exists())
         aside.mkdir()
         for path in paths:
-            path.rename(aside / path.name)
+            path.replace(aside / path.name)
         print(f"aside      this is a new run: what another has left in {out} is in {aside} now", flush=True)
 
     def serialise(self, step: int) -> Iterator[tuple[str, bytes]]:

@@ -44,7 +44,7 @@ def save_state(folder: Path, state: dict, files: dict[str, bytes]) -> Path:
         read_state(aside)
         if wrong := [name for name in files if sha256_of((folder / name).read_bytes()) != manifest[name]]:
             raise OSError(errno.EIO, f"{wrong[0]} does not read back as it was written")
-        aside.rename(new)
+        aside.replace(new)
         sync_folder(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -67,7 +67,7 @@ class CacheConfig:
     workers: int = option(2, at_least=0)
     """Processes per rank that read and decode."""
     device: str = "auto"
-    """'auto', 'cuda', 'cpu'."""
+    """'auto', 'cuda', 'cpu', 'mps'."""
 
     def __post_init__(self) -> None:
         if Path(self.name).name != self.name:

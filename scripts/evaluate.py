@@ -36,7 +36,7 @@ class EvaluateConfig:
     pictures: int = 8
     """Number of captions to render with base and LoRA; 0 skips the second measure."""
     device: str = "auto"
-    """'auto', 'cuda', 'cpu'."""
+    """'auto', 'cuda', 'cpu', 'mps'."""
 
     def __post_init__(self) -> None:
         check_options(self)

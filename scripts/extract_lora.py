@@ -60,6 +60,8 @@ class ExtractConfig:
         if (self.rank is None) == (self.error is None):
             raise UserError("give either --rank or --error")
         check_options(self)
+        if self.device == "mps":
+            raise UserError("--device mps has no float64, in which this computes: use --device cpu")
         if self.error is not None and not 0 < self.error < 1:
             raise UserError(f"--error must be between 0 and 1, not {self.error}")
         if self.error is not None and self.error < ROUNDING[self.save_dtype]:
