@@ -26,10 +26,10 @@ from dataset.images import Decoded, Size, alpha_of, fit, open_image, to_rgb
 from dataset.latents import unpack_latents, unpack_text
 from dataset.loading import read_by_workers
 from dataset.sources import EncodedSample, Source, open_mixture
-from options.training import CaptionConfig, CaptionFilesConfig, DataConfig
+from options.training import CaptionConfig, CaptionFilesConfig, DataConfig, DataOptions
 
 
-def open_cache(config: DataConfig) -> Cache | None:
+def open_cache(config: DataOptions) -> Cache | None:
     """Creates --data-cache. Raises UserError if it cannot be written."""
     return Cache(Path(config.data_cache), int(config.data_cache_gb * 1e9)) if config.data_cache else None
 
@@ -97,7 +97,7 @@ def decode(raw: EncodedSample, bucket: Size, flip: bool, masked: bool = False) -
     return Decoded(pixels, original, crop, mask.round().astype(np.uint8))
 
 
-def assign_buckets(source: Source, config: DataConfig, resolution: int) -> tuple[list[Size], np.ndarray]:
+def assign_buckets(source: Source, config: DataOptions, resolution: int) -> tuple[list[Size], np.ndarray]:
     """(sizes of the buckets, number of each sample's bucket [N]). Latents have their size already.
 
     Raises UserError if latents are of another resolution.
@@ -195,7 +195,7 @@ class Stream(IterableDataset):
     """
 
     def __init__(
-        self, source: Source, config: DataConfig, captions: CaptionConfig, resolution: int, seed: int,
+        self, source: Source, config: DataOptions, captions: CaptionConfig, resolution: int, seed: int,
         rank: int = 0, world: int = 1, has_text: bool = False, start: int = 0,
     ):  # fmt: skip
         """`has_text`: batches hold the encoded captions of the shards."""

@@ -20,7 +20,7 @@ from options.training import CaptionFilesConfig
 
 SYSTEM_FILES = ("__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "thumbs.db",
                 "ehthumbs.db", "desktop.ini")  # fmt: skip
-OWN_FILES = ("index.jsonl", ".lock")  # that make_shards.py writes beside shards
+OWN_FILES = ("index.jsonl", ".source", ".lock")  # that make_shards.py writes beside shards
 SPLITS = "train|training|validation|valid|val|dev|test|testing|eval|evaluation"  # those of load_dataset
 SPLIT = re.compile(rf"(?:^|[^a-z])({SPLITS})(?=[^a-z]|$)")
 REPEATS = re.compile(r"([1-9]\d{0,2})_(.+)")  # a folder of kohya's: 10_name; not 01_name, nor 2026_name
@@ -126,7 +126,7 @@ class Folder:
         elif file in self.captions:  # by metadata.jsonl, whatever its extension
             self.images.append(file)
         elif suffix == "tar" and file not in self.shards:
-            self.refuse(file, f"shards are read from one folder: --data {file.parent}")
+            self.refuse(file, f"shards are read from one folder: give {file.parent}")
         elif suffix == "parquet" and not self.shards:
             if (SPLIT.findall(name) or ["train"])[-1].startswith("train"):
                 self.tables.append(file)

@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import os
-import re
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from common.progress import tqdm
 from dataset.captions import caption_lines
 from dataset.images import dhash, open_image, to_rgb, upright
 from dataset.rows import Inputs, ParquetRows
-from dataset.shards import Shard, already_there, finish, read_index, split_captions, unfinished, write_shard
+from dataset.shards import Shard, already_there, claim, finish, known_shards, split_captions, unfinished, write_shard
 from dataset.workers import Tick, cores, in_parallel
 
 VERSION = 1  # of the contents of a shard: with another number all shards are made anew
@@ -91,38 +90,35 @@ def pack_job(inputs: Inputs, folder: Path, job: Job, tick: Tick) -> Shard:
                 refused.append(f"{row[0]} ({error})")
             tick()
 
-    return write_shard(folder, job.name, samples(), refused, job.made_of, dhashes)
+    repeats = {f"{number:07d}": times for number, times in enumerate(inputs.repeats(job.first, job.end), job.first)}
+    return write_shard(folder, job.name, samples(), refused, job.made_of, dhashes, repeats)
 
 
-def pack_all(inputs: Inputs, folder: Path, name: str, per_shard: int, workers: int, title: str = "") -> tuple[list[Shard], int]:
-    """Packs rows into folder/name-000000.tar, … and writes their index -> (all shards, number of those that were made now).
+def pack_all(
+    inputs: Inputs, folder: Path, name: str, per_shard: int, workers: int, source: str, replace: bool = False, title: str = ""
+) -> tuple[list[Shard], list[Shard]]:
+    """Packs rows into folder/name-000000.tar, … and writes their index -> (all shards, those of them that were made now).
 
-    Raises UserError if the folder cannot be written or holds shards of that name that were made of something else.
+    Shards whose inputs have not changed are kept; those that are no longer needed are removed last. Raises UserError if the
+    folder cannot be written, or as `claim`.
     """
-    ours, jobs = re.compile(re.escape(name) + r"-\d{6,}\.tar"), jobs_of(inputs, name, per_shard)
+    jobs = jobs_of(inputs, name, per_shard)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with lock_folder("the folder", folder, wait=True):
-            begun, index, existing = [path.stem for path in unfinished(folder)], read_index(folder), already_there(folder)
-            if others := [tar for tar in begun if not ours.fullmatch(tar)]:
-                raise UserError(
-                    f"{folder}: the writing of {others[0]} was interrupted: finish that first, or choose another folder"
-                )
-            done = {job for job in jobs if job.name in existing and existing[job.name].made_of == job.made_of}
-            tars = {path.name for path in folder.glob("*.tar") if ours.fullmatch(path.name)}
-            if tars - {*begun, *index} or (tars & existing.keys() and not begun and not done):
-                raise UserError(f"{folder} holds shards of something else ({min(tars)}): remove them or choose another --name")
-            todo, replaced = [job for job in jobs if job not in done], {*begun, *filter(ours.fullmatch, index)}
-            before = sum(job.end - job.first for job in done)
+            claim(folder, source, replace)
+            existing = already_there(folder)
+            todo = [job for job in jobs if job.name not in existing or existing[job.name].made_of != job.made_of]
+            before = len(inputs) - sum(job.end - job.first for job in todo)
             if title and todo:
                 print(title, flush=True)
             bar = tqdm(total=len(inputs), initial=before, unit="img", disable=not todo)
             made = in_parallel(lambda job, tick: pack_job(inputs, folder, job, tick), todo, workers, bar)
             existing |= {shard.name: shard for shard in made}
             shards = [existing[job.name] for job in jobs]
-            if made or begun or replaced - {job.name for job in jobs}:
-                finish(folder, shards, replaced)
-            return shards, len(made)
+            if made or unfinished(folder) or known_shards(folder) - {job.name for job in jobs}:
+                finish(folder, shards)
+            return shards, made
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}") from None
     except BrokenProcessPool:
@@ -138,5 +134,6 @@ def pack_tables(tables: list[Path]) -> tuple[Path, list[str]]:
     identity = json.dumps([VERSION, [str(table.resolve()) for table in tables], inputs.identity(0, len(inputs))])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdxl_lora/parquet"
     folder = cache / hashlib.sha256(identity.encode()).hexdigest()[:16]
-    shards, _ = pack_all(inputs, folder, "parquet", PER_SHARD, cores(), f"packing {tables[0]} into {folder}")
+    title = f"packing {tables[0]} into {folder}"
+    shards, _ = pack_all(inputs, folder, "parquet", PER_SHARD, cores(), str(tables[0]), replace=True, title=title)
     return folder, [line for shard in shards for line in shard.refused]

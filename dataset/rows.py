@@ -21,6 +21,9 @@ class Inputs(Protocol):
 
     def name(self, n: int) -> str: ...
 
+    def repeats(self, first: int, last: int) -> list[int]:
+        """How often an epoch draws each of these inputs; empty: each of them once."""
+
     def rows(self, first: int, last: int) -> Iterator[Row]: ...
 
 
@@ -58,6 +61,9 @@ class ParquetRows:
     def name(self, n: int) -> str:
         ((table, row, _),) = self.parts(n, n + 1)
         return f"{table.name}:{row}"
+
+    def repeats(self, first: int, last: int) -> list[int]:
+        return []
 
     def rows(self, first: int, last: int) -> Iterator[Row]:
         for part in self.parts(first, last):

@@ -6,9 +6,10 @@ Files with the same key are a sample: key.jpg, key.txt, key.json; or key.safeten
 
 import hashlib
 import json
+import os
 import re
 import tarfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from os.path import splitext
@@ -19,6 +20,7 @@ from unicodedata import normalize
 import webdataset as wds
 
 from common.errors import UserError
+from common.files import write_atomically
 from common.text import read_text
 from dataset.captions import CAPTION_KEYS, TEXT_SUFFIXES, caption_lines
 from dataset.folder import is_hidden, suffix_of
@@ -26,6 +28,7 @@ from dataset.images import HEAD, IMAGE_SUFFIXES, MOST_BYTES, UNREAD, kind_of, su
 from dataset.latents import LATENTS, signature_of, size_of_latents
 
 INDEX = "index.jsonl"
+RECORD = ".source"  # in a folder of shards: what they are made of
 MOST_TEXT = 2**20  # bytes of a caption's file
 
 
@@ -48,6 +51,7 @@ class Shard:
     vae_signature: list[float] = field(default_factory=list)  # `model.vae.vae_signature` of the VAE that made the latents
     text_signature: list[float] = field(default_factory=list)  # signature of the text encoders, if their hidden states are here
     # The rest is known only if `write_shard` made the shard.
+    repeats: list[int] = field(default_factory=list)  # how often an epoch draws each sample; empty: once
     sha256: str = ""  # of the tar file
     hashes: list[str] = field(default_factory=list)  # of each sample: SHA-256 of the image, or of what made its latents
     made_of: str = ""  # SHA-256 of what identifies its inputs
@@ -221,6 +225,9 @@ def read_lines(text: bytes, where: str) -> dict[str, Shard]:
             shard.others = {str(kind): int(number) for kind, number in shard.others.items()}
             shard.vae_signature = [float(value) for value in shard.vae_signature]
             shard.text_signature = [float(value) for value in shard.text_signature]
+            shard.repeats = [int(times) for times in shard.repeats]
+            if len(shard.repeats) not in (0, len(shard.samples)) or not all(0 < times < 1000 for times in shard.repeats):
+                raise ValueError(f"{shard.name!r} with impossible repeats")
             for _, at, size, text_at, text_size, *pixels in shard.samples:
                 beyond = max(at + size, text_at + text_size) > shard.bytes or size > MOST_BYTES or text_size > MOST_TEXT
                 if beyond or min(at, size, text_at, text_size, *pixels) < 0 or max(pixels) >= 2**31 or len(pixels) != 2:
@@ -243,7 +250,7 @@ def read_index(folder: Path) -> dict[str, Shard]:
 
 
 # Writing shards. Until all are written, the index line of each is in a file of its own, name.tar.json: an interrupted run finds
-# there which shards are done.
+# there which shards are done. It is empty while its shard is replaced or removed.
 
 
 def sidecar(folder: Path, name: str) -> Path:
@@ -257,20 +264,45 @@ def unfinished(folder: Path) -> list[Path]:
 
 def already_there(folder: Path) -> dict[str, Shard]:
     """{name: shard} of those that are complete, by the index and by the name.tar.json of an interrupted run."""
-    lines = b"".join(path.read_bytes() + b"\n" for path in unfinished(folder))
+    lines = b"".join(line + b"\n" for path in unfinished(folder) if (line := path.read_bytes()))
     known = read_index(folder) | read_lines(lines, str(folder))
     size = {path.name: path.stat().st_size for path in folder.glob("*.tar")}
     return {name: shard for name, shard in known.items() if shard.bytes == size.get(name, 0)}
 
 
+def known_shards(folder: Path) -> set[str]:
+    """Names of the shards in the folder's index, and of those whose writing was interrupted."""
+    return {*read_index(folder), *(path.stem for path in unfinished(folder))}
+
+
+def claim(folder: Path, source: str, replace: bool) -> None:
+    """Records in a folder of shards that they are made of `source`, before any of them changes: a folder holds one set.
+
+    Raises UserError if there are shards of another source, unless `replace`, tar files that no index lists, or the data.
+    """
+    if os.path.realpath(folder) == os.path.realpath(os.path.dirname(source) if source.endswith(".tar") else source):
+        raise UserError(f"--out {folder} must be another folder than that of the data")
+    known, record = known_shards(folder), folder / RECORD
+    if unknown := {path.name for path in folder.glob("*.tar")} - known:
+        raise UserError(f"{folder} holds {min(unknown)}, which is not in its index: move it to another folder")
+    before = os.fsdecode(record.read_bytes()) if record.is_file() else ""
+    source = os.path.realpath(source) if os.path.exists(source) else source
+    if known and before != source and not replace:
+        theirs = before or "an unknown source"
+        raise UserError(f"{folder} holds shards of {theirs}: --replace puts those of {source} in their place")
+    if before != source:
+        write_atomically(record, os.fsencode(source))
+
+
 def write_shard(
     folder: Path, name: str, samples: Iterable[tuple[str, dict, str]],
-    refused: Sequence[str] = (), made_of: str = "", dhashes: Sequence[str] = (),
+    refused: Sequence[str] = (), made_of: str = "", dhashes: Sequence[str] = (), repeats: Mapping[str, int] | None = None,
 ) -> Shard:  # fmt: skip
     """Samples (key, {extension: content}, hash) -> folder/name, written under a temporary name and renamed when it is complete.
     Without samples no tar file is written.
 
-    `refused` and `dhashes` may be filled while the samples are read: they are used after the last one.
+    `refused` and `dhashes` may be filled while the samples are read: they are used after the last one. `repeats`: of every key;
+    None: once.
     """
     path, hashes = folder / name, []
     part = path.with_name(f".{name}.part")
@@ -284,8 +316,11 @@ def write_shard(
         with part.open("rb") as file:
             shard.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     shard.hashes, shard.refused, shard.made_of, shard.dhashes = hashes, list(refused), made_of, list(dhashes)
+    shard.repeats = [repeats[key] for key, *_ in shard.samples] if repeats else []
     aside = path.with_name(f".{name}.json.part")
-    aside.write_text(to_line(shard), "utf-8", newline="\n")
+    aside.write_text(to_line(shard), "utf-8", newline="
+")
+    sidecar(folder, name).touch()  # the folder is unfinished from here on
     path.unlink(missing_ok=True)  # an older shard must not be taken for the one that the sidecar describes
     aside.replace(sidecar(folder, name))  # before the shard: without it the shard would look like one of unknown origin
     if hashes:
@@ -295,18 +330,16 @@ def write_shard(
     return shard
 
 
-def finish(folder: Path, shards: list[Shard], replaced: Iterable[str]) -> None:
-    """Writes the index of `shards` and removes those named in `replaced` that are not among them: the folder is then complete.
-
-    Other shards that are in the index stay in it.
-    """
-    new, replaced = {shard.name: shard for shard in shards}, set(replaced)
-    others = {name: shard for name, shard in read_index(folder).items() if name not in replaced | new.keys()}
-    lines = [to_line(shard) for _, shard in sorted((others | new).items())]
-    for name in replaced - {shard.name for shard in shards if shard.samples}:
-        (folder / name).unlink(missing_ok=True)  # while it is in the index: afterwards its origin would be unknown
+def finish(folder: Path, shards: list[Shard]) -> None:
+    """Writes the index of `shards` and removes all others: the folder is then complete."""
+    for name in known_shards(folder) - {shard.name for shard in shards if shard.samples}:
+        sidecar(folder, name).touch()  # what is being removed is neither taken for missing nor for unknown
+        (folder / name).unlink(missing_ok=True)
     aside = folder / f".{INDEX}.part"
-    aside.write_text("\n".join(lines) + "\n", "utf-8", newline="\n")
+    lines = [to_line(shard) + "
+" for shard in sorted(shards, key=lambda shard: shard.name)]
+    aside.write_text("".join(lines), "utf-8", newline="
+")
     aside.replace(folder / INDEX)
-    for path in unfinished(folder):
+    for path in [*folder.glob(".*.part"), *unfinished(folder)]:  # the former of an interrupted run
         path.unlink()

@@ -90,6 +90,11 @@ class Source:
         """Draws of an epoch."""
         return self.samples if self.repeats is None else int(self.repeats.sum())
 
+    def repeats_of(self, first: int, last: int) -> list[int]:
+        """How often an epoch draws each of these samples; empty: each of them once."""
+        times = [] if self.repeats is None else self.repeats[first:last].tolist()
+        return times if any(n != 1 for n in times) else []
+
     def account(self) -> str:
         """What became of all that is there, in one line."""
         unreadable, others = np.count_nonzero(self.places["height"] == 0), describe_others(self.others)
@@ -280,10 +285,10 @@ def local_shards(path: Path, found: Sequence[Path]) -> list[tuple[Path, Shard]]:
     index = {folder: read_index(folder) for folder in {tar.parent for tar in tars}}
     if path.is_dir():
         tars = sorted({*tars, *(path / name for name, shard in index.get(path, {}).items() if shard.bytes)})
+    if any(map(unfinished, {*index, path})):
+        raise UserError(f"{path}: the writing of these shards was interrupted: the same command goes on with it")
     if missing := [tar for tar in tars if not tar.is_file()]:
         raise UserError(f"{missing[0]} does not exist")
-    if any(map(unfinished, index)):
-        raise UserError(f"{path}: the writing of these shards was interrupted: the same command goes on with it")
     shards = []
     for tar in tqdm(tars, desc="looking through the shards", unit="shard", delay=2, leave=False):
         shard = index[tar.parent].get(tar.name)
@@ -321,7 +326,9 @@ def of_shards(shards: Sequence[tuple[File | RemoteFile, Shard]]) -> Source:
     for _, shard in shards:
         if shard.samples:
             digest.update(json.dumps([(key, size, text_size) for key, _, size, _, text_size, *_ in shard.samples]).encode())
-    return joined([s.name for _, s in shards], [of_shard(file, s) for file, s in shards], digest.hexdigest())
+    source = joined([s.name for _, s in shards], [of_shard(file, s) for file, s in shards], digest.hexdigest())
+    repeats = [np.array(s.repeats or [1] * len(s.samples), int) for _, s in shards]
+    return replace(source, repeats=np.concatenate([np.empty(0, int), *repeats]))
 
 
 def scan_images(folder: Folder) -> Source:

@@ -74,6 +74,10 @@ def all_fields(config: type) -> Iterator[Field]:
             yield spec
 
 
+def is_positional(spec: Field) -> bool:
+    return tyro.conf.Positional in get_args(Annotated[spec.type, None])
+
+
 def sentence_of(box: str) -> str:
     """The sentence in tyro's box around an error: what is above its first rule, without the title."""
     lines = [line.strip("│ ") for line in box.splitlines()[1:]]
@@ -95,7 +99,7 @@ def given_flags(arguments: list[str], known: dict[str, Field]) -> set[str]:
             flag, equals, value = argument.partition("=")
             name = flag[2:].replace("-", "_")
             current = known.get(name) or known.get(name.removeprefix("no_"))
-            if current is None or (name not in known and current.type is not bool):
+            if current is None or is_positional(current) or (name not in known and current.type is not bool):
                 raise UserError(f"{flag}: {what_is_meant(name, known, flag_of)}")
             given.add(current.name)
             if current.type is bool and (equals or following.lower() in SWITCH_VALUES):
@@ -112,7 +116,10 @@ def what_is_meant(name: str, known: dict[str, Field], spell: Callable[[str], str
         return f"here it is {spell(SAME[name])}"
     if "config" in known and (theirs := DIFFERENT.get(name) or NO_EFFECT.get(name)):
         return theirs
-    nearest = get_close_matches(name, [*known, *(f"no_{n}" for n, spec in known.items() if spec.type is bool)], 1)
+    if any(name == n and is_positional(spec) for n, spec in known.items()):
+        return f"here the {'folder' if name == 'data' else 'file'} stands without a flag"
+    flags = [n for n, spec in known.items() if not is_positional(spec)]
+    nearest = get_close_matches(name, [*flags, *(f"no_{n}" for n in flags if known[n].type is bool)], 1)
     return f"there is no such option: {f'do you mean {spell(nearest[0])}?' if nearest else 'see --help'}"
 
 

@@ -62,12 +62,9 @@ class LineageConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    data: tyro.conf.UseAppendAction[tuple[str, ...]] = option(())
-    """'demo', a folder of tar shards (of images or of latents), a brace pattern (shards/{000000..000012}.tar), a folder of
-    captioned images, or parquet files (columns image and text: packed into ~/.cache once); the shards also at http(s)://,
-    s3://, gs:// or hf:// (a dataset's: hf://datasets/name/of/…). `:3` after it is its weight in a mixture, `:x3` how often an
-    epoch repeats each of its pictures, and so is kohya's name of a folder, 10_name. May be repeated. None given: demo."""
+class DataOptions:
+    """How data are read."""
+
     data_cache: str | None = option(None, resume="free")
     """Folder on a local disk that keeps what was loaded from elsewhere; all processes of the host may share it. None: each
     epoch loads everything again."""
@@ -90,6 +87,15 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+
+
+@dataclass(frozen=True)
+class DataConfig(DataOptions):
+    data: tyro.conf.UseAppendAction[tuple[str, ...]] = option(())
+    """'demo', a folder of tar shards (of images or of latents), a brace pattern (shards/{000000..000012}.tar), a folder of
+    captioned images, or parquet files (columns image and text: packed into ~/.cache once); the shards also at http(s)://,
+    s3://, gs:// or hf:// (a dataset's: hf://datasets/name/of/…). `:3` after it is its weight in a mixture, `:x3` how often an
+    epoch repeats each of its pictures, and so is kohya's name of a folder, 10_name. May be repeated. None given: demo."""
 
 
 @dataclass(frozen=True)

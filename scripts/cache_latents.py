@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import random
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.errors import UserError, one_line_errors
 from common.options import check_options, option
 from options.command import parse_command
-from options.training import CaptionConfig, DataConfig
+from options.training import CaptionConfig, CaptionFilesConfig, DataOptions
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,9 @@ class CacheConfig:
     """The images: one value of train_lora.py's --data."""
     out: Path
     """Folder for the shards."""
+    replace: bool = False
+    """Replace the latents of another source in --out."""
+    caption_files: CaptionFilesConfig = CaptionFilesConfig()
     name: str = "latents"
     """Shards are called name-000000-….tar, name-000001-….tar, …"""
     model: str = "demo"
@@ -92,7 +94,7 @@ from dataset.captions import choose_caption
 from dataset.images import Decoded
 from dataset.latents import LATENTS, pack_latents, unpack_text, with_text
 from dataset.loading import read_by_workers
-from dataset.shards import Shard, already_there, finish, write_shard
+from dataset.shards import Shard, already_there, claim, finish, write_shard
 from dataset.sources import File, Source, open_source
 from memory import resolve_device
 from model.check import describe_model
@@ -250,17 +252,18 @@ def main(config: CacheConfig) -> None:
     # Data and model.
     device = resolve_device(config.device)
     ranks = join_ranks(device, timeout=7 * 86400)  # seconds: a rank that is done waits for the others
-    source = open_source(config.data)
+    source = open_source(config.data, captions=config.caption_files)
     if source.has_latents:
         raise UserError(f"{config.data} holds latents already")
     if ranks.is_first:
         check_writable("--out", config.out)
+        claim(config.out, config.data, config.replace)
     ranks.broadcast(None)  # the others wait until the folder exists
     pipe = read_sdxl(config.model, torch.float32, unet=False)
     weights = hash_weights(pipe.vae), hash_weights(pipe.text_encoder, pipe.text_encoder_2) if config.text else ""
     encoder = Encoder(pipe, bool(config.text), device)
     resolution = config.resolution or native_resolution(pipe)
-    options = DataConfig(resolution=resolution, buckets=config.buckets, bucket_step=config.bucket_step)
+    options = DataOptions(resolution=resolution, buckets=config.buckets, bucket_step=config.bucket_step)
     sizes, bucket = assign_buckets(source, options, resolution)
     if ranks.is_first:
         print(f"{source.samples} images at {resolution} px: {describe_buckets(source, sizes, bucket)}", flush=True)
@@ -276,7 +279,8 @@ def main(config: CacheConfig) -> None:
     items = read_in_order(entry_keys, numbers, config.workers)
     bar = tqdm(items, "looking at the images", len(numbers), disable=not ranks.is_first)
     keys = dict(zip(numbers, bar, strict=True))
-    made_of = {number: sha256([keys[n] for n in run], config.text) for number, run in runs_of_rank.items()}
+    repeats = {number: source.repeats_of(run.start, run.stop) for number, run in runs_of_rank.items()}
+    made_of = {i: sha256([keys[n] for n in run], config.text, *repeats[i]) for i, run in runs_of_rank.items()}
     names = {number: f"{config.name}-{number:06d}-{made_of[number][:8]}.tar" for number in runs_of_rank}
     todo = [number for number in runs_of_rank if names[number] not in existing]
 
@@ -287,7 +291,8 @@ def main(config: CacheConfig) -> None:
     for number in todo:
         refused: list[str] = []
         samples = make_entries(pictures, runs_of_rank[number], keys, cached, encoder, refused)
-        write_shard(config.out, names[number], samples, refused, made_of[number])
+        times = {f"{n:08d}": times for n, times in zip(runs_of_rank[number], repeats[number], strict=False)}
+        write_shard(config.out, names[number], samples, refused, made_of[number], repeats=times)
     next(pictures, None)  # reads past the last item, so that tqdm closes the bar
     finish_all(config, ranks.union(set(names.values())), set(cached.places), ranks)
     leave_ranks()
@@ -299,8 +304,7 @@ def finish_all(config: CacheConfig, names: set[str], cached: set[str], ranks: Ra
         return
     existing = already_there(config.out)
     shards = [existing[name] for name in sorted(names)]
-    ours = re.compile(re.escape(config.name) + r"-\d{6}-[0-9a-f]{8}\.tar")
-    finish(config.out, shards, {name for name in existing if ours.fullmatch(name)})
+    finish(config.out, shards)
     hashes = [h for shard in shards for h in shard.hashes]
     kept, written = sum(h in cached for h in hashes), sum(bool(shard.samples) for shard in shards)
     print(f"{len(hashes)} images in {written} shards in {config.out}/: {len(hashes) - kept} encoded, {kept} from before")

@@ -1,7 +1,7 @@
 """What a LoRA learned, in figures: base against LoRA on held-out images of the style.
 
     python scripts/evaluate.py                                        the newest LoRA in checkpoints/, the demo's images
-    python scripts/evaluate.py --lora naruto.safetensors --data held-out/ --pictures 0
+    python scripts/evaluate.py held-out/ --lora naruto.safetensors --pictures 0
 
 1. The denoising loss on held-out images, with the same noise and timesteps for both.
 2. The distance of pictures, drawn from the held-out captions, to the held-out images: half the L1 distance between their
@@ -12,7 +12,9 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.errors import UserError, one_line_errors
@@ -25,12 +27,12 @@ HELD_OUT = Path(__file__).parents[1] / "assets/demo/heldout"
 
 @dataclass(frozen=True)
 class EvaluateConfig:
+    data: Annotated[str | None, tyro.conf.Positional] = None
+    """Images of the style that were kept out of training, with captions. None: the demo's, for a LoRA trained on the demo."""
     lora: Path = Path("checkpoints")
     """A LoRA file, or a folder of them: the newest one in it."""
     model: str | None = None
     """None: the model that the LoRA was trained on."""
-    data: str | None = None
-    """Images of the style that were kept out of training, with captions. None: the demo's, for a LoRA trained on the demo."""
     timesteps: int = option(10, at_least=1)
     """Number of timesteps, evenly spread over the schedule, at which the loss of every image is computed."""
     pictures: int = 8
@@ -103,13 +105,11 @@ def main(config: EvaluateConfig) -> None:
     device = resolve_device(config.device)
     lora = newest_lora(config.lora)
     if config.data is None and read_metadata(lora).get("sdxl_lora.dataset") != open_source("demo").fingerprint:
-        raise UserError(
-            f"{lora} was not trained on the demo's images: --data names a folder of yours that training has not seen"
-        )
+        raise UserError(f"{lora} was not trained on the demo's images: name a folder of yours that training has not seen")
     model = config.model or trained_on(lora)
     source = open_source(config.data or str(HELD_OUT))
     if source.has_latents:
-        raise UserError(f"--data {config.data} holds latents: the evaluation compares pictures, so it needs images")
+        raise UserError(f"{config.data} holds latents: the evaluation compares pictures, so it needs images")
     pipe = load_sdxl(model, DTYPES[resolve_precision("auto", device)], device)
     denoiser, size = Denoiser(pipe), native_resolution(pipe)
     deltas = read_lora(lora, parameter_shapes(denoiser))
@@ -125,7 +125,7 @@ def main(config: EvaluateConfig) -> None:
         except Exception as error:  # whatever a broken file makes Pillow raise
             print(f"left out {raw.name}: {error}")
     if not samples:
-        raise UserError(f"--data {config.data}: no image can be decoded")
+        raise UserError(f"{config.data}: no image can be decoded")
     settings = Prompt("", seed=0, width=size, height=size, steps=20, guidance=5.0)
     prompts = [Prompt(caption).filled(i, settings) for i, (_, caption) in enumerate(samples[: config.pictures])]
     draw = partial(render, pipe, denoiser.describe, partial(decode_latents, pipe.vae), prompts)

@@ -9,7 +9,7 @@
 
 JPEG, PNG, WebP and AVIF go in byte for byte; other formats are stored as JPEG or, if transparent, as PNG. What cannot be
 decoded or has no caption is refused and listed at the end. Duplicates are kept, and listed too. After an interruption the same
-command continues.
+command continues; after a change of the pictures or captions it packs again the shards in which something changed.
 """
 
 import hashlib
@@ -27,15 +27,19 @@ from common.errors import UserError, one_line_errors, printable
 from common.options import check_options, option
 from dataset.workers import Tick, cores, in_parallel
 from options.command import parse_command
+from options.training import CaptionFilesConfig
 
 
 @dataclass(frozen=True)
 class ShardConfig:
-    source: Annotated[str, tyro.conf.Positional]
+    data: Annotated[str, tyro.conf.Positional]
     """A folder of captioned images, a parquet file or a folder of them, the hub id of such a data set, or tar shards: a folder
     or a brace pattern."""
     out: Path | None = None
-    """Folder for the shards."""
+    """Folder for the shards, which are the only ones in it."""
+    replace: bool = False
+    """Replace the shards of another source in --out."""
+    caption_files: CaptionFilesConfig = CaptionFilesConfig()
     name: str = "shard"
     """Shards are called name-000000.tar, name-000001.tar, …"""
     per_shard: int = option(500, at_least=1)
@@ -51,8 +55,6 @@ class ShardConfig:
             raise UserError(f"--name {self.name!r} must be a plain file name")
         if self.verify == (self.out is not None):
             raise UserError("--verify writes nothing: leave out --out" if self.verify else "--out is missing: where shards go")
-        if self.out and self.out.resolve() == Path(self.source).resolve():
-            raise UserError(f"--out {self.out} must be another folder than the images'")
 
 
 if __name__ == "__main__":
@@ -63,6 +65,7 @@ from safetensors.torch import load
 
 from common.files import check_writable
 from common.progress import tqdm
+from dataset.captions import BESIDE
 from dataset.duplicates import LIMIT, equal_images, similar_images
 from dataset.folder import Folder
 from dataset.images import dhash, open_image, to_rgb
@@ -97,20 +100,23 @@ class SourceRows:
     def name(self, n: int) -> str:
         return self.names[n]
 
+    def repeats(self, first: int, last: int) -> list[int]:
+        return self.source.repeats_of(first, last)
+
     def rows(self, first: int, last: int) -> Iterator[Row]:
         for n in range(first, last):
             raw = self.source.read_sample(n)
             yield self.names[n], raw.image, raw.captions
 
 
-def open_inputs(source: str) -> tuple[Inputs, list[str], str]:
+def open_inputs(source: str, captions: CaptionFilesConfig = BESIDE) -> tuple[Inputs, list[str], str]:
     """(the images with a caption, the names of all others with the reason why they cannot be used, what else is there)."""
     path = Path(source)
     if not path.exists() and path.suffix != ".tar" and "{" not in source:
         if not re.fullmatch(HUB_ID, source):
             raise UserError(f"{source} does not exist here, and is no id of the hub, such as name/of")
         path = fetch(source)
-    folder = Folder(path)
+    folder = Folder(path, captions)
     if folder.tables:
         return ParquetRows(folder.tables), folder.refused, describe_others(folder.others)
     found = open_folder(folder)
@@ -118,7 +124,7 @@ def open_inputs(source: str) -> tuple[Inputs, list[str], str]:
         raise UserError(f"{source} holds latents, not images")
     refused = [f"{name} {NO_CAPTION}" for name in found.uncaptioned] + found.refused
     refused += [f"{name} (the file is truncated: the images before its end are used)" for name in found.truncated]
-    return SourceRows(found, path), refused, " ".join(filter(None, (describe_others(found.others), found.note)))
+    return SourceRows(found, path), refused, "; ".join(filter(None, (describe_others(found.others), found.note)))
 
 
 def fetch(repository: str) -> Path:
@@ -213,24 +219,23 @@ def faults_of(folder: Path, shard: Shard, tick: Tick) -> list[str]:
 
 def main(config: ShardConfig) -> None:
     if config.out is None:  # --verify
-        return verify(Path(config.source), config.workers)
-    inputs, refused, others = open_inputs(config.source)
+        return verify(Path(config.data), config.workers)
+    inputs, refused, others = open_inputs(config.data, config.caption_files)
     check_writable("--out", config.out)
-    shards, made = pack_all(inputs, config.out, config.name, config.per_shard, config.workers)
+    c = config  # without any picture what is there stays: their disk may be missing
+    shards, made = pack_all(inputs, config.out, c.name, c.per_shard, c.workers, c.data, c.replace) if len(inputs) else ([], [])
 
     refused += [line for shard in shards for line in shard.refused]
     full = [shard for shard in shards if shard.samples]
-    kept, shards_in_folder = sum(len(shard.samples) for shard in full), f"{len(full)} shards in {config.out}/"
-    if made or not full:
-        print(f"kept {kept} images in {shards_in_folder}, refused {len(refused)}")
-    else:
-        print(f"nothing to do: {kept} images were already in {shards_in_folder}; refused {len(refused)}")
+    kept, packed = (sum(len(shard.samples) for shard in some) for some in (shards, made))
+    counts = f"{packed} packed, {kept - packed} from before, refused {len(refused)}"
+    print(f"{kept} images in {len(full)} shards in {config.out}/: {counts}" if shards else f"{config.out}/ is left as it is")
     for line in refused:
         print(f"  refused {line}")
     if others:
         print(f"beside them {others}")
     if not full:
-        raise UserError(f"{config.source}: no usable image with a caption")
+        raise UserError(f"{config.data}: no usable image with a caption")
     report_duplicates(inputs, full)
 
 

@@ -43,7 +43,19 @@ from lora_files.read import newest_lora
 
 THUMBNAIL = 256  # pixels: the longer side of the picture in the header
 BASES = {"sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}
-SETTINGS = "rank alpha targets steps bs grad_accum lr text_encoder_lr lr_schedule resolution seed".split()
+SETTINGS = [
+    "rank",
+    "alpha",
+    "targets",
+    "steps",
+    "bs",
+    "grad_accum",
+    "lr",
+    "text_encoder_lr",
+    "lr_schedule",
+    "resolution",
+    "seed",
+]
 
 
 def with_thumbnail(lora: Path, picture: Path | None) -> bytes:

@@ -1,25 +1,31 @@
 """Shows what training will see: a contact sheet of the crops with their captions and sizes, and a table of the buckets.
 
-python scripts/show_data.py --data photos/                                         data.png and the table, for SDXL
-python scripts/show_data.py --data photos/ --flip --shuffle-tags --keep-tags 1     with train_lora.py's own flags
+python scripts/show_data.py photos/                                         data.png and the table, for SDXL
+python scripts/show_data.py photos/ --flip --shuffle-tags --keep-tags 1     with train_lora.py's own flags
 """
 
 import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.errors import UserError, one_line_errors
 from common.options import MAX_SEED, check_options, option
 from options.command import parse_command
-from options.training import CaptionConfig, DataConfig
+from options.training import CaptionConfig, CaptionFilesConfig, DataOptions
 
 
 @dataclass(frozen=True)
 class ShowConfig:
-    dataset: DataConfig = DataConfig()
+    data: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """The values of train_lora.py's --data. None given: demo."""
+    dataset: DataOptions = DataOptions()
     captions: CaptionConfig = CaptionConfig()
+    caption_files: CaptionFilesConfig = CaptionFilesConfig()
     seed: int = option(0, at_least=0, at_most=MAX_SEED)
     """As train_lora.py's --seed: the sheet begins with the first batch of that training."""
     images: int = option(24, at_least=1)
@@ -128,9 +134,9 @@ def caption_facts(source: Source, config: CaptionConfig) -> list[str]:
 
 
 def main(config: ShowConfig) -> None:
-    source = open_mixture(config.dataset.data, open_cache(config.dataset))
+    source = open_mixture(config.data, open_cache(config.dataset), config.caption_files)
     if source.has_latents:
-        raise UserError("--data holds latents: give the images that they were made of")
+        raise UserError(f"{' '.join(config.data)} holds latents: give the images that they were made of")
     check_writable("the folder of --out", config.out.parent)
     stream = Stream(source, config.dataset, config.captions, config.dataset.resolution or 1024, config.seed)
     print("\n".join(bucket_table(source, stream) + caption_facts(source, config.captions)))

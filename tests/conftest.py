@@ -9,6 +9,7 @@ import runpy
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -156,6 +157,17 @@ def shards(photos, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
     assert run_main("scripts/make_shards.py", photos, "--out", folder, "--name", "photos", "--per-shard", 3) == 0
     return folder
+
+
+def until(steps: Iterator, change: Callable) -> Callable:
+    """`change`, or Ctrl-C when there are no steps left."""
+
+    def instead(*arguments, **options):
+        if next(steps, None) is None:
+            raise KeyboardInterrupt
+        return change(*arguments, **options)
+
+    return instead
 
 
 def run(*command: object) -> subprocess.CompletedProcess:

@@ -1,26 +1,28 @@
 """scripts/cache_latents.py: what it keeps, what it makes anew, how it continues."""
 
+import random
 import re
 import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ONE_HOST, Forked, fork_torchrun
+from conftest import ONE_HOST, Forked, fork_torchrun, photograph, run_main, until
 from safetensors.torch import load_file, save_file
 from test_train import last
 
 from common.errors import UserError
 from data import assign_buckets, decode
 from dataset.latents import unpack_latents, unpack_text
-from dataset.shards import INDEX, read_index
-from dataset.sources import open_source
+from dataset.shards import INDEX, already_there, read_index
+from dataset.sources import open_mixture, open_source
 from model.load import load_sdxl
 from model.sdxl import Denoiser
 from model.text import tokenize
 from model.vae import encode_pixels, normalise
-from options.training import DataConfig
+from options.training import CaptionFilesConfig, DataConfig
 
 
 def contents(folder) -> dict[str, bytes]:
@@ -94,6 +96,89 @@ def test_after_a_change_only_what_changed_is_made_anew(script, tiny_model, photo
     assert int(re.search(r"(\d) encoded", out)[1]) >= 4  # those whose bucket was not the square
 
 
+@pytest.mark.parametrize(("seed", "fatal"), enumerate((0, 4, 7, 10)))
+def test_after_any_change_the_cache_is_that_of_a_first_run(script, tiny_model, photos, tmp_path, monkeypatch, seed, fatal):
+    """Stopped in between at some step, too. What was encoded before is not encoded again."""
+    rng, images = random.Random(seed), shutil.copytree(photos, tmp_path / "images")
+    options = [images, "--model", tiny_model, "--per-shard", 3, "--device", "cpu", "--no-buckets", "--workers", 0]
+
+    def pixels() -> set[bytes]:
+        return {path.read_bytes() for path in images.glob("*.jpg")}
+
+    script("scripts/cache_latents.py", *options, "--out", tmp_path / "latents")
+    before = pixels()
+    added, edited, renamed, removed, replaced = rng.sample(range(7), 5)
+    photograph(seed, 90, 90).save(images / f"photo{added}-more.jpg")
+    (images / f"photo{added}-more.txt").write_text("one more")
+    (images / f"photo{edited}.txt").write_text("another caption")
+    for kind in ("jpg", "txt"):
+        (images / f"photo{renamed}.{kind}").rename(images / f"{seed % 2}.{kind}")
+        (images / f"photo{removed}.{kind}").unlink()
+    photograph(9 + seed, 90, 90).save(images / f"photo{replaced}.jpg")
+    with monkeypatch.context() as dying:
+        steps = iter(range(fatal))
+        for change in ("rename", "unlink", "touch"):
+            dying.setattr(Path, change, until(steps, getattr(Path, change)))
+        assert run_main("scripts/cache_latents.py", *options, "--out", tmp_path / "latents") == 130
+    done = {h for shard in already_there(tmp_path / "latents").values() for h in shard.hashes}
+    out, _ = script("scripts/cache_latents.py", *options, "--out", tmp_path / "latents")
+    encoded = int(re.search(r"(\d) encoded", out)[1])
+    assert encoded == sum(h not in done for shard in read_index(tmp_path / "latents").values() for h in shard.hashes)
+    assert encoded == len(pixels() - before) == 2 or fatal
+    script("scripts/cache_latents.py", *options, "--out", tmp_path / "fresh")
+    assert contents(tmp_path / "latents") == contents(tmp_path / "fresh")
+
+
+def test_a_folder_holds_the_latents_of_one_source(script, tiny_model, photos, cutouts, tmp_path):
+    out = tmp_path / "latents"
+    options = ["--model", tiny_model, "--device", "cpu", "--workers", 0, "--out", out]
+    script("scripts/cache_latents.py", photos, *options)
+    first = contents(out)
+    for name in ("latents", "other"):
+        _, err = script("scripts/cache_latents.py", cutouts, *options, "--name", name, status=2)
+        assert err == f"cache_latents.py: {out} holds shards of {photos}: --replace puts those of {cutouts} in their place\n"
+    _, err = script("scripts/cache_latents.py", out, *options, "--replace", status=2)
+    assert "holds latents already" in err
+    shards = tmp_path / "shards"
+    script("scripts/make_shards.py", photos, "--out", shards)
+    _, err = script("scripts/cache_latents.py", shards, *options[:-1], shards, "--replace", status=2)
+    assert err == f"cache_latents.py: --out {shards} must be another folder than that of the data\n"
+    assert contents(out) == first
+    script("scripts/cache_latents.py", photos, *options, "--name", "other")  # the same source: its files are renamed
+    assert [path.name[:12] for path in out.glob("*.tar")] == ["other-000000"]
+    script("scripts/cache_latents.py", cutouts, *options, "--replace")
+    assert open_source(str(out)).samples == 4
+
+
+def test_shards_and_latents_have_the_captions_and_repeats_of_the_folder(script, tiny_model, photos, tmp_path):
+    folder = tmp_path / "pictures"
+    for name in ("3_nrt house", "2_other"):
+        shutil.copytree(photos, folder / name)
+    for name in ("photo1", "photo2"):
+        (folder / f"3_nrt house/{name}.txt").unlink()
+        (folder / f"2_other/{name}.txt").rename(folder / f"2_other/{name}.cap")
+    shutil.copy(photos / "photo4.jpg", folder / "old_town 12.jpg")
+    shutil.copy(photos / "photo5.jpg", folder / "17.jpg")
+    (folder / "2_other/photo6.jpg").write_bytes(b"no picture")
+    flags = ["--caption", "nrt style", "--caption-from-name"]
+    wanted = open_mixture((str(folder),), captions=CaptionFilesConfig("nrt style", True))
+    model = ["--model", tiny_model, "--device", "cpu", "--workers", 0]
+    script("scripts/make_shards.py", folder, "--out", tmp_path / "shards", "--per-shard", 4, *flags)
+    script("scripts/make_shards.py", tmp_path / "shards", "--out", tmp_path / "again")
+    script("scripts/cache_latents.py", folder, "--out", tmp_path / "latents", *model, *flags)
+    script("scripts/cache_latents.py", tmp_path / "again", "--out", tmp_path / "of-shards", *model)
+    good = [n for n in range(wanted.samples) if "2_other/photo6" not in wanted.names[n]]
+    assert {wanted.captions[n][0] for n in good} >= {"nrt house", "other", "old town", "nrt style"}
+    for name in ("shards", "again", "latents", "of-shards"):
+        found = open_mixture((str(tmp_path / name),))
+        assert [found.read_sample(n).captions for n in range(found.samples)] == [wanted.captions[n] for n in good]
+        assert found.repeats.tolist() == [wanted.repeats[n] for n in good]
+    (folder / "2_other").rename(folder / "5_other")  # of which the latents have nothing but the repeats
+    out, _ = script("scripts/cache_latents.py", folder, "--out", tmp_path / "latents", *model, *flags)
+    assert "0 encoded" in out
+    assert open_source(str(tmp_path / "latents")).repeats.max() == 5
+
+
 def test_killed_in_between_it_continues_with_the_same_result(script, tiny_model, photos, tmp_path):
     options = [photos, "--model", tiny_model, "--per-shard", 1, "--device", "cpu", "--bucket-step", 16, "--workers", 0]
     script("scripts/cache_latents.py", *options, "--out", tmp_path / "whole")
@@ -108,8 +193,6 @@ def test_killed_in_between_it_continues_with_the_same_result(script, tiny_model,
             open_source(str(folder))
     out, _ = script("scripts/cache_latents.py", *options, "--out", folder)
     assert int(re.search(r"(\d) from before", out)[1]) >= 3
-    for path in folder.glob(".*.part"):
-        path.unlink()  # of what was being written when it was killed
     assert contents(folder) == wanted
 
 

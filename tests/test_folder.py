@@ -203,7 +203,7 @@ def test_every_extension_is_read_and_packed(script, tmp_path, suffix):
     batch = next(iter(Stream(open_source(str(folder)), DataConfig(bs=1, workers=0), CaptionConfig(), 64, 0)))
     assert (batch.original_size.tolist(), batch.captions) == ([[60, 90]], [f"caption of a.{suffix}"])
     out, _ = script("scripts/make_shards.py", folder, "--out", tmp_path / "shards", "--workers", 1)
-    assert out.startswith("kept 1 images in 1 shards")
+    assert out.startswith("1 images in 1 shards")
     assert out.endswith("beside them 1 captions\n")
 
 
@@ -241,7 +241,7 @@ def test_what_lies_beside_shards_or_parquet_files_is_named(shards, tmp_path, mon
     source = open_source(str(folder))
     assert source.samples == 7
     assert f"{folder}/a.jpg (an image beside shards or a .parquet: put images into a folder of their own)" in source.refused
-    assert sum(f"shards are read from one folder: --data {folder}/sub" in line for line in source.refused) == 3
+    assert sum(f"shards are read from one folder: give {folder}/sub" in line for line in source.refused) == 3
     captioned(tmp_path / "tables", "a.jpg")
     rows = [{"image": {"bytes": JPEG, "path": None}, "text": "a house"}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "tables/0000.parquet")

@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -8,21 +9,26 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pyarrow
 import pytest
-from conftest import Forked, encoded, photograph, run_main
+from conftest import Forked, encoded, photograph, run_main, until
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
 from tqdm import tqdm
 
 from common.errors import UserError
-from dataset import packing
+from dataset import packing, workers
+from dataset.folder import Folder
 from dataset.packing import pack, pack_all
 from dataset.rows import ParquetRows, read_rows
-from dataset.shards import already_there, finish, read_index, sidecar, to_line, unfinished, write_shard
-from dataset.sources import open_mixture, open_source
+from dataset.shards import already_there, finish, read_index, read_lines, sidecar, to_line, unfinished, write_shard
+from dataset.sources import open_folder, open_mixture, open_source
 from dataset.workers import in_parallel
+from scripts.make_shards import open_inputs
 
 PACK = "scripts/make_shards.py"
 
@@ -72,7 +78,7 @@ def test_killed_at_any_time_it_continues_and_the_bytes_are_the_same(script, many
     out, _ = script(PACK, many, "--out", tmp_path, "--per-shard", 4, "--workers", 1)
     assert {name: (tmp_path / name).stat().st_ino for name in existing} == kept
     assert contents(tmp_path) == contents(whole)
-    assert "kept 57 images in 15 shards" in out
+    assert "57 images in 15 shards" in out
     for refused in (
         "07.png (cannot be decoded: no image of a known kind)",
         "31.png (cannot be decoded: ",
@@ -84,63 +90,152 @@ def test_killed_at_any_time_it_continues_and_the_bytes_are_the_same(script, many
 def test_a_finished_folder_is_left_as_it_is(script, many, whole):
     before = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in whole.glob("[!.]*")}
     out, err = script(PACK, many, "--out", whole, "--per-shard", 4)
-    assert out.startswith("nothing to do: 57 images were already in 15 shards")
+    assert out.startswith(f"57 images in 15 shards in {whole}/: 0 packed, 57 from before, refused 3")
     assert "07.png" in out
     assert "img" not in err
     assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in whole.glob("[!.]*")} == before
 
 
-def test_changed_shards_are_made_anew_and_foreign_ones_stay(script, many, whole, tmp_path):
-    folder, out = shutil.copytree(many, tmp_path / "many"), shutil.copytree(whole, tmp_path / "out")
+def test_changed_shards_are_made_anew_and_the_others_stay(script, many, tmp_path):
+    folder, out = shutil.copytree(many, tmp_path / "many"), tmp_path / "out"
+    script(PACK, folder, "--out", out, "--per-shard", 4)
+    first = {path.name: path.stat().st_ino for path in out.glob("*.tar")}
     (folder / "20.txt").write_text("another caption")
     for i in range(54, 60):
         (folder / f"{i:02}.png").unlink()
     stdout, _ = script(PACK, folder, "--out", out, "--per-shard", 4)
-    assert "kept 51 images in 14 shards" in stdout
+    assert "51 images in 14 shards" in stdout
+    assert ": 5 packed, 46 from before, refused 3" in stdout
     script(PACK, folder, "--out", tmp_path / "anew", "--per-shard", 4)
     assert contents(out) == contents(tmp_path / "anew")
-    same = [name for name, data in contents(whole).items() if name.endswith(".tar") and contents(out).get(name) == data]
-    assert len(same) == 12  # all but that of picture 20, and the last three
+    assert sum((out / name).exists() and (out / name).stat().st_ino == inode for name, inode in first.items()) == 12
     (folder / "53.png").unlink()
     stdout, _ = script(PACK, folder, "--out", out, "--per-shard", 4)
-    assert "50 images were already in 13 shards" in stdout
+    assert "50 images in 13 shards" in stdout
+    assert ": 0 packed, 50 from before" in stdout
     assert len(open_source(str(out)).files) == len(list(out.glob("*.tar"))) == 13
-    for source, per_shard in ((folder, 5), (whole, 4)):
-        _, err = script(PACK, source, "--out", out, "--per-shard", per_shard, status=2)
-        assert err.splitlines()[-1].endswith("remove them or choose another --name")
-        assert open_source(str(out)).samples == 50
+    script(PACK, folder, "--out", out, "--per-shard", 5, "--name", "other")
+    assert sorted(path.name for path in out.glob("*.tar")) == [f"other-{i:06d}.tar" for i in range(11)]
+
+
+def test_a_folder_holds_the_shards_of_one_source(script, many, whole, photos, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "out")
+    for name in ("shard", "other"):
+        _, err = script(PACK, photos, "--out", out, "--name", name, status=2)
+        assert err == f"make_shards.py: {out} holds shards of {many}: --replace puts those of {photos} in their place\n"
+    assert contents(out) == contents(whole)
     (tmp_path / "theirs").mkdir()
     shutil.copy(whole / "shard-000003.tar", tmp_path / "theirs")
-    _, err = script(PACK, folder, "--out", tmp_path / "theirs", "--per-shard", 4, status=2)
-    assert "holds shards of something else (shard-000003.tar)" in err
+    for replace in ([], ["--replace"]):
+        _, err = script(PACK, many, "--out", tmp_path / "theirs", *replace, status=2)
+        assert err.endswith("holds shard-000003.tar, which is not in its index: move it to another folder\n")
+    (out / ".source").unlink()  # as from an older version of the suite, or as fetched from elsewhere
+    _, err = script(PACK, many, "--out", out, "--per-shard", 4, status=2)
+    assert f"holds shards of an unknown source: --replace puts those of {many} in their place" in err
+    stdout, _ = script(PACK, many, "--out", out, "--per-shard", 4, "--replace")
+    assert ": 0 packed, 57 from before" in stdout
+    assert contents(out) == contents(whole)
+    script(PACK, photos, "--out", out, "--replace")
+    script(PACK, photos, "--out", tmp_path / "anew")
+    assert contents(out) == contents(tmp_path / "anew")
+    (tmp_path / "empty").mkdir()  # as where a disk is not mounted
+    stdout, err = script(PACK, tmp_path / "empty", "--out", out, "--replace", status=2)
+    assert stdout == f"{out}/ is left as it is\n"
+    assert err == f"make_shards.py: {tmp_path}/empty: no usable image with a caption\n"
+    assert contents(out) == contents(tmp_path / "anew")
 
 
-def test_killed_before_the_index_was_written(script, many, whole, tmp_path):
+def test_killed_before_the_index_was_written(script, many, whole, photos, tmp_path):
     out = shutil.copytree(whole, tmp_path / "out")
     for shard in read_index(whole).values():
         sidecar(out, shard.name).write_text(to_line(shard))
     (out / "index.jsonl").unlink()
-    _, err = script(PACK, many, "--out", out, "--name", "another", status=2)
-    assert "the writing of shard-000000.tar was interrupted: finish that first" in err
-    fewer = shutil.copytree(many, tmp_path / "fewer", ignore=shutil.ignore_patterns("5*.png"))
-    script(PACK, fewer, "--out", shutil.copytree(out, tmp_path / "less"), "--per-shard", 4)
-    assert len(list((tmp_path / "less").glob("*.tar*"))) == 13
+    _, err = script(PACK, photos, "--out", out, status=2)
+    assert "--replace puts those of" in err
+    renamed = shutil.copytree(out, tmp_path / "renamed")
+    script(PACK, many, "--out", renamed, "--name", "another")
+    assert [path.name for path in renamed.glob("*.tar*")] == ["another-000000.tar"]
     script(PACK, many, "--out", out, "--per-shard", 4)
     assert contents(out) == contents(whole)
 
 
+# After a change of the pictures the same command makes what it would make anew, killed in between or not.
+
+
+PHOTOS = [encoded(photograph(i, 40 + i, 50), "JPEG") for i in range(4)]
+CHANGES = st.sampled_from(["picture", "caption", "remove", "rename", "spoil"])
+EDITS = st.tuples(CHANGES, st.sampled_from([0, 1, 2, 3, 4, 6, 7, 8, 9]), st.integers(0, 3))  # 5 stays as it is
+
+
+def edit(folder: Path, change: str, at: int, value: int) -> None:
+    """Changes picture `at`, or adds it."""
+    picture = folder / f"{at}.jpg"
+    if change == "picture" or not picture.exists():
+        picture.write_bytes(PHOTOS[value])
+        picture.with_suffix(".txt").write_text(f"caption {at}")
+    elif change == "rename":
+        for path in (picture, picture.with_suffix(".txt")):
+            path.replace(path.with_stem(str(value)))
+    elif change == "remove":
+        for path in (picture, picture.with_suffix(".txt")):
+            path.unlink()
+    elif change == "caption":
+        picture.with_suffix(".txt").write_text(f"caption {value}" if value else "")
+    else:
+        picture.write_bytes(b"no picture")
+
+
+def packed(folder: Path, out: Path) -> tuple[dict[str, bytes], list[str]]:
+    """Packs the folder -> (what is in `out`, names of the shards that were made)."""
+    inputs, *_ = open_inputs(str(folder))
+    _, made = pack_all(inputs, out, "shard", 3, 1, str(folder))
+    return contents(out), [shard.name for shard in made]
+
+
+def every_step_of_a_removal(test):
+    """Pictures 5, 6, 7 are a shard and 8 is another, of which nothing remains."""
+    for fatal in range(20):
+        test = example(before=[("picture", n, 0) for n in (6, 7, 8)], after=[("remove", 8, 0)], fatal=fatal)(test)
+    return test
+
+
+@every_step_of_a_removal
+@settings(max_examples=40, deadline=None)
+@given(before=st.lists(EDITS, min_size=4, max_size=12), after=st.lists(EDITS, max_size=3), fatal=st.integers(0, 25))
+def test_after_any_change_the_folder_is_that_of_a_first_run(before, after, fatal):
+    with TemporaryDirectory() as root, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers, "CAN_FORK", False)  # in this process it can be stopped at any step
+        folder, out = Path(root, "pictures"), Path(root, "out")
+        folder.mkdir()
+        edit(folder, "picture", 5, 0)
+        for change in before:
+            edit(folder, *change)
+        old, _ = packed(folder, out)
+        for change in after:
+            edit(folder, *change)
+        new, _ = packed(folder, Path(root, "new"))
+        with pytest.MonkeyPatch.context() as dying:
+            steps = iter(range(fatal))
+            for step in ("unlink", "rename", "replace", "write_text", "open", "touch"):
+                dying.setattr(Path, step, until(steps, getattr(Path, step)))
+            with contextlib.suppress(KeyboardInterrupt):
+                packed(folder, out)
+        left = {name: data for name, data in contents(out).items() if not name.endswith(".part")}
+        if left not in (old, new):
+            with pytest.raises(UserError, match="interrupted: the same command goes on with it"):
+                open_folder(Folder(out))
+        again = {name: (out / name).stat().st_ino for name in left}
+        final, made = packed(folder, out)
+        assert final == new
+        kept = {path.name for path in out.glob("*.tar") if path.stat().st_ino == again.get(path.name)}
+        assert kept >= {name for name in new if name.endswith(".tar")} - {*made}
+        if left == old:  # exactly the shards whose inputs are others are made
+            index = [{s.name: s.made_of for s in read_lines(d["index.jsonl"], "").values()} for d in (old, new)]
+            assert {*made} == {name for name, made_of in index[1].items() if index[0].get(name) != made_of}
+
+
 def test_killed_at_any_step_no_partial_shard_is_taken_for_complete(monkeypatch, tmp_path):
     """The writing is killed before each change of the folder in turn."""
-    steps = {"left": 0}
-
-    def dying(change):
-        def instead(*arguments, **options):
-            if not steps["left"]:
-                raise KeyboardInterrupt
-            steps["left"] -= 1
-            return change(*arguments, **options)
-
-        return instead
 
     def write(folder: Path, texts: list[str]) -> None:
         """Does as pack_all does: a shard for each text, but no file for an empty text."""
@@ -150,7 +245,7 @@ def test_killed_at_any_step_no_partial_shard_is_taken_for_complete(monkeypatch, 
             if name not in existing or existing[name].made_of != text:
                 samples = [("0", {"txt": "a", "jpg": text * 600}, text)] if text else []
                 existing[name] = write_shard(folder, name, samples, made_of=text)
-        finish(folder, [existing[name] for name in jobs], read_index(folder))
+        finish(folder, [existing[name] for name in jobs])
 
     versions = (["a", "b", "c"], ["a", "d"], ["", "e", "f"])
     wanted = []
@@ -167,9 +262,9 @@ def test_killed_at_any_step_no_partial_shard_is_taken_for_complete(monkeypatch, 
         folder.mkdir()
         for old, new in zip([None, 0, 1], versions, strict=True):
             with monkeypatch.context() as patch:
-                for change in ("unlink", "rename", "write_text", "open"):
-                    patch.setattr(Path, change, dying(getattr(Path, change)))
-                steps["left"] = fatal
+                steps = iter(range(fatal))
+                for change in ("unlink", "rename", "write_text", "open", "touch"):
+                    patch.setattr(Path, change, until(steps, getattr(Path, change)))
                 try:
                     write(folder, new)
                     ended = True
@@ -180,8 +275,7 @@ def test_killed_at_any_step_no_partial_shard_is_taken_for_complete(monkeypatch, 
             known = {*read_index(folder), *(path.stem for path in unfinished(folder))}
             assert {path.name for path in folder.glob("*.tar")} <= known
             write(folder, new)
-            left = {name: data for name, data in contents(folder).items() if not name.endswith(".part")}
-            assert left == wanted[versions.index(new)], (fatal, old)
+            assert contents(folder) == wanted[versions.index(new)], (fatal, old)
         if ended:
             return
     pytest.fail("it took more steps than were tried")
@@ -197,7 +291,7 @@ def test_names_and_captions_that_are_no_text(script, photos, tmp_path):
     rows = [{"file_name": os.fsdecode(name), "text": text} for name, text in texts.items()]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     out, _ = script(PACK, folder, "--out", tmp_path / "out")
-    assert "kept 1 images in 1 shards" in out
+    assert "1 images in 1 shards" in out
     assert r"refused b\xff.jpg (cannot be decoded" in out
     assert r"c\xff.jpg (no caption)" in out
     assert r"metadata.jsonl line 3: c\xff.jpg (its caption holds control characters, or half of a surrogate pair)" in out
@@ -211,7 +305,7 @@ def test_shards_are_packed_anew(script, photos, tmp_path):
         for path in sorted(photos.iterdir()):
             tar.add(path, path.name)
     out, _ = script(PACK, theirs, "--out", tmp_path / "ours", "--per-shard", 3)
-    assert "kept 7 images in 3 shards" in out
+    assert "7 images in 3 shards" in out
     script(PACK, photos, "--out", tmp_path / "straight", "--per-shard", 3)
     ours, straight = open_source(str(tmp_path / "ours")), open_source(str(tmp_path / "straight"))
     for n in range(7):
@@ -219,8 +313,11 @@ def test_shards_are_packed_anew(script, photos, tmp_path):
     assert read_index(tmp_path / "ours")["shard-000002.tar"].hashes == [hashlib.sha256(ours.read_sample(6).image).hexdigest()]
     script(PACK, f"{tmp_path}/ours/shard-{{000000..000001}}.tar", "--out", tmp_path / "two")
     assert open_source(str(tmp_path / "two")).samples == 6
-    _, err = script(PACK, theirs, "--out", theirs, status=2)
-    assert "must be another folder" in err
+    before = contents(tmp_path / "two")
+    for data in ("two", "two/shard-{000000..000000}.tar", "two/shard-000000.tar"):
+        _, err = script(PACK, tmp_path / data, "--out", tmp_path / "two", "--replace", status=2)
+        assert err == f"make_shards.py: --out {tmp_path}/two must be another folder than that of the data\n"
+    assert contents(tmp_path / "two") == before
 
 
 # --verify.
@@ -427,15 +524,13 @@ def test_work_is_done_by_all_and_the_first_error_ends_it():
 
 
 def test_a_full_disk_and_a_killed_process_are_reported(photos, tmp_path, monkeypatch):
-    from scripts.make_shards import open_inputs
-
     def full(*arguments) -> None:
         raise OSError(28, "No space left on device")
 
     inputs, *_ = open_inputs(str(photos))
     monkeypatch.setattr(packing, "pack_job", full)
     with pytest.raises(UserError, match="out cannot be written: No space left on device"):
-        pack_all(inputs, tmp_path / "out", "shard", 2, 2)
+        pack_all(inputs, tmp_path / "out", "shard", 2, 2, "photos")
     monkeypatch.setattr(packing, "pack_job", lambda *arguments: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(UserError, match="was killed, perhaps for its memory: try fewer --workers"):
-        pack_all(inputs, tmp_path / "out", "shard", 2, 2)
+        pack_all(inputs, tmp_path / "out", "shard", 2, 2, "photos")

@@ -380,7 +380,7 @@ def test_urls_with_secrets_are_refused_without_repeating_them(data, script, tmp_
     with pytest.raises(UserError, match="credentials") as caught:
         open_mixture((data, "b:3"))
     assert "geheim" not in str(caught.value)
-    _, err = script("scripts/show_data.py", "--data", data, "--out", tmp_path / "x.png", status=2)
+    _, err = script("scripts/show_data.py", data, "--out", tmp_path / "x.png", status=2)
     assert "geheim" not in err
     assert err.count("\n") == 1
 
@@ -563,7 +563,7 @@ def test_training_from_a_server_equals_training_from_the_disk(train, server, buc
 def test_the_data_sheet_from_a_server(server, shards, script, tmp_path):
     sheets = []
     for name, data in (("remote", serve(server, shards)), ("local", shards)):
-        options = ["--data", data, "--resolution", 64, "--out", tmp_path / f"{name}.png"]
+        options = [data, "--resolution", 64, "--out", tmp_path / f"{name}.png"]
         out, _ = script("scripts/show_data.py", *options, "--data-cache", tmp_path / "cache", "--data-cache-gb", 0.1)
         sheets.append((out.replace(name, ""), (tmp_path / f"{name}.png").read_bytes()))
     assert sheets[0] == sheets[1]

@@ -68,7 +68,7 @@ def pillow_alone(files: list[Path]) -> Callable[[], int]:
 def write_samples(folder: Path, samples: Iterable[dict]) -> None:
     """Samples {extension: content} -> a shard in the folder, with its index."""
     keyed = ((f"{n:07d}", sample, "") for n, sample in enumerate(samples))
-    finish(folder, [write_shard(folder, "shard-000000.tar", keyed)], ())
+    finish(folder, [write_shard(folder, "shard-000000.tar", keyed)])
 
 
 def batches(folder: Path, images: int) -> Callable[[], int]:
