@@ -318,8 +318,7 @@ def write_shard(
     shard.hashes, shard.refused, shard.made_of, shard.dhashes = hashes, list(refused), made_of, list(dhashes)
     shard.repeats = [repeats[key] for key, *_ in shard.samples] if repeats else []
     aside = path.with_name(f".{name}.json.part")
-    aside.write_text(to_line(shard), "utf-8", newline="
-")
+    aside.write_text(to_line(shard), "utf-8", newline="\n")
     sidecar(folder, name).touch()  # the folder is unfinished from here on
     path.unlink(missing_ok=True)  # an older shard must not be taken for the one that the sidecar describes
     aside.replace(sidecar(folder, name))  # before the shard: without it the shard would look like one of unknown origin
@@ -336,10 +335,8 @@ def finish(folder: Path, shards: list[Shard]) -> None:
         sidecar(folder, name).touch()  # what is being removed is neither taken for missing nor for unknown
         (folder / name).unlink(missing_ok=True)
     aside = folder / f".{INDEX}.part"
-    lines = [to_line(shard) + "
-" for shard in sorted(shards, key=lambda shard: shard.name)]
-    aside.write_text("".join(lines), "utf-8", newline="
-")
+    lines = [to_line(shard) + "\n" for shard in sorted(shards, key=lambda shard: shard.name)]
+    aside.write_text("".join(lines), "utf-8", newline="\n")
     aside.replace(folder / INDEX)
     for path in [*folder.glob(".*.part"), *unfinished(folder)]:  # the former of an interrupted run
         path.unlink()
