@@ -45,7 +45,7 @@ def test_every_script_runs_without_what_linux_alone_has(system, pictures, tmp_pa
         ["infer.py", "--lora", lora, "--prompts", "a нindża", "--steps", 1, "--out", tmp_path / "images", "--compare"],
         ["infer.py", "--lora", lora, "--steps", 1, "--out", tmp_path / "images", "--save-merged", tmp_path / "merged"],
         ["scripts/make_shards.py", pictures, "--out", shards],
-        ["scripts/show_data.py", "--data", shards, "--out", tmp_path / "data.png"],
+        ["scripts/show_data.py", shards, "--out", tmp_path / "data.png"],
         ["scripts/cache_latents.py", shards, "--out", tmp_path / "latents", "--model", "demo"],
         ["scripts/inspect_lora.py", lora, "--model", "demo"],
         ["scripts/convert_lora.py", lora, tmp_path / "converted.safetensors", "--model", "demo"],
