@@ -85,7 +85,7 @@ class Report:
         flags, source = checkpoints.flags, stream.source
         total, trained, layers = self.model.parameter_count, self.adapter.parameter_count, len(self.adapter.modules)
         processes, samples = self.ranks.world, self.samples_per_step
-        epochs = self.steps * samples / source.epoch
+        epochs, once = self.steps * samples / source.epoch, source.epoch / samples
         launching = "every kernel launched" if self.graphed.eager else "CUDA graph"
         return {
             "resume": checkpoints.resumed,
@@ -99,7 +99,7 @@ class Report:
             "cut short": f"{', '.join(source.truncated)}: the samples before the cut are used" if source.truncated else "",
             "buckets": stream.describe(),
             "batch": f"{flags['bs']} × {flags['grad_accum']} accumulated × {processes} processes = {samples}",
-            "steps": f"{self.steps}: each image {epochs:.3g} times, on average",
+            "steps": f"{self.steps}: each image {epochs:.3g} times, on average; all of them once is {once:.3g} steps",
             "device": f"{self.device}, {flags['precision']}, {flags['attention']} attention, {launching}",
             "memory": str(plan),
             "optimiser": str(self.optimiser),

@@ -80,7 +80,7 @@ def test_a_run_writes_weights_metadata_and_logs(train, tiny_model, shards, tmp_p
     trained = sum(t.numel() for key, t in tensors.items() if key.endswith("weight"))
     assert f"rank 2 on {len(tensors) // 3} layers, {trained:,} parameters trained" in out
     assert "7 images with a caption" in out
-    assert "steps      7: each image 2 times, on average\n" in out
+    assert "steps      7: each image 2 times, on average; all of them once is 3.5 steps\n" in out
     assert "device     cpu, fp32, sdpa attention, every kernel launched" in out
     assert re.search(
         r"memory     [\d.]+ GiB for tensors: 0 of \d\d blocks checkpointed, fp32 base, batch in one piece; predicted", out
