@@ -95,6 +95,11 @@ class Source:
         times = [] if self.repeats is None else self.repeats[first:last].tolist()
         return times if any(n != 1 for n in times) else []
 
+    def identity(self) -> str:
+        """What decides which samples are drawn when, in a few words."""
+        shares = f", {self.epoch} draws an epoch at {' '.join(f'{share:.3g}' for share in self.shares)}" if self.shares else ""
+        return f"files {self.fingerprint[:8]}{shares}"
+
     def account(self) -> str:
         """What became of all that is there, in one line."""
         unreadable, others = np.count_nonzero(self.places["height"] == 0), describe_others(self.others)

@@ -73,7 +73,7 @@ class Checkpoints:
         """
         self.config, self.flags, self.policies, self.source, self.ranks = config, flags, policies, source, ranks
         self.adapter, self.shapes, self.optimiser, self.header = adapter, shapes, optimiser, header
-        self.made = provenance(flags, source.fingerprint, ranks.world)
+        self.made = provenance(flags, source, ranks.world)
         self.disk = TolerantWriter()
         self.saved_step = 0  # of the last attempt to save, or of the state that was loaded
         self.resumed = ""  # one line: from which state, and what has changed since
@@ -238,11 +238,11 @@ class Checkpoints:
         return run, changes + ("; no longer bit for bit" if "processes" in beyond else "")
 
 
-def provenance(flags: dict[str, object], fingerprint: str, world: int) -> dict:
-    """What a state was made with: every flag, with the fingerprint of the data in place of its path; and what is no flag."""
+def provenance(flags: dict[str, object], source: Source, world: int) -> dict:
+    """What a state was made with: every flag, with what the data are in place of their path; and what is no flag."""
     suite = hashlib.sha256(b"".join(path.read_bytes() for path in suite_sources()))
     beyond = {"processes": world, "torch": str(torch.__version__), "suite": suite.hexdigest()[:8]}
-    return {"flags": flags | {"data": f"files {fingerprint[:8]}"}, "beyond": beyond}
+    return {"flags": flags | {"data": source.identity()}, "beyond": beyond}
 
 
 def changed(old: dict, new: dict, prefix: str = "") -> dict[str, str]:

@@ -1009,3 +1009,12 @@ def test_a_named_run_with_a_trigger(train, photos, tiny_model, tmp_path):
 def test_names_that_are_none(train, name):
     _, err = train(f"--name={name}", status=2)
     assert "must be a name of letters" in err
+
+
+@pytest.mark.parametrize("other", [":x2", ":x3"])
+def test_other_repeats_are_another_run(train, photos, shards, tmp_path, other):
+    data = ["--data", f"{photos}{other}", "--data", shards]
+    train(*data, "--steps", 1)
+    train(*data, "--steps", 2)
+    _, err = train("--data", f"{photos}:x4", "--data", shards, "--steps", 3, "--resume", tmp_path / "out", status=2)
+    assert re.search(r"is of another run: --data files \w{8}, \d+ draws an epoch at 0.\d+ 0.\d+ -> files \w{8}, 35 draws", err)
