@@ -28,6 +28,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text).replace(r"\udc", r"\x")
 
 
+def first_names(names: list[str]) -> str:
+    """'a, b, c', of more than ten the first ten with '…'."""
+    return ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
+
+
 class LossyStream:
     """Wraps standard output or error: text that cannot be written, to a full disk for example, is dropped without an error."""
 

@@ -1,7 +1,9 @@
 """Atomic writes: a file is written under a temporary name, checked and renamed, so it is complete or absent."""
 
+import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TypeVar
@@ -24,7 +26,8 @@ T = TypeVar("T")
 def write_atomically(path: Path, data: bytes, check: Callable[[Path], None] = lambda written: None) -> None:
     """Temporary file, fsync, rename, fsync of the folder: a crash leaves the old file or the new one, never half of one.
 
-    `check` reads the temporary file; if it raises, the old file stays in place.
+    `check` reads the temporary file; if it raises, the old file stays in place. The OSError of a full disk says how much is
+    needed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -39,6 +42,12 @@ def write_atomically(path: Path, data: bytes, check: Callable[[Path], None] = la
             temporary.stat()  # if the file is gone, with its folder or disk: raises OSError instead of the reader's error
             raise
         temporary.replace(path)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            temporary.unlink(missing_ok=True)  # so that what is free is counted without it
+            needed, free = len(data) / 1e6, shutil.disk_usage(path.parent).free / 1e6
+            error.strerror = f"{error.strerror}: {needed:,.1f} MB are needed, {free:,.1f} MB are free"
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)

@@ -104,7 +104,7 @@ def members_of(path: Path) -> tuple[Members, bool]:
             with path.open("rb") as file:
                 reason = kind_of(file.read(HEAD)) or error
             if (suffix := suffix_of(path.name)) != "tar":
-                reason = UNREAD.get(suffix, "give a folder, .tar or .parquet files")
+                reason = UNREAD.get(suffix, "give the folder that it is in, or .tar or .parquet files")
             raise UserError(f"{path} is no tar file: {reason}") from None
     with path.open("rb") as file:
         file.seek(min(end, length))

@@ -84,7 +84,8 @@ def newest_lora(path: Path, flag: str = "--lora") -> Path:
     """
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     if not files:
-        raise UserError(f"{flag} {path}: no .safetensors file there (train one with train_lora.py)")
+        lacking = "no .safetensors file there (train one with train_lora.py)" if path.is_dir() else "no such file or folder"
+        raise UserError(f"{flag} {path}: {lacking}")
     written = {file: file.stat().st_mtime_ns for file in files}
     steps = {file: training_steps(file) if len(files) > 1 else (-1, -1) for file in files}
     newest, latest = max(files, key=lambda file: (steps[file], written[file])), max(files, key=written.__getitem__)
@@ -171,7 +172,7 @@ UNSUPPORTED = {  # pattern in a key -> kind of adapter that is not read
 ADDITIONS = {"diff": "weight", "diff_b": "bias"}  # part of ComfyUI's training node -> parameter that it is added to
 # Metadata about the bytes or the layout of a file: wrong in a file that is made from it.
 NOT_COPIED = ("lora_adapter_metadata", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "format")
-GENERATIONS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}  # by the channels of the text
+GENERATIONS = {768: "Stable Diffusion 1.5", 1024: "Stable Diffusion 2", 2048: "SDXL"}  # by the channels of the text
 
 
 def flat(rest: str) -> str:

@@ -8,7 +8,7 @@ import signal
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import Field, fields, is_dataclass
 from difflib import get_close_matches
 from itertools import pairwise
@@ -90,7 +90,7 @@ def sentence_of(box: str) -> str:
 
 def given_flags(arguments: list[str], known: dict[str, Field]) -> set[str]:
     """The names of the options that a command line gives. Raises UserError for what is no flag of this script, a switch with a
-    value and a decimal comma.
+    value, a decimal comma and what is no number.
     """
     given, current = set(), None
     for argument, following in pairwise([*arguments, ""]):
@@ -105,9 +105,20 @@ def given_flags(arguments: list[str], known: dict[str, Field]) -> set[str]:
             if current.type is bool and (equals or following.lower() in SWITCH_VALUES):
                 on = flag_of(current.name)
                 raise UserError(f"{on} takes no value: {on} or {on.replace('--', '--no-', 1)}")
-        if current is not None and float in atoms(current.type) and DECIMAL_COMMA.fullmatch(value):
-            raise UserError(f"{flag_of(current.name)} {value}: write {value.replace(',', '.')}")
+        if current is not None and value and (numbers := atoms(current.type) - {tuple}) in ({int}, {float}):
+            check_number(flag_of(current.name), value, *numbers)
+            current = current if tuple in atoms(current.type) else None  # what follows is not of this flag
     return given
+
+
+def check_number(flag: str, value: str, kind: Callable[[str], float]) -> None:
+    """Raises UserError unless `value` is one, or None. `kind`: int or float."""
+    if kind is float and DECIMAL_COMMA.fullmatch(value):
+        raise UserError(f"{flag} {value}: write {value.replace(',', '.')}")
+    with suppress(ValueError):
+        kind("0" if value == "None" else value)
+        return
+    raise UserError(f"{flag} {value}: this must be {KINDS[kind]}")  # type: ignore[index]
 
 
 def what_is_meant(name: str, known: dict[str, Field], spell: Callable[[str], str]) -> str:

@@ -16,6 +16,7 @@ from common.files import TolerantWriter, check_writable, lock_folder, suite_sour
 from common.options import Resume
 from dataset.sources import Source
 from lora import Adapter
+from lora_files.read import read_metadata
 from lora_files.write import check_written, serialise
 from memory import DTYPES
 from options.training import CheckpointConfig
@@ -136,7 +137,8 @@ class Checkpoints:
         if not self.ranks.is_first:
             return
         out = self.config.out
-        paths = [*find_states(out), *sorted(out.glob(self.config.pattern)), *out.glob("samples")]
+        loras = [path for path in sorted(out.glob("*.safetensors")) if is_ours(path)]  # --name may have been another
+        paths = [*find_states(out), *loras, *out.glob("samples")]
         if not paths or (self.state and self.belongs_to_out(self.state)):
             return
         folders = (out / f"before-{n}" for n in itertools.count(1))
@@ -236,6 +238,13 @@ class Checkpoints:
             run.log_dir = log_dir
         changes = "".join(f"; {change}" for change in [*flags.values(), *rates, *beyond.values()])
         return run, changes + ("; no longer bit for bit" if "processes" in beyond else "")
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a .safetensors file is a LoRA that this suite has trained."""
+    with suppress(UserError, OSError):
+        return "sdxl_lora.config" in read_metadata(path)
+    return False
 
 
 def provenance(flags: dict[str, object], source: Source, world: int) -> dict:

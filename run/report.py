@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from common.errors import warn, warn_of
+from common.errors import first_names, warn, warn_of
 from common.files import TolerantWriter, check_writable, write_atomically
 from common.progress import tqdm
 from data import Loader, Stream
@@ -184,10 +184,10 @@ class Report:
         else:
             print(ending.nothing_saved)
         self.log.close()
-        for line in filter(None, (self.meter.advice(), advice)):
+        for line in filter(None, (self.meter.advice(loader.stream.source.has_latents), advice)):
             print(line)
         if names:
-            print(f"skipped {len(names)} images, broken, left out or without a caption: {', '.join(names)}")
+            print(f"skipped {len(names)} images, broken, left out or without a caption: {first_names(names)}")
 
 
 class Meter:
@@ -238,12 +238,15 @@ class Meter:
         self.restart()
         return scalars, spoilt
 
-    def advice(self) -> str | None:
-        """What to do where data is the bottleneck. The first reading does not count: the workers had just been started."""
+    def advice(self, has_latents: bool) -> str | None:
+        """What to do where data is the bottleneck; `has_latents`: they are cached already.
+
+        The first reading does not count: the workers had just been started.
+        """
         share = sum(self.shares[1:]) / max(1, len(self.shares) - 1)
         if share > 0.05:
-            helps = "more --workers, or latents made ready by scripts/cache_latents.py"
-            return f"waiting for data took {share:.0%} of the time: {helps}"
+            helps = "" if has_latents else ", or latents made ready by scripts/cache_latents.py"
+            return f"waiting for data took {share:.0%} of the time: more --workers{helps}"
         return None
 
 

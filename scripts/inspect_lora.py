@@ -1,7 +1,7 @@
 """Reports what a LoRA file contains, how much it changes each block, and which programs load it correctly.
 
     python scripts/inspect_lora.py naruto.safetensors                   the report, and its norms as bars in naruto.norms.png
-    python scripts/inspect_lora.py naruto-demo.safetensors --model demo
+    python scripts/inspect_lora.py checkpoints                          the newest LoRA of a run
 
 What the programs do is not tried out: it follows from the rules in lora_files/compatibility.py.
 """
@@ -12,6 +12,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -27,9 +28,10 @@ from options.command import parse_command
 @dataclass(frozen=True)
 class InspectConfig:
     lora: Annotated[Path, tyro.conf.Positional]
-    """The file to look at."""
+    """The file to look at, or a folder: the newest LoRA in it."""
     model: str | None = None
-    """The model that the LoRA is for, as train_lora.py's --model. None: SDXL base's architecture, which needs no weights."""
+    """The model that the LoRA is for, as train_lora.py's --model. None: demo if its header says so, else SDXL base's
+    architecture, which needs no weights."""
     picture: Path | None = None
     """PNG file for the norms; replaced if it exists. None: the LoRA's name with .norms.png, in the current folder."""
 
@@ -45,7 +47,7 @@ from common.sheets import lettering, shorten
 from lora_files.base_weights import model_shapes
 from lora_files.compatibility import COMPONENT_LABELS, RULES, LoraFile, verdict
 from lora_files.deltas import delta_svd, is_addition
-from lora_files.read import check_generation, layouts, scan
+from lora_files.read import check_generation, layouts, newest_lora, scan, trained_on
 
 # The report.
 
@@ -77,7 +79,7 @@ def overview(file: LoraFile) -> Iterator[str]:
     try:
         check_generation(file.path, file.parts, file.shapes)
     except UserError as error:
-        yield f"generation   {str(error).rpartition(': ')[2]}"
+        yield f"for          {str(error).rpartition(': it is for ')[2]}"
     for kind, number in Counter(file.kinds.values()).items():
         yield f"kind         {kind} ({number} modules): no ΔW of plain A and B, so these have no norms below"
     try:
@@ -193,11 +195,16 @@ def draw_norms(blocks: dict[str, Block], title: str) -> Image.Image:
 
 
 def main(config: InspectConfig) -> None:
-    picture = config.picture or Path(f"{config.lora.stem}.norms.png")
+    lora, model = newest_lora(config.lora, ""), config.model
+    picture = config.picture or Path(f"{lora.stem}.norms.png")
     check_writable("--picture", picture.parent)
-    shapes = model_shapes(config.model)
-    file = LoraFile(**vars(scan(config.lora, shapes)), shapes=shapes)
+    with suppress(UserError):  # of another tool, or for a model that is not here
+        model = model or ("demo" if trained_on(lora) == "demo" else None)
+    shapes = model_shapes(model)
+    file = LoraFile(**vars(scan(lora, shapes)), shapes=shapes)
     blocks = measure_layers(file)
+    if model == "demo":
+        print("for          the bundled demo model, which no other program has")
     for section in (overview(file), components(file), norms(blocks) if blocks else (), weights(file) if file.deltas else ()):
         if lines := list(section):
             print(*lines, "", sep="\n")
@@ -205,7 +212,7 @@ def main(config: InspectConfig) -> None:
         print(f"{program:10} {printable(verdict(file, program))}")
     if blocks:
         buffer = BytesIO()
-        draw_norms(blocks, config.lora.name).save(buffer, "PNG")
+        draw_norms(blocks, lora.name).save(buffer, "PNG")
         write_atomically(picture, buffer.getvalue())
         print(f"\n{picture}: the norms as bars")
 

@@ -7,13 +7,14 @@ python scripts/show_data.py photos/ --flip --shuffle-tags --keep-tags 1     with
 import sys
 import textwrap
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common.errors import UserError, one_line_errors
+from common.errors import UserError, first_names, one_line_errors
 from common.options import MAX_SEED, check_options, option
 from options.command import parse_command
 from options.training import CaptionConfig, CaptionFilesConfig, DataOptions
@@ -28,8 +29,8 @@ class ShowConfig:
     caption_files: CaptionFilesConfig = CaptionFilesConfig()
     seed: int = option(0, at_least=0, at_most=MAX_SEED)
     """As train_lora.py's --seed: the sheet begins with the first batch of that training."""
-    images: int = option(24, at_least=1)
-    """Pictures on the sheet."""
+    images: int = option(100, at_least=1)
+    """Pictures on the sheet at most, each once."""
     out: Path = Path("data.png")
     """File for the sheet."""
 
@@ -77,19 +78,23 @@ def cell(pixels: np.ndarray, caption: str, facts: str) -> Image.Image:
 
 
 def data_sheet(stream: Stream, images: int) -> tuple[Image.Image, list[str]]:
-    """(sheet of the first images of the stream, row by row; names of those that could not be decoded: others replace them)."""
+    """(sheet of the first images of the stream, each once, row by row; names of those that could not be decoded)."""
     cells: list[Image.Image] = []
     skipped: list[str] = []
-    for batch in map(batch_or_raise, stream):
+    missing = set(stream.source.names)
+    for batch in map(batch_or_raise, islice(stream, images)):  # an end also where the weights of --data hide an image
         skipped += batch.skipped
         facts = zip(batch.size.tolist(), batch.original_size.tolist(), batch.crop.tolist(), strict=True)
         shown = list(batch.images.numpy())
         if batch.mask is not None:
             shown = [dim(pixels, mask) for pixels, mask in zip(shown, batch.mask.numpy(), strict=True)]
-        for pixels, caption, (size, original, crop) in zip(shown, batch.captions, facts, strict=True):
-            numbers = "{1} x {0} of {3} x {2}, cut left {5}, top {4}".format(*size, *original, *crop)
-            cells.append(cell(pixels, caption, numbers))
-        if len(cells) >= images:
+        for name, pixels, caption, (size, original, crop) in zip(batch.names, shown, batch.captions, facts, strict=True):
+            if name in missing:
+                numbers = "{1}×{0} of {3}×{2}, cut left {5}, top {4}".format(*size, *original, *crop)
+                cells.append(cell(pixels, caption, numbers))
+                missing.remove(name)
+        missing -= set(skipped)
+        if len(cells) >= images or not missing:
             break
     cells = cells[:images]
     rows = [cells[i : i + COLUMNS] for i in range(0, len(cells), COLUMNS)]
@@ -144,14 +149,13 @@ def main(config: ShowConfig) -> None:
     for line in source.left_out():
         print(f"  {line}")
     if source.uncaptioned:
-        print(f"{len(source.uncaptioned)} images have no caption and are left out: {', '.join(source.uncaptioned[:10])}")
+        print(f"{len(source.uncaptioned)} images have no caption and are left out: {first_names(source.uncaptioned)}")
+        print("  a .txt beside each, or --caption 'my style' for all of them, lets training use them")
     sheet, skipped = data_sheet(stream, config.images)
     sheet.save(config.out)
     if skipped:
-        print(
-            f"{len(set(skipped))} of these cannot be decoded, others stand in for them: {', '.join(sorted(set(skipped))[:10])}"
-        )
-    print(f"what training sees first: {config.out}")
+        print(f"{len(set(skipped))} of these cannot be decoded: {first_names(sorted(set(skipped)))}")
+    print(f"what training sees: {config.out}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """run/advice.py: what a run says to the person who started it."""
 
+import shlex
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from data import Stream
 from dataset.sources import PLACE, Source
 from options.training import CaptionConfig, DataConfig
-from run.advice import concerns, duration
+from run.advice import concerns, duration, next_steps
 
 
 def stream_of(sizes: list[tuple[int, int]]) -> Stream:
@@ -39,3 +42,13 @@ def test_concerns(sizes, looks, on_cpu, parameters, words):
 )
 def test_durations_as_people_say_them(seconds, text):
     assert duration(seconds) == text.replace("90 minutes", "1 h 30 min")
+
+
+@pytest.mark.parametrize("name", ["my cat", "naruto", "l'été", "$x; y"])
+def test_the_commands_to_copy_name_the_file_for_a_shell(name):
+    file = Path(f"{name}/{name}.safetensors")
+    lines = next_steps(file, f"{name}/log", "sdxl")
+    words = [shlex.split(line[11:]) for line in lines]
+    assert words[0] == ["python", "infer.py", "--lora", str(file), "--compare"]
+    assert words[1] == ["tensorboard", "--logdir", name]
+    assert words[2][:3] == ["cp", str(file), "ComfyUI/models/loras/"]

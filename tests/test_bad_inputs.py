@@ -375,7 +375,7 @@ case("folder: missing", "error nowhere does not exist", lambda folder: None, "{}
 case("folder: empty", "error no image with a caption there", lambda folder: None)
 case(
     "folder: an image instead",
-    "error good.jpg is no tar file: give a folder, .tar or .parquet files",
+    "error good.jpg is no tar file: give the folder that it is in, or .tar or .parquet files",
     lambda folder: put(folder, *GOOD),
     "{}/good.jpg",
 )

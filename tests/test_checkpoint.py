@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -26,6 +27,16 @@ def test_a_file_is_complete_or_absent(tmp_path, monkeypatch):
         write_atomically(path, b"new, longer")
     assert path.read_bytes() == b"old"
     assert os.listdir(path.parent) == ["file"]
+
+
+@pytest.mark.parametrize(("size", "needed"), [(123_456_789, "123.5"), (0, "0.0")])
+def test_a_full_disk_says_how_much_is_needed(tmp_path, monkeypatch, size, needed):
+    disk_full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=disk_full))
+    monkeypatch.setattr("common.files.shutil.disk_usage", Mock(return_value=Mock(free=2_000_000)))
+    with pytest.raises(OSError, match=f"No space left on device: {needed} MB are needed, 2.0 MB are free"):
+        write_atomically(tmp_path / "file", bytes(size))
+    assert not os.listdir(tmp_path)
 
 
 def test_a_state_loads_as_it_was_saved(tmp_path):

@@ -17,6 +17,7 @@ sys.path.append(str(ROOT / "scripts"))
 import inspect_lora
 
 from lora import add_lora
+from lora_files.base_weights import model_shapes
 from lora_files.compatibility import COMPONENT_LABELS, RULES, LoraFile, verdict
 from lora_files.deltas import Deltas, add_delta, layer_shapes
 from lora_files.names import kohya_name
@@ -402,7 +403,7 @@ def test_a_lora_for_another_model_is_still_reported(script, options, tiny_shapes
     save_file(named(deltas, *KOHYA, True), tmp_path / "x.safetensors")
     out, _ = script("scripts/inspect_lora.py", tmp_path / "x.safetensors", *options)
     wrong = sum(path.endswith("attn2.to_k") for path in deltas)
-    assert "\ngeneration   it is for Stable Diffusion 1, whose text has 768 channels, not 80\n" in out
+    assert "\nfor          Stable Diffusion 1.5, whose text has 768 channels, not 80\n" in out
     assert f"\n{wrong} have other shapes than their layer, first lora_unet_input_blocks_4_1" in out
     assert re.search(rf"^ComfyUI +partly \({len(deltas) - wrong} of {len(deltas)} modules\)", out, re.M)
     assert re.search(r"^diffusers +not: ", out, re.M)
@@ -413,14 +414,30 @@ def test_a_lora_for_another_model_is_still_reported(script, options, tiny_shapes
     assert not (tmp_path / "x.png").exists()
 
 
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_lora_of_the_demo_says_so_and_a_folder_means_its_newest(script, tmp_path, folder):
+    shapes = {path: shape for path, shape in model_shapes("demo").items() if path.endswith("attn2.to_q")}
+    header = {"sdxl_lora.config": json.dumps({"model": "demo"})}
+    for step in ("3", "12"):
+        tensors = named(random_deltas(shapes, "."), *KOHYA, True)
+        save_file(tensors, tmp_path / f"x-{step}.safetensors", {**header, "ss_steps": step})
+    file = tmp_path / "x-12.safetensors"
+    out, _ = script("scripts/inspect_lora.py", tmp_path if folder else file, "--picture", tmp_path / "x.png")
+    assert out.startswith("for          the bundled demo model, which no other program has\n")
+    assert f"\nfile         {file}, " in out
+    assert f"\nU-Net            {len(shapes)} of " in out
+
+
 def test_mistakes(script, options, tmp_path):
+    _, err = script("scripts/inspect_lora.py", tmp_path, status=2)
+    assert err == f"inspect_lora.py: {tmp_path}: no .safetensors file there (train one with train_lora.py)\n"
     file = tmp_path / "x.safetensors"
-    for content in (None, b"rubbish"):
-        if content:
-            file.write_bytes(content)
-        _, err = script("scripts/inspect_lora.py", file, *options, status=2)
-        assert err.startswith(f"inspect_lora.py: {file} is not a readable .safetensors file: ")
-        assert err.count("\n") == 1
+    _, err = script("scripts/inspect_lora.py", file, *options, status=2)
+    assert err == f"inspect_lora.py: {file}: no such file or folder\n"
+    file.write_bytes(b"rubbish")
+    _, err = script("scripts/inspect_lora.py", file, *options, status=2)
+    assert err.startswith(f"inspect_lora.py: {file} is not a readable .safetensors file: ")
+    assert err.count("\n") == 1
     _, err = script("scripts/inspect_lora.py", file, "--picture", file / "x.png", status=2)
     assert err == f"inspect_lora.py: --picture {file} cannot be written: File exists\n"
     assert not (tmp_path / "x.png").exists()

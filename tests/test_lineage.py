@@ -112,8 +112,8 @@ def test_another_file_of_the_same_name_is_another_run(train, lora, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--init-lora", "missing"), "--init-lora missing: no .safetensors file there"),
-        (("--base-lora", "missing:0.5"), "--base-lora missing: no .safetensors file there"),
+        (("--init-lora", "missing"), "--init-lora missing: no such file or folder"),
+        (("--base-lora", "missing:0.5"), "--base-lora missing: no such file or folder"),
         (("--base-lora", "missing:nan"), "--base-lora missing:nan: the strength nan is not a finite number"),
         (("--resume", "x.safetensors"), "--init-lora x.safetensors goes on from it"),
     ],

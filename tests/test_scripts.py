@@ -118,6 +118,7 @@ def test_the_contact_sheet_shows_what_training_sees(script, photos, tmp_path):
     assert "6 captions of 6 images" in out
     assert "1 are cut after 75 tokens and lose 47 on average, 47 at most" in out  # 2 of the prefix and 120
     assert "1 images have no caption and are left out: " in out
+    assert "\n  a .txt beside each, or --caption 'my style' for all of them, lets training use them\n" in out
     longer, _ = script("scripts/show_data.py", *options, "--max-tokens", 150, "--images", 8, "--out", tmp_path / "sheet.png")
     assert "6 captions of 6 images" in longer
     assert "cut after" not in longer
@@ -129,9 +130,22 @@ def test_the_contact_sheet_shows_what_training_sees(script, photos, tmp_path):
     assert matches == [(268 - width) // 2]
     (folder / "photo2.jpg").write_bytes(b"no picture")
     out, _ = script("scripts/show_data.py", *options, "--images", 40, "--out", tmp_path / "sheet.png")
-    assert re.search(r"^\d of these cannot be decoded, others stand in for them: .*photo2\.jpg", out, re.M)
+    assert re.search(r"^1 of these cannot be decoded: .*photo2\.jpg$", out, re.M)
     _, err = script("scripts/show_data.py", "--images", 0, status=2)
     assert err == "show_data.py: --images must be at least 1, not 0\n"
+
+
+def test_the_contact_sheet_shows_each_picture_once(script, tmp_path):
+    """A bucket of one picture fills its batches with repetitions."""
+    for i, size in enumerate([(64, 64)] * 5 + [(96, 48), (48, 96)]):
+        Image.new("RGB", size, (10 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    flags = ["--resolution", 64, "--caption", "a", "--bs", 3, "--out", tmp_path / "sheet.png"]
+    script("scripts/show_data.py", tmp_path, *flags)
+    pixels = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"), int)
+    colours, counts = np.unique(pixels[(pixels[..., 1] == 0) & (pixels[..., 2] == 0), 0], return_counts=True)
+    found = {c: n for c, n in zip(colours.tolist(), counts.tolist(), strict=True) if n > 1000}
+    assert set(found) >= {10 * i for i in range(1, 7)}
+    assert all(n < 1.5 * 64 * 64 for c, n in found.items() if c)
 
 
 @pytest.mark.parametrize(
@@ -323,4 +337,4 @@ def test_a_folder_to_give_away(train, script, tmp_path, pictures):
     _, err = script("scripts/share.py", tmp_path / "out", "--out", tmp_path / "gift", status=2)
     assert "is there already and not an empty folder" in err
     _, err = script("scripts/share.py", tmp_path / "nothing", "--out", tmp_path / "x", status=2)
-    assert "no .safetensors file there" in err
+    assert "nothing: no such file or folder" in err

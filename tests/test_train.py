@@ -191,6 +191,16 @@ def test_changed_options_are_shown_on_resume_and_refused_unless_overridden(train
     train("--steps", 2, "--rank", 4, "--resume", "none")
 
 
+def test_a_new_run_moves_the_files_of_another_name_aside_and_leaves_what_is_not_of_a_run(train, tmp_path):
+    options = ["--save-every", 1, "--no-pictures"]
+    train("--steps", 2, "--name", "first", *options)
+    (tmp_path / "out/base.safetensors").write_bytes(b"of another tool")
+    train("--steps", 1, "--name", "second", "--resume", "none", *options)
+    out = tmp_path / "out"
+    assert sorted(p.name for p in out.glob("*.safetensors")) == ["base.safetensors", "second-000001.safetensors"]
+    assert len(list((out / "before-1").glob("first-*.safetensors"))) == 2
+
+
 def test_the_same_command_on_mended_data_is_a_new_run_once_the_old_one_is_done(train, photos, tmp_path):
     data = shutil.copytree(photos, tmp_path / "photos")
     command = ["--data", data, "--save-every", 1]
@@ -610,7 +620,7 @@ def test_waiting_for_data_is_reported_with_advice(train, tmp_path, monkeypatch):
     meter = Meter(torch.device("cpu"), ["unet"], 10)
     for shares, reported in (([], False), ([0.9], False), ([0.9, 0.04, 0.05], False), ([0.0, 0.05, 0.06], True)):
         meter.shares = shares
-        assert bool(meter.advice()) == reported  # the first reading includes the start of the workers
+        assert bool(meter.advice(has_latents=False)) == reported  # the first reading includes the start of the workers
     choose = data.choose_caption
     monkeypatch.setattr("data.choose_caption", lambda *arguments: time.sleep(0.05) or choose(*arguments))
     out, err = train("--steps", 12, "--save-every", 12)
