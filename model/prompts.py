@@ -14,6 +14,7 @@ from common.text import read_text
 
 DEMO_PROMPTS = ROOT / "assets/demo/prompts.txt"
 NARUTO_PROMPTS = ["Naruto Uzumaki eating ramen", "Bill Gates in Naruto style", "A boy with blue eyes in Naruto style"]
+NEUTRAL_PROMPTS = ["a cat on a roof", "a woman with red hair in a garden", "a house by a lake"]  # for a style of one's own
 LINE_OPTIONS = {  # as kohya's scripts read them
     "n": "negative", "w": "width", "h": "height", "d": "seed", "s": "steps", "l": "guidance", "am": "strength",
 }  # fmt: skip
@@ -121,13 +122,15 @@ def parse_file(where: str, text: str, toml: bool) -> list[Prompt]:
     return [parse_line(f"{where} line {n}", line) for n, line in lines.items()]
 
 
-def read_prompts(prompts: tuple[str, ...], model: str) -> list[Prompt]:
-    """The value of --prompts: one file, or texts, each read as a line. If it is empty, the default prompts for `model`.
+def read_prompts(prompts: tuple[str, ...], model: str, trigger: str = "") -> list[Prompt]:
+    """The value of --prompts: one file, or texts, each read as a line. If it is empty, the default prompts for `model`: for SDXL
+    those of the Naruto data set, or, with a `trigger`, of no style.
 
     Raises UserError if the file is missing, empty or no text, or for what is not known in it.
     """
     if not prompts:
-        return list(map(Prompt, DEMO_PROMPTS.read_text("utf-8").splitlines() if model == "demo" else NARUTO_PROMPTS))
+        usual = NEUTRAL_PROMPTS if trigger else NARUTO_PROMPTS
+        return list(map(Prompt, DEMO_PROMPTS.read_text("utf-8").splitlines() if model == "demo" else usual))
     first, where = prompts[0], f"--prompts {prompts[0]}"
     if len(prompts) == 1 and first.endswith(PROMPT_FILES[2:]):
         raise UserError(f"{where}: only lines of text and TOML are read: write a .txt with a prompt on each line")

@@ -30,7 +30,7 @@ def prompts_to_draw(config: GalleryConfig, captions: CaptionConfig, model: str) 
     """The prompts for --model, with the trigger in front of those that lack it. Raises UserError if their file cannot be
     read.
     """
-    prompts = read_prompts(config.prompts, model) if config.pictures else []
+    prompts = read_prompts(config.prompts, model, captions.trigger) if config.pictures else []
     trigger = captions.trigger.strip(" ,").casefold()
     return [p if trigger in p.text.casefold() else replace(p, text=with_trigger(p.text, captions)) for p in prompts]
 

@@ -114,6 +114,8 @@ def main(config: EvaluateConfig) -> None:
     denoiser, size = Denoiser(pipe), native_resolution(pipe)
     deltas = read_lora(lora, parameter_shapes(denoiser))
     schedule = pipe.scheduler
+    if source.fingerprint == read_metadata(lora).get("sdxl_lora.dataset"):
+        print("these are the pictures that it was trained on: a good loss here may be learning by heart")
     print(f"{lora} on {source.samples} images of {config.data or 'the demo, kept out of training'}")
     print(f"model {model}: predicts {describe_model(pipe)}")
     diffusion = Diffusion(DiffusionConfig(), schedule.alphas_cumprod, schedule.config.prediction_type, device)

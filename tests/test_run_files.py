@@ -106,7 +106,7 @@ OPTIONS = st.fixed_dictionaries({
 })  # fmt: skip
 
 
-@settings(max_examples=12)  # each parses a command, in 0.15 s
+@settings(max_examples=12, deadline=None)  # each parses a command, in 0.15 s
 @given(OPTIONS)
 def test_what_is_written_is_read_back(tmp_path_factory, options):
     file = tmp_path_factory.getbasetemp() / "written.toml"

@@ -37,6 +37,7 @@ from lora_files.read import newest_lora, read_lora, read_metadata
 from lora_files.write import largest_difference, serialise
 from memory import plan_memory
 from model.load import read_sdxl
+from model.prompts import NEUTRAL_PROMPTS
 from model.sdxl import Denoiser
 from model.vae import sample_latents
 from options.training import LoRAConfig, MemoryConfig, OptimiserConfig
@@ -1028,3 +1029,9 @@ def test_other_repeats_are_another_run(train, photos, shards, tmp_path, other):
     train(*data, "--steps", 2)
     _, err = train("--data", f"{photos}:x4", "--data", shards, "--steps", 3, "--resume", tmp_path / "out", status=2)
     assert re.search(r"is of another run: --data files \w{8}, \d+ draws an epoch at 0.\d+ 0.\d+ -> files \w{8}, 35 draws", err)
+
+
+def test_a_style_of_ones_own_is_not_drawn_as_naruto(train, photos, tmp_path):
+    train("--data", photos, "--steps", 1, "--trigger", "nrt", "--pictures")
+    prompts = json.loads(read_metadata(tmp_path / "out/pytorch_lora_weights_1.safetensors")["sdxl_lora.prompts"])
+    assert [prompt["text"] for prompt in prompts] == [f"nrt {text}" for text in NEUTRAL_PROMPTS]
