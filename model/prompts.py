@@ -123,7 +123,7 @@ def parse_file(where: str, text: str, toml: bool) -> list[Prompt]:
 
 
 def read_prompts(prompts: tuple[str, ...], model: str, trigger: str = "") -> list[Prompt]:
-    """The value of --prompts: one file, or texts, each read as a line. If it is empty, the default prompts for `model`: for SDXL
+    """The value of --prompts: one file, or texts, each read as a line. If it is empty, the default ones for `model`: for SDXL
     those of the Naruto data set, or, with a `trigger`, of no style.
 
     Raises UserError if the file is missing, empty or no text, or for what is not known in it.
