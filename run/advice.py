@@ -1,5 +1,6 @@
 """What a person should know before and after a run: where it usually goes wrong, how long it takes, what to do next."""
 
+import shlex
 from pathlib import Path
 
 from data import Stream
@@ -33,12 +34,12 @@ def duration(seconds: float) -> str:
 
 def next_steps(file: Path, log_dir: str, model: str) -> list[str]:
     """Commands to copy after a run that wrote `file`."""
-    samples = file.parent / "samples"
+    samples, quoted = file.parent / "samples", shlex.quote(str(file))
     lines = [f"pictures   {samples}/"] if samples.exists() else []
     lines += [
-        f"look       python infer.py --lora {file} --compare",
-        f"curves     tensorboard --logdir {Path(log_dir).parent}",
+        f"look       python infer.py --lora {quoted} --compare",
+        f"curves     tensorboard --logdir {shlex.quote(str(Path(log_dir).parent))}",
     ]
     if model != "demo":  # no other program knows the bundled model
-        lines.append(f"use it     cp {file} ComfyUI/models/loras/    (strength 0.7 to 1)")
+        lines.append(f"use it     cp {quoted} ComfyUI/models/loras/    (strength 0.7 to 1)")
     return lines

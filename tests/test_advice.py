@@ -1,12 +1,15 @@
 """run/advice.py: what a run says to the person who started it."""
 
+import shlex
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from data import Stream
 from dataset.sources import PLACE, Source
 from options.training import CaptionConfig, DataConfig
-from run.advice import concerns, duration
+from run.advice import concerns, duration, next_steps
 
 
 def stream_of(sizes: list[tuple[int, int]]) -> Stream:
@@ -39,3 +42,11 @@ def test_concerns(sizes, looks, on_cpu, parameters, words):
 )
 def test_durations_as_people_say_them(seconds, text):
     assert duration(seconds) == text.replace("90 minutes", "1 h 30 min")
+
+
+@pytest.mark.parametrize("name", ["naruto.safetensors", "my style-1.safetensors", "a'b$(c).safetensors"])
+def test_the_commands_to_copy_name_the_file(name):
+    lines = next_steps(Path("my out", name), "my runs/2026", "sdxl")
+    words = [shlex.split(line) for line in lines]
+    assert [line[4] for line in words[:1]] + [line[3] for line in words[1:2]] + [line[3] for line in words[2:]] == [
+        f"my out/{name}", "my runs", f"my out/{name}"]  # fmt: skip
