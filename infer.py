@@ -43,13 +43,13 @@ class InferConfig:
     prompts: tuple[str, ...] = ()
     """Texts, or one file: a prompt on each line, with kohya's options such as --w 832, or TOML. None given: those that the run
     of the LoRA drew, from its header, or else the evaluation prompts of the model."""
-    negative: str | None = None
+    negative: str | None = option(None, text=True)
     """Negative prompt."""
     seed: tuple[int, ...] = option((0,), at_least=0, at_most=MAX_SEED)
     """Picture i starts from the noise of seed + i; where the seed is an axis of --grid, from that of the seed itself."""
     size: str | None = None
     """Width and height in pixels, such as 832x1216. None: the model's own."""
-    steps: tuple[int, ...] = option((30,), at_least=1)
+    steps: tuple[int, ...] = option((30,), at_least=1, at_most=1000)
     """Denoising steps."""
     guidance: tuple[float, ...] = option((5.0,), at_least=0)
     """Classifier-free guidance scale; 1 is without."""
@@ -74,6 +74,8 @@ class InferConfig:
         for axis in ("seed", "steps", "guidance", "scale"):
             if not getattr(self, axis):
                 raise UserError(f"--{axis} needs a number")
+            if len(set(getattr(self, axis))) < len(getattr(self, axis)):
+                raise UserError(f"--{axis} has a value twice: their pictures would have one name")
             if len(getattr(self, axis)) > 1 and axis not in self.axes:
                 raise UserError(f"--{axis} has several values: give one, or name {axis} in --grid, such as --grid scale {axis}")
         if len(set(self.axes)) == 1:

@@ -138,7 +138,7 @@ def main(config: TrainConfig) -> Ending:
     # Model on the host, and the plan by which a step fits into the memory of the device.
     pipe = read_sdxl(config.model, dtype)
     lineage = Lineage(config.lineage, pipe)
-    lineage.merge()
+    lineage.merge(has_text)
     resolution = config.dataset.resolution or native_resolution(pipe)
     config = replace(config, dataset=replace(config.dataset, resolution=resolution))
     check_together(source, pipe, config.model, config.captions, has_text)

@@ -9,7 +9,8 @@ from dataclasses import Field, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from common.errors import UserError
+from common.errors import UserError, printable
+from common.text import NO_TEXT
 
 Resume = Literal["fixed", "free", "ask"]
 
@@ -18,15 +19,16 @@ MAX_SEED = 2**63 - 1  # NumPy and PyTorch take no larger one
 
 def option(
     default: Any, *, at_least: float | None = None, above: float | None = None, at_most: float | None = None,
-    multiple_of: int | None = None, resume: Resume = "ask",
+    multiple_of: int | None = None, text: bool = False, resume: Resume = "ask",
 ) -> Any:  # fmt: skip
     """A field of a frozen dataclass whose `__post_init__` calls `check_options`. The value None is not checked.
 
     `resume`: may the option change when a run is resumed? 'fixed': no, the saved state would not fit. 'free': yes, it affects
-    the result not at all or only from then on. 'ask': only with --resume-override.
+    the result not at all or only from then on. 'ask': only with --resume-override. `text`: is it for people, so no path, whose
+    bytes may be anything?
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "multiple_of": multiple_of}
-    return field(default=default, metadata={"bounds": bounds, "resume": resume})
+    return field(default=default, metadata={"bounds": bounds, "resume": resume, "text": text})
 
 
 def flag_of(name: str) -> str:
@@ -45,6 +47,9 @@ def check_options(config: Any) -> None:
                 raise UserError(f"{flag_of(spec.name)} must {describe_bounds(**bounds)}, not {number}")
             if isinstance(number, float) and not math.isfinite(number):
                 raise UserError(f"{flag_of(spec.name)} must be a finite number, not {number}")
+            wrong = NO_TEXT.search(str(number))
+            if wrong and (wrong[0] < " " or spec.metadata.get("text")):
+                raise UserError(f"{flag_of(spec.name)} {printable(str(number))}: holds a control character, or is no UTF-8")
 
 
 def within(

@@ -146,7 +146,7 @@ class Folder:
             text = read_text(metadata.read_bytes())
         except ValueError as error:
             raise UserError(f"{metadata} is {error}") from None
-        rows = csv_rows(text) if suffix_of(metadata.name) == "csv" else json_rows(text)
+        rows = csv_rows(metadata, text) if suffix_of(metadata.name) == "csv" else json_rows(text)
         for number, row in rows:
             where = f"{metadata} line {number}"
             try:
@@ -175,8 +175,11 @@ def json_rows(text: str) -> Iterator[tuple[int, str]]:
     return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
 
 
-def csv_rows(text: str) -> Iterator[tuple[int, dict]]:
-    """(line number, row), with the separator that its first line has: programs of many countries write semicolons."""
+def csv_rows(metadata: Path, text: str) -> Iterator[tuple[int, dict]]:
+    """(line number, row), with the separator that its first line has: programs of many countries write semicolons.
+
+    Raises UserError for what is no CSV, and for a row of more fields than the first: a text with a comma and without quotes.
+    """
     head = text.partition("\n")[0]
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
     while True:
@@ -185,5 +188,8 @@ def csv_rows(text: str) -> Iterator[tuple[int, dict]]:
         except StopIteration:
             return
         except csv.Error as error:
-            row = {"file_name": error}  # no text: its line is refused
+            raise UserError(f"{metadata}, line {reader.line_num} or before: {error}: is a quotation mark left open?") from None
+        if None in row:
+            marks = f"put a text with {reader.reader.dialect.delimiter!r} into quotation marks"
+            raise UserError(f"{metadata} line {reader.line_num}: more fields than its first line has: {marks}")
         yield reader.line_num, row

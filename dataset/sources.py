@@ -19,7 +19,7 @@ from common.files import ROOT
 from common.progress import tqdm
 from dataset.captions import BESIDE, caption_of_name
 from dataset.disk_cache import Cache
-from dataset.folder import Folder, Names
+from dataset.folder import REPEATS, Folder, Names
 from dataset.images import IMAGE_SUFFIXES, MOST_BYTES, survey_size
 from dataset.packing import NO_CAPTION, pack_tables
 from dataset.remote import HTTP, RemoteFile, Span, remote_shards, scheme_of
@@ -159,6 +159,8 @@ def open_mixture(data: tuple[str, ...], cache: Cache | None = None, captions: Ca
     if len(sources) > 1:
         fingerprint = hashlib.sha256(" ".join(source.fingerprint for source in sources).encode()).hexdigest()
         whole = joined([name for name, *_ in asked], sources, fingerprint)
+    if captions != BESIDE and not whole.captions:
+        raise UserError("--caption, --caption-from-name and --caption-extension do nothing here: shards hold their captions")
     own = [np.ones(s.samples, int) if s.repeats is None else s.repeats for s in sources]
     repeats = np.concatenate([times * of_source for (*_, times), of_source in zip(asked, own, strict=True)])
     if not weights and (repeats == 1).all():
@@ -379,6 +381,8 @@ def scan_images(folder: Folder) -> Source:
     usual = "".join(f"{caption!r}" for caption, _ in stand_ins.most_common(1))
     notes = [f"{sum(stand_ins.values())} pictures without a text get a caption, such as {usual}"] * bool(stand_ins)
     notes += [f"{name}/ is drawn {times} times an epoch" for name, (times, _) in kohya.items() if times > 1]
+    if (itself := REPEATS.fullmatch(folder.path.name)) and any(path.parent == folder.path for path in files):
+        notes.append(f"the number of {folder.path.name}/ is not read: give the folder that it is in, or :x{itself[1]}")
     return replace(source, refused=refused, others=others, note=printable("; ".join(notes)), repeats=np.array(repeats, int))
 
 

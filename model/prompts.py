@@ -10,7 +10,7 @@ from pathlib import Path
 from common.errors import UserError
 from common.files import ROOT
 from common.options import MAX_SEED, describe_bounds, option, within
-from common.text import read_text
+from common.text import NO_TEXT, read_text
 
 DEMO_PROMPTS = ROOT / "assets/demo/prompts.txt"
 NARUTO_PROMPTS = ["Naruto Uzumaki eating ramen", "Bill Gates in Naruto style", "A boy with blue eyes in Naruto style"]
@@ -80,8 +80,8 @@ def make_prompt(where: str, given: dict[str, object], convert: bool = False) -> 
     for text in (str(values[name]) for name in ("text", "negative") if name in values):
         if found := OTHER_SYNTAX.search(text):
             raise UserError(f"{where}: {found[0][:40]} is not read, but would be drawn: remove it")
-        if len(text) > MAX_LENGTH or any(c < " " for c in text):
-            raise UserError(f"{where} holds control characters, or more than {MAX_LENGTH} characters")
+        if len(text) > MAX_LENGTH or NO_TEXT.search(text):
+            raise UserError(f"{where} holds control characters, what is no UTF-8, or more than {MAX_LENGTH} characters")
     return Prompt(**values)  # type: ignore[arg-type]
 
 
@@ -154,7 +154,7 @@ def from_header(path: Path, metadata: dict[str, str]) -> list[Prompt]:
     """The prompts of the run that a LoRA file comes from; none if its header does not say. Raises UserError."""
     try:
         tables = json.loads(metadata.get("sdxl_lora.prompts", "null"))
-    except ValueError:
+    except (ValueError, RecursionError):
         tables = ()
     return [] if tables is None else parse_tables(f"{path}: in its header (other --prompts help)", tables)
 

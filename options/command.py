@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import redirect_stderr, suppress
 from dataclasses import Field, fields, is_dataclass
 from difflib import get_close_matches
@@ -20,6 +20,7 @@ import tyro
 from common.errors import UserError, one_line_errors, printable
 from common.options import flag_of
 from common.system import print_what_can_be_printed
+from common.text import read_text
 from options.foreign import DIFFERENT, NO_EFFECT, SAME
 
 T = TypeVar("T")
@@ -47,7 +48,7 @@ def parse_arguments(config: type[T], arguments: list[str], description: str | No
     known = {spec.name: spec for spec in all_fields(config)}
     given = given_flags(arguments, known)
     values = read_files(arguments, known) if "config" in known else {}
-    values = {name: value for name, value in values.items() if name not in given}
+    values = without(values, given)
     from_files = [argument for name, (value, _) in values.items() for argument in as_arguments(known[name], value)]
     printed = io.StringIO()
     try:
@@ -146,13 +147,23 @@ def read_files(arguments: list[str], known: dict[str, Field]) -> dict[str, tuple
             files.append(value if equals else following)
             if not files[-1] or files[-1].startswith("--"):
                 raise UserError("--config needs a file")
-    return {name: (value, file) for file in files for name, value in read_file(file, known).items()}
+    values: dict[str, tuple[Any, str]] = {}
+    for file in files:
+        later = read_file(file, known)
+        values = without(values, later) | {name: (value, file) for name, value in later.items()}
+    return values
+
+
+def without(values: dict[str, tuple[Any, str]], later: Collection[str]) -> dict[str, tuple[Any, str]]:
+    """The options of files that hold beside `later` ones: --steps takes the place of --epochs, which would win over it."""
+    hidden = {*later, "epochs"} if "steps" in later else later
+    return {name: value for name, value in values.items() if name not in hidden}
 
 
 def read_file(file: str, known: dict[str, Field]) -> dict[str, Any]:
     """{name: value} of a TOML file. Raises UserError."""
     try:
-        table = tomllib.loads(Path(file).read_text("utf-8"))
+        table = tomllib.loads(read_text(Path(file).read_bytes()))
     except OSError as error:
         raise UserError(f"--config {file} cannot be read: {error.strerror}") from None
     except ValueError as error:  # no UTF-8, or no TOML
@@ -162,10 +173,18 @@ def read_file(file: str, known: dict[str, Field]) -> dict[str, Any]:
         name = key.replace("-", "_")
         if isinstance(value, dict):
             raise UserError(f"{file}: [{key}] is a table, and options stand without one: rank = 8")
-        if name not in known or name == "config":
+        if name == "config":
+            raise UserError(f"{file}: {key}: a file names no other: give several --config")
+        if name in values:
+            raise UserError(f"{file}: {key} is there twice: remove one")
+        if name not in known and known.get(on := name.removeprefix("no_")) and known[on].type is bool:
+            raise UserError(f"{file}: {key}: in a file it is {on} = {'false' if value is True else 'true'}")
+        if name not in known:
             raise UserError(f"{file}: {key}: {what_is_meant(name, known, str)}")
         if problem := wrong_type(known[name].type, value):
             raise UserError(f"{file}: {key} = {value!r} must be {problem}")
+        if get_origin(known[name].type) is tuple and any(str(item).startswith("-") for item in value):
+            raise UserError(f"{file}: {key}: none of its texts may begin with -")
         values[name] = value
     return values
 

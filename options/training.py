@@ -22,6 +22,11 @@ TARGETS = {"attention": ATTENTION, "all": EVERYTHING}
 UNPACKED = ("fp16", "bf16", "fp32")
 
 
+def is_name(text: str) -> bool:
+    """Whether it can begin the name of a file on every system: those hold 255 bytes."""
+    return bool(re.fullmatch(r"\w[\w .+-]*", text)) and len(text.encode()) <= 150
+
+
 @dataclass(frozen=True)
 class LoRAConfig:
     rank: int = option(8, at_least=1, resume="fixed")
@@ -102,7 +107,7 @@ class DataConfig(DataOptions):
 class CaptionFilesConfig:
     """Where the captions of a folder of pictures are. Shards hold theirs."""
 
-    caption: str | None = option(None)
+    caption: str | None = option(None, text=True)
     """The caption of pictures in a folder that have none of their own, for example 'nrt style'."""
     caption_from_name: bool = option(False)
     """Pictures in a folder without a caption are captioned by their file name, without the number at its end."""
@@ -126,7 +131,7 @@ class CaptionConfig:
     """Shuffle the parts of a caption that commas separate, each time anew."""
     keep_tags: int = option(0, at_least=0)
     """With --shuffle-tags: number of first parts that keep their places."""
-    trigger: str = option("")
+    trigger: str = option("", text=True)
     """A word or two that call the style: put before every caption and every prompt of the run's pictures, and into the header
     of the LoRA; with a space between, or a comma with --shuffle-tags, unless it ends in one or in punctuation."""
     max_tokens: int = option(75, at_least=75, multiple_of=75)
@@ -203,11 +208,11 @@ class CheckpointConfig:
     name: str | None = option(None, resume="free")
     """Name of the LoRA: its files are NAME-000450.safetensors, its log's folder NAME-… too. None:
     pytorch_lora_weights_450.safetensors."""
-    author: str | None = option(None, resume="free")
+    author: str | None = option(None, text=True, resume="free")
     """Your name, for the header of the LoRA files."""
-    description: str | None = option(None, resume="free")
+    description: str | None = option(None, text=True, resume="free")
     """What the LoRA shows, for the header of its files."""
-    license: str | None = option(None, resume="free")
+    license: str | None = option(None, text=True, resume="free")
     """Under which licence others may use the LoRA, for the header of its files."""
     tags: bool = option(True, resume="free")
     """Put the commonest tags of the captions into the header, where other programs show them as hints for prompts."""
@@ -217,8 +222,8 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         check_options(self)
         self.steps_between_saves(1)
-        if self.name is not None and not re.fullmatch(r"\w[\w .+-]*", self.name):
-            raise UserError(f"--name {self.name!r} must be a name of letters, digits, spaces and - _ . +")
+        if self.name is not None and not is_name(self.name):
+            raise UserError(f"--name {self.name!r} must be a name of letters, digits, spaces and - _ . +, up to 150 bytes")
 
     @property
     def pattern(self) -> str:
@@ -321,7 +326,7 @@ class TrainConfig:
     """'demo' (bundled), 'sdxl' (from the hub), a hub id, a diffusers folder or a .safetensors SDXL checkpoint."""
     steps: int = option(450, at_least=1, resume="free")
     """Optimiser steps."""
-    epochs: float | None = option(None, above=0, resume="free")
+    epochs: float | None = option(None, above=0, at_most=1e9, resume="free")
     """The length of the run in looks at every picture; it goes before --steps."""
     grad_accum: int = option(1, at_least=1)
     """Batches per optimiser step and process."""

@@ -29,7 +29,7 @@ from run.state import find_state, find_states, save_state
 LAYOUT_SUFFIXES = {  # --format: {layout of a file: what its name ends in, after the step}
     "kohya": {"kohya": ""},
     "diffusers": {"diffusers": ""},
-    "both": {"kohya": "", "diffusers": "_diffusers"},
+    "both": {"diffusers": "_diffusers", "kohya": ""},  # the last is the newest: the one that most programs read
 }
 
 MAX_SPOILT_STEPS = 3  # a sample that has spoilt so many is left out
@@ -158,7 +158,7 @@ class Checkpoints:
 
     def describe_file(self, step: int) -> str:
         """Name and size that the LoRA file will have."""
-        name, content = next(self.serialise(step))
+        *_, (name, content) = self.serialise(step)
         return f"{self.config.out / name}, {len(content) / 1e6:.2f} MB"
 
     def is_due(self, step: int, last: int) -> bool:

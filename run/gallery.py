@@ -1,5 +1,6 @@
 """Pictures that people look at: rendered with diffusers' pipeline, base and LoRA side by side with the prompt above."""
 
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -31,8 +32,8 @@ def prompts_to_draw(config: GalleryConfig, captions: CaptionConfig, model: str) 
     read.
     """
     prompts = read_prompts(config.prompts, model, captions.trigger) if config.pictures else []
-    trigger = captions.trigger.strip(" ,").casefold()
-    return [p if trigger in p.text.casefold() else replace(p, text=with_trigger(p.text, captions)) for p in prompts]
+    trigger = re.compile(rf"(?<!\w){re.escape(captions.trigger.strip(' ,'))}(?!\w)", re.IGNORECASE)  # 'ink' is not in 'drink'
+    return [p if trigger.search(p.text) else replace(p, text=with_trigger(p.text, captions)) for p in prompts]
 
 
 class Gallery:

@@ -31,8 +31,13 @@ class Lineage:
         self.options = {"base_lora": config.base_lora, "init_lora": config.init_lora and str(config.init_lora)}  # as given
         self.merged, self.begun = ", ".join(merged), ""  # lines for the report
 
-    def merge(self) -> None:
-        """W += strength · ΔW in the frozen base, which is still on the host."""
+    def merge(self, has_text: bool) -> None:
+        """W += strength · ΔW in the frozen base, which is still on the host. Raises UserError if cached text is in use, which
+        `has_text` says, and a file changes the text encoders: their signature is too coarse to show that.
+        """
+        if has_text and any(name.startswith("text_encoder") for deltas, _ in self.base for name in deltas):
+            advice = "merge_lora.py makes a --model of it, for caching and training"
+            raise UserError(f"--base-lora changes the text encoders, and the data hold text encoded without it: {advice}")
         merge_loras(self.denoiser, self.base)
 
     def begin(self, adapter: Adapter) -> None:

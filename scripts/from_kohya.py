@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.errors import UserError, one_line_errors, printable
 from common.files import check_writable, write_atomically
 from common.options import flag_of, within
+from common.text import read_text
 from options.command import all_fields, as_toml, atoms, parse_arguments, parse_command
 from options.foreign import DIFFERENT, NO_EFFECT, SAME
 from options.training import TrainCommand, TrainConfig
@@ -141,7 +142,7 @@ def drop(options: dict[str, Any], notes: dict[str, str], names: tuple[str, ...],
 def read_settings(file: Path) -> list[tuple[str, Any]]:
     """Raises UserError."""
     try:
-        text = file.read_text("utf-8")
+        text = read_text(file.read_bytes())
         table = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
         if not isinstance(table, dict):
             raise ValueError("it holds no settings by name")

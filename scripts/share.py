@@ -22,6 +22,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.errors import UserError, one_line_errors
 from options.command import parse_command
+from options.training import is_name
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ from PIL import Image
 from common.files import check_writable, write_atomically
 from common.safetensors_files import encode_header, read_header
 from lora_files.read import newest_lora
+from model.prompts import from_header
 
 THUMBNAIL = 256  # pixels: the longer side of the picture in the header
 BASES = {"sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}
@@ -62,8 +64,11 @@ def with_thumbnail(lora: Path, picture: Path | None) -> bytes:
     """The file with a small JPEG of `picture` in its header."""
     begin, header = read_header(lora)
     if picture:
-        with Image.open(picture) as opened:
-            small = opened.convert("RGB")
+        try:
+            with Image.open(picture) as opened:
+                small = opened.convert("RGB")
+        except OSError as error:
+            raise UserError(f"{picture} cannot be read: {error}: remove it") from None
         small.thumbnail((THUMBNAIL, THUMBNAIL))
         buffer = io.BytesIO()
         small.save(buffer, "JPEG", quality=85)
@@ -72,25 +77,26 @@ def with_thumbnail(lora: Path, picture: Path | None) -> bytes:
     return encode_header(header) + lora.read_bytes()[begin:]
 
 
-def pictures_of(lora: Path, step: str) -> list[Path]:
-    """The LoRA's pictures that the run drew at this step, in the order of the prompts."""
-    found = (lora.parent / "samples").glob(f"step-{int(step):06}-p*-lora.png")
-    return sorted(found, key=lambda path: int(re.findall(r"-p(\d+)-", path.name)[0]))
+def pictures_of(lora: Path, step: int) -> dict[int, Path]:
+    """{number of the prompt, from 1: the LoRA's picture that the run drew at this step}."""
+    found = (lora.parent / "samples").glob(f"step-{step:06}-p*-lora.png")
+    numbers = {int(match[1]): path for path in found if (match := re.search(r"-p(\d+)-lora", path.name))}
+    return dict(sorted(numbers.items()))
 
 
-def card(name: str, metadata: dict[str, str], images: list[str]) -> str:
-    """The page: front matter of Hugging Face's hub, pictures with their prompts, how it is used, how it was made."""
-    config = json.loads(metadata["sdxl_lora.config"])
-    base, trigger = BASES.get(config["model"], config["model"]), metadata.get("modelspec.trigger_phrase", "")
-    prompts = [prompt["text"] for prompt in json.loads(metadata.get("sdxl_lora.prompts", "[]"))]
+def card(name: str, metadata: dict[str, str], config: dict, shown: list[tuple[str, str]]) -> str:
+    """The page: front matter of Hugging Face's hub, pictures with their prompts, how it is used, how it was made. `config`: the
+    options of the run; `shown`: (prompt, picture).
+    """
+    base, trigger = BASES.get(str(config["model"]), config["model"]), metadata.get("modelspec.trigger_phrase", "")
     front = {
         "license": metadata.get("modelspec.license", "other"), "base_model": base, "instance_prompt": trigger or None,
         "tags": ["text-to-image", "lora", "diffusers", "stable-diffusion-xl"],
-        "widget": [{"text": text, "output": {"url": image}} for text, image in zip(prompts, images, strict=False)],
+        "widget": [{"text": text, "output": {"url": image}} for text, image in shown],
     }  # fmt: skip
     lines = ["---", *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items() if value), "---"]
     lines += [f"# {name}", "", metadata.get("modelspec.description", f"A LoRA for {base}."), ""]
-    lines += [f"![{text}]({image})\n\n*{text}*\n" for text, image in zip(prompts, images, strict=False)]
+    lines += [f"![{text}]({image})\n\n*{text}*\n" for text, image in shown]
     lines += ["## Use", ""]
     lines += [f"Write `{trigger}` into the prompt. "] if trigger else []
     lines += [
@@ -108,22 +114,32 @@ def card(name: str, metadata: dict[str, str], images: list[str]) -> str:
 def main(config: ShareConfig) -> None:
     lora = newest_lora(config.lora, "")
     metadata = read_header(lora)[1].get("__metadata__", {})
-    if not {"sdxl_lora.config", "sdxl_lora.step", "ss_num_train_images"} <= metadata.keys():
-        raise UserError(f"{lora} is no LoRA of train_lora.py: its header does not say how it was made")
+    try:
+        options, step = json.loads(metadata["sdxl_lora.config"]), int(metadata["sdxl_lora.step"])
+        metadata["ss_num_train_images"], options["model"]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        raise UserError(f"{lora} is no LoRA of train_lora.py: its header does not say how it was made") from None
+    prompts, pictures = from_header(lora, metadata), pictures_of(lora, step)
+    pictures = {number: path for number, path in pictures.items() if 0 < number <= len(prompts)}
     if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
         raise UserError(f"--out {config.out} is there already and not an empty folder")
+    name = metadata.get("modelspec.title", "")
+    name = name if is_name(name) else lora.stem  # a title of another program may be a path
+    images = {f"images/{number}.png": picture.read_bytes() for number, picture in pictures.items()}
+    shown = [(prompts[number - 1].text, image) for number, image in zip(pictures, images, strict=True)]
+    first = next(iter(pictures.values()), None)
+    files = {**images, f"{name}.safetensors": with_thumbnail(lora, first)}
+    if first:
+        files[f"{name}.preview.png"] = first.read_bytes()  # where A1111 and Forge look for it
+    files["README.md"] = card(name, metadata, options, shown).encode(errors="replace")
     check_writable("--out", config.out)
-    name = metadata.get("modelspec.title", lora.stem)
-    pictures = pictures_of(lora, metadata["sdxl_lora.step"])
-    images = [f"images/{number}.png" for number in range(1, len(pictures) + 1)]
-    for picture, image in zip(pictures, images, strict=True):
-        (config.out / "images").mkdir(exist_ok=True)
-        shutil.copyfile(picture, config.out / image)
-    if pictures:
-        shutil.copyfile(pictures[0], config.out / f"{name}.preview.png")  # where A1111 and Forge look for it
-    write_atomically(config.out / f"{name}.safetensors", with_thumbnail(lora, pictures[0] if pictures else None))
-    write_atomically(config.out / "README.md", card(name, metadata, images).encode())
-    print(f"{config.out}: {name}.safetensors of step {metadata['sdxl_lora.step']}, README.md and {len(pictures)} pictures")
+    try:
+        for file, content in files.items():
+            write_atomically(config.out / file, content)
+    except OSError as error:
+        shutil.rmtree(config.out, ignore_errors=True)
+        raise UserError(f"--out {config.out} cannot be written: {error.strerror}") from None
+    print(f"{config.out}: {name}.safetensors of step {step}, README.md and {len(pictures)} pictures")
     if not pictures:
         print(f"there are no pictures of this step in {lora.parent / 'samples'}: put some into {config.out} by hand")
 

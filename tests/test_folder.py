@@ -557,12 +557,32 @@ def test_metadata_csv(tmp_path, separator, encoding):
     assert source.others["metadata.csv"] == 1
 
 
-@pytest.mark.parametrize("text", ["name,words\na.jpg,x\n", 'file_name,text\n"a.jpg,x\n'])
-def test_metadata_csv_that_cannot_be_read(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name,words\na.jpg,x\n", " line 2: needs file_name and text"),
+        ('file_name,text\n"a.jpg,x\n', ", line . or before: .*: is a quotation mark left open"),
+        (f"file_name,text\na.jpg,{'x' * 200_000}\n", ", line . or before: field larger than"),
+        ("file_name,text\na.jpg,a house, red\n", " line 2: more fields .* put a text with ',' into quotation marks"),
+        ("file_name;text\na.jpg;a house; red\n", " line 2: more fields .* put a text with ';' into quotation marks"),
+    ],
+)
+def test_metadata_csv_that_cannot_be_read(tmp_path, text, message):
     captioned(tmp_path, "a.jpg")
     (tmp_path / "metadata.csv").write_text(text)
-    with pytest.raises(UserError, match=r"metadata\.csv line \d: needs file_name and text"):
+    with pytest.raises(UserError, match=rf"metadata\.csv{message}"):
         open_source(str(tmp_path))
+
+
+def test_what_is_said_of_folders_in_the_wrong_place_is_not_lost(shards, tmp_path):
+    captioned(tmp_path / "10_cat", "a.jpg")
+    note = "the number of 10_cat/ is not read: give the folder that it is in, or :x10"
+    assert open_source(str(tmp_path / "10_cat")).note == note
+    assert "is drawn 10 times" in open_source(str(tmp_path)).note
+    options = CaptionFilesConfig(caption="x")
+    with pytest.raises(UserError, match=r"^--caption, .* do nothing here"):
+        open_mixture((str(shards),), captions=options)
+    open_mixture((str(shards), str(tmp_path)), captions=options)
 
 
 def test_a_run_shows_what_it_uses_and_a_caption(train, tmp_path):

@@ -122,3 +122,15 @@ def test_mistakes(train, options, message):
     _, err = train(*options, status=2)
     assert message in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_text_that_other_encoders_made_is_refused(train, script, photos, tiny_model, pipe, tmp_path):
+    """Also if the LoRA changes them less than their signature shows."""
+    latents, lora = tmp_path / "latents", tmp_path / "text.safetensors"
+    script("scripts/cache_latents.py", photos, "--out", latents, "--model", tiny_model, "--text", 1, "--workers", 0)
+    delta = torch.ones(1, 32) * 1e-3, torch.ones(32, 1) * 1e-3, 1.0
+    for layer, status in (("text_encoder.encoder.layers.0.self_attn.q_proj", 2), ("unet.mid_block.attentions.0.proj_in", 0)):
+        A, B, alpha = delta if status else (torch.ones(1, 64), torch.ones(64, 1), 1.0)
+        lora.write_bytes(serialise({layer: (A, B, alpha)}, {}))
+        _, err = train("--data", latents, "--no-train-text-encoder", "--base-lora", lora, "--steps", 1, status=status)
+        assert ("--base-lora changes the text encoders" in err) == bool(status)

@@ -15,8 +15,8 @@ from model.prompts import Prompt, read_prompts
 from model.render import render
 from model.sdxl import SAMPLERS
 from model.vae import decode_latents
-from options.training import CheckpointConfig, GalleryConfig, LoRAConfig
-from run.gallery import Gallery
+from options.training import CaptionConfig, CheckpointConfig, GalleryConfig, LoRAConfig
+from run.gallery import Gallery, prompts_to_draw
 from run.ranks import Ranks
 
 NO_LETTER = "日本語"  # not in the bundled font
@@ -184,3 +184,18 @@ def test_sdxl_is_judged_by_the_naruto_prompts():
     assert read_prompts((), "sdxl")[0] == Prompt("Naruto Uzumaki eating ramen")
     assert len(read_prompts((), "some/folder")) == 3
     assert read_prompts(("long " * 100,), "sdxl") == [Prompt(" ".join(["long"] * 100))]
+
+
+@pytest.mark.parametrize(
+    ("trigger", "text", "drawn"),
+    [
+        ("ink", "a cat drinking", "ink a cat drinking"),
+        ("ink", "Ink, a cat", "Ink, a cat"),
+        ("nrt style, ", "a cat, NRT style", "a cat, NRT style"),
+        ("(x", "a cat", "(x a cat"),
+        ("", "a cat", "a cat"),
+    ],
+)
+def test_a_trigger_stands_once_in_a_prompt(trigger, text, drawn):
+    (prompt,) = prompts_to_draw(GalleryConfig(prompts=(text,)), CaptionConfig(trigger=trigger), "sdxl")
+    assert prompt.text == drawn

@@ -104,7 +104,8 @@ def test_a_mistake_in_toml_names_its_table(tmp_path, text, message):
     assert str(error.value).startswith(f"--prompts {tmp_path}/p.toml{message}")
 
 
-@pytest.mark.parametrize("value", ["", "{", "{}", "[]", "[1]", '[{"text": 1}]', '[{"text": "a", "s": 1}]', '[{"out": "/"}]'])
+@pytest.mark.parametrize("value", ["", "{", "{}", "[]", "[1]", '[{"text": 1}]', '[{"text": "a", "s": 1}]', '[{"out": "/"}]',
+                                   '[{"text": "\\ud800"}]', '[{"text": "\\u001b"}]', "[" * 100_000])  # fmt: skip
 def test_a_header_of_unknown_origin_ends_in_one_line(tmp_path, value):
     with pytest.raises(UserError, match=r"^.*x\.safetensors: in its header \(other --prompts help\)"):
         from_header(tmp_path / "x.safetensors", {"sdxl_lora.prompts": value})

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from common.options import flag_of, flat_options
+from common.text import NO_TEXT
 from options.command import all_fields, options_as_toml, parse_arguments
 from options.foreign import DIFFERENT, NO_EFFECT, SAME
 from options.training import TrainCommand, TrainConfig
@@ -58,7 +59,14 @@ def test_a_mistake_in_a_command_is_one_line(command, message):
     [
         ("rnak = 8", "rnak: there is no such option: do you mean rank[?]"),
         ("network_dim = 8", "network_dim: here it is rank"),
-        ("config = 'b.toml'", "config: there is no such option.*"),
+        ("config = 'b.toml'", "config: a file names no other: give several --config"),
+        ("no-flip = true", "no-flip: in a file it is flip = false"),
+        ("base-precision = 'int8'\nbase_precision = 'nf4'", "base_precision is there twice: remove one"),
+        ("prompts = ['a', '--n b']", "prompts: none of its texts may begin with -"),
+        ('trigger = "a\\u0000b"', "--trigger a.x00b: holds a control character, or is no UTF-8"),
+        ('data = ["a\\u0000b"]', "--data a.x00b: holds a control character, or is no UTF-8"),
+        ("epochs = 1e308", "--epochs must be above 0 and at most .*"),
+        (f"name = '{'n' * 151}'", "--name 'n*' must be a name .*, up to 150 bytes"),
         ("rank = 0", "--rank must be at least 1, not 0"),
         ("rank = '8'", "rank = '8' must be a whole number"),
         ("rank = true", "rank = True must be a whole number"),
@@ -97,12 +105,46 @@ def test_the_later_file_wins_and_flags_win_over_both(tmp_path):
     assert (run.lora.rank, run.dataset.bs, run.dataset.data, run.dataset.flip) == (6, 2, ("d",), False)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_a_file_of_any_editor_is_read(tmp_path, encoding, newline):
+    (tmp_path / "run.toml").write_bytes(f"rank = 4{newline}trigger = 'é'{newline}".encode(encoding))
+    run = parse("--config", str(tmp_path / "run.toml"))
+    assert (run.lora.rank, run.captions.trigger) == (4, "é")
+
+
+@pytest.mark.parametrize(
+    ("files", "flags", "length"),
+    [
+        (["epochs = 3"], ["--steps", "7"], (7, None)),
+        (["epochs = 3\nsteps = 40"], ["--steps", "7"], (7, None)),  # as a run writes them
+        (["epochs = 3\nsteps = 40"], [], (40, 3)),
+        (["epochs = 3", "steps = 7"], [], (7, None)),
+        (["steps = 7", "epochs = 3"], [], (7, 3)),
+        (["steps = 7"], ["--epochs", "3"], (7, 3)),
+    ],
+)
+def test_steps_take_the_place_of_epochs_that_were_said_before(tmp_path, files, flags, length):
+    for number, text in enumerate(files):
+        (tmp_path / str(number)).write_text(text)
+    run = parse(*flags, *(f"--config={tmp_path / str(number)}" for number in range(len(files))))
+    assert (run.steps, run.epochs) == length
+
+
+@pytest.mark.parametrize("flag", ["trigger", "caption", "author", "description", "license"])
+def test_what_people_read_is_text(flag):
+    with pytest.raises(UserError, match=f"^--{flag} x.xff: holds a control character, or is no UTF-8"):
+        parse(f"--{flag}", "x\udcff")
+    parse("--data", "x\udcff")  # the name of a file may be any bytes
+
+
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), min_size=1)
+CLEAN = TEXT.filter(lambda text: not NO_TEXT.search(text))
 OPTIONS = st.fixed_dictionaries({
-    "data": st.lists(TEXT).map(tuple), "prompts": st.lists(TEXT.filter(lambda text: text[0] != "-")).map(tuple),
+    "data": st.lists(CLEAN).map(tuple), "prompts": st.lists(CLEAN.filter(lambda text: text[0] != "-")).map(tuple),
     "rank": st.integers(1, 10**6), "lr": st.floats(0, 1e9), "snr_gamma": st.none() | st.floats(0, 1e9, exclude_min=True),
-    "flip": st.booleans(), "pictures": st.booleans(), "trigger": st.text(st.characters(exclude_categories=("Cs",))),
-    "author": st.none() | TEXT,
+    "flip": st.booleans(), "pictures": st.booleans(), "trigger": CLEAN | st.just(""),
+    "author": st.none() | CLEAN,
 })  # fmt: skip
 
 

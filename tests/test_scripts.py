@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_lora import shake
 from torch import nn
 
+from common.options import flat_options
 from data import Stream
 from dataset.buckets import bucket_sizes
 from dataset.images import dhash
@@ -28,7 +29,7 @@ from lora_files.read import read_lora, read_metadata
 from lora_files.write import A1111_HEADER, serialise
 from model.checkpoint import checkpoint_of
 from model.load import load_sdxl
-from options.training import CaptionConfig, DataConfig, LoRAConfig
+from options.training import CaptionConfig, DataConfig, LoRAConfig, TrainConfig
 
 
 def members(tar) -> dict[str, bytes]:
@@ -310,6 +311,30 @@ def test_a_lora_of_other_data_is_not_measured_on_the_demos(train, script, photos
     assert f"pytorch_lora_weights_1.safetensors on 7 images of {photos}" in out
 
 
+@pytest.mark.parametrize("title", ["../../evil", "/evil", "a/b", "a\\b", "", "..", "a\0b", "a\nb", "n" * 300])
+def test_a_title_of_unknown_origin_names_no_file(script, tmp_path, title):
+    header = make_header({**flat_options(TrainConfig()), "resolution": 64}, 1, 5) | {"modelspec.title": title}
+    save_file({"x": torch.zeros(1)}, tmp_path / "in.safetensors", header)
+    script("scripts/share.py", tmp_path / "in.safetensors", "--out", tmp_path / "gift")
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")} == {
+        "in.safetensors", "gift/in.safetensors", "gift/README.md"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("sdxl_lora.config", "{"), ("sdxl_lora.config", "[]"), ("sdxl_lora.config", "{}"), ("sdxl_lora.config", "[" * 100_000),
+        ("sdxl_lora.step", "x"), ("sdxl_lora.prompts", "[1]"), ("sdxl_lora.prompts", "[" * 100_000),
+    ],
+)  # fmt: skip
+def test_a_header_of_unknown_origin_is_not_given_away(script, tmp_path, key, value):
+    header = make_header({**flat_options(TrainConfig()), "resolution": 64}, 1, 5) | {key: value}
+    save_file({"x": torch.zeros(1)}, tmp_path / "in.safetensors", header)
+    _, err = script("scripts/share.py", tmp_path / "in.safetensors", "--out", tmp_path / "gift", status=2)
+    assert err.startswith(f"share.py: {tmp_path}/in.safetensors")
+    assert not (tmp_path / "gift").exists()
+
+
 @pytest.mark.parametrize("pictures", [True, False])
 def test_a_folder_to_give_away(train, script, tmp_path, pictures):
     options = ["--steps", 1, "--name", "naruto", "--trigger", "nrt", "--license", "CC0", "--author", "Ann"]
@@ -334,6 +359,15 @@ def test_a_folder_to_give_away(train, script, tmp_path, pictures):
         assert (tmp_path / "gift/images/2.png").read_bytes() == (samples / "step-000001-p2-lora.png").read_bytes()
         assert (tmp_path / "gift/naruto.preview.png").exists()
         assert "![nrt a dog](images/2.png)" in page
+        (samples / "step-000001-p1-lora.png").unlink()  # as after a signal: the others keep their prompts
+        script("scripts/share.py", tmp_path / "out", "--out", tmp_path / "second")
+        page = (tmp_path / "second/README.md").read_text()
+        assert "![nrt a dog](images/2.png)" in page
+        assert "a cat" not in page
+        (samples / "step-000001-p2-lora.png").write_bytes(b"no picture")
+        _, err = script("scripts/share.py", tmp_path / "out", "--out", tmp_path / "third", status=2)
+        assert "p2-lora.png cannot be read" in err
+        assert not (tmp_path / "third").exists()
     _, err = script("scripts/share.py", tmp_path / "out", "--out", tmp_path / "gift", status=2)
     assert "is there already and not an empty folder" in err
     _, err = script("scripts/share.py", tmp_path / "nothing", "--out", tmp_path / "x", status=2)

@@ -147,10 +147,12 @@ def test_a_run_resumed_twice_equals_an_uninterrupted_one(train, tmp_path, optimi
 
 
 def test_both_layouts_hold_the_same_weights(train, tiny_model, tmp_path):
-    train("--steps", 5, "--save-every", 2, "--keep", 2, "--format", "both", "--save-dtype", "fp32", "--lr", 1e-2)
+    out, _ = train("--steps", 5, "--save-every", 2, "--keep", 2, "--format", "both", "--save-dtype", "fp32", "--lr", 1e-2)
     names = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
     expected = [f"pytorch_lora_weights_{step}{suffix}.safetensors" for step in (4, 5) for suffix in ("", "_diffusers")]
     assert names == sorted(expected)
+    assert newest_lora(tmp_path / "out").name == expected[2]  # what other programs read, for share.py and the last lines
+    assert f"infer.py --lora {tmp_path}/out/{expected[2]} --compare" in out
     shapes = layer_shapes(Denoiser(read_sdxl(str(tiny_model), torch.float32)))
     kohya, diffusers = (read_lora(tmp_path / "out" / name, shapes) for name in expected[2:])
     assert largest_difference(kohya, diffusers) == 0
