@@ -160,7 +160,7 @@ def main(config: TrainConfig) -> Ending:
 
     # The run: at its beginning, or where a saved state left it.
     flags = flat_options(config) | {"base_precision": plan.base, "attention": attention} | lineage.flags
-    header = run_header(flags, source, pipe.scheduler.config.prediction_type, prompts) if ranks.is_first else {}
+    header = partial(run_header, flags, source, pipe.scheduler.config.prediction_type, prompts)
     shapes, policies = layer_shapes(model.denoiser), resume_policies(config)
     checkpoints = Checkpoints(config.checkpoints, flags, policies, source, ranks, adapter, shapes, optimiser, header)
     run = checkpoints.start_or_resume(ranks.broadcast(config.report.new_log(config.checkpoints.name)))

@@ -21,7 +21,7 @@ def option(
     default: Any, *, at_least: float | None = None, above: float | None = None, at_most: float | None = None,
     multiple_of: int | None = None, text: bool = False, resume: Resume = "ask",
 ) -> Any:  # fmt: skip
-    """A field of a frozen dataclass whose `__post_init__` calls `check_options`. The value None is not checked.
+    """A field of a frozen dataclass that is one of `Options`, or calls `check_options`. The value None is not checked.
 
     `resume`: may the option change when a run is resumed? 'fixed': no, the saved state would not fit. 'free': yes, it affects
     the result not at all or only from then on. 'ask': only with --resume-override. `text`: is it for people, so no path, whose
@@ -29,6 +29,13 @@ def option(
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "multiple_of": multiple_of}
     return field(default=default, metadata={"bounds": bounds, "resume": resume, "text": text})
+
+
+class Options:
+    """A frozen dataclass of options: they are checked when one is made."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 def flag_of(name: str) -> str:

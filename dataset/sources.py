@@ -348,11 +348,12 @@ def scan_images(folder: Folder) -> Source:
     kohya, repeats, stand_ins = folder.repeats(), [], Counter[str]()
     for path in tqdm(folder.images, desc="looking through the folder", unit="img", delay=2, leave=False):
         lines: list[str] | None = folder.captions.get(path)
+        times, of_folder = kohya.get(path.relative_to(folder.path).parts[0], (1, ""))
         try:
             if not lines:
                 lines, text = captions_beside(path, folder.names, folder.config.extensions)
                 used.add(text)
-                if not lines and (caption := stand_in(path, kohya, folder)):
+                if not lines and (caption := of_folder or stand_in(path, folder.config)):
                     lines = [caption]
                     stand_ins[caption] += 1
         except ValueError as error:
@@ -371,7 +372,7 @@ def scan_images(folder: Folder) -> Source:
             places.append((len(files), 0, size, 0, 0, *pixels))
             files.append(path)
             captions.append(lines)
-            repeats.append(kohya.get(path.relative_to(folder.path).parts[0], (1, ""))[0])
+            repeats.append(times)
         elif lines is not None:
             uncaptioned.append(printable(str(path)))
     names = [printable(str(path)) for path in files]
@@ -386,11 +387,9 @@ def scan_images(folder: Folder) -> Source:
     return replace(source, refused=refused, others=others, note=printable("; ".join(notes)), repeats=np.array(repeats, int))
 
 
-def stand_in(image: Path, kohya: dict[str, tuple[int, str]], folder: Folder) -> str:
+def stand_in(image: Path, config: CaptionFilesConfig) -> str:
     """The caption of an image that has none of its own; "" if there is none for it either."""
-    _, of_folder = kohya.get(image.relative_to(folder.path).parts[0], (1, ""))
-    of_name = caption_of_name(image.stem) if folder.config.caption_from_name else ""
-    return of_folder or of_name or folder.config.caption or ""
+    return (caption_of_name(image.stem) if config.caption_from_name else "") or config.caption or ""
 
 
 def captions_beside(image: Path, names: Names, extensions: tuple[str, ...]) -> tuple[list[str], Path | None]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from common.errors import UserError
-from common.options import MAX_SEED, check_options, option
+from common.options import MAX_SEED, Options, option
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,7 @@ def is_name(text: str) -> bool:
 
 
 @dataclass(frozen=True)
-class LoRAConfig:
+class LoRAConfig(Options):
     rank: int = option(8, at_least=1, resume="fixed")
     """Rank r of every ΔW."""
     alpha: float | None = option(None, above=0, resume="fixed")
@@ -39,7 +39,7 @@ class LoRAConfig:
     """Add LoRA to both text encoders, too."""
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         try:
             re.compile(self.pattern)
         except re.error as error:
@@ -55,19 +55,16 @@ class LoRAConfig:
 
 
 @dataclass(frozen=True)
-class LineageConfig:
+class LineageConfig(Options):
     base_lora: tyro.conf.UseAppendAction[tuple[str, ...]] = option((), resume="fixed")
     """A LoRA file, or a folder of them, that is merged into the frozen base before training; `:0.8` after it is its strength.
     May be repeated. What is trained does not contain it: pictures need both."""
     init_lora: Path | None = option(None, resume="fixed")
     """A LoRA file of any layout and rank, or a folder of them, that training goes on from, instead of from zero."""
 
-    def __post_init__(self) -> None:
-        check_options(self)
-
 
 @dataclass(frozen=True)
-class DataOptions:
+class DataOptions(Options):
     """How data are read."""
 
     data_cache: str | None = option(None, resume="free")
@@ -90,9 +87,6 @@ class DataOptions:
     workers: int = option(2, at_least=0, resume="free")
     """Processes per rank that read and decode."""
 
-    def __post_init__(self) -> None:
-        check_options(self)
-
 
 @dataclass(frozen=True)
 class DataConfig(DataOptions):
@@ -104,7 +98,7 @@ class DataConfig(DataOptions):
 
 
 @dataclass(frozen=True)
-class CaptionFilesConfig:
+class CaptionFilesConfig(Options):
     """Where the captions of a folder of pictures are. Shards hold theirs."""
 
     caption: str | None = option(None, text=True)
@@ -114,9 +108,6 @@ class CaptionFilesConfig:
     caption_extension: str | None = option(None)
     """Extension of the files with captions in a folder. None: txt, caption and json."""
 
-    def __post_init__(self) -> None:
-        check_options(self)
-
     @property
     def extensions(self) -> tuple[str, ...]:
         """Those of files with captions, in the order in which they are looked for."""
@@ -124,7 +115,7 @@ class CaptionFilesConfig:
 
 
 @dataclass(frozen=True)
-class CaptionConfig:
+class CaptionConfig(Options):
     caption_dropout: float = option(0.0, at_least=0, at_most=1)
     """Share of captions replaced by the empty one."""
     shuffle_tags: bool = option(False)
@@ -139,22 +130,19 @@ class CaptionConfig:
     one, as A1111 does."""
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         if self.keep_tags and not self.shuffle_tags:
             raise UserError("--keep-tags does nothing without --shuffle-tags")
 
 
 @dataclass(frozen=True)
-class DiffusionConfig:
+class DiffusionConfig(Options):
     snr_gamma: float | None = option(None, above=0)
     """Min-SNR weighting γ, e.g. 5 (Hang et al. 2023, arXiv:2303.09556). None: every timestep weighs the same."""
 
-    def __post_init__(self) -> None:
-        check_options(self)
-
 
 @dataclass(frozen=True)
-class MemoryConfig:
+class MemoryConfig(Options):
     vram_gb: float | None = option(None, above=0, at_most=10_000, resume="free")
     """GiB of the GPU that this process may take, CUDA's own included: planned for and enforced. None, or more than is free:
     what is free."""
@@ -174,7 +162,7 @@ class MemoryConfig:
     """torch.compile every block of the U-Net: minutes at the start for a few percent, so for long runs only."""
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         if self.base_precision in UNPACKED and self.precision not in ("auto", self.base_precision):
             raise UserError(f"--base-precision {self.base_precision} contradicts --precision {self.precision}: leave one away")
 
@@ -191,7 +179,7 @@ def resolve_precision(precision: str, device: "torch.device") -> str:
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(Options):
     save_every: int | str = option(150, resume="free")
     """Steps between checkpoints, or looks at every picture: 1epoch. The last step is always saved."""
     format: Literal["kohya", "diffusers", "both"] = option("kohya", resume="free")
@@ -220,7 +208,7 @@ class CheckpointConfig:
     """Resume although options differ from those of the state, with the new ones."""
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         self.steps_between_saves(1)
         if self.name is not None and not is_name(self.name):
             raise UserError(f"--name {self.name!r} must be a name of letters, digits, spaces and - _ . +, up to 150 bytes")
@@ -239,7 +227,7 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
-class OptimiserConfig:
+class OptimiserConfig(Options):
     lr: float | None = option(None, at_least=0)
     """Learning rate. None: 1e-4; for the bundled model, which is 16 times narrower than SDXL, 2e-3."""
     text_encoder_lr: float | None = option(None, at_least=0)
@@ -249,9 +237,6 @@ class OptimiserConfig:
     warmup: int = option(0, at_least=0)
     """Steps over which the learning rate rises: it begins at 1/(WARMUP + 1) of its value."""
 
-    def __post_init__(self) -> None:
-        check_options(self)
-
     def resolved(self, model: str) -> "OptimiserConfig":
         """With the learning rates that it means for --model."""
         lr = (2e-3 if model == "demo" else 1e-4) if self.lr is None else self.lr
@@ -259,7 +244,7 @@ class OptimiserConfig:
 
 
 @dataclass(frozen=True)
-class GalleryConfig:
+class GalleryConfig(Options):
     pictures: bool = option(True, resume="free")
     """Draw base and LoRA, into the folder `samples` in --out and for TensorBoard."""
     prompts: tuple[str, ...] = option((), resume="free")
@@ -268,17 +253,11 @@ class GalleryConfig:
     sample_every: int = option(0, at_least=0, resume="free")
     """Steps between pictures; 0: at every save."""
 
-    def __post_init__(self) -> None:
-        check_options(self)
-
 
 @dataclass(frozen=True)
-class ReportConfig:
+class ReportConfig(Options):
     log_dir: Path = option(Path("runs"), resume="free")
     """Folder for TensorBoard logs."""
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
     def new_log(self, name: str | None) -> str:
         """A folder named after the LoRA and the time."""
@@ -286,27 +265,21 @@ class ReportConfig:
 
 
 @dataclass(frozen=True)
-class BadStepsConfig:
+class BadStepsConfig(Options):
     max_bad_steps: int = option(20, at_least=1, resume="free")
     """The run ends after so many bad steps in a row, which have no finite loss."""
 
-    def __post_init__(self) -> None:
-        check_options(self)
-
 
 @dataclass(frozen=True)
-class RanksConfig:
+class RanksConfig(Options):
     rank_timeout: float = option(300.0, at_least=1, resume="free")
     """Seconds a collective may wait, which is every step; if a process has not arrived by then, all processes exit."""
     check_ranks_every: int = option(100, at_least=1, resume="free")
     """Steps after which the processes compare their LoRA weights, bit by bit; also before each save."""
 
-    def __post_init__(self) -> None:
-        check_options(self)
-
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Options):
     """All flags of train_lora.py. Those declared here belong to the whole run."""
 
     lora: LoRAConfig = LoRAConfig()
@@ -336,7 +309,7 @@ class TrainConfig:
     """'auto' (CUDA if there is one, else the CPU), 'cuda', 'cpu', 'mps'."""
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         if self.epochs is None and self.optimiser.warmup > self.steps:
             raise UserError(f"--warmup {self.optimiser.warmup} is longer than --steps {self.steps}")
 

@@ -3,10 +3,10 @@
 import hashlib
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -67,13 +67,14 @@ class Checkpoints:
 
     def __init__(
         self, config: CheckpointConfig, flags: dict[str, object], policies: dict[str, Resume], source: Source, ranks: Ranks,
-        adapter: Adapter, shapes: dict[str, torch.Size], optimiser: Optimiser, header: dict[str, str],
+        adapter: Adapter, shapes: dict[str, torch.Size], optimiser: Optimiser, header: Callable[[], dict[str, str]],
     ):  # fmt: skip
         """`flags`: {name: value} of every option, and `policies` what each means on resume (common/options.py); `shapes`:
-        {module path: shape of W} of the layers that a LoRA file may have weights for; `header`: of `run_header`.
+        {module path: shape of W} of the layers that a LoRA file may have weights for; `header`: `run_header`, which may read a
+        whole model, so it is called once, for the first file.
         """
         self.config, self.flags, self.policies, self.source, self.ranks = config, flags, policies, source, ranks
-        self.adapter, self.shapes, self.optimiser, self.header = adapter, shapes, optimiser, header
+        self.adapter, self.shapes, self.optimiser, self.header = adapter, shapes, optimiser, cache(header)
         self.made = provenance(flags, source, ranks.world)
         self.disk = TolerantWriter()
         self.saved_step = 0  # of the last attempt to save, or of the state that was loaded
@@ -151,7 +152,7 @@ class Checkpoints:
     def serialise(self, step: int) -> Iterator[tuple[str, bytes]]:
         """Name and content of each LoRA file at `step`."""
         name = self.config.name
-        header = self.header | step_header(name, step)
+        header = self.header() | step_header(name, step)
         deltas, dtype = self.adapter.deltas, DTYPES[self.config.save_dtype]
         for layout, suffix in LAYOUT_SUFFIXES[self.config.format].items():
             yield f"{file_stem(name, step)}{suffix}.safetensors", serialise(deltas, header, layout, dtype)

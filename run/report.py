@@ -74,9 +74,6 @@ class Report:
             for name, line in self.summary(stream, plan, checkpoints, lineage).items():
                 if line:
                     print(f"{name:10} {line}", flush=True)
-            looks = self.steps * self.samples_per_step / stream.source.epoch
-            for line in concerns(stream, looks, self.device.type == "cpu", self.model.parameter_count):
-                print(f"note       {line}", flush=True)
         self.progress = tqdm(total=self.steps, initial=self.run.step, unit="step", disable=not self.ranks.is_first)
         self.meter.restart()
 
@@ -104,6 +101,7 @@ class Report:
             "memory": str(plan),
             "optimiser": str(self.optimiser),
             "file": checkpoints.describe_file(self.steps),
+            "note": "\nnote       ".join(concerns(stream, epochs, self.device.type == "cpu", total)),
         }
 
     def after_step(self, loss: torch.Tensor, norms: torch.Tensor, waited: float) -> None:

@@ -18,7 +18,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.errors import UserError, one_line_errors
-from common.options import check_options, option
+from common.options import Options, option
 from options.command import parse_command
 from options.training import DiffusionConfig, resolve_precision
 
@@ -26,7 +26,7 @@ HELD_OUT = Path(__file__).parents[1] / "assets/demo/heldout"
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Options):
     data: Annotated[str | None, tyro.conf.Positional] = None
     """Images of the style that were kept out of training, with captions. None: the demo's, for a LoRA trained on the demo."""
     lora: Path = Path("checkpoints")
@@ -39,9 +39,6 @@ class EvaluateConfig:
     """Number of captions to render with base and LoRA; 0 skips the second measure."""
     device: str = "auto"
     """'auto', 'cuda', 'cpu', 'mps'."""
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,13 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.errors import UserError, first_names, one_line_errors
-from common.options import MAX_SEED, check_options, option
+from common.options import MAX_SEED, Options, option
 from options.command import parse_command
 from options.training import CaptionConfig, CaptionFilesConfig, DataOptions
 
 
 @dataclass(frozen=True)
-class ShowConfig:
+class ShowConfig(Options):
     data: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """The values of train_lora.py's --data. None given: demo."""
     dataset: DataOptions = DataOptions()
@@ -33,9 +33,6 @@ class ShowConfig:
     """Pictures on the sheet at most, each once."""
     out: Path = Path("data.png")
     """File for the sheet."""
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
 
 if __name__ == "__main__":
