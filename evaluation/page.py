@@ -1,0 +1,6 @@
+def page(record, verdict, scalars, out):
+    return "<html>"
+
+
+def read_scalars(log_dir):
+    return {}
