@@ -7,7 +7,7 @@ from PIL import Image
 
 from data import Stream
 from dataset.sources import Source
-from evaluation.judge import NOISE_LEVELS, Judge, judged_texts, without_trigger
+from evaluation.judge import Judge, judged_texts
 from evaluation.record import picture, thumbnail
 from evaluation.tells import Album, clipped_share, features, flat_share
 from evaluation.validation import picture_of, quiet_stream
@@ -42,13 +42,6 @@ class Examiner:
         self.judge = Judge(model.full_denoiser, diffusion, model.vae, texts, most) if len(texts) >= FEWEST_TEXTS else None
         self.album = Album({}, {})
 
-    def describe(self, pictures: int) -> str:
-        """One line: what looking at so many pictures costs."""
-        if not self.judge or not pictures:
-            return ""
-        passes = len(self.judge.texts) * len(NOISE_LEVELS)
-        return f"pictures are judged by the base: {len(self.judge.texts)} texts, {passes} predictions each"
-
     def begin(self) -> None:
         """On rank 0: small pictures of the data, unless the record of a resumed run holds them."""
         if "thumbs" not in self.record:
@@ -73,14 +66,17 @@ class Examiner:
         found = [picture_of(stream, int(n), self.model.vae, self.model.device) for n in chosen]
         return {name: {"caption": caption, "jpeg": thumbnail(image)} for name, caption, image in filter(None, found)}
 
-    def opinion(self, image: Image.Image, prompt: Prompt) -> dict[str, Any]:
-        """What the base makes of a picture of `prompt`; {} without a judge. The model is on the device."""
+    def opinion(self, image: Image.Image, prompt: Prompt, strength: float) -> dict[str, Any]:
+        """The better opinion of base and LoRA of a picture that was drawn at this strength; {} without a judge. The model is on
+        the device.
+        """
         if not self.judge:
             return {}
-        text = without_trigger(prompt.text, self.trigger)
-        with self.adapter.scaled(0.0):
-            opinion = self.judge.opinion(image, text, prompt.seed or 0)
-        return opinion._asdict()
+        opinions = []
+        for scale in {0.0, strength}:
+            with self.adapter.scaled(scale):
+                opinions.append(self.judge.opinion(image, prompt.text, prompt.seed or 0, styled=scale != 0))
+        return max(opinions)._asdict()
 
     def look(self, image: Image.Image, file: str, opinion: dict[str, Any]) -> dict[str, Any]:
         """What the record says of a picture in `file`."""

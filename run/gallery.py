@@ -139,4 +139,4 @@ class Gallery:
         with self.adapter.scaled(strength):
             (image,) = self.render([self.prompts[i]])
         image.info["parameters"] = generation_parameters(self.prompts[i], self.model.pipe.scheduler, self.model.name, loras)
-        return image, self.examiner.opinion(image, self.prompts[i])
+        return image, self.examiner.opinion(image, self.prompts[i], strength)

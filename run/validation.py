@@ -24,7 +24,8 @@ from run.setup import TrainingModel, check_together
 from run.stop import Upcoming
 
 FEWEST = 3  # timesteps of an image, unless there are too few images for what is affordable
-BUDGET, TRAINING = 0.03, 3  # share of a run that may be spent unasked; forward passes that a step takes for an image
+UNASKED, ASKED = 0.03, 0.15  # share of a run that may be spent without --validate, and with it
+TRAINING = 3  # forward passes that a step takes for an image
 
 
 class Validation:
@@ -45,10 +46,10 @@ class Validation:
         self.every = config.validation.validate_every or int(config.checkpoints.save_every)
         self.times = -(-config.steps // self.every)
         trained = TRAINING * config.steps * config.dataset.bs * config.grad_accum * ranks.world  # in forward passes
-        affordable = max(BANDS, int(BUDGET * trained / (self.times + 1) / 2))  # pairs of an image and a timestep
-        count = len(held_out.numbers)
-        self.images = count if held_out.asked else min(count, max(2, affordable // FEWEST))
-        self.timesteps = BANDS if held_out.asked else min(BANDS, affordable // max(1, self.images))
+        share = ASKED if held_out.asked else UNASKED
+        affordable = max(BANDS, int(share * trained / (self.times + 1) / 2))  # pairs of an image and a timestep
+        self.images = min(len(held_out.numbers), affordable // FEWEST)
+        self.timesteps = min(BANDS, affordable // max(1, self.images))
         self.cost = 2 * self.images * self.timesteps * (self.times + 1) / trained
 
     def describe(self) -> str:
