@@ -173,7 +173,7 @@ def main(config: TrainConfig) -> Ending:
     gallery = Gallery(config.gallery, model, adapter, prompts, resolution, config.checkpoints, ranks, stop, plan)
     stop.end_setup()  # from here on the loop notices a signal: an exception would leave worker processes half made
     loader = Loader(stream, run.samples, run.left_out, pin_memory=device.type == "cuda")
-    report.opening(stream, plan, checkpoints, lineage)
+    report.opening(stream, plan, checkpoints, lineage, gallery.prompts)
     report.pictures(gallery.begin(run.step))
 
     # The loop. What is random, and the learning rate, are functions of the step.

@@ -20,6 +20,7 @@ from model.vae import DECODING, decode_latents
 from options.training import CaptionConfig, CheckpointConfig, GalleryConfig
 from performance.memory_plan import Plan
 from run.header import file_stem
+from run.log import sample_tag
 from run.ranks import Ranks
 from run.setup import TrainingModel
 from run.stop import StopRequest
@@ -96,7 +97,7 @@ class Gallery:
         if len(sheets) == len(self.prompts):
             files[f"step-{step:06}.png"] = stack(list(sheets.values()))
         self.disk("the pictures", partial(self.write, files))
-        return {f"p{i + 1}": np.asarray(sheet) for i, sheet in sheets.items()}
+        return {sample_tag(i, len(self.prompts)): np.asarray(sheet) for i, sheet in sheets.items()}
 
     def write(self, files: dict[str, Image.Image]) -> None:
         for name, image in files.items():

@@ -1,0 +1,247 @@
+"""Where a run can be watched: TensorBoard, and Weights & Biases with --log wandb. Both get the same calls."""
+
+import html
+import math
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markdown import markdown
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from common.errors import UserError, warn_of
+from common.files import TolerantWriter, sha256_of
+from common.options import Resume, flag_of, flat_options
+from model.prompts import Prompt
+from options.command import as_toml
+from options.training import TrainConfig
+
+AGAIN = 60  # seconds until a log that could not be written is tried again
+LAST_UPLOAD = 60  # seconds that the end of a run waits for Weights & Biases
+TAGS = {  # {what is measured: its tag}; what stands before the slash is the group of the chart
+    "loss": "train/loss",
+    "grad_norm": "train/grad_norm",
+    "grad_norm/unet": "train/grad_norm_unet",
+    "grad_norm/text_encoder": "train/grad_norm_text_encoder",
+    "lr/unet": "train/lr_unet",
+    "lr/text_encoder": "train/lr_text_encoder",
+    "loss_scale": "train/loss_scale",
+    "overflows": "train/overflows",
+    "not_finite": "train/not_finite",
+    "improvement": "validation/improvement",
+    "improvement_low": "validation/improvement_low",
+    "improvement_high": "validation/improvement_high",
+    "trained": "validation/trained",
+    "images_per_second": "speed/images_per_second",
+    "seconds_per_step": "speed/seconds_per_step",
+    "steps": "speed/steps_measured",
+    "waiting_for_data": "speed/waiting_for_data",
+    "peak_memory_GiB": "memory/peak_GiB",
+    "peak_reserved_GiB": "memory/reserved_GiB",
+    "memory_in_use": "memory/in_use",
+    "largest_error_of_the_file": "files/largest_error",
+    "final_loss": "final/train_loss",
+    "final_improvement": "final/improvement",
+}
+
+
+def lines(*measured: str) -> list:
+    """A chart with a line for each."""
+    return ["Multiline", [f"^{TAGS[name]}$" for name in measured]]
+
+
+LAYOUT = {  # {page: {chart: its lines}} of what to look at first
+    "training": {
+        "loss": lines("loss"),
+        "gradient norms": lines("grad_norm", "grad_norm/unet", "grad_norm/text_encoder"),
+        "learning rates": lines("lr/unet", "lr/text_encoder"),
+    },
+    "speed and memory": {
+        "images per second": lines("images_per_second"),
+        "memory in GiB": lines("peak_memory_GiB", "peak_reserved_GiB"),
+    },
+    "validation": {
+        "improvement": ["Margin", [TAGS[name] for name in ("improvement", "improvement_low", "improvement_high")]],
+        "trained": lines("trained"),
+    },
+}
+COMPARED = ("rank", "lr", "bs", "steps")  # of every run, beside what is not as usual
+
+
+def sample_tag(number: int, count: int) -> str:
+    """The tag of prompt `number`, from 0, of `count`: sorted by name they are in the order of the prompts."""
+    return f"samples/p{number + 1:0{len(str(count))}}"
+
+
+def markdown_table(rows: list[list[str]]) -> str:
+    """The first row is the head."""
+    head, *others = rows
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *others])
+
+
+def shown(text: str) -> str:
+    """Markdown, also for a cell of a table, that shows a text as it is."""
+    return html.escape(text, quote=False).translate({ord(sign): f"&#{ord(sign)};" for sign in r"\`*_[]|!#~"})
+
+
+def unusual(flags: dict[str, Any]) -> dict[str, str]:
+    """{name: default} of the options whose value is another, given by the user or chosen by the run."""
+    usual = {name: as_toml(value) for name, value in flat_options(TrainConfig()).items()}
+    return {name: usual[name] for name, value in flags.items() if as_toml(value) != usual[name]}
+
+
+def config_text(flags: dict[str, Any]) -> str:
+    """All options as a table."""
+    defaults = unusual(flags)
+    rows = [[flag_of(name), shown(as_toml(value)), shown(defaults.get(name, ""))] for name, value in flags.items()]
+    marked = [[f"**{cell}**" if cell and row[2] else cell for cell in row[:2]] + row[2:] for row in rows]
+    return markdown_table([["option", "value", "default, where it is another"], *marked])
+
+
+def prompts_text(prompts: list[Prompt]) -> str:
+    """The prompts as a table, in their order, with the tag of their pictures."""
+    rows = [[sample_tag(i, len(prompts)), *(shown(str(cell)) for cell in asdict(p).values())] for i, p in enumerate(prompts)]
+    return markdown_table([["pictures", *(spec.name for spec in fields(Prompt))], *rows])
+
+
+def compared_options(flags: dict[str, Any], policies: dict[str, Resume]) -> dict[str, Any]:
+    """{name: number or text} by which runs are compared: of the options that are not as usual, those that what is learned
+    depends on.
+    """
+    names = [name for name in unusual(flags) if policies[name] != "free"]
+    values = {name: flags[name] for name in dict.fromkeys([*COMPARED, *names])}
+    return {name: value if type(value) in (int, float, str) else as_toml(value) for name, value in values.items()}
+
+
+class EventWriter(SummaryWriter):
+    """TensorBoard's writer, with the calls that every log has: `add_text`, `close` and these three."""
+
+    def __init__(self, folder: str, purge_step: int | None = None):
+        """Scalars from `purge_step` on, of a run that was killed, are hidden."""
+        super().__init__(folder, purge_step=purge_step)
+        self.add_custom_scalars(LAYOUT)
+
+    def add_row(self, row: dict[str, float], step: int) -> None:
+        """{tag: value}."""
+        for tag, value in row.items():
+            self.add_scalar(tag, value, step)
+
+    def add_pictures(self, sheets: dict[str, np.ndarray], step: int) -> None:
+        """{tag: [H, W, 3] uint8}."""
+        for tag, sheet in sheets.items():
+            self.add_image(tag, sheet, step, dataformats="HWC")
+
+    def add_outcome(self, options: dict[str, Any], metrics: dict[str, float], step: int) -> None:
+        """Once, at the end: what TensorBoard compares in its tab HPARAMS. `add_hparams` would make that a second run."""
+        for summary in hparams(options, metrics):
+            self._get_file_writer().add_summary(summary, step)
+        self.add_row(metrics, step)
+
+
+class TensorBoardLog:
+    """An EventWriter. `attempt` makes each call, so that what the disk refuses is reported once and does not end the run; a
+    new file is begun a minute later.
+    """
+
+    def __init__(self, folder: str, purge_step: int, attempt: TolerantWriter):
+        self.folder, self.attempt, self.tried = folder, attempt, -math.inf
+        self.writer: EventWriter | None = EventWriter(folder, purge_step)
+        threading.excepthook = not_of_the_disk
+
+    def call(self, name: str, *args, **kwargs) -> None:
+        self.tried = time.monotonic()
+        writer, self.writer = self.writer or EventWriter(self.folder), None
+        getattr(writer, name)(*args, **kwargs)
+        self.writer = writer  # not one that has failed: it would go on failing
+
+    def __getattr__(self, name: str):
+        if not self.writer and time.monotonic() < self.tried + AGAIN:
+            return lambda *args, **kwargs: None
+        return lambda *args, **kwargs: self.attempt(f"TensorBoard's {self.folder}", partial(self.call, name, *args, **kwargs))
+
+
+def not_of_the_disk(args: threading.ExceptHookArgs) -> None:
+    """threading.excepthook, but for errors of the disk: the writer's thread ends with them, and the log's next call reports."""
+    if not isinstance(args.exc_value, OSError):
+        threading.__excepthook__(args)
+
+
+class WandbLog:
+    """Weights & Biases. A failure there, of login, network or disk, ends the log with one line, and not the run.
+
+    Its own count of steps ignores what goes back, as after a kill: the step is a value of each row, and the axis of the charts.
+    """
+
+    def __init__(self, folder: str, flags: dict[str, Any]):
+        """A run that resumes with its `folder` is the same one there. `flags`: {name: value} of every option."""
+        self.folder, self.flags = Path(folder), flags
+        self.failed = False
+        self.attempt(self.begin)
+
+    def attempt(self, call: Callable[[], object]) -> None:
+        if self.failed:
+            return
+        try:
+            call()
+        except Exception as error:  # of several packages
+            self.failed = True
+            warn_of("Weights & Biases", UserError(f"{type(error).__name__}: {error}: training goes on without it"))
+
+    def begin(self) -> None:
+        import wandb
+
+        self.wandb = wandb
+        self.folder.mkdir(parents=True, exist_ok=True)  # wandb takes no other, but without a word /tmp
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "sdxl-lora"),
+            id=sha256_of(str(self.folder.resolve()).encode())[:16],
+            name=self.folder.name,
+            dir=str(self.folder),
+            config=self.flags,
+            resume="allow",
+            settings={"console": "off", "finish_timeout": LAST_UPLOAD},
+        )
+        self.run.define_metric("step", hidden=True)
+        self.run.define_metric("*", step_metric="step")
+
+    def add_row(self, row: dict[str, Any], step: int) -> None:
+        self.attempt(lambda: self.run.log({"step": step, **row}))
+
+    def add_pictures(self, sheets: dict[str, np.ndarray], step: int) -> None:
+        self.attempt(lambda: self.run.log({"step": step} | {tag: self.wandb.Image(sheet) for tag, sheet in sheets.items()}))
+
+    def add_text(self, tag: str, text: str, step: int) -> None:
+        page = markdown(text, extensions=["tables"])
+        self.attempt(lambda: self.run.log({"step": step, tag: self.wandb.Html(page)}))
+
+    def add_outcome(self, options: dict[str, Any], metrics: dict[str, float], step: int) -> None:
+        self.add_row(metrics, step)  # it compares the options of `flags`, and the last value of each tag
+
+    def close(self) -> None:
+        self.attempt(lambda: self.run.finish())
+
+
+class Logs:
+    """Each call goes to all of them: `add_row`, `add_pictures`, `add_text`, `add_outcome`, `close`."""
+
+    def __init__(self, *logs: TensorBoardLog | WandbLog):
+        self.logs = logs
+
+    def __getattr__(self, name: str):
+        return lambda *args: [getattr(log, name)(*args) for log in self.logs]
+
+
+def open_logs(folder: str, step: int, flags: dict[str, Any]) -> Logs:
+    """Those that --log names, for a run that begins after `step`. `flags`: {name: value} of every option."""
+    makers: dict[str, Callable[[], TensorBoardLog | WandbLog]] = {
+        "tensorboard": lambda: TensorBoardLog(folder, step + 1, TolerantWriter()),
+        "wandb": lambda: WandbLog(folder, flags),
+    }
+    return Logs(*(make() for name, make in makers.items() if flags["log"] in (name, "both")))
