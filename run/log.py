@@ -24,32 +24,19 @@ from options.command import as_toml
 from options.training import TrainConfig
 
 AGAIN = 60  # seconds until a log that could not be written is tried again
-LAST_UPLOAD = 60  # seconds that the end of a run waits for Weights & Biases
+WAIT = 60  # seconds that the beginning and the end of a run wait for Weights & Biases
 TAGS = {  # {what is measured: its tag}; what stands before the slash is the group of the chart
-    "loss": "train/loss",
-    "grad_norm": "train/grad_norm",
-    "grad_norm/unet": "train/grad_norm_unet",
-    "grad_norm/text_encoder": "train/grad_norm_text_encoder",
-    "lr/unet": "train/lr_unet",
-    "lr/text_encoder": "train/lr_text_encoder",
-    "loss_scale": "train/loss_scale",
-    "overflows": "train/overflows",
-    "not_finite": "train/not_finite",
-    "improvement": "validation/improvement",
-    "improvement_low": "validation/improvement_low",
-    "improvement_high": "validation/improvement_high",
-    "trained": "validation/trained",
-    "images_per_second": "speed/images_per_second",
-    "seconds_per_step": "speed/seconds_per_step",
-    "steps": "speed/steps_measured",
-    "waiting_for_data": "speed/waiting_for_data",
-    "peak_memory_GiB": "memory/peak_GiB",
-    "peak_reserved_GiB": "memory/reserved_GiB",
-    "memory_in_use": "memory/in_use",
-    "largest_error_of_the_file": "files/largest_error",
-    "final_loss": "final/train_loss",
+    "loss": "train/loss", "grad_norm": "train/grad_norm", "grad_norm/unet": "train/grad_norm_unet",
+    "grad_norm/text_encoder": "train/grad_norm_text_encoder", "lr/unet": "train/lr_unet",
+    "lr/text_encoder": "train/lr_text_encoder", "loss_scale": "train/loss_scale", "overflows": "train/overflows",
+    "not_finite": "train/not_finite", "improvement": "validation/improvement", "trained": "validation/trained",
+    "improvement_low": "validation/improvement_low", "improvement_high": "validation/improvement_high",
+    "images_per_second": "speed/images_per_second", "seconds_per_step": "speed/seconds_per_step",
+    "steps": "speed/steps_measured", "waiting_for_data": "speed/waiting_for_data", "peak_memory_GiB": "memory/peak_GiB",
+    "peak_reserved_GiB": "memory/reserved_GiB", "memory_in_use": "memory/in_use",
+    "largest_error_of_the_file": "files/largest_error", "final_loss": "final/train_loss",
     "final_improvement": "final/improvement",
-}
+}  # fmt: skip
 
 
 def lines(*measured: str) -> list:
@@ -57,22 +44,19 @@ def lines(*measured: str) -> list:
     return ["Multiline", [f"^{TAGS[name]}$" for name in measured]]
 
 
+MARGIN = [TAGS[name] for name in ("improvement", "improvement_low", "improvement_high")]
 LAYOUT = {  # {page: {chart: its lines}} of what to look at first
     "training": {
         "loss": lines("loss"),
         "gradient norms": lines("grad_norm", "grad_norm/unet", "grad_norm/text_encoder"),
         "learning rates": lines("lr/unet", "lr/text_encoder"),
     },
+    "validation": {"improvement": ["Margin", MARGIN], "trained": lines("trained")},
     "speed and memory": {
         "images per second": lines("images_per_second"),
         "memory in GiB": lines("peak_memory_GiB", "peak_reserved_GiB"),
     },
-    "validation": {
-        "improvement": ["Margin", [TAGS[name] for name in ("improvement", "improvement_low", "improvement_high")]],
-        "trained": lines("trained"),
-    },
 }
-COMPARED = ("rank", "lr", "bs", "steps")  # of every run, beside what is not as usual
 
 
 def sample_tag(number: int, count: int) -> str:
@@ -91,18 +75,14 @@ def shown(text: str) -> str:
     return html.escape(text, quote=False).translate({ord(sign): f"&#{ord(sign)};" for sign in r"\`*_[]|!#~"})
 
 
-def unusual(flags: dict[str, Any]) -> dict[str, str]:
-    """{name: default} of the options whose value is another, given by the user or chosen by the run."""
-    usual = {name: as_toml(value) for name, value in flat_options(TrainConfig()).items()}
-    return {name: usual[name] for name, value in flags.items() if as_toml(value) != usual[name]}
-
-
 def config_text(flags: dict[str, Any]) -> str:
-    """All options as a table."""
-    defaults = unusual(flags)
-    rows = [[flag_of(name), shown(as_toml(value)), shown(defaults.get(name, ""))] for name, value in flags.items()]
-    marked = [[f"**{cell}**" if cell and row[2] else cell for cell in row[:2]] + row[2:] for row in rows]
-    return markdown_table([["option", "value", "default, where it is another"], *marked])
+    """All options as a table; those that are not as usual, given by the user or chosen by the run, are bold."""
+    rows = []
+    for name, default in flat_options(TrainConfig()).items():
+        row = [flag_of(name), shown(as_toml(flags[name]))]
+        usual = as_toml(flags[name]) == as_toml(default)
+        rows.append([*row, ""] if usual else [f"**{cell}**" for cell in row] + [shown(as_toml(default))])
+    return markdown_table([["option", "value", "default, where it is another"], *rows])
 
 
 def prompts_text(prompts: list[Prompt]) -> str:
@@ -112,11 +92,8 @@ def prompts_text(prompts: list[Prompt]) -> str:
 
 
 def compared_options(flags: dict[str, Any], policies: dict[str, Resume]) -> dict[str, Any]:
-    """{name: number or text} by which runs are compared: of the options that are not as usual, those that what is learned
-    depends on.
-    """
-    names = [name for name in unusual(flags) if policies[name] != "free"]
-    values = {name: flags[name] for name in dict.fromkeys([*COMPARED, *names])}
+    """{name: number or text} by which runs are compared: what is learned depends on these options."""
+    values = {name: value for name, value in flags.items() if name == "steps" or policies[name] != "free"}
     return {name: value if type(value) in (int, float, str) else as_toml(value) for name, value in values.items()}
 
 
@@ -139,8 +116,11 @@ class EventWriter(SummaryWriter):
             self.add_image(tag, sheet, step, dataformats="HWC")
 
     def add_outcome(self, options: dict[str, Any], metrics: dict[str, float], step: int) -> None:
-        """Once, at the end: what TensorBoard compares in its tab HPARAMS. `add_hparams` would make that a second run."""
-        for summary in hparams(options, metrics):
+        """Once, at the end: what TensorBoard compares in its tab HPARAMS. `add_hparams` would make that a second run, and
+        describe an experiment: the first run's would hide the options that only others have.
+        """
+        _, *session = hparams(options, metrics)
+        for summary in session:
             self._get_file_writer().add_summary(summary, step)
         self.add_row(metrics, step)
 
@@ -192,7 +172,7 @@ class WandbLog:
             call()
         except Exception as error:  # of several packages
             self.failed = True
-            warn_of("Weights & Biases", UserError(f"{type(error).__name__}: {error}: training goes on without it"))
+            warn_of("Weights & Biases", UserError(f"training goes on without it: {type(error).__name__}: {error}"))
 
     def begin(self) -> None:
         import wandb
@@ -200,14 +180,10 @@ class WandbLog:
         self.wandb = wandb
         self.folder.mkdir(parents=True, exist_ok=True)  # wandb takes no other, but without a word /tmp
         self.run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "sdxl-lora"),
-            id=sha256_of(str(self.folder.resolve()).encode())[:16],
-            name=self.folder.name,
-            dir=str(self.folder),
-            config=self.flags,
-            resume="allow",
-            settings={"console": "off", "finish_timeout": LAST_UPLOAD},
-        )
+            project=os.environ.get("WANDB_PROJECT", "sdxl-lora"), name=self.folder.name, config=self.flags, resume="allow",
+            id=sha256_of(str(self.folder.resolve()).encode())[:16], dir=str(self.folder),
+            settings={"console": "off", "init_timeout": WAIT, "finish_timeout": WAIT},
+        )  # fmt: skip
         self.run.define_metric("step", hidden=True)
         self.run.define_metric("*", step_metric="step")
 
