@@ -34,8 +34,7 @@ TAGS = {  # {what is measured: its tag}; what stands before the slash is the gro
     "images_per_second": "speed/images_per_second", "seconds_per_step": "speed/seconds_per_step",
     "steps": "speed/steps_measured", "waiting_for_data": "speed/waiting_for_data", "peak_memory_GiB": "memory/peak_GiB",
     "peak_reserved_GiB": "memory/reserved_GiB", "memory_in_use": "memory/in_use",
-    "largest_error_of_the_file": "files/largest_error", "final_loss": "final/train_loss",
-    "final_improvement": "final/improvement",
+    "largest_error_of_the_file": "files/largest_error", "final_loss": "end/train_loss", "final_improvement": "end/improvement",
 }  # fmt: skip
 
 
@@ -51,11 +50,11 @@ LAYOUT = {  # {page: {chart: its lines}} of what to look at first
         "gradient norms": lines("grad_norm", "grad_norm/unet", "grad_norm/text_encoder"),
         "learning rates": lines("lr/unet", "lr/text_encoder"),
     },
-    "validation": {"improvement": ["Margin", MARGIN], "trained": lines("trained")},
     "speed and memory": {
         "images per second": lines("images_per_second"),
         "memory in GiB": lines("peak_memory_GiB", "peak_reserved_GiB"),
     },
+    "validation": {"improvement": ["Margin", MARGIN], "trained": lines("trained")},
 }
 
 

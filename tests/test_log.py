@@ -76,7 +76,7 @@ def cells(markdown: str) -> list[list[str]]:
 
 def test_every_tag_is_in_a_group_and_of_one_measurement():
     assert len(set(TAGS.values())) == len(TAGS)
-    groups = {"train", "validation", "speed", "memory", "files", "final"}
+    groups = {"train", "validation", "speed", "memory", "files", "end"}
     assert all(re.fullmatch(rf"({'|'.join(groups)})/\w+", tag) for tag in TAGS.values())
     meter = Meter(torch.device("cpu"), ["unet", "text_encoder"], 1)
     meter.end_step(torch.tensor(1.0), torch.ones(2), 0.0)
@@ -142,7 +142,7 @@ def test_a_run_can_be_compared_by_its_options_and_its_end(train, tmp_path, monke
     assert options.items() >= {"rank": 2, "bs": 2, "lr": 1e-4, "steps": 2, "flip": "true", "buckets": "true"}.items()
     assert not options.keys() & {"out", "log_dir", "workers", "prompts"}  # nothing that is learned depends on them
     log = EventAccumulator(str(folder)).Reload()
-    assert [(one.step, one.value) for one in log.Scalars("final/train_loss")] == [(2, log.Scalars("train/loss")[-1].value)]
+    assert [(one.step, one.value) for one in log.Scalars("end/train_loss")] == [(2, log.Scalars("train/loss")[-1].value)]
 
 
 def test_metrics_are_in_the_same_events(tmp_path):
@@ -152,7 +152,7 @@ def test_metrics_are_in_the_same_events(tmp_path):
     writer.close()
     assert len(list(tmp_path.iterdir())) == 1
     assert hyperparameters(tmp_path) == options
-    (improvement,) = EventAccumulator(str(tmp_path)).Reload().Scalars("final/improvement")
+    (improvement,) = EventAccumulator(str(tmp_path)).Reload().Scalars("end/improvement")
     assert (improvement.step, improvement.value) == (7, 0.25)
 
 
@@ -166,7 +166,7 @@ def test_wandb_gets_what_tensorboard_gets_and_survives_a_resume(train, wandb, tm
     assert "<td>--targets</td>" in texts["config"]
     assert "<td>one picture a save is enough</td>" in texts["prompts"]
     tags = {tag for row in rows[2:] for tag in row} - {"step", "config", "prompts", "samples/p1"}
-    assert tags == set(TAGS.values()) - LATER - {"final/improvement"}
+    assert tags == set(TAGS.values()) - LATER - {"end/improvement"}
     assert [(row["step"], row["samples/p1"].shape[2]) for row in rows[2:] if "samples/p1" in row] == [(0, 3), (1, 3)]
     out, _ = train("--steps", 2, "--log", "wandb")
     assert "curves" not in out  # there is nothing for TensorBoard

@@ -97,7 +97,7 @@ def test_a_run_writes_weights_metadata_and_logs(train, tiny_model, shards, tmp_p
     assert config.items() >= {**resolved, "attention": "sdpa", "steps": 7, "model": tiny_model.name}.items()
     (events,) = (tmp_path / "runs").iterdir()
     log = EventAccumulator(str(events)).Reload()
-    later = {tag for tag in TAGS.values() if tag.startswith("validation/") or tag == "final/improvement"}
+    later = {tag for tag in TAGS.values() if tag.startswith("validation/") or tag == "end/improvement"}
     assert set(log.Tags()["scalars"]) == set(TAGS.values()) - later
     assert [event.step for event in log.Images("samples/p1")] == [0, 3, 6, 7]
     samples = [f"step-00000{step}{name}.png" for step in (3, 6, 7) for name in ("", "-p1-base", "-p1-lora")]
