@@ -186,15 +186,17 @@ class WandbLog:
         self.run.define_metric("step", hidden=True)
         self.run.define_metric("*", step_metric="step")
 
-    def add_row(self, row: dict[str, Any], step: int) -> None:
-        self.attempt(lambda: self.run.log({"step": step, **row}))
+    def add(self, step: int, row: Callable[[], dict[str, Any]]) -> None:
+        self.attempt(lambda: self.run.log({"step": step, **row()}))
+
+    def add_row(self, row: dict[str, float], step: int) -> None:
+        self.add(step, lambda: row)
 
     def add_pictures(self, sheets: dict[str, np.ndarray], step: int) -> None:
-        self.attempt(lambda: self.run.log({"step": step} | {tag: self.wandb.Image(sheet) for tag, sheet in sheets.items()}))
+        self.add(step, lambda: {tag: self.wandb.Image(sheet) for tag, sheet in sheets.items()})
 
     def add_text(self, tag: str, text: str, step: int) -> None:
-        page = markdown(text, extensions=["tables"])
-        self.attempt(lambda: self.run.log({"step": step, tag: self.wandb.Html(page)}))
+        self.add(step, lambda: {tag: self.wandb.Html(markdown(text, extensions=["tables"]))})
 
     def add_outcome(self, options: dict[str, Any], metrics: dict[str, float], step: int) -> None:
         self.add_row(metrics, step)  # it compares the options of `flags`, and the last value of each tag
@@ -215,8 +217,5 @@ class Logs:
 
 def open_logs(folder: str, step: int, flags: dict[str, Any]) -> Logs:
     """Those that --log names, for a run that begins after `step`. `flags`: {name: value} of every option."""
-    makers: dict[str, Callable[[], TensorBoardLog | WandbLog]] = {
-        "tensorboard": lambda: TensorBoardLog(folder, step + 1, TolerantWriter()),
-        "wandb": lambda: WandbLog(folder, flags),
-    }
-    return Logs(*(make() for name, make in makers.items() if flags["log"] in (name, "both")))
+    events = [TensorBoardLog(folder, step + 1, TolerantWriter())] if flags["log"] != "wandb" else []
+    return Logs(*events, *([WandbLog(folder, flags)] if flags["log"] != "tensorboard" else []))
