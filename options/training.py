@@ -257,16 +257,16 @@ class GalleryConfig(Options):
 
 @dataclass(frozen=True)
 class ReportConfig(Options):
-    log: Literal["tensorboard", "wandb", "both"] = option("tensorboard", resume="free")
+    log_to: Literal["tensorboard", "wandb", "both"] = option("tensorboard", resume="free")
     """Where the run can be watched. wandb: Weights & Biases, project sdxl-lora or that of WANDB_PROJECT."""
     log_dir: Path = option(Path("runs"), resume="free")
     """Folder for logs."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        found = None if self.log == "tensorboard" else find_spec("wandb")
-        if self.log != "tensorboard" and not (found and found.origin):  # a folder `wandb` of logs would be found, too
-            raise UserError(f"--log {self.log} needs a package that is not here: pip install 'wandb>=0.31'")
+        found = None if self.log_to == "tensorboard" else find_spec("wandb")
+        if self.log_to != "tensorboard" and not (found and found.origin):  # a folder `wandb` of logs would be found, too
+            raise UserError(f"--log-to {self.log_to} needs a package that is not here: pip install 'wandb>=0.31'")
 
     def new_log(self, name: str | None) -> str:
         """A folder named after the LoRA and the time."""

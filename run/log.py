@@ -1,4 +1,4 @@
-"""Where a run can be watched: TensorBoard, and Weights & Biases with --log wandb. Both get the same calls."""
+"""Where a run can be watched: TensorBoard, and Weights & Biases with --log-to wandb. Both get the same calls."""
 
 import html
 import math
@@ -216,6 +216,6 @@ class Logs:
 
 
 def open_logs(folder: str, step: int, flags: dict[str, Any]) -> Logs:
-    """Those that --log names, for a run that begins after `step`. `flags`: {name: value} of every option."""
-    events = [TensorBoardLog(folder, step + 1, TolerantWriter())] if flags["log"] != "wandb" else []
-    return Logs(*events, *([WandbLog(folder, flags)] if flags["log"] != "tensorboard" else []))
+    """Those that --log-to names, for a run that begins after `step`. `flags`: {name: value} of every option."""
+    events = [TensorBoardLog(folder, step + 1, TolerantWriter())] if flags["log_to"] != "wandb" else []
+    return Logs(*events, *([WandbLog(folder, flags)] if flags["log_to"] != "tensorboard" else []))

@@ -187,7 +187,7 @@ class Report:
             print(f"wrote {file}{next_time}")
             if ending is Ending.FINISHED:
                 self.outcome(checkpoints, improvement)
-                events = self.run.log_dir if checkpoints.flags["log"] != "wandb" else None
+                events = self.run.log_dir if checkpoints.flags["log_to"] != "wandb" else None
                 print(*next_steps(file, events, str(checkpoints.flags["model"])), sep="\n")
         else:
             print(ending.nothing_saved)

@@ -157,10 +157,10 @@ def test_metrics_are_in_the_same_events(tmp_path):
 
 
 def test_wandb_gets_what_tensorboard_gets_and_survives_a_resume(train, wandb, tmp_path):
-    train("--steps", 1, "--log", "wandb", "--pictures")
+    train("--steps", 1, "--log-to", "wandb", "--pictures")
     begun, *rows, end = wandb()
     assert end == "finish"
-    assert begun["config"].items() >= {"rank": 2, "log": "wandb"}.items()
+    assert begun["config"].items() >= {"rank": 2, "log_to": "wandb"}.items()
     assert rows[:2] == [("step", None), ("*", "step")]
     texts = {tag: value.html for row in rows[2:] for tag, value in row.items() if hasattr(value, "html")}
     assert "<td>--targets</td>" in texts["config"]
@@ -168,13 +168,13 @@ def test_wandb_gets_what_tensorboard_gets_and_survives_a_resume(train, wandb, tm
     tags = {tag for row in rows[2:] for tag in row} - {"step", "config", "prompts", "samples/p1"}
     assert tags == set(TAGS.values()) - LATER - {"end/improvement"}
     assert [(row["step"], row["samples/p1"].shape[2]) for row in rows[2:] if "samples/p1" in row] == [(0, 3), (1, 3)]
-    out, _ = train("--steps", 2, "--log", "wandb")
+    out, _ = train("--steps", 2, "--log-to", "wandb")
     assert "curves" not in out  # there is nothing for TensorBoard
     again, *rows, _ = wandb()
     assert [again[name] for name in ("id", "dir", "resume")] == [begun["id"], begun["dir"], "allow"]
     assert [row["step"] for row in rows[2:] if "train/loss" in row] == [2]
     assert not list((tmp_path / "runs").rglob("events*"))
-    out, _ = train("--steps", 3, "--log", "both")
+    out, _ = train("--steps", 3, "--log-to", "both")
     assert "curves" in out
     assert wandb()[-1] == "finish"
     assert len(list((tmp_path / "runs").rglob("events*"))) == 1
@@ -197,10 +197,10 @@ def test_a_failure_of_wandb_ends_its_log_with_one_line_and_not_the_run(wandb, tm
 def test_without_the_package_one_line_says_what_to_install(train, monkeypatch, tmp_path):
     with monkeypatch.context() as missing:
         missing.setitem(sys.modules, "wandb", None)
-        _, err = train("--log", "wandb", "--model", "no-such-model", status=2)
-    assert err.endswith("--log wandb needs a package that is not here: pip install 'wandb>=0.31'\n")
+        _, err = train("--log-to", "wandb", "--model", "no-such-model", status=2)
+    assert err.endswith("--log-to wandb needs a package that is not here: pip install 'wandb>=0.31'\n")
     assert err.count("\n") == 1
     (tmp_path / "wandb").mkdir()  # where wandb writes unless told otherwise
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    with pytest.raises(UserError, match="--log both needs a package"):
-        ReportConfig(log="both")
+    with pytest.raises(UserError, match="--log-to both needs a package"):
+        ReportConfig(log_to="both")
