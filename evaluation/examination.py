@@ -9,17 +9,16 @@ from PIL import Image
 
 from common.progress import tqdm
 from data import Stream
-from evaluation.judge import Judge, Opinion, judged_texts, latents_of, without_trigger
+from evaluation.judge import Judge, Opinion, judged_texts, latents_of, phrase_of, subjects_of
 from evaluation.record import described, rounded
-from evaluation.subject import Subject
-from evaluation.tells import Album, clipped_share, diversity, features, flat_share, predictions
+from evaluation.subject import MOST_PREDICTIONS, Subject
+from evaluation.tells import Album, clipped_share, diversity, features, flat_share, predicted_noise
 from evaluation.validation import TRAINED, picture_of
 from lora_files.deltas import Deltas
-from model.prompts import Prompt, read_prompts
+from model.prompts import Prompt
 from model.text import tokenize
 
 MOST_COMPARED = 200  # trained pictures that a picture is compared with
-AT_ONCE = 4  # predictions of a judge
 SEEDS = 2  # pictures of each prompt, whose difference is the diversity
 
 Record = dict[str, Any]
@@ -40,6 +39,8 @@ class Examination:
             order = np.random.default_rng([trained.seed, TRAINED]).permutation(trained.source.samples)
             self.streams["trained"] = trained, order[: len(numbers)].tolist()
         self.probes = {kind: subject.probes(stream, of, timesteps) for kind, (stream, of) in self.streams.items()}
+        self.captions = list(dict.fromkeys(probe.caption for probe in self.probes["kept_out"]))
+        self.phrase = phrase_of(self.trigger, self.captions)
         self.images = {kind: self.read(stream, of) for kind, (stream, of) in self.streams.items()}
         compared = self.read(trained, range(min(MOST_COMPARED, trained.source.samples))) if trained else {}
         self.album = Album(compared, self.images["kept_out"])
@@ -51,14 +52,15 @@ class Examination:
         found = [picture_of(stream, n, self.subject.pipe.vae, self.subject.device) for n in numbers]
         return {name: image for name, _, image in filter(None, found)}
 
-    def of_base(self, pictures: int) -> Record:
-        """Measures the base, and draws it with so many captions. The model holds no LoRA yet."""
+    def texts(self, first: Sequence[str], count: int) -> list[str]:
+        """`count` different prompts: the `first`, then others of what the model knows, in the style."""
+        return list(dict.fromkeys([*first, *map(self.phrase.add, subjects_of(self.subject.name))]))[:count]
+
+    def of_base(self, texts: Sequence[str]) -> Record:
+        """Measures the base, and draws it with these texts. The model holds no LoRA yet."""
         images = [image for of in self.images.values() for image in of.values()]
-        captions = [probe.caption for of in self.probes.values() for probe in of]
-        texts = list(dict.fromkeys(captions[: len(self.probes["kept_out"])]))[:pictures]
-        usual = [prompt.text for prompt in read_prompts((), self.subject.name, "without a style")]
-        judged = judged_texts(texts, sorted(set(captions)), usual, self.trigger)
-        self.judge = Judge(self.subject.denoiser, self.subject.diffusion, self.subject.pipe.vae, judged, AT_ONCE)
+        judged = judged_texts(texts, self.subject.name, self.phrase)
+        self.judge = Judge(self.subject.denoiser, self.subject.diffusion, self.subject.pipe.vae, judged, MOST_PREDICTIONS)
         self.prompts = self.subject.filled(texts, SEEDS)
         self.drawn = self.subject.draw(self.prompts, "base")
         self.predicted = self.predictions()
@@ -114,9 +116,9 @@ class Examination:
             return None
         subject, found = self.subject, []
         texts = [prompt.text for prompt in self.prompts]
-        for spelled in (texts, [without_trigger(text, self.trigger) for text in texts]):
+        for spelled in (texts, list(map(self.phrase.remove, texts))):
             for text, prompt, image in zip(spelled, self.prompts, self.drawn, strict=True):
                 states = subject.denoiser.encode_text(tokenize(subject.denoiser.tokenizers, [text], None).to(subject.device))
                 latents, size = latents_of(image, subject.pipe.vae), (image.height, image.width)
-                found.append(predictions(subject.denoiser, subject.diffusion, latents, states, size, prompt.seed or 0))
+                found.append(predicted_noise(subject.denoiser, subject.diffusion, latents, states, size, prompt.seed or 0))
         return torch.stack(found).unflatten(0, (2, -1))

@@ -6,6 +6,9 @@ arXiv:2303.16203), and it needs no other weights. There are two judges: the base
 in its style. The better opinion counts: a strong style alone confuses the base, and a LoRA that fell apart confuses both.
 """
 
+import re
+from collections.abc import Sequence
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +24,17 @@ from model.vae import encode_pixels, normalise, sample_latents
 
 NOISE_LEVELS = (0.5, 0.6, 0.7, 0.8)  # of the schedule: where what is in a picture is decided
 MOST_TEXTS = 8
+WORD = r"[^\W_][\w'-]*"
+SUBJECTS = (
+    "a woman with red hair in a garden", "a cat on a roof", "a house by a lake", "an old man reading a book",
+    "a knight on a horse", "a bowl of fruit on a table", "a sailing ship in a storm", "a street at night in the rain",
+)  # fmt: skip
+DEMO_SUBJECTS = (
+    "a boy with blue eyes and spiky yellow hair eating ramen", "a man with brown hair",
+    "a woman with red hair in a bun at the beach", "a girl with yellow hair, night sky background",
+    "an old man with a white beard reading a book", "a smiling girl with purple eyes and blue hair in pigtails drinking tea", "a girl with black hair waving",
+    "a woman with green eyes, long red hair and glasses, city background",
+)  # fmt: skip
 JUDGE = 21  # separates its noise from that of training
 
 
@@ -89,21 +103,45 @@ def opinion_of(losses: np.ndarray, own: int) -> Opinion:
     return Opinion(float((others.mean() - losses[own]) / max(others.std(), 1e-12)), bool(losses[own] <= others.min()))
 
 
-def judged_texts(prompts: list[str], captions: list[str], usual: list[str], trigger: str) -> dict[str, str]:
-    """The texts that pictures of `prompts` are judged by: those, and others that they could be mistaken for, from the captions
-    of the data and then the `usual` prompts of the model, up to 8 in all. {without the trigger, which the base does not know:
-    with it}.
+class Phrase(NamedTuple):
+    """The words that call a style: the trigger, or what all captions have in common. The base does not know them."""
+
+    words: str
+    in_front: bool
+
+    def add(self, text: str) -> str:
+        return f"{self.words} {text}".strip() if self.in_front else f"{text} {self.words}".strip()
+
+    def remove(self, text: str) -> str:
+        at = text.lower().find(self.words.lower()) if self.words else -1
+        return text if at < 0 else " ".join((text[:at] + text[at + len(self.words) :]).split()).strip(" ,")
+
+
+def phrase_of(trigger: str, captions: Sequence[str]) -> Phrase:
+    """The trigger, or else the longest sequence of words that all `captions` have, if there are several and it is a part of
+    most of them: "in clip style".
     """
-    texts: dict[str, str] = {}
-    wanted = max(MOST_TEXTS, len(set(prompts)))
-    for text in (*prompts, *captions, *usual):
-        plain = without_trigger(text, trigger)
-        if len(texts) < wanted and plain and plain not in texts:
-            texts[plain] = text if plain != text else f"{trigger} {text}".strip()
-    return texts
+    if words := trigger.strip(" ,"):
+        return Phrase(words, True)
+    texts = [f" {' '.join(re.findall(WORD, caption.lower()))} " for caption in captions]
+    first = min(texts, key=len, default="").split()
+    spans = sorted(combinations(range(len(first) + 1), 2), key=lambda span: span[0] - span[1])
+    shared = (" ".join(first[begin:end]) for begin, end in spans if end - begin >= 2)
+    found = next((words for words in shared if all(f" {words} " in text for text in texts)), "")
+    return Phrase(found if any(text.strip() != found for text in texts) else "", False)
 
 
-def without_trigger(text: str, trigger: str) -> str:
-    word = trigger.strip(" ,")
-    at = text.lower().find(word.lower()) if word else -1
-    return text if at < 0 else " ".join((text[:at] + text[at + len(word) :]).split()).strip(" ,")
+def judged_texts(prompts: Sequence[str], model: str, phrase: Phrase) -> dict[str, str]:
+    """The texts that pictures of `prompts` are judged by: those, and up to 8 in all others that the base knows well, {without
+    the phrase: with it}.
+    """
+    texts = {phrase.remove(text): text for text in prompts}
+    for subject in subjects_of(model):
+        if len(texts) < MOST_TEXTS:
+            texts.setdefault(subject, phrase.add(subject))
+    return {plain: text for plain, text in texts.items() if plain}
+
+
+def subjects_of(model: str) -> tuple[str, ...]:
+    """Prompts that have nothing in common, of what --model knows."""
+    return DEMO_SUBJECTS if model == "demo" else SUBJECTS

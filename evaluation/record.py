@@ -12,13 +12,13 @@ from common.errors import UserError
 from common.files import write_atomically
 from evaluation.validation import Losses, Probe
 
-RECORD, PAGE = "record.json", "report.html"
-THUMBNAIL = 160  # pixels
+RECORD_FILE, PAGE_FILE = "record.json", "report.html"
+STAMP_SIDE = 160  # pixels
 
 
 def read_record(out: Path) -> dict[str, Any]:
     """{} if there is none. Raises UserError if it cannot be read."""
-    path = out / RECORD
+    path = out / RECORD_FILE
     try:
         record = json.loads(path.read_bytes()) if path.exists() else {}
     except (ValueError, OSError, RecursionError) as error:
@@ -29,7 +29,7 @@ def read_record(out: Path) -> dict[str, Any]:
 
 
 def write_record(out: Path, record: dict[str, Any]) -> None:
-    write_atomically(out / RECORD, json.dumps(record, indent=1, ensure_ascii=False, sort_keys=True).encode())
+    write_atomically(out / RECORD_FILE, json.dumps(record, indent=1, ensure_ascii=False).encode())
 
 
 def forget_after(record: dict[str, Any], step: int) -> None:
@@ -52,7 +52,7 @@ def rounded(losses: Losses) -> Losses:
 def thumbnail(image: Image.Image) -> str:
     """A small JPEG in base64."""
     small, buffer = image.convert("RGB"), BytesIO()
-    small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    small.thumbnail((STAMP_SIDE, STAMP_SIDE), Image.Resampling.LANCZOS)
     small.save(buffer, "JPEG", quality=80)
     return b64encode(buffer.getvalue()).decode()
 

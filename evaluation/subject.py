@@ -26,8 +26,8 @@ from model.sdxl import Denoiser
 from model.vae import decode_latents
 from options.training import CaptionConfig, DataOptions, DiffusionConfig, resolve_precision
 
-AT_ONCE = 4  # predictions
-STEPS, GUIDANCE = 20, 5.0  # of pictures
+MOST_PREDICTIONS = 4  # predictions
+DRAWING_STEPS, DRAWING_GUIDANCE = 20, 5.0  # of pictures
 
 
 class Subject:
@@ -71,7 +71,7 @@ class Subject:
     def losses(self, probes: list[Probe], label: str) -> Losses:
         """As the model is now; `label`: of the progress bar."""
         bar = tqdm(probes, desc=label, unit="img", leave=False)
-        return [losses_of(probe, self.denoiser, self.diffusion, self.device, AT_ONCE) for probe in bar]
+        return [losses_of(probe, self.denoiser, self.diffusion, self.device, MOST_PREDICTIONS) for probe in bar]
 
     def draw(self, prompts: list[Prompt], label: str) -> list[Image.Image]:
         """As the model is now."""
@@ -80,7 +80,7 @@ class Subject:
 
     def filled(self, texts: Sequence[str], seeds: int = 1) -> list[Prompt]:
         """`seeds` prompts of each text, one after the other, of the model's own size."""
-        defaults = Prompt("", seed=0, width=self.side, height=self.side, steps=STEPS, guidance=GUIDANCE)
+        defaults = Prompt("", seed=0, width=self.side, height=self.side, steps=DRAWING_STEPS, guidance=DRAWING_GUIDANCE)
         return [Prompt(text).filled(seeds * n + i, defaults) for n, text in enumerate(texts) for i in range(seeds)]
 
 

@@ -13,7 +13,7 @@ from evaluation.intervals import Interval, share_of
 from model.diffusion import Diffusion
 from model.sdxl import Denoiser, time_ids
 
-BLOCK, FLAT = 8, 3  # pixels: side of a block; grey levels between its lightest and darkest pixel if it is flat
+BLOCK_SIDE, FLAT = 8, 3  # pixels; grey levels between its lightest and darkest pixel if it is flat
 FEATURE = 24  # pixels: side to which pictures are reduced before they are compared
 LEAK_LEVELS = (0.3, 0.5, 0.7, 0.9)  # of the schedule
 
@@ -21,8 +21,8 @@ LEAK_LEVELS = (0.3, 0.5, 0.7, 0.9)  # of the schedule
 def flat_share(image: Image.Image) -> float:
     """Share of the picture's blocks of 8 × 8 pixels that show nothing."""
     grey = np.asarray(image.convert("L"), dtype=np.int16)
-    h, w = (side // BLOCK * BLOCK for side in grey.shape)
-    blocks = grey[:h, :w].reshape(h // BLOCK, BLOCK, w // BLOCK, BLOCK)
+    h, w = (side // BLOCK_SIDE * BLOCK_SIDE for side in grey.shape)
+    blocks = grey[:h, :w].reshape(h // BLOCK_SIDE, BLOCK_SIDE, w // BLOCK_SIDE, BLOCK_SIDE)
     return float((blocks.max(axis=(1, 3)) - blocks.min(axis=(1, 3)) <= FLAT).mean())
 
 
@@ -80,7 +80,7 @@ def spread_of(pictures: Sequence[Image.Image]) -> float:
 
 
 @torch.no_grad()
-def predictions(
+def predicted_noise(
     denoiser: Denoiser, diffusion: Diffusion, latents: Tensor, text: tuple[Tensor, ...], size: tuple[int, int], number: int
 ) -> Tensor:
     """What `denoiser`, as it is now, predicts under `text` for the `latents` [1, 4, h, w] of a picture of `size` (h, w), at

@@ -23,7 +23,7 @@ BANDS = 10  # of timesteps, in which losses are reported
 GOLDEN = (math.sqrt(5) - 1) / 2
 MOST_KEPT_OUT = 64
 # What separates the random numbers of the split, of the choice of trained pictures and of the noise from those of training.
-SPLIT, TRAINED, NOISE = 18, 19, 20
+KEPT_OUT, TRAINED, NOISE = 18, 19, 20
 
 Losses = list[list[float]]  # [images][timesteps]
 
@@ -33,7 +33,7 @@ def kept_out_of(source: Source, share: float, seed: int) -> list[int]:
     mixture has. A function of the seed.
     """
     count = min(MOST_KEPT_OUT, max(2, round(share * source.samples)))
-    order = np.random.default_rng([seed, SPLIT]).permutation(np.flatnonzero(source.places["height"]))
+    order = np.random.default_rng([seed, KEPT_OUT]).permutation(np.flatnonzero(source.places["height"]))
     part = np.zeros(source.samples, int) if source.part is None else source.part
     left = np.bincount(part)
     chosen: list[int] = []

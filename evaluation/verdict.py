@@ -4,7 +4,7 @@ A step is recommended that is not significantly worse on kept-out pictures than 
 loss alone crowns steps whose own pictures have fallen apart.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,10 +19,11 @@ PROMPTS_LOST = 0.6  # clearness z, or pictures in which the prompt is recognised
 BY_HEART = 0.15  # of the base's loss: by which pictures that were trained on do better than those that were not
 COPIES = 0.5  # of the usual distance between a picture that was kept out and the trained one that is most like it
 SPOILT = 0.3  # share of pixels that are clipped, or flat, beyond that of base and data
-SAME = 0.5  # diversity, relative to the base's
+MONOTONY = 0.5  # diversity, relative to the base's
+NEARLY = 0.05  # of the best gain: who has lost no more is as good
 LEAK = 0.5  # effect without the trigger, relative to that with it
 
-PLACES = ("fine detail", "lines and texture", "shapes and colours", "composition")  # from little noise to much
+REGIONS = ("fine detail", "lines and texture", "shapes and colours", "composition")  # from little noise to much
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def in_bands(record: dict[str, Any], base: list, own: list) -> tuple[Interval | 
     return tuple(share_of(*np.array(pairs).T) if pairs else None for pairs in gained)
 
 
-def drawn(record: dict[str, Any], step: int) -> list[tuple[dict, dict]]:
+def pairs_drawn(record: dict[str, Any], step: int) -> list[tuple[dict, dict]]:
     """(picture of the step, the base's picture of the same prompt and seed) of those that both have."""
     own, base = (record.get("pictures", {}).get(key, []) for key in (str(step), "base"))
     return [(p, b) for p, b in zip(own, base, strict=False) if p and b]
@@ -108,7 +109,7 @@ def drawn(record: dict[str, Any], step: int) -> list[tuple[dict, dict]]:
 
 def obedience(record: dict[str, Any], step: int) -> Interval | None:
     """How clearly the pictures show what was asked, relative to the base's; None if that cannot be told."""
-    pairs = [(p["z"], b["z"]) for p, b in drawn(record, step) if "z" in p and "z" in b]
+    pairs = [(p["z"], b["z"]) for p, b in pairs_drawn(record, step) if "z" in p and "z" in b]
     if not pairs or sum(base for _, base in pairs) <= 0:
         return None
     own, base = np.array(pairs).T
@@ -116,7 +117,7 @@ def obedience(record: dict[str, Any], step: int) -> Interval | None:
 
 
 def find_tells(record: dict[str, Any], found: StepFigures) -> Iterator[Tell]:
-    pictures = drawn(record, found.step)
+    pictures = pairs_drawn(record, found.step)
     of = f"of {len(pictures)} pictures"
     seen, usually = (sum(bool(pair[n].get("recognised")) for pair in pictures) for n in (0, 1))
     if found.prompts and (found.prompts.mean < PROMPTS_LOST or seen < PROMPTS_LOST * usually):
@@ -132,7 +133,7 @@ def find_tells(record: dict[str, Any], found: StepFigures) -> Iterator[Tell]:
         usual = max([record.get("data_shares", {}).get(kind, 0.0), *(base.get(kind, 0.0) for _, base in pictures)])
         if spoilt := sum(own.get(kind, 0.0) > usual + SPOILT for own, _ in pictures):
             yield Tell(kind, f"{spoilt} {of} are {words}")
-    if found.diversity and found.diversity.mean < SAME and not found.diversity.high > 1:
+    if found.diversity and found.diversity.mean < MONOTONY and not found.diversity.high > 1:
         yield Tell("sameness", f"its pictures of one prompt differ only {found.diversity.mean:.0%} as much as the base's")
     if found.leak is not None and found.leak > LEAK:
         yield Tell("leak", f"without the trigger it has {found.leak:.0%} of its effect")
@@ -155,19 +156,36 @@ def recommend(record: dict[str, Any], steps: Sequence[StepFigures]) -> int | Non
     if not sound:
         return None
     losses = {step: loss_of_images(record, step) for step in sound}
+    best, base = min(losses.values(), key=np.mean), loss_of_images(record, "base")
+    return min(step for step, loss in losses.items() if not_worse(loss, best, base))
+
+
+def best_cell(
+    records: Mapping[float, dict[str, Any]], found: Mapping[tuple[int, float], StepFigures]
+) -> tuple[int, float] | None:
+    """(step, strength) to take, of those in `found`: the smallest step that at its best strength is as good as the best of all,
+    without those that show tells; None if all do. `records`: {strength: the losses of every step at it}.
+    """
+    losses = {cell: loss_of_images(records[cell[1]], cell[0]) for cell, figures in found.items() if is_sound(figures)}
+    if not losses:
+        return None
+    base = loss_of_images(next(iter(records.values())), "base")
     best = min(losses.values(), key=np.mean)
-    return min(step for step, loss in losses.items() if not_worse(loss, best))
+    step = min(step for (step, _), loss in losses.items() if not_worse(loss, best, base))
+    return min((cell for cell in losses if cell[0] == step), key=lambda cell: losses[cell].mean())
 
 
-def loss_of_images(record: dict[str, Any], step: int) -> np.ndarray:
+def loss_of_images(record: dict[str, Any], step: int | str) -> np.ndarray:
     """Of each image that was kept out, [N]."""
     return np.array([np.mean(losses) for losses in record["losses"][str(step)]["kept_out"]])
 
 
-def not_worse(loss: np.ndarray, best: np.ndarray) -> bool:
-    """Whether a loss is not significantly above the best, paired over images."""
+def not_worse(loss: np.ndarray, best: np.ndarray, base: np.ndarray) -> bool:
+    """Whether a loss [images] is not significantly above the best, and has nearly all of its gain over the base: for a few
+    images alone, hardly anything is significant.
+    """
     worse = mean_of(loss - best)
-    return not worse.low > 0 if worse.known else worse.mean <= 0
+    return not worse.low > 0 and worse.mean <= max(0.0, NEARLY * (base - best).mean())
 
 
 def measurements_since_best(record: dict[str, Any]) -> int:
@@ -193,7 +211,7 @@ def sentences(record: dict[str, Any], steps: Sequence[StepFigures], recommended:
     chosen = next((one for one in steps if one.step == recommended), steps[-1])
     spoilt = [one for one in steps if not is_sound(one)]
     if recommended is not None:
-        yield f"Take step {recommended}: no later file is surely better on pictures that it never saw."
+        yield f"Take step {recommended}: of those that show what was asked, none does clearly better on new pictures."
     elif len(spoilt) == len(steps):
         yield "Every file went too far. Train again with a smaller --lr, and save more often."
     elif any(one.improvement for one in steps):
@@ -215,7 +233,7 @@ def describe_improvement(chosen: StepFigures) -> str:
     if gain.known and gain.low <= 0:
         return f"Step {chosen.step} is not surely better than the base on pictures that it never saw: {percent(gain)} less."
     means = {n: band.mean for n, band in enumerate(chosen.bands) if band}
-    place = PLACES[max(means, key=lambda n: means[n]) * len(PLACES) // BANDS] if means else ""
+    place = REGIONS[max(means, key=lambda n: means[n]) * len(REGIONS) // BANDS] if means else ""
     return f"On pictures of the style that it never saw it has {percent(gain)} less error than the base, most in {place}."
 
 

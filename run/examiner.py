@@ -7,21 +7,20 @@ from PIL import Image
 
 from data import Stream
 from dataset.sources import Source
-from evaluation.judge import Judge, judged_texts
+from evaluation.judge import Judge, judged_texts, phrase_of
 from evaluation.record import picture, thumbnail
 from evaluation.tells import Album, clipped_share, features, flat_share
 from evaluation.validation import picture_of, quiet_stream
 from lora import Adapter
 from memory import temporarily_on
 from model.diffusion import Diffusion
-from model.prompts import Prompt, read_prompts
+from model.prompts import Prompt
 from options.training import DiffusionConfig
 from run.held_out import HeldOut
 from run.setup import TrainingModel
 
 MOST_THUMBNAILS = {"trained": 40, "kept_out": 16}  # shown on the page; pictures are compared with them
-FEWEST_TEXTS = 3  # that a judge can choose from
-CAPTIONS = 50  # that are read for its texts
+CAPTIONS = 200  # that are read to find the words that call the style
 
 
 class Examiner:
@@ -33,13 +32,11 @@ class Examiner:
     ):  # fmt: skip
         """`most`: predictions at once."""
         self.model, self.adapter, self.held_out, self.stream, self.record = model, adapter, held_out, stream, record
-        self.trigger = stream.captions.trigger
         schedule = model.pipe.scheduler
         diffusion = Diffusion(DiffusionConfig(), schedule.alphas_cumprod, schedule.config.prediction_type, model.device)
-        captions = sorted(set(held_out.training.local_captions(CAPTIONS)))
-        usual = [prompt.text for prompt in read_prompts((), model.name, "without a style")]
-        texts = judged_texts([prompt.text for prompt in prompts], captions, usual, self.trigger)
-        self.judge = Judge(model.full_denoiser, diffusion, model.vae, texts, most) if len(texts) >= FEWEST_TEXTS else None
+        phrase = phrase_of(stream.captions.trigger, list(held_out.training.local_captions(CAPTIONS)))
+        texts = judged_texts([prompt.text for prompt in prompts], model.name, phrase)
+        self.judge = Judge(model.full_denoiser, diffusion, model.vae, texts, most)
         self.album = Album({}, {})
 
     def begin(self) -> None:
@@ -67,11 +64,7 @@ class Examiner:
         return {name: {"caption": caption, "jpeg": thumbnail(image)} for name, caption, image in filter(None, found)}
 
     def opinion(self, image: Image.Image, prompt: Prompt, strength: float) -> dict[str, Any]:
-        """The better opinion of base and LoRA of a picture that was drawn at this strength; {} without a judge. The model is on
-        the device.
-        """
-        if not self.judge:
-            return {}
+        """The better opinion of base and LoRA of a picture that was drawn at this strength. The model is on the device."""
         opinions = []
         for scale in {0.0, strength}:
             with self.adapter.scaled(scale):

@@ -13,7 +13,7 @@ from common.errors import UserError, warn_of, warnings
 from common.files import TolerantWriter, sha256_of, write_atomically
 from common.options import flat_options
 from evaluation.page import page, read_scalars
-from evaluation.record import PAGE, forget_after, read_record, write_record
+from evaluation.record import PAGE_FILE, forget_after, read_record, write_record
 from evaluation.verdict import Verdict, verdict_of
 from lora_files.read import read_metadata
 from model.prompts import Prompt
@@ -74,7 +74,7 @@ class RunRecord:
         states = {Ending.FINISHED: "finished", Ending.STOPPED: "stopped"}
         self.write(states.get(ending, "failed"), ending.reason)
         if self.is_first and self.run.saved:
-            print(*self.verdict.sentences, f"page       {self.out / PAGE}", sep="\n")
+            print(*self.verdict.sentences, f"page       {self.out / PAGE_FILE}", sep="\n")
 
     def saved_files(self) -> dict[str, dict[str, str]]:
         """{step: name and SHA-256} of the LoRA files of the run; of several of a step the one that most programs read."""
@@ -88,4 +88,4 @@ class RunRecord:
 
     def write_page(self) -> None:
         content = page(self.values, self.verdict, read_scalars(Path(self.run.log_dir)), self.out)
-        write_atomically(self.out / PAGE, content.encode(errors="backslashreplace"))
+        write_atomically(self.out / PAGE_FILE, content.encode(errors="backslashreplace"))

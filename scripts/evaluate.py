@@ -119,7 +119,7 @@ def main(config: EvaluateConfig) -> None:
     print(f"model {model}: predicts {describe_model(subject.pipe)}")
     learned = subject.stream(trained, options) if trained else None
     examination = Examination(subject, subject.stream(source, options), range(source.samples), learned, config.timesteps)
-    record = examination.of_base(config.pictures)
+    record = examination.of_base(examination.texts(examination.captions, config.pictures))
     step = int(metadata.get("sdxl_lora.step", 1))
     images = examination.of_lora(record, step, deltas)
     report(figures(record, step), examination, record)
