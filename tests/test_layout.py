@@ -22,6 +22,7 @@ FLOORS = [
     {"dataset", "model", "performance", "lora_files"},
     {"lora", "data"},
     {"memory"},
+    {"evaluation"},
     {"run"},
     {"train_lora", "infer", "scripts"},
 ]
