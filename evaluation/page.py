@@ -54,7 +54,7 @@ def page(record: dict, verdict: Verdict, scalars: dict[str, Readings], out: Path
     measured = {figures.step: figures for figures in verdict.steps if figures.improvement}
     shown = measured.get(verdict.recommended or max(measured, default=0))
     take = verdict.recommended or max(map(int, files), default=None)
-    columns, rows = grid(record, verdict, out)
+    columns, rows = table_of_pictures(record, verdict, out)
     own = list(record.get("thumbs", {}).get("trained", {}).values())
     rates, memory = ([value for _, value in curves.get(title, {}).get("", [])] for title in (RATE, MEMORY))
     return TEMPLATE.render(
@@ -96,7 +96,7 @@ def less_error(improvement: Interval) -> tuple[str, str]:
 # Pictures.
 
 
-def grid(record: dict, verdict: Verdict, out: Path) -> tuple[list[dict], list[dict]]:
+def table_of_pictures(record: dict, verdict: Verdict, out: Path) -> tuple[list[dict], list[dict]]:
     """(columns: base and every step that was drawn; rows: a prompt, and its cells in the columns' order)."""
     pictures, figures = record.get("pictures", {}), {str(f.step): f for f in verdict.steps}
     keys = sorted(pictures, key=lambda key: -1 if key == "base" else int(key))
@@ -105,7 +105,7 @@ def grid(record: dict, verdict: Verdict, out: Path) -> tuple[list[dict], list[di
     trained, rows = record.get("thumbs", {}).get("trained", {}), []
     for i, prompt in enumerate(record.get("prompts", []) if keys else []):
         drawn = [pictures[key][i] if i < len(pictures[key]) else None for key in keys]
-        cells = [cell(picture, out, side, trained) if picture else {} for picture in drawn]
+        cells = [table_cell(picture, out, side, trained) if picture else {} for picture in drawn]
         rows.append({"prompt": prompt, "options": options_of(prompt), "cells": cells})
     return columns, rows
 
@@ -117,7 +117,7 @@ def options_of(prompt: dict) -> str:
     return " · ".join(text.format(prompt[key]) for key, text in words.items() if prompt.get(key) is not None)
 
 
-def cell(picture: dict, out: Path, side: int, trained: dict) -> dict:
+def table_cell(picture: dict, out: Path, side: int, trained: dict) -> dict:
     """A picture of the grid, and the trained one that it is nearest to."""
     nearest = picture.get("nearest") or {}
     name, distance = nearest.get("trained") or (None, math.inf)

@@ -240,6 +240,13 @@ def test_scalars_of_a_resumed_run_are_read_once(tmp_path):
     assert read_scalars(tmp_path / "nothing") == {}
 
 
+def test_a_log_that_a_crash_has_cut_is_read_up_to_there(tmp_path):
+    write_log(tmp_path, {"loss": [(step, 0.5) for step in range(100)]})
+    (log,) = tmp_path.iterdir()
+    log.write_bytes(log.read_bytes()[:-20])
+    assert read_scalars(tmp_path) == {"loss": [(step, 0.5) for step in range(99)]}
+
+
 def test_tags_of_old_and_new_logs_give_the_same_curves(tmp_path):
     new = ("train/loss", "train/grad_norm", "train/grad_norm/unet", "train/lr/unet", "train/lr/text_encoder")
     new += ("speed/images_per_second", "memory/peak_GiB")
