@@ -7,6 +7,7 @@ import io
 import math
 import shlex
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -20,13 +21,13 @@ from common.text import duration
 from evaluation.intervals import Interval
 from evaluation.verdict import StepFigures, Verdict
 
-Readings = list[tuple[int, float]]  # (step, value)
+Scalars = list[tuple[int, float]]  # (step, value) of a tag
 
 LONGER_SIDE, ALL_PIXELS = 512, 27 * 512**2  # of a picture at most; of all together, which holds the page at some 3 MB
 COPIED = 0.5  # so near to a trained picture, as a share of the distance to the nearest kept-out one, a picture looks copied
 DATA_LINES = ("data", "caption", "cut short", "buckets")  # of what a run prints at its start
 MOST_POINTS = 300  # of a curve
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 212, 44, 14, 12, 36  # of a chart and its margins
+WIDTH, HEIGHT, LEFT, RIGHT, ABOVE, BELOW = 360, 212, 44, 14, 12, 36  # of a chart and its margins
 RATE, MEMORY = "Images per second", "Peak memory, GiB"
 CURVES = {  # title: (what its tags are or begin with, in older runs, whether it scatters)
     "Loss": ("train/loss", "loss", True),
@@ -37,7 +38,7 @@ CURVES = {  # title: (what its tags are or begin with, in older runs, whether it
 }
 
 
-def read_scalars(log_dir: Path) -> dict[str, Readings]:
+def read_scalars(log_dir: Path) -> dict[str, Scalars]:
     """{tag: readings} of a TensorBoard log, without what was made anew after a resume; {} if there is none."""
     if not any(log_dir.glob("events.out.tfevents.*")):
         return {}
@@ -46,10 +47,11 @@ def read_scalars(log_dir: Path) -> dict[str, Readings]:
     return {tag: sorted((event.step, event.value) for event in log.Scalars(tag)) for tag in sorted(log.Tags()["scalars"])}
 
 
-def page(record: dict, verdict: Verdict, scalars: dict[str, Readings], out: Path) -> str:
-    """The page of a run as HTML; the same input gives the same bytes. What `record` lacks is not shown;
-    its pictures are read from `out`, and those that are gone are left out. `scalars` as `read_scalars` gives them.
+def page(record: dict, verdict: Verdict, scalars: dict[str, Scalars], out: Path) -> str:
+    """The page of a run as HTML; the same input gives the same bytes. What `record` lacks is not shown; its pictures are read
+    from `out`, and those that are gone are left out. `scalars` as `read_scalars` gives them.
     """
+    verdict = replace(verdict, steps=tuple(map(without_nan, verdict.steps)))
     run, files, curves = record.get("run", {}), record.get("files", {}), curves_of(scalars)
     measured = {figures.step: figures for figures in verdict.steps if figures.improvement}
     shown = measured.get(verdict.recommended or max(measured, default=0))
@@ -57,15 +59,27 @@ def page(record: dict, verdict: Verdict, scalars: dict[str, Readings], out: Path
     columns, rows = table_of_pictures(record, verdict, out)
     own = list(record.get("thumbs", {}).get("trained", {}).values())
     rates, memory = ([value for _, value in curves.get(title, {}).get("", [])] for title in (RATE, MEMORY))
-    return TEMPLATE.render(
+    html = TEMPLATE.render(
         record=record, run=run, verdict=verdict, shown=shown, columns=columns, rows=rows,
         name=run.get("name") or out.resolve().name, own=own[:: max(1, len(own) // 6)][:6],
         looks=run.get("step", 0) * run.get("images_per_step", 0) / (run.get("epoch") or math.inf),
         rate=median(rates) if rates else None, peak=run.get("peak_gib") or max(memory, default=None),
         take=take, file=files.get(str(take)), command=f"python scripts/choose.py {shlex.quote(str(out))} --take {take}",
         balance=chart_of_balance(verdict), learned=charts_of_learning(verdict, shown),
-        curves=[curve(title, named) for title, named in curves.items()],
+        curves=[chart_of_curves(title, named) for title, named in curves.items()],
     )  # fmt: skip
+    return html.encode(errors="replace").decode()  # a file name that is no UTF-8 could not be written
+
+
+def without_nan(figures: StepFigures) -> StepFigures:
+    """What came out as no number, of a LoRA that is broken, counts as not measured."""
+
+    def known(interval: Interval | None) -> Interval | None:
+        return interval if interval and math.isfinite(interval.mean) else None
+
+    found = [known(interval) for interval in (figures.improvement, figures.trained, figures.gap, figures.prompts)]
+    bands = tuple(map(known, figures.bands))
+    return replace(figures, improvement=found[0], bands=bands, trained=found[1], gap=found[2], prompts=found[3])
 
 
 # Figures in words.
@@ -176,12 +190,12 @@ def chart(
     x_marks: dict[float, str] | None = None, percents: tuple[bool, bool] = (False, True),
 ) -> dict[str, Any]:  # fmt: skip
     """What page.html draws. `y_ends`: what lies beyond is drawn at the edge; `percents`: whether x and y are shares."""
-    left, right = limits(point.x for line in lines for point in line.points)
+    left, right = limits([*(point.x for line in lines for point in line.points), *(x_marks or ())])
     low, high = y_ends
 
     def place(x: float, y: float) -> tuple[float, float]:
         across, up = (x - left) / (right - left), (min(max(y, low), high) - low) / (high - low)
-        return round(LEFT + across * (WIDTH - LEFT - RIGHT), 1), round(HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM), 1)
+        return round(LEFT + across * (WIDTH - LEFT - RIGHT), 1), round(HEIGHT - BELOW - up * (HEIGHT - ABOVE - BELOW), 1)
 
     def path(places: Iterable[tuple[float, float]]) -> str:
         return " ".join(f"{x},{y}" for x, y in places)
@@ -250,9 +264,9 @@ def chart_of_balance(verdict: Verdict) -> dict[str, Any] | None:
     return chart("Style against obedience", note, "less error on kept-out pictures", lines, ends, percents=(True, True))
 
 
-def curves_of(scalars: dict[str, Readings]) -> dict[str, dict[str, Readings]]:
+def curves_of(scalars: dict[str, Scalars]) -> dict[str, dict[str, Scalars]]:
     """{title in CURVES: {what follows in the tag, such as 'unet', or '': its finite readings}}, where there are two or more."""
-    curves: dict[str, dict[str, Readings]] = {}
+    curves: dict[str, dict[str, Scalars]] = {}
     for title, (*tags, _) in CURVES.items():
         for tag, readings in scalars.items():
             names = [tag[len(known) + 1 :] for known in tags if f"{tag}/".startswith(f"{known}/")]
@@ -262,7 +276,7 @@ def curves_of(scalars: dict[str, Readings]) -> dict[str, dict[str, Readings]]:
     return curves
 
 
-def curve(title: str, named: dict[str, Readings]) -> dict[str, Any]:
+def chart_of_curves(title: str, named: dict[str, Scalars]) -> dict[str, Any]:
     """The chart of one of `curves_of`. Lines with the same readings become one; the first alone shows how it scatters."""
     merged: dict[tuple[tuple[int, float], ...], list[str]] = {}
     for name, readings in named.items():

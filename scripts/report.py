@@ -96,7 +96,7 @@ def main(config: PageConfig) -> None:
         raise UserError(f"--log-dir {log_dir} holds no TensorBoard log: name the folder of one run, as runs/20261127-133017")
     content = page(record, verdict_of(record), scalars, out)
     try:
-        write_atomically(out / "report.html", content.encode(errors="replace"))
+        write_atomically(out / "report.html", content.encode())
     except OSError as error:
         raise UserError(f"{out}/report.html cannot be written: {error.strerror}") from None
     print(f"page       {out}/report.html{'' if scalars else ', without curves: no log was found, --log-dir names it'}")

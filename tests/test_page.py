@@ -170,6 +170,20 @@ def test_a_picture_that_is_gone_or_broken_is_left_out(tmp_path):
     assert whole.count('class="open"') - page(record, NO_VERDICT, {}, tmp_path).count('class="open"') == 3
 
 
+def test_what_is_no_number_or_no_text_breaks_nothing(tmp_path):
+    nan, record = Interval(math.nan, math.nan, math.nan), full_record(tmp_path, "\udcff \x00")
+    record["run"] |= {"step": 5000, "epoch": 12}
+    (first, second), bands = verdict_with("x").steps, (nan, interval(0.3, 0.1), None)
+    broken = StepFigures(240, nan, bands, nan, nan, nan, (Tell("nan", "It draws nothing."),))
+    only = Verdict((broken, StepFigures(250, interval(0.1, 0.1), bands, nan, None, None, ())), None, ())
+    for verdict in (Verdict((first, second, broken), 80, ()), only):
+        html = page(record, verdict, {"loss": [(1, math.nan), (2, math.inf), (3, 0.0), (4, 0.0)]}, tmp_path)
+        assert html.encode()
+        assert not re.search(r"\bnan\b|\binf\b", re.sub('data:[^"]+', "", html))
+        assert "1250 looks" in html
+    assert "Where step 250 learned" in html
+
+
 def test_many_pictures_become_small_ones(tmp_path):
     record = full_record(tmp_path, "x", tuple(range(10, 310, 10)))
     photo = encoded(photograph(1, 400, 325))
