@@ -45,14 +45,18 @@ from run.accumulation import Accumulation, rows_of
 from run.bad_steps import BadSteps
 from run.checkpoints import Checkpoints
 from run.ending import Ending, agree_on_ending, run_script
+from run.examiner import Examiner
 from run.gallery import Gallery, prompts_to_draw
 from run.header import run_header
+from run.held_out import hold_out
 from run.lineage import Lineage
 from run.optimiser import Optimiser
 from run.ranks import join_ranks, leave_ranks
+from run.record import RunRecord
 from run.report import LOG_EVERY, Report
 from run.setup import TrainingModel, check_together
 from run.stop import StopRequest, Upcoming
+from run.validation import Validation
 
 
 class StepInputs(NamedTuple):
@@ -132,7 +136,8 @@ def main(config: TrainConfig) -> Ending:
     ranks = join_ranks(device, config.ranks.rank_timeout)
 
     # Data, opened before the model is loaded: a mistake in --data shows at once.
-    source = open_data(config.dataset, config.caption_files)
+    held_out = hold_out(config, open_data(config.dataset, config.caption_files))
+    source = held_out.training
     has_text = bool(source.text_signature) and not config.lora.train_text_encoder
 
     # Model on the host, and the plan by which a step fits into the memory of the device.
@@ -169,15 +174,20 @@ def main(config: TrainConfig) -> Ending:
     start, samples_per_step = run.step, train_step.samples * ranks.world
     report = Report(run, config.steps, samples_per_step, ranks, train_step, optimiser, STARTED)
     checkpoints.prepare_out()
+    record = RunRecord(checkpoints, run, ranks.is_first)
     bad_steps = BadSteps(config.bad_steps, config.grad_accum, run, stream, train_step, ranks)
-    gallery = Gallery(config.gallery, model, adapter, prompts, resolution, config.checkpoints, ranks, stop, plan)
+    validation = Validation(config, held_out, stream, model, adapter, ranks, plan, record.values)
+    examiner = Examiner(model, adapter, held_out, stream, prompts, plan.micro, record.values)
+    gallery = Gallery(config.gallery, model, adapter, prompts, resolution, config.checkpoints, ranks, stop, plan, examiner)
     stop.end_setup()  # from here on the loop notices a signal: an exception would leave worker processes half made
     loader = Loader(stream, run.samples, run.left_out, pin_memory=device.type == "cuda")
-    report.opening(stream, plan, checkpoints, lineage)
+    report.opening(stream, plan, checkpoints, lineage, validation.describe())
+    validation.begin()
     report.pictures(gallery.begin(run.step))
+    record.begin(gallery.prompts, report.lines, samples_per_step)
 
     # The loop. What is random, and the learning rate, are functions of the step.
-    upcoming = Upcoming.MORE_STEPS
+    upcoming = validation.upcoming
     with report.progress:
         while run.step < config.steps and upcoming is Upcoming.MORE_STEPS:
             optimiser.set_learning_rates(run.step)
@@ -195,25 +205,32 @@ def main(config: TrainConfig) -> Ending:
             logging = run.step % LOG_EVERY == 0
             saving = upcoming is Upcoming.LAST_STEP or checkpoints.is_due(run.step, config.steps)
             drawing = upcoming is Upcoming.MORE_STEPS and gallery.is_due(run.step, config.steps, saving)
+            validating = upcoming is Upcoming.MORE_STEPS and validation.is_due(run.step, config.steps)
             if run.step % config.ranks.check_ranks_every == 0 and not saving:
                 checkpoints.check_ranks(run)
-            if saving or drawing or logging:
+            if saving or drawing or validating or logging:
                 bad_steps.examine(report.read())
             if logging and run.leave_out(source.samples):  # not at other saves: batches may not depend on --save-every
                 loader.restart(run.samples, run.left_out)
             if saving:
                 report.saved(checkpoints.save(run))
-            if drawing:  # after the weights are safe
+            if validating:  # after the weights are safe
+                report.validated(train_step.graphed.retry_without_graphs(partial(validation.measure, run.step)))
+                upcoming = validation.upcoming
+            if drawing:
                 report.pictures(train_step.graphed.retry_without_graphs(partial(gallery.draw, run.step)))
+            if saving or validating or drawing:
+                record.write()
 
     # The end: whatever ended the loop, the last whole step is saved.
     bad_steps.examine(report.read())
     report.saved(checkpoints.save_if_needed(run))
     ending = agree_on_ending(
-        ranks, finished=run.step == config.steps, out_of_memory=accumulate.failed, data_lost=loader.error is not None,
-        not_saved=checkpoints.disk.failed,
+        ranks, finished=run.step == config.steps or validation.over, out_of_memory=accumulate.failed,
+        data_lost=loader.error is not None, not_saved=checkpoints.disk.failed,
     )  # fmt: skip
     report.closing(ending, checkpoints, loader, model.text_inputs.advice())
+    record.close(ending)
     leave_ranks()
     if loader.error and run.step == start:
         raise loader.error  # a mistake in --data

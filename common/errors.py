@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import sys
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
@@ -52,8 +53,12 @@ class LossyStream:
         return getattr(self.stream, name)
 
 
+warnings: deque[str] = deque(maxlen=50)  # the last ones of this process
+
+
 def warn(text: str) -> None:
-    """Prints a line on stderr, above the progress bar if there is one."""
+    """Prints a line on stderr, above the progress bar if there is one, and remembers it."""
+    warnings.append(text)
     tqdm.write(text, file=sys.stderr)
 
 

@@ -5,11 +5,12 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]  # not in its stub
@@ -27,6 +28,7 @@ from dataset.shards import MOST_TEXT, Shard, read_from, read_index, split_captio
 from options.training import CaptionFilesConfig
 
 DEMO = ROOT / "assets/demo/train"
+HELD_OUT = ROOT / "assets/demo/heldout"  # of the demo, never trained on
 
 HUB_ID = r"[\w.-]+/[\w-]+"
 PLACE = np.dtype([(name, "i8") for name in ("file", "at", "size", "text_at", "text_size", "height", "width")])
@@ -80,6 +82,7 @@ class Source:
     part: np.ndarray | None = None  # [N] number of the data set in a mixture
     shares: tuple[float, ...] = ()  # of each data set in the draws of an epoch; they add up to 1
     repeats: np.ndarray | None = None  # [N] how often an epoch draws each sample; None: once
+    kept_out: int = 0  # samples that `without` has taken away
 
     @property
     def samples(self) -> int:
@@ -98,7 +101,21 @@ class Source:
     def identity(self) -> str:
         """What decides which samples are drawn when, in a few words."""
         shares = f", {self.epoch} draws an epoch at {' '.join(f'{share:.3g}' for share in self.shares)}" if self.shares else ""
-        return f"files {self.fingerprint[:8]}{shares}"
+        kept_out = f", {self.kept_out} kept out" if self.kept_out else ""
+        return f"files {self.fingerprint[:8]}{kept_out}{shares}"
+
+    def without(self, numbers: Collection[int]) -> "Source":
+        """The other samples: `numbers` are kept out of training. Of each data set of a mixture one must be left."""
+        left = np.setdiff1d(np.arange(self.samples), list(numbers))
+        part, repeats = (of_each if of_each is None else of_each[left] for of_each in (self.part, self.repeats))
+        shares = self.shares
+        if part is not None and repeats is not None:
+            draws = np.bincount(part, repeats)
+            shares = tuple((draws / draws.sum()).tolist())
+        captions = [self.captions[n] for n in left] if self.captions else []
+        places, names = self.places[left], [self.names[n] for n in left]
+        changes: dict[str, Any] = {"places": places, "names": names, "captions": captions, "kept_out": len(numbers)}
+        return replace(self, part=part, repeats=repeats, shares=shares, **changes)
 
     def account(self) -> str:
         """What became of all that is there, in one line."""

@@ -19,12 +19,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from common.text import duration
 from evaluation.intervals import Interval
-from evaluation.verdict import StepFigures, Verdict
+from evaluation.verdict import COPIES, StepFigures, Verdict
 
 Scalars = list[tuple[int, float]]  # (step, value) of a tag
 
 LONGER_SIDE, ALL_PIXELS = 512, 27 * 512**2  # of a picture at most; of all together, which holds the page at some 3 MB
-COPIED = 0.5  # so near to a trained picture, as a share of the distance to the nearest kept-out one, a picture looks copied
 DATA_LINES = ("data", "caption", "cut short", "buckets")  # of what a run prints at its start
 MOST_POINTS = 300  # of a curve
 WIDTH, HEIGHT, LEFT, RIGHT, ABOVE, BELOW = 360, 212, 44, 14, 12, 36  # of a chart and its margins
@@ -85,26 +84,26 @@ def without_nan(figures: StepFigures) -> StepFigures:
 # Figures in words.
 
 
-def percent(share: float) -> str:
+def in_percent(share: float) -> str:
     return f"{round(100 * share)}\N{NO-BREAK SPACE}%".replace("-", "−")
 
 
 def between(interval: Interval) -> str:
     """'38 to 46 %'; '' if one image alone was measured."""
-    return f"{percent(interval.low)[:-2]} to {percent(interval.high)}" if math.isfinite(interval.low) else ""
+    return f"{in_percent(interval.low)[:-2]} to {in_percent(interval.high)}" if math.isfinite(interval.low) else ""
 
 
 def share(interval: Interval | None) -> str:
     """'42 % (38 to 46 %)'; '' if nothing was measured."""
-    return f"{percent(interval.mean)} ({between(interval)})".removesuffix(" ()") if interval else ""
+    return f"{in_percent(interval.mean)} ({between(interval)})".removesuffix(" ()") if interval else ""
 
 
 def less_error(improvement: Interval) -> tuple[str, str]:
     """('42 % less error', '38 to 46 %'), and where it became worse ('12 % more error', '6 to 18 %')."""
     if improvement.mean < 0:
         worse = Interval(-improvement.mean, -improvement.high, -improvement.low)
-        return f"{percent(worse.mean)} more error", between(worse)
-    return f"{percent(improvement.mean)} less error", between(improvement)
+        return f"{in_percent(worse.mean)} more error", between(worse)
+    return f"{in_percent(improvement.mean)} less error", between(improvement)
 
 
 # Pictures.
@@ -116,10 +115,14 @@ def table_of_pictures(record: dict, verdict: Verdict, out: Path) -> tuple[list[d
     keys = sorted(pictures, key=lambda key: -1 if key == "base" else int(key))
     columns = [{"key": key, "figures": figures.get(key), "taken": key == str(verdict.recommended)} for key in keys]
     side = min(LONGER_SIDE, math.isqrt(ALL_PIXELS // max(1, sum(map(len, pictures.values())))))
-    trained, rows = record.get("thumbs", {}).get("trained", {}), []
+    trained, too_near = record.get("thumbs", {}).get("trained", {}), COPIES * (record.get("usual_distance") or 0)
+    rows = []
     for i, prompt in enumerate(record.get("prompts", []) if keys else []):
         drawn = [pictures[key][i] if i < len(pictures[key]) else None for key in keys]
-        cells = [table_cell(picture, out, side, trained) if picture else {} for picture in drawn]
+        cells = [
+            table_cell(picture, embedded(out / picture["file"], side), trained, too_near) if picture else {}
+            for picture in drawn
+        ]
         rows.append({"prompt": prompt, "options": options_of(prompt), "cells": cells})
     return columns, rows
 
@@ -131,13 +134,11 @@ def options_of(prompt: dict) -> str:
     return " · ".join(text.format(prompt[key]) for key, text in words.items() if prompt.get(key) is not None)
 
 
-def table_cell(picture: dict, out: Path, side: int, trained: dict) -> dict:
-    """A picture of the grid, and the trained one that it is nearest to."""
-    nearest = picture.get("nearest") or {}
-    name, distance = nearest.get("trained") or (None, math.inf)
-    _, other = nearest.get("kept_out") or (None, 0)
-    found = {"source": embedded(out / picture["file"], side), "lost": picture.get("recognised") is False}
-    return found | {"near": trained.get(name), "copied": distance < COPIED * other}
+def table_cell(picture: dict, source: str | None, trained: dict, too_near: float) -> dict:
+    """A picture of the table, and the trained one that it is nearest to; nearer than `too_near` it looks like a copy."""
+    name, distance = (picture.get("nearest") or {}).get("trained") or (None, math.inf)
+    near = {"near": trained.get(name), "copied": distance < too_near}
+    return near | {"source": source, "lost": picture.get("recognised") is False}
 
 
 def embedded(file: Path, side: int) -> str | None:
@@ -209,11 +210,11 @@ def chart(
             "whiskers": ends if readings is None else [],
             "band": path([a for a, _ in ends] + [b for _, b in reversed(ends)]) if readings else "",
         })  # fmt: skip
-    marks = x_marks or {x: percent(x) if percents[0] else f"{x:g}" for x in ticks(left, right, 6)}
+    marks = x_marks or {x: in_percent(x) if percents[0] else f"{x:g}" for x in ticks(left, right, 6)}
     return {
         "title": title, "note": note, "x_name": x_name, "lines": drawn,
         "x_marks": [(place(x, 0)[0], text) for x, text in marks.items()],
-        "y_marks": [(place(0, y)[1], percent(y) if percents[1] else f"{y:g}") for y in ticks(low, high, 5)],
+        "y_marks": [(place(0, y)[1], in_percent(y) if percents[1] else f"{y:g}") for y in ticks(low, high, 5)],
     }  # fmt: skip
 
 

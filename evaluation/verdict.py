@@ -1,24 +1,50 @@
-"""Stub: the main session's takes its place."""
+"""What the measurements of a run say: figures for every step, signs that it went too far, and the step to take.
 
-from dataclasses import dataclass
+A step is recommended that is not significantly worse on kept-out pictures than the best, and shows none of the tells: the
+loss alone crowns steps whose own pictures have fallen apart.
+"""
 
-from evaluation.intervals import Interval
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from evaluation.intervals import Interval, difference, mean_of, share_of
+from evaluation.validation import BANDS
+
+# Where a tell goes off. Measured on the bundled model (docs/evaluation.md has the figures): z relative to the base stayed above
+# 0.75 in a good run, and fell to 0.6, 0.2 and 0.1 in one that collapsed.
+PROMPTS_LOST = 0.6  # z, relative to the base's
+BY_HEART = 0.15  # of the base's loss: by which pictures that were trained on do better than those that were not
+COPIES = 0.5  # of the usual distance between a picture that was kept out and the trained one that is most like it
+SPOILT = 0.3  # share of pixels that are clipped, or flat, beyond that of base and data
+SAME = 0.5  # diversity, relative to the base's
+LEAK = 0.5  # effect without the trigger, relative to that with it
+
+PLACES = ("fine detail", "lines and texture", "shapes and colours", "composition")  # from little noise to much
 
 
 @dataclass(frozen=True)
 class Tell:
+    """A sign that a LoRA learned too much, or badly."""
+
     kind: str
     sentence: str
 
 
 @dataclass(frozen=True)
 class StepFigures:
+    """What is known of the LoRA of one step. Losses are relative to the base's: 0.4 is 40 % less."""
+
     step: int
-    improvement: Interval | None = None
-    bands: tuple[Interval | None, ...] = ()
-    trained: Interval | None = None
-    gap: Interval | None = None
-    prompts: Interval | None = None
+    improvement: Interval | None = None  # on pictures that were kept out
+    bands: tuple[Interval | None, ...] = ()  # the same in each of ten bands of timesteps, from little noise to much
+    trained: Interval | None = None  # on as many pictures that were trained on
+    gap: Interval | None = None  # trained - kept out
+    prompts: Interval | None = None  # z of the judge, relative to that of the base's pictures: 1 is as well
+    diversity: Interval | None = None  # over seeds, relative to the base's
+    leak: float | None = None  # effect without the trigger, relative to that with it
     tells: tuple[Tell, ...] = ()
 
 
@@ -29,6 +55,172 @@ class Verdict:
     sentences: tuple[str, ...]
 
 
-def verdict_of(record: dict) -> Verdict:
-    steps = sorted({int(step) for part in ("files", "pictures", "losses") for step in record.get(part, {}) if step != "base"})
-    return Verdict(tuple(StepFigures(step) for step in steps), None, ())
+def verdict_of(record: dict[str, Any]) -> Verdict:
+    """`record`: as in evaluation/record.py; any part of it may be missing."""
+    names = {step for part in ("losses", "pictures", "extras") for step in record.get(part, {})}
+    measured = {int(name) for name in names if name != "base"} - {0}
+    steps = tuple(figures(record, step) for step in sorted(measured))
+    recommended = recommend(record, steps)
+    return Verdict(steps, recommended, tuple(sentences(record, steps, recommended)))
+
+
+# Figures of one step.
+
+
+def figures(record: dict[str, Any], step: int) -> StepFigures:
+    base, own = (record.get("losses", {}).get(key, {}) for key in ("base", str(step)))
+    kept_out, trained = paired(base, own, "kept_out"), paired(base, own, "trained")
+    extras = record.get("extras", {}).get(str(step), {})
+    found = StepFigures(
+        step,
+        improvement=share_of(*kept_out) if kept_out else None,
+        bands=in_bands(record, base["kept_out"], own["kept_out"]) if kept_out else (),
+        trained=share_of(*trained) if trained else None,
+        gap=difference(trained, kept_out) if trained and kept_out else None,
+        prompts=obedience(record, step),
+        diversity=Interval(*extras["diversity"]) if "diversity" in extras else None,
+        leak=extras.get("leak"),
+    )
+    return replace(found, tells=tuple(find_tells(record, found)))
+
+
+def paired(base: dict, own: dict, of: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """(what was gained over the base, the base's loss), a mean over timesteps for each image; None if it was not measured."""
+    if not base.get(of) or not own.get(of):
+        return None
+    before, after = (np.array([np.mean(losses) for losses in of_model[of]]) for of_model in (base, own))
+    return before - after, before
+
+
+def in_bands(record: dict[str, Any], base: list, own: list) -> tuple[Interval | None, ...]:
+    gained: list[list[tuple[float, float]]] = [[] for _ in range(BANDS)]
+    for probe, before, after in zip(record["probes"]["kept_out"], base, own, strict=True):
+        for t, x, y in zip(probe["timesteps"], before, after, strict=True):
+            gained[int(t * BANDS)].append((x - y, x))
+    return tuple(share_of(*np.array(pairs).T) if pairs else None for pairs in gained)
+
+
+def drawn(record: dict[str, Any], step: int) -> list[tuple[dict, dict]]:
+    """(picture of the step, the base's picture of the same prompt and seed) of those that both have."""
+    own, base = (record.get("pictures", {}).get(key, []) for key in (str(step), "base"))
+    return [(p, b) for p, b in zip(own, base, strict=False) if p and b]
+
+
+def obedience(record: dict[str, Any], step: int) -> Interval | None:
+    """How clearly the pictures show what was asked, relative to the base's; None if that cannot be told."""
+    pairs = [(p["z"], b["z"]) for p, b in drawn(record, step) if "z" in p and "z" in b]
+    if not pairs or sum(base for _, base in pairs) <= 0:
+        return None
+    own, base = np.array(pairs).T
+    return share_of(own, base)
+
+
+def find_tells(record: dict[str, Any], found: StepFigures) -> Iterator[Tell]:
+    pictures = drawn(record, found.step)
+    of = f"of {len(pictures)} pictures"
+    if found.prompts and found.prompts.mean < PROMPTS_LOST:
+        seen = sum(bool(own.get("recognised")) for own, _ in pictures)
+        text = f"the base recognises what was asked in {seen} {of}, {found.prompts.mean:.0%} as clearly as in its own"
+        yield Tell("prompts", text)
+    if found.gap and found.gap.mean > BY_HEART and found.gap.low > 0:
+        yield Tell("by heart", f"it does {found.gap.mean:.0%} better on pictures that it was trained on than on others")
+    usual = record.get("usual_distance") or 0.0
+    nearest = [own["nearest"]["trained"] for own, _ in pictures if own.get("nearest") and own["nearest"]["trained"]]
+    if copies := [name for name, distance in nearest if distance < COPIES * usual]:
+        yield Tell("copies", f"{len(copies)} {of} nearly repeat a training picture, such as {copies[0]}")
+    for kind, words in (("flat", "nearly empty"), ("clipped", "burnt out or black")):
+        usual = max([record.get("data_shares", {}).get(kind, 0.0), *(base.get(kind, 0.0) for _, base in pictures)])
+        if spoilt := sum(own.get(kind, 0.0) > usual + SPOILT for own, _ in pictures):
+            yield Tell(kind, f"{spoilt} {of} are {words}")
+    if found.diversity and found.diversity.mean < SAME and not found.diversity.high > 1:
+        yield Tell("sameness", f"its pictures of one prompt differ only {found.diversity.mean:.0%} as much as the base's")
+    if found.leak is not None and found.leak > LEAK:
+        yield Tell("leak", f"without the trigger it has {found.leak:.0%} of its effect")
+
+
+# The recommendation.
+
+
+def is_sound(found: StepFigures) -> bool:
+    """Whether no tell has gone off; a leak is no fault of the pictures."""
+    return all(tell.kind == "leak" for tell in found.tells)
+
+
+def recommend(record: dict[str, Any], steps: Sequence[StepFigures]) -> int | None:
+    """The smallest saved step that is not significantly worse than the best of those without tells; None if there is none, or
+    if nothing was kept out.
+    """
+    saved = record.get("files", {})
+    sound = [one.step for one in steps if one.improvement and is_sound(one) and str(one.step) in saved]
+    if not sound:
+        return None
+    losses = {step: loss_of_images(record, step) for step in sound}
+    best = min(losses.values(), key=np.mean)
+    return min(step for step, loss in losses.items() if not_worse(loss, best))
+
+
+def loss_of_images(record: dict[str, Any], step: int) -> np.ndarray:
+    """Of each image that was kept out, [N]."""
+    return np.array([np.mean(losses) for losses in record["losses"][str(step)]["kept_out"]])
+
+
+def not_worse(loss: np.ndarray, best: np.ndarray) -> bool:
+    """Whether a loss is not significantly above the best, paired over images."""
+    worse = mean_of(loss - best)
+    return not worse.low > 0 if worse.known else worse.mean <= 0
+
+
+def measurements_since_best(record: dict[str, Any]) -> int:
+    """How many measurements in a row are not better than the best before them."""
+    steps = sorted(int(key) for key in record.get("losses", {}) if key != "base")
+    losses = [loss_of_images(record, step).mean() for step in steps]
+    return len(losses) - 1 - int(np.argmin(losses)) if losses else 0
+
+
+# In words, for somebody who draws.
+
+
+def percent(interval: Interval) -> str:
+    """'42 % (38 to 46)'."""
+    mean = f"{100 * interval.mean:.0f} %"
+    return f"{mean} ({100 * interval.low:.0f} to {100 * interval.high:.0f})" if interval.known else f"{mean} (of one picture)"
+
+
+def sentences(record: dict[str, Any], steps: Sequence[StepFigures], recommended: int | None) -> Iterator[str]:
+    """What the figures say, and what to do."""
+    if not steps:
+        return
+    chosen = next((one for one in steps if one.step == recommended), steps[-1])
+    spoilt = [one for one in steps if not is_sound(one)]
+    if recommended is not None:
+        yield f"Take step {recommended}: no later file is surely better on pictures that it never saw."
+    elif len(spoilt) == len(steps):
+        yield "Every file went too far. Train again with a smaller --lr, and save more often."
+    elif any(one.improvement for one in steps):
+        yield "No saved file can be recommended."
+    if chosen.improvement:
+        yield describe_improvement(chosen)
+    if chosen.gap and chosen.trained:
+        yield describe_gap(chosen.trained, chosen.gap)
+    if chosen.prompts and is_sound(chosen):
+        yield f"Its pictures show what was asked, at {percent(chosen.prompts)} of the clearness of the base's."
+    yield from (f"Step {chosen.step}: {tell.sentence}." for tell in chosen.tells)
+    if later := [one for one in spoilt if one.step > chosen.step]:
+        yield f"Later files went too far. Step {later[0].step}: {later[0].tells[0].sentence}."
+
+
+def describe_improvement(chosen: StepFigures) -> str:
+    gain = chosen.improvement
+    assert gain
+    if gain.known and gain.low <= 0:
+        return f"Step {chosen.step} is not surely better than the base on pictures that it never saw: {percent(gain)} less."
+    means = {n: band.mean for n, band in enumerate(chosen.bands) if band}
+    place = PLACES[max(means, key=lambda n: means[n]) * len(PLACES) // BANDS] if means else ""
+    return f"On pictures of the style that it never saw it has {percent(gain)} less error than the base, most in {place}."
+
+
+def describe_gap(trained: Interval, gap: Interval) -> str:
+    start = f"On those that it was trained on it has {percent(trained)} less"
+    if gap.known and gap.low > 0:
+        return f"{start}: it knows them better, by {percent(gap)}."
+    return f"{start}: it learned the style and not the pictures."

@@ -265,6 +265,34 @@ class ReportConfig(Options):
 
 
 @dataclass(frozen=True)
+class ValidationConfig(Options):
+    """Pictures that are not trained on, and what is measured on them."""
+
+    validate: str | None = option(None)
+    """Pictures to measure on that are never trained on: a folder (or what else --data takes), a share of the data such as 0.1,
+    or 'none'. None: 8 % of the data, of 20 pictures or more, for a run of 100 steps or more; the demo has its own."""
+    validate_every: int = option(0, at_least=0, resume="free")
+    """Steps between measurements; 0: at every save."""
+    patience: int | None = option(None, at_least=1, resume="free")
+    """The run ends early after so many measurements that are not better than the best. None: never."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (share := self.share) is not None and not 0 < share < 1:
+            raise UserError(f"--validate {self.validate}: a share lies between 0 and 1, as 0.1; 'none' is without")
+        if self.patience and self.validate == "none":
+            raise UserError("--patience needs pictures to measure on, but --validate is none")
+
+    @property
+    def share(self) -> float | None:
+        """The share of the data that --validate asks for; None if it says something else."""
+        try:
+            return float(self.validate or "")
+        except ValueError:
+            return None
+
+
+@dataclass(frozen=True)
 class BadStepsConfig(Options):
     max_bad_steps: int = option(20, at_least=1, resume="free")
     """The run ends after so many bad steps in a row, which have no finite loss."""
@@ -292,6 +320,7 @@ class TrainConfig(Options):
     checkpoints: CheckpointConfig = CheckpointConfig()
     optimiser: OptimiserConfig = OptimiserConfig()
     gallery: GalleryConfig = GalleryConfig()
+    validation: ValidationConfig = ValidationConfig()
     report: ReportConfig = ReportConfig()
     bad_steps: BadStepsConfig = BadStepsConfig()
     ranks: RanksConfig = RanksConfig()

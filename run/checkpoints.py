@@ -32,6 +32,8 @@ LAYOUT_SUFFIXES = {  # --format: {layout of a file: what its name ends in, after
     "both": {"diffusers": "_diffusers", "kohya": ""},  # the last is the newest: the one that most programs read
 }
 
+FOR_PEOPLE = ("samples", "record.json", "report.html")  # what else a run leaves in --out
+
 MAX_SPOILT_STEPS = 3  # a sample that has spoilt so many is left out
 
 
@@ -139,7 +141,7 @@ class Checkpoints:
             return
         out = self.config.out
         loras = [path for path in sorted(out.glob("*.safetensors")) if is_ours(path)]  # --name may have been another
-        paths = [*find_states(out), *loras, *out.glob("samples")]
+        paths = [*find_states(out), *loras, *(path for name in FOR_PEOPLE for path in out.glob(name))]
         if not paths or (self.state and self.belongs_to_out(self.state)):
             return
         folders = (out / f"before-{n}" for n in itertools.count(1))

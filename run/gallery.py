@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +20,13 @@ from model.render import render
 from model.vae import DECODING, decode_latents
 from options.training import CaptionConfig, CheckpointConfig, GalleryConfig
 from performance.memory_plan import Plan
+from run.examiner import Examiner
 from run.header import file_stem
 from run.ranks import Ranks
 from run.setup import TrainingModel
 from run.stop import StopRequest
 
+Drawn = tuple[Image.Image, dict[str, Any]]  # a picture, and the examiner's opinion of it
 SAMPLE_STEPS, SAMPLE_GUIDANCE = 20, 5.0  # of a prompt that does not say
 
 
@@ -44,21 +47,21 @@ class Gallery:
 
     def __init__(
         self, config: GalleryConfig, model: TrainingModel, adapter: Adapter, prompts: list[Prompt], side: int,
-        files: CheckpointConfig, ranks: Ranks, stop: StopRequest, plan: Plan,
+        files: CheckpointConfig, ranks: Ranks, stop: StopRequest, plan: Plan, examiner: Examiner,
     ):  # fmt: skip
         """`side`: pixels, of a prompt that does not say; `files`: where pictures go. Where the VAE has no room beside the
         weights it decodes in tiles.
         """
         self.config, self.model, self.adapter = config, model, adapter
         self.name, self.folder = files.name, files.out / "samples"
-        self.ranks, self.stop, self.advice = ranks, stop, plan.oom_advice
+        self.ranks, self.stop, self.advice, self.examiner = ranks, stop, plan.oom_advice, examiner
         defaults = Prompt("", seed=0, width=side, height=side, steps=SAMPLE_STEPS, guidance=SAMPLE_GUIDANCE, strength=1.0)
         self.prompts = [prompt.filled(i, defaults) for i, prompt in enumerate(prompts)]
         pixels = max((p.width * p.height for p in self.prompts if p.width and p.height), default=0)
         vae_bytes = sum(p.nbytes for p in model.vae.parameters()) + DECODING * pixels * model.vae.dtype.itemsize
         decode = partial(decode_latents, model.vae, tiled=plan.weights + vae_bytes > plan.budget)
         self.render = partial(render, model.pipe, model.full_denoiser.describe, decode)
-        self.base: dict[int, Image.Image] = {}
+        self.base: dict[int, Drawn] = {}
         self.disk = TolerantWriter()
 
     def is_due(self, step: int, last: int, saving: bool) -> bool:
@@ -67,6 +70,8 @@ class Gallery:
 
     def begin(self, step: int) -> dict[str, np.ndarray]:
         """`draw`, if this is the beginning of a run."""
+        if self.ranks.is_first:
+            self.examiner.begin()
         return {} if step else self.draw(step)
 
     def draw(self, step: int) -> dict[str, np.ndarray]:
@@ -90,21 +95,29 @@ class Gallery:
         files: dict[str, Image.Image] = {}
         sheets: dict[int, Image.Image] = {}
         for i, pictures in sorted(drawn.items()):
-            files |= {f"step-{step:06}-p{i + 1}-{name}.png": image for name, image in pictures.items()}
+            for name, (image, opinion) in pictures.items():
+                file = f"step-{step:06}-p{i + 1}-{name}.png"
+                files[file] = image
+                self.remember("base" if name == "base" else str(step), i, self.examiner.look(image, f"samples/{file}", opinion))
             names = {"base": "base", "lora": f"LoRA{times(self.prompts[i].strength)}, step {step}"}
-            sheets[i] = side_by_side({names[n]: image for n, image in pictures.items()}, self.prompts[i].text)
+            sheets[i] = side_by_side({names[n]: image for n, (image, _) in pictures.items()}, self.prompts[i].text)
         if len(sheets) == len(self.prompts):
             files[f"step-{step:06}.png"] = stack(list(sheets.values()))
         self.disk("the pictures", partial(self.write, files))
         return {f"p{i + 1}": np.asarray(sheet) for i, sheet in sheets.items()}
 
+    def remember(self, step: str, i: int, looked_at: dict[str, Any]) -> None:
+        """What the record says of the picture of prompt `i`."""
+        pictures = self.examiner.record.setdefault("pictures", {})
+        pictures.setdefault(step, [None] * len(self.prompts))[i] = looked_at
+
     def write(self, files: dict[str, Image.Image]) -> None:
         for name, image in files.items():
             write_atomically(self.folder / name, png_bytes(image))
 
-    def draw_own(self, step: int) -> dict[int, dict[str, Image.Image]]:
-        """{number of the prompt: {"base": picture, "lora": picture}} of this rank's prompts, until a signal comes."""
-        drawn = {}
+    def draw_own(self, step: int) -> dict[int, dict[str, Drawn]]:
+        """{number of the prompt: {"base": …, "lora": …}} of this rank's prompts, until a signal comes."""
+        drawn: dict[int, dict[str, Drawn]] = {}
         starts_trained = any(bool(B.any()) for _, B, _ in self.adapter.deltas.values())  # from --init-lora
         for i in range(self.ranks.rank, len(self.prompts), self.ranks.world):
             if self.stop.requested:
@@ -121,9 +134,9 @@ class Gallery:
                 drawn.pop(i, None)
         return drawn
 
-    def picture(self, i: int, strength: float, loras: dict[str, tuple[float, str]]) -> Image.Image:
+    def picture(self, i: int, strength: float, loras: dict[str, tuple[float, str]]) -> Drawn:
         """Prompt `i` with the LoRA at a strength, and with what it is drawn from as its text; `loras`: the names for that."""
         with self.adapter.scaled(strength):
             (image,) = self.render([self.prompts[i]])
         image.info["parameters"] = generation_parameters(self.prompts[i], self.model.pipe.scheduler, self.model.name, loras)
-        return image
+        return image, self.examiner.opinion(image, self.prompts[i], strength)

@@ -64,21 +64,24 @@ class Report:
         if ranks.is_first:
             check_writable("--log-dir", Path(run.log_dir).parent)
 
-    def opening(self, stream: Stream, plan: Plan, checkpoints: Checkpoints, lineage: Lineage) -> None:
-        """Begins the log, prints what the run is about to do, and begins to measure."""
+    def opening(self, stream: Stream, plan: Plan, checkpoints: Checkpoints, lineage: Lineage, validation: str) -> None:
+        """Begins the log, prints what the run is about to do, and begins to measure. `validation`: what is measured beside."""
+        self.lines = self.summary(stream, plan, checkpoints, lineage, validation)
         if self.ranks.is_first:
             self.log = Log(self.run.log_dir, self.run.step + 1, TolerantWriter())
             self.log.add_text("config", f"```json\n{json.dumps(checkpoints.flags, indent=2)}\n```", self.run.step)
             content = options_as_toml(checkpoints.flags | lineage.options, sys.argv).encode(errors="backslashreplace")
             file = Path(self.run.log_dir) / "config.toml"
             TolerantWriter()(str(file), partial(write_atomically, file, content))
-            for name, line in self.summary(stream, plan, checkpoints, lineage).items():
+            for name, line in self.lines.items():
                 if line:
                     print(f"{name:10} {line}", flush=True)
         self.progress = tqdm(total=self.steps, initial=self.run.step, unit="step", disable=not self.ranks.is_first)
         self.meter.restart()
 
-    def summary(self, stream: Stream, plan: Plan, checkpoints: Checkpoints, lineage: Lineage) -> dict[str, str]:
+    def summary(
+        self, stream: Stream, plan: Plan, checkpoints: Checkpoints, lineage: Lineage, validation: str
+    ) -> dict[str, str]:
         """{name: what the run is about to do}, in the order of printing; "" is left out."""
         flags, source = checkpoints.flags, stream.source
         total, trained, layers = self.model.parameter_count, self.adapter.parameter_count, len(self.adapter.modules)
@@ -97,6 +100,7 @@ class Report:
             "cut short": f"{', '.join(source.truncated)}: the samples before the cut are used" if source.truncated else "",
             "buckets": stream.describe(),
             "batch": f"{flags['bs']} × {flags['grad_accum']} accumulated × {processes} processes = {samples}",
+            "validation": validation,
             "steps": f"{self.steps}: each image {epochs:.3g} times, on average; all of them once is {once:.3g} steps",
             "device": f"{self.device}, {flags['precision']}, {flags['attention']} attention, {launching}",
             "memory": str(plan),
@@ -153,6 +157,13 @@ class Report:
         """After a save; `error` as Checkpoints.save returns it."""
         if error is not None:
             self.log.add_scalar("largest_error_of_the_file", error, self.run.step)
+
+    def validated(self, scalars: dict[str, float]) -> None:
+        """{name: value} of a validation; NaN is left out. The time that it took counts for no step."""
+        for name, value in scalars.items():
+            if math.isfinite(value):
+                self.log.add_scalar(f"validation/{name}", value, self.run.step)
+        self.meter.restart()
 
     def pictures(self, sheets: dict[str, np.ndarray]) -> None:
         """{tag: [H, W, 3] uint8}. The time that saving and drawing took counts for no step, and what memory pictures before

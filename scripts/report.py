@@ -36,7 +36,7 @@ from contextlib import suppress
 from common.files import sha256_of, write_atomically
 from common.options import flat_options
 from evaluation.page import page, read_scalars
-from evaluation.record import read_record
+from evaluation.record import PAGE, read_record
 from evaluation.verdict import verdict_of
 from lora_files.read import read_metadata
 from model.prompts import Prompt, from_header
@@ -89,17 +89,17 @@ def pictures_of_run(samples: Path) -> dict[str, list[dict | None]]:
 
 def main(config: PageConfig) -> None:
     out = config.out
-    record = read_record(out) if (out / "record.json").is_file() else record_of_files(out)
+    record = read_record(out) or record_of_files(out)
     log_dir = config.log_dir or record["run"].get("log_dir")
     scalars = read_scalars(Path(log_dir)) if log_dir else {}
     if config.log_dir and not scalars:
         raise UserError(f"--log-dir {log_dir} holds no TensorBoard log: name the folder of one run, as runs/20261127-133017")
     content = page(record, verdict_of(record), scalars, out)
     try:
-        write_atomically(out / "report.html", content.encode())
+        write_atomically(out / PAGE, content.encode())
     except OSError as error:
-        raise UserError(f"{out}/report.html cannot be written: {error.strerror}") from None
-    print(f"page       {out}/report.html{'' if scalars else ', without curves: no log was found, --log-dir names it'}")
+        raise UserError(f"{out / PAGE} cannot be written: {error.strerror}") from None
+    print(f"page       {out / PAGE}{'' if scalars else ', without curves: no log was found, --log-dir names it'}")
 
 
 if __name__ == "__main__":

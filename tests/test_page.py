@@ -68,7 +68,7 @@ def full_record(out: Path, word: str, steps: tuple[int, ...] = (80, 160)) -> dic
         for i in range(2):
             file = f"samples/step-{0 if key == 'base' else int(key):06}-p{i + 1}-{'base' if key == 'base' else 'lora'}.png"
             photograph(i, 128, 96).save(out / file)
-            nearest = {"trained": ["a", 0.1 if i else 0.8], "kept_out": ["b", 0.9]}
+            nearest = {"trained": ["a", 0.1 if i else 0.8], "kept_out": None}
             pictures[key].append({"file": file, "recognised": i == 0, "nearest": None if key == "base" else nearest})
     return {
         "run": {
@@ -77,6 +77,7 @@ def full_record(out: Path, word: str, steps: tuple[int, ...] = (80, 160)) -> dic
             "images_per_step": 3, "epoch": 47, "command": f"command {word}", "changed": {"lr": f"value {word}"},
             "versions": {"torch": f"version {word}"}, "peak_gib": 0.6,
         },
+        "usual_distance": 0.9,
         "files": {str(step): {"name": f"file {word} {step}", "sha256": "ab" * 32} for step in steps},
         "lines": {"data": f"line {word}", "memory": f"plan {word}"},
         "warnings": [f"warning {word}"],
@@ -88,8 +89,8 @@ def full_record(out: Path, word: str, steps: tuple[int, ...] = (80, 160)) -> dic
 
 def verdict_with(word: str) -> Verdict:
     bands = (interval(0.3, 0.1), None, Interval(0.2, math.nan, math.nan), *[interval(0.5, 0.05)] * 7)
-    good = StepFigures(80, interval(0.42, 0.04), bands, interval(0.5, 0.1), interval(0.08, 0.1), interval(0.97, 0.05), ())
-    bad = StepFigures(160, interval(0.45, 9), bands, None, None, interval(0.5, 0.2), (Tell("prompts", f"tell {word}"),))
+    good = StepFigures(80, interval(0.42, 0.04), bands, interval(0.5, 0.1), interval(0.08, 0.1), interval(0.97, 0.05))
+    bad = StepFigures(160, interval(0.45, 9), bands, None, None, interval(0.5, 0.2), tells=(Tell("prompts", f"tell {word}"),))
     return Verdict((good, bad), 80, (f"sentence {word}", "another"))
 
 
@@ -174,8 +175,8 @@ def test_what_is_no_number_or_no_text_breaks_nothing(tmp_path):
     nan, record = Interval(math.nan, math.nan, math.nan), full_record(tmp_path, "\udcff \x00")
     record["run"] |= {"step": 5000, "epoch": 12}
     (first, second), bands = verdict_with("x").steps, (nan, interval(0.3, 0.1), None)
-    broken = StepFigures(240, nan, bands, nan, nan, nan, (Tell("nan", "It draws nothing."),))
-    only = Verdict((broken, StepFigures(250, interval(0.1, 0.1), bands, nan, None, None, ())), None, ())
+    broken = StepFigures(240, nan, bands, nan, nan, nan, tells=(Tell("nan", "It draws nothing."),))
+    only = Verdict((broken, StepFigures(250, interval(0.1, 0.1), bands, nan)), None, ())
     for verdict in (Verdict((first, second, broken), 80, ()), only):
         html = page(record, verdict, {"loss": [(1, math.nan), (2, math.inf), (3, 0.0), (4, 0.0)]}, tmp_path)
         assert html.encode()

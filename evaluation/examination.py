@@ -1,0 +1,124 @@
+"""All that is measured of a finished LoRA, for evaluate.py and choose.py: losses, its pictures, what is seen in them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from common.progress import tqdm
+from data import Stream
+from evaluation.judge import Judge, Opinion, judged_texts, latents_of, without_trigger
+from evaluation.record import described, rounded
+from evaluation.subject import Subject
+from evaluation.tells import Album, clipped_share, diversity, features, flat_share, predictions
+from evaluation.validation import TRAINED, picture_of
+from lora_files.deltas import Deltas
+from model.prompts import Prompt, read_prompts
+from model.text import tokenize
+
+MOST_COMPARED = 200  # trained pictures that a picture is compared with
+AT_ONCE = 4  # predictions of a judge
+SEEDS = 2  # pictures of each prompt, whose difference is the diversity
+
+Record = dict[str, Any]
+
+
+class Examination:
+    """The same pictures, prompts and noise for the base and for each LoRA. What is found has the form of a run's record
+    (evaluation/record.py), so that the same verdict reads it.
+    """
+
+    def __init__(self, subject: Subject, kept_out: Stream, numbers: Sequence[int], trained: Stream | None, timesteps: int):
+        """`numbers`: of the samples of `kept_out` to measure on; as many of `trained`, if that is given. Raises UserError if
+        none of them can be decoded.
+        """
+        self.subject, self.trigger = subject, kept_out.captions.trigger
+        self.streams = {"kept_out": (kept_out, list(numbers))}
+        if trained:
+            order = np.random.default_rng([trained.seed, TRAINED]).permutation(trained.source.samples)
+            self.streams["trained"] = trained, order[: len(numbers)].tolist()
+        self.probes = {kind: subject.probes(stream, of, timesteps) for kind, (stream, of) in self.streams.items()}
+        self.images = {kind: self.read(stream, of) for kind, (stream, of) in self.streams.items()}
+        compared = self.read(trained, range(min(MOST_COMPARED, trained.source.samples))) if trained else {}
+        self.album = Album(compared, self.images["kept_out"])
+        self.prompts: list[Prompt] = []
+        self.drawn: list[Image.Image] = []  # the base's pictures
+
+    def read(self, stream: Stream, numbers: Sequence[int]) -> dict[str, Image.Image]:
+        """{name: picture}."""
+        found = [picture_of(stream, n, self.subject.pipe.vae, self.subject.device) for n in numbers]
+        return {name: image for name, _, image in filter(None, found)}
+
+    def of_base(self, pictures: int) -> Record:
+        """Measures the base, and draws it with so many captions. The model holds no LoRA yet."""
+        images = [image for of in self.images.values() for image in of.values()]
+        captions = [probe.caption for of in self.probes.values() for probe in of]
+        texts = list(dict.fromkeys(captions[: len(self.probes["kept_out"])]))[:pictures]
+        usual = [prompt.text for prompt in read_prompts((), self.subject.name, "without a style")]
+        judged = judged_texts(texts, sorted(set(captions)), usual, self.trigger)
+        self.judge = Judge(self.subject.denoiser, self.subject.diffusion, self.subject.pipe.vae, judged, AT_ONCE)
+        self.prompts = self.subject.filled(texts, SEEDS)
+        self.drawn = self.subject.draw(self.prompts, "base")
+        self.predicted = self.predictions()
+        return {
+            "probes": {kind: described(probes) for kind, probes in self.probes.items()},
+            "losses": {"base": self.losses("base")},
+            "data_shares": {"flat": max(map(flat_share, images)), "clipped": max(map(clipped_share, images))},
+            "usual_distance": self.album.usual_distance,
+            "pictures": {"base": self.look(self.drawn, self.opinions(self.drawn, styled=False))},
+            "extras": {}, "files": {},
+        }  # fmt: skip
+
+    def of_lora(self, record: Record, step: int, deltas: Deltas, strength: float = 1.0) -> list[Image.Image]:
+        """Measures a LoRA into `record`, under `step`. Returns its pictures; the model is the base again."""
+        self.subject.merge(deltas, strength)
+        label, key = f"step {step} × {strength:g}", str(step)
+        record["losses"][key] = self.losses(label)
+        images = self.subject.draw(self.prompts, label)
+        own, predicted = self.opinions(images, styled=True), self.predictions()
+        self.subject.merge({})
+        best = list(map(max, own, self.opinions(images, styled=False)))
+        record["pictures"][key], record["files"][key], record["extras"][key] = self.look(images, best), {}, {}
+        if images:
+            by_prompt = [[of[n : n + SEEDS] for n in range(0, len(of), SEEDS)] for of in (images, self.drawn)]
+            record["extras"][key]["diversity"] = diversity(*by_prompt)
+        if predicted is not None and self.predicted is not None:
+            with_trigger, without = (predicted - self.predicted).square().flatten(1).mean(dim=1).tolist()
+            record["extras"][key]["leak"] = without / max(with_trigger, 1e-12)
+        return images
+
+    def losses(self, label: str) -> dict[str, Any]:
+        return {kind: rounded(self.subject.losses(probes, label)) for kind, probes in self.probes.items()}
+
+    def opinions(self, images: list[Image.Image], styled: bool) -> list[Opinion]:
+        """Of the model as it is, of a picture of each prompt."""
+        pairs = tqdm(list(zip(self.prompts, images, strict=True)), desc="judging", unit="img", leave=False)
+        return [self.judge.opinion(image, prompt.text, prompt.seed or 0, styled) for prompt, image in pairs]
+
+    def look(self, images: list[Image.Image], opinions: list[Opinion]) -> list[dict[str, Any]]:
+        """What a record says of each picture."""
+        return [
+            {**opinion._asdict(), "flat": flat_share(image), "clipped": clipped_share(image),
+             "nearest": self.album.nearest(features(image))}
+            for image, opinion in zip(images, opinions, strict=True)
+        ]  # fmt: skip
+
+    @torch.no_grad()
+    def predictions(self) -> torch.Tensor | None:
+        """What the model predicts for the base's pictures with the trigger and without it, [2, …]; None without a trigger or
+        pictures.
+        """
+        if not self.trigger or not self.drawn:
+            return None
+        subject, found = self.subject, []
+        for spelled in (
+            (prompt.text for prompt in self.prompts),
+            (without_trigger(p.text, self.trigger) for p in self.prompts),
+        ):
+            for text, prompt, image in zip(spelled, self.prompts, self.drawn, strict=True):
+                states = subject.denoiser.encode_text(tokenize(subject.denoiser.tokenizers, [text], None).to(subject.device))
+                latents, size = latents_of(image, subject.pipe.vae), (image.height, image.width)
+                found.append(predictions(subject.denoiser, subject.diffusion, latents, states, size, prompt.seed or 0))
+        return torch.stack(found).unflatten(0, (2, -1))

@@ -1,0 +1,84 @@
+"""Looks at the pictures that a run draws: do they show what was asked, do they copy what was trained on, are they empty?"""
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data import Stream
+from dataset.sources import Source
+from evaluation.judge import Judge, judged_texts
+from evaluation.record import picture, thumbnail
+from evaluation.tells import Album, clipped_share, features, flat_share
+from evaluation.validation import picture_of, quiet_stream
+from lora import Adapter
+from memory import temporarily_on
+from model.diffusion import Diffusion
+from model.prompts import Prompt, read_prompts
+from options.training import DiffusionConfig
+from run.held_out import HeldOut
+from run.setup import TrainingModel
+
+MOST_THUMBNAILS = {"trained": 40, "kept_out": 16}  # shown on the page; pictures are compared with them
+FEWEST_TEXTS = 3  # that a judge can choose from
+CAPTIONS = 50  # that are read for its texts
+
+
+class Examiner:
+    """Each rank judges the pictures that it has drawn; rank 0 does the rest, and keeps the record."""
+
+    def __init__(
+        self, model: TrainingModel, adapter: Adapter, held_out: HeldOut, stream: Stream, prompts: list[Prompt], most: int,
+        record: dict[str, Any],
+    ):  # fmt: skip
+        """`most`: predictions at once."""
+        self.model, self.adapter, self.held_out, self.stream, self.record = model, adapter, held_out, stream, record
+        self.trigger = stream.captions.trigger
+        schedule = model.pipe.scheduler
+        diffusion = Diffusion(DiffusionConfig(), schedule.alphas_cumprod, schedule.config.prediction_type, model.device)
+        captions = sorted(set(held_out.training.local_captions(CAPTIONS)))
+        usual = [prompt.text for prompt in read_prompts((), model.name, "without a style")]
+        texts = judged_texts([prompt.text for prompt in prompts], captions, usual, self.trigger)
+        self.judge = Judge(model.full_denoiser, diffusion, model.vae, texts, most) if len(texts) >= FEWEST_TEXTS else None
+        self.album = Album({}, {})
+
+    def begin(self) -> None:
+        """On rank 0: small pictures of the data, unless the record of a resumed run holds them."""
+        if "thumbs" not in self.record:
+            kept_out = self.held_out.kept_out
+            with temporarily_on(self.model.device, self.model.kept_on_host):
+                parts = {"trained": self.thumbnails("trained", self.held_out.training, range(self.held_out.training.samples))}
+                parts["kept_out"] = self.thumbnails("kept_out", kept_out, self.held_out.numbers) if kept_out else {}
+            self.record["thumbs"] = parts
+        thumbs: dict[str, dict[str, Any]] = self.record["thumbs"]
+        pictures = {kind: {name: picture(of["jpeg"]) for name, of in named.items()} for kind, named in thumbs.items()}
+        self.album = Album(**pictures)
+        shares = {"flat": flat_share, "clipped": clipped_share}
+        data = [*pictures["trained"].values(), *pictures["kept_out"].values()]
+        self.record["data_shares"] = {name: max(map(share, data), default=0.0) for name, share in shares.items()}
+        self.record["usual_distance"] = self.album.usual_distance
+
+    def thumbnails(self, kind: str, source: Source, numbers: Any) -> dict[str, dict[str, str]]:
+        """{name: caption and small picture} of some of these samples, evenly spread."""
+        most = MOST_THUMBNAILS[kind]
+        stream = quiet_stream(source, self.stream)
+        chosen = [numbers[n] for n in np.linspace(0, len(numbers) - 1, min(most, len(numbers))).round().astype(int)]
+        found = [picture_of(stream, int(n), self.model.vae, self.model.device) for n in chosen]
+        return {name: {"caption": caption, "jpeg": thumbnail(image)} for name, caption, image in filter(None, found)}
+
+    def opinion(self, image: Image.Image, prompt: Prompt, strength: float) -> dict[str, Any]:
+        """The better opinion of base and LoRA of a picture that was drawn at this strength; {} without a judge. The model is on
+        the device.
+        """
+        if not self.judge:
+            return {}
+        opinions = []
+        for scale in {0.0, strength}:
+            with self.adapter.scaled(scale):
+                opinions.append(self.judge.opinion(image, prompt.text, prompt.seed or 0, styled=scale != 0))
+        return max(opinions)._asdict()
+
+    def look(self, image: Image.Image, file: str, opinion: dict[str, Any]) -> dict[str, Any]:
+        """What the record says of a picture in `file`."""
+        measured = {"flat": flat_share(image), "clipped": clipped_share(image)}
+        return {"file": file, **measured, **opinion, "nearest": self.album.nearest(features(image))}
