@@ -5,6 +5,7 @@ on a phone. Its words and its look are in page.html beside this.
 import base64
 import io
 import math
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -24,16 +25,16 @@ from evaluation.verdict import COPIES, StepFigures, Verdict
 Scalars = list[tuple[int, float]]  # (step, value) of a tag
 
 LONGER_SIDE, ALL_PIXELS = 512, 27 * 512**2  # of a picture at most; of all together, which holds the page at some 3 MB
-DATA_LINES = ("data", "caption", "cut short", "buckets")  # of what a run prints at its start
+DATA_LINES = ("data", "caption", "cut short", "buckets", "validation")  # of what a run prints at its start
 MOST_POINTS = 300  # of a curve
 WIDTH, HEIGHT, LEFT, RIGHT, ABOVE, BELOW = 360, 212, 44, 14, 12, 36  # of a chart and its margins
 RATE, MEMORY = "Images per second", "Peak memory, GiB"
-CURVES = {  # title: (what its tags are or begin with, in older runs, whether it scatters)
-    "Loss": ("train/loss", "loss", True),
-    "Norm of the gradient": ("train/grad_norm", "grad_norm", True),
-    "Learning rate": ("train/lr", "lr", False),
-    RATE: ("speed/images_per_second", "images_per_second", True),
-    MEMORY: ("memory/peak_GiB", "peak_memory_GiB", False),
+CURVES = {  # title: (pattern of its tags, in logs of any version, with the name of its line; whether it scatters)
+    "Loss": (r"(?:train/)?loss()", True),
+    "Norm of the gradient": (r"(?:train/)?grad_norm[/_]?(.*)", True),
+    "Learning rate": (r"(?:train/)?lr[/_](.*)", False),
+    RATE: (r"(?:speed/)?images_per_second()", True),
+    MEMORY: (r"(?:memory/peak|peak_memory)_GiB()", False),
 }
 
 
@@ -266,14 +267,13 @@ def chart_of_balance(verdict: Verdict) -> dict[str, Any] | None:
 
 
 def curves_of(scalars: dict[str, Scalars]) -> dict[str, dict[str, Scalars]]:
-    """{title in CURVES: {what follows in the tag, such as 'unet', or '': its finite readings}}, where there are two or more."""
+    """{title in CURVES: {name of a line, such as 'unet' or '': its finite readings}}, where there are two or more."""
     curves: dict[str, dict[str, Scalars]] = {}
-    for title, (*tags, _) in CURVES.items():
+    for title, (pattern, _) in CURVES.items():
         for tag, readings in scalars.items():
-            names = [tag[len(known) + 1 :] for known in tags if f"{tag}/".startswith(f"{known}/")]
             finite = [(step, value) for step, value in readings if math.isfinite(value)]
-            if names and len(finite) > 1:
-                curves.setdefault(title, {})[names[0]] = finite
+            if (match := re.fullmatch(pattern, tag)) and len(finite) > 1:
+                curves.setdefault(title, {})[match[1]] = finite
     return curves
 
 
@@ -286,7 +286,7 @@ def chart_of_curves(title: str, named: dict[str, Scalars]) -> dict[str, Any]:
     ends = [0.0]
     for points, names in merged.items():
         shown = np.unique(np.linspace(0, len(points) - 1, min(len(points), MOST_POINTS)).astype(int)).tolist()
-        dots, smooth = [Point(*points[i]) for i in shown], CURVES[title][-1]
+        dots, smooth = [Point(*points[i]) for i in shown], CURVES[title][1]
         line = running_median(points, shown) if smooth else dots
         lines.append(Line(", ".join(names), line, dots if smooth and not lines else []))
         ends += np.quantile([value for _, value in points], (0.005, 0.995)).tolist()

@@ -67,7 +67,7 @@ def record_of_files(out: Path) -> dict:
         "steps": options.get("steps", step),
         "images_per_step": options.get("bs", 0) * options.get("grad_accum", 1),
         "epoch": int(metadata.get("ss_num_train_images", 0)),
-        "changed": {key.replace("_", "-"): value for key, value in options.items() if defaults.get(key, value) != value},
+        "changed": {key: value for key, value in options.items() if defaults.get(key, value) != value},
     }
     files = {str(n): {"name": path.name, "sha256": sha256_of(path.read_bytes())} for n, (path, *_) in sorted(headers.items())}
     with suppress(UserError, OSError):

@@ -263,20 +263,18 @@ def test_a_log_that_a_crash_has_cut_is_read_up_to_there(tmp_path):
 
 
 def test_tags_of_old_and_new_logs_give_the_same_curves(tmp_path):
-    new = ("train/loss", "train/grad_norm", "train/grad_norm/unet", "train/lr/unet", "train/lr/text_encoder")
+    new = ("train/loss", "train/grad_norm", "train/grad_norm_unet", "train/lr_unet", "train/lr_text_encoder")
     new += ("speed/images_per_second", "memory/peak_GiB")
     old = ("loss", "grad_norm", "grad_norm/unet", "lr/unet", "lr/text_encoder", "images_per_second", "peak_memory_GiB")
-    others = {"loss_scale": [(1, 1.0), (2, 1.0)], "train/loss_on_kept_out": [(1, 1.0), (2, 1.0)]}
-    htmls = [
-        page({}, NO_VERDICT, {tag: [(10, 0.5), (20, math.nan), (30, 0.25 + len(tag.split("/")[-1]))] for tag in tags[:3]} | {
-            tag: [(10, 0.5), (20, 0.75)] for tag in tags[3:]
-        } | others, tmp_path)
-        for tags in (new, old)
-    ]  # fmt: skip
+    others = {tag: [(1, 1.0), (2, 1.0)] for tag in ("loss_scale", "train/loss_scale", "validation/loss", "memory/reserved_GiB")}
+    htmls = []
+    for tags in (new, old):
+        values = dict(zip(tags, (1, 2, 3, 4, 4, 5, 6), strict=True))
+        scalars = {tag: [(10, 0.5), (20, math.nan), (30, value)] for tag, value in values.items()}
+        htmls.append(page({}, NO_VERDICT, scalars | others, tmp_path))
     assert htmls[0] == htmls[1]
-    assert re.findall("<h3>(.+?)</h3>", htmls[0]) == [
-        "Loss", "Norm of the gradient", "Learning rate", "Images per second", "Peak memory, GiB",
-    ]  # fmt: skip
+    titles = "Loss; Norm of the gradient; Learning rate; Images per second; Peak memory, GiB"
+    assert "; ".join(re.findall("<h3>(.+?)</h3>", htmls[0])) == titles
     assert "nan" not in htmls[0]
     assert htmls[0].count('<svg class="key"') == 2  # both norms; the learning rates are one line
 
