@@ -181,7 +181,7 @@ def main(config: TrainConfig) -> Ending:
     gallery = Gallery(config.gallery, model, adapter, prompts, resolution, config.checkpoints, ranks, stop, plan, examiner)
     stop.end_setup()  # from here on the loop notices a signal: an exception would leave worker processes half made
     loader = Loader(stream, run.samples, run.left_out, pin_memory=device.type == "cuda")
-    report.opening(stream, plan, checkpoints, lineage, validation.describe())
+    report.opening(stream, plan, checkpoints, lineage, gallery.prompts, validation.describe())
     validation.begin()
     report.pictures(gallery.begin(run.step))
     record.begin(gallery.prompts, report.lines, samples_per_step)
@@ -229,7 +229,7 @@ def main(config: TrainConfig) -> Ending:
         ranks, finished=run.step == config.steps or validation.over, out_of_memory=accumulate.failed,
         data_lost=loader.error is not None, not_saved=checkpoints.disk.failed,
     )  # fmt: skip
-    report.closing(ending, checkpoints, loader, model.text_inputs.advice())
+    report.closing(ending, checkpoints, loader, model.text_inputs.advice(), validation.improvement)
     record.close(ending)
     leave_ranks()
     if loader.error and run.step == start:

@@ -113,10 +113,8 @@ class Examination:
         if not self.trigger or not self.drawn:
             return None
         subject, found = self.subject, []
-        for spelled in (
-            (prompt.text for prompt in self.prompts),
-            (without_trigger(p.text, self.trigger) for p in self.prompts),
-        ):
+        texts = [prompt.text for prompt in self.prompts]
+        for spelled in (texts, [without_trigger(text, self.trigger) for text in texts]):
             for text, prompt, image in zip(spelled, self.prompts, self.drawn, strict=True):
                 states = subject.denoiser.encode_text(tokenize(subject.denoiser.tokenizers, [text], None).to(subject.device))
                 latents, size = latents_of(image, subject.pipe.vae), (image.height, image.width)

@@ -15,7 +15,7 @@ from evaluation.validation import BANDS
 
 # Where a tell goes off. Measured on the bundled model (docs/evaluation.md has the figures): z relative to the base stayed above
 # 0.75 in a good run, and fell to 0.6, 0.2 and 0.1 in one that collapsed.
-PROMPTS_LOST = 0.6  # z, relative to the base's
+PROMPTS_LOST = 0.6  # clearness z, or pictures in which the prompt is recognised, relative to the base's
 BY_HEART = 0.15  # of the base's loss: by which pictures that were trained on do better than those that were not
 COPIES = 0.5  # of the usual distance between a picture that was kept out and the trained one that is most like it
 SPOILT = 0.3  # share of pixels that are clipped, or flat, beyond that of base and data
@@ -42,7 +42,7 @@ class StepFigures:
     bands: tuple[Interval | None, ...] = ()  # the same in each of ten bands of timesteps, from little noise to much
     trained: Interval | None = None  # on as many pictures that were trained on
     gap: Interval | None = None  # trained - kept out
-    prompts: Interval | None = None  # z of the judge, relative to that of the base's pictures: 1 is as well
+    prompts: Interval | None = None  # how clearly pictures show what was asked (z), relative to the base's: 1 is as clearly
     diversity: Interval | None = None  # over seeds, relative to the base's
     leak: float | None = None  # effect without the trigger, relative to that with it
     tells: tuple[Tell, ...] = ()
@@ -118,10 +118,10 @@ def obedience(record: dict[str, Any], step: int) -> Interval | None:
 def find_tells(record: dict[str, Any], found: StepFigures) -> Iterator[Tell]:
     pictures = drawn(record, found.step)
     of = f"of {len(pictures)} pictures"
-    if found.prompts and found.prompts.mean < PROMPTS_LOST:
-        seen = sum(bool(own.get("recognised")) for own, _ in pictures)
-        text = f"the base recognises what was asked in {seen} {of}, {found.prompts.mean:.0%} as clearly as in its own"
-        yield Tell("prompts", text)
+    seen, usually = (sum(bool(pair[n].get("recognised")) for pair in pictures) for n in (0, 1))
+    if found.prompts and (found.prompts.mean < PROMPTS_LOST or seen < PROMPTS_LOST * usually):
+        clearly = f"{max(0, found.prompts.mean):.0%} as clearly as in the base's"
+        yield Tell("prompts", f"what was asked is seen in {seen} {of}, {clearly}")
     if found.gap and found.gap.mean > BY_HEART and found.gap.low > 0:
         yield Tell("by heart", f"it does {found.gap.mean:.0%} better on pictures that it was trained on than on others")
     usual = record.get("usual_distance") or 0.0
@@ -203,7 +203,7 @@ def sentences(record: dict[str, Any], steps: Sequence[StepFigures], recommended:
     if chosen.gap and chosen.trained:
         yield describe_gap(chosen.trained, chosen.gap)
     if chosen.prompts and is_sound(chosen):
-        yield f"Its pictures show what was asked, at {percent(chosen.prompts)} of the clearness of the base's."
+        yield f"Its pictures show what was asked, {chosen.prompts.mean:.0%} as clearly as the base's."
     yield from (f"Step {chosen.step}: {tell.sentence}." for tell in chosen.tells)
     if later := [one for one in spoilt if one.step > chosen.step]:
         yield f"Later files went too far. Step {later[0].step}: {later[0].tells[0].sentence}."

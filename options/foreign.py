@@ -76,7 +76,7 @@ NOT_NEEDED = {  # why nothing needs to be said here: their names
     "the memory plan decides: --vram-gb":
         "full_bf16 full_fp16 lowram highvram sdxl_no_half_vae no_half_vae vae_batch_size allow_tf32",
     "workers live as long as the run": "persistent_data_loader_workers num_cpu_threads_per_process",
-    "logs are for TensorBoard: --log-dir":
+    "logs are for TensorBoard, or with --log-to for Weights & Biases":
         "log_with report_to log_prefix log_tracker_name wandb_api_key wandb_run_name log_tracker_config logging_strategy",
     "the newest state is always saved, and LoRA files are .safetensors":
         "save_state save_last_n_steps_state save_state_on_train_end save_model_as",

@@ -4,6 +4,7 @@ import math
 import re
 import time
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -256,8 +257,16 @@ class GalleryConfig(Options):
 
 @dataclass(frozen=True)
 class ReportConfig(Options):
+    log_to: Literal["tensorboard", "wandb", "both"] = option("tensorboard", resume="free")
+    """Where the run can be watched. wandb: Weights & Biases, project sdxl-lora or that of WANDB_PROJECT."""
     log_dir: Path = option(Path("runs"), resume="free")
-    """Folder for TensorBoard logs."""
+    """Folder for logs."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        found = None if self.log_to == "tensorboard" else find_spec("wandb")
+        if self.log_to != "tensorboard" and not (found and found.origin):  # a folder `wandb` of logs would be found, too
+            raise UserError(f"--log-to {self.log_to} needs a package that is not here: pip install 'wandb>=0.31'")
 
     def new_log(self, name: str | None) -> str:
         """A folder named after the LoRA and the time."""

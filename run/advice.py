@@ -24,14 +24,13 @@ def concerns(stream: Stream, looks: float, on_cpu: bool, parameters: int) -> lis
     return lines
 
 
-def next_steps(file: Path, log_dir: str, model: str) -> list[str]:
-    """Commands to copy after a run that wrote `file`."""
+def next_steps(file: Path, log_dir: str | None, model: str) -> list[str]:
+    """Commands to copy after a run that wrote `file`; `log_dir`: of TensorBoard."""
     samples, quoted = file.parent / "samples", shlex.quote(str(file))
     lines = [f"pictures   {samples}/"] if samples.exists() else []
-    lines += [
-        f"look       python infer.py --lora {quoted} --compare",
-        f"curves     tensorboard --logdir {shlex.quote(str(Path(log_dir).parent))}",
-    ]
+    lines.append(f"look       python infer.py --lora {quoted} --compare")
+    if log_dir:
+        lines.append(f"curves     tensorboard --logdir {shlex.quote(str(Path(log_dir).parent))}")
     if model != "demo":  # no other program knows the bundled model
         lines.append(f"use it     cp {quoted} ComfyUI/models/loras/    (strength 0.7 to 1)")
     return lines

@@ -22,6 +22,7 @@ from options.training import CaptionConfig, CheckpointConfig, GalleryConfig
 from performance.memory_plan import Plan
 from run.examiner import Examiner
 from run.header import file_stem
+from run.log import sample_tag
 from run.ranks import Ranks
 from run.setup import TrainingModel
 from run.stop import StopRequest
@@ -104,7 +105,7 @@ class Gallery:
         if len(sheets) == len(self.prompts):
             files[f"step-{step:06}.png"] = stack(list(sheets.values()))
         self.disk("the pictures", partial(self.write, files))
-        return {f"p{i + 1}": np.asarray(sheet) for i, sheet in sheets.items()}
+        return {sample_tag(i, len(self.prompts)): np.asarray(sheet) for i, sheet in sheets.items()}
 
     def remember(self, step: str, i: int, looked_at: dict[str, Any]) -> None:
         """What the record says of the picture of prompt `i`."""

@@ -1,10 +1,8 @@
-"""What a run reports of itself: lines on the terminal, a progress bar, and scalars and pictures for TensorBoard."""
+"""What a run reports of itself: lines on the terminal, a progress bar, and what goes to the logs."""
 
-import json
 import math
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import Collection
 from functools import partial
@@ -12,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from common.errors import first_names, warn, warn_of
 from common.files import TolerantWriter, check_writable, write_atomically
@@ -21,6 +18,7 @@ from common.text import duration
 from data import Loader, Stream
 from memory import forget_peak_memory, memory_in_use, peak_memory
 from model.check import describe_model
+from model.prompts import Prompt
 from options.command import options_as_toml
 from performance.memory_plan import Plan
 from run.accumulation import Step
@@ -29,12 +27,13 @@ from run.bad_steps import not_finite
 from run.checkpoints import Checkpoints, Run
 from run.ending import Ending
 from run.lineage import Lineage
+from run.log import TAGS, Logs, compared_options, config_text, open_logs, prompts_text
 from run.optimiser import Optimiser
 from run.ranks import Ranks
 from run.watchdog import Watchdog
 
 LOG_EVERY = 10  # steps; reading makes the host wait for the device, and so do saves and checks of the ranks
-AGAIN = 60  # seconds until a log that could not be written is tried again
+FINAL = 10  # readings whose mean is the final loss
 LINE_EVERY = 60  # seconds between lines on the progress where stderr is no terminal
 
 
@@ -60,16 +59,20 @@ class Report:
         self.meter = Meter(self.device, self.adapter.groups, LOG_EVERY)
         self.watchdog = Watchdog(train_step.diffusion.loss_of_zero_prediction, ranks.rank)
         self.progress = tqdm(disable=True)
-        self.log: Log | NoLog = NoLog()
+        self.log = Logs()
         if ranks.is_first:
             check_writable("--log-dir", Path(run.log_dir).parent)
 
-    def opening(self, stream: Stream, plan: Plan, checkpoints: Checkpoints, lineage: Lineage, validation: str) -> None:
+    def opening(
+        self, stream: Stream, plan: Plan, checkpoints: Checkpoints, lineage: Lineage, prompts: list[Prompt], validation: str
+    ) -> None:
         """Begins the log, prints what the run is about to do, and begins to measure. `validation`: what is measured beside."""
         self.lines = self.summary(stream, plan, checkpoints, lineage, validation)
         if self.ranks.is_first:
-            self.log = Log(self.run.log_dir, self.run.step + 1, TolerantWriter())
-            self.log.add_text("config", f"```json\n{json.dumps(checkpoints.flags, indent=2)}\n```", self.run.step)
+            self.log = open_logs(self.run.log_dir, self.run.step, checkpoints.flags)
+            self.log.add_text("config", config_text(checkpoints.flags), self.run.step)
+            if prompts:
+                self.log.add_text("prompts", prompts_text(prompts), self.run.step)
             content = options_as_toml(checkpoints.flags | lineage.options, sys.argv).encode(errors="backslashreplace")
             file = Path(self.run.log_dir) / "config.toml"
             TolerantWriter()(str(file), partial(write_atomically, file, content))
@@ -147,36 +150,41 @@ class Report:
         scalars |= {f"lr/{name}": rate for name, rate in rates.items()}
         scalars |= dict(zip(("peak_memory_GiB", "peak_reserved_GiB"), peak_memory(self.device), strict=True))
         scalars["memory_in_use"] = memory_in_use(self.device)
-        for name, value in scalars.items():
-            self.log.add_scalar(name, value, self.run.step)
+        self.show(scalars)
         checks = {"checksum": self.adapter.checksum(), "recorded_again": self.graphed.recorded_again}
         self.watchdog.see(scalars | self.meter.largest_norms | checks)
         return spoilt
 
+    def show(self, measured: dict[str, float]) -> None:
+        """{name: value} at this step, for the logs: the names of TAGS."""
+        self.log.add_row({TAGS[name]: value for name, value in measured.items()}, self.run.step)
+
     def saved(self, error: float | None) -> None:
         """After a save; `error` as Checkpoints.save returns it."""
         if error is not None:
-            self.log.add_scalar("largest_error_of_the_file", error, self.run.step)
+            self.show({"largest_error_of_the_file": error})
 
     def validated(self, scalars: dict[str, float]) -> None:
-        """{name: value} of a validation; NaN is left out. The time that it took counts for no step."""
-        for name, value in scalars.items():
-            if math.isfinite(value):
-                self.log.add_scalar(f"validation/{name}", value, self.run.step)
+        """{name: value} of a validation. The time that it took counts for no step."""
+        self.show(scalars)
         self.meter.restart()
 
     def pictures(self, sheets: dict[str, np.ndarray]) -> None:
         """{tag: [H, W, 3] uint8}. The time that saving and drawing took counts for no step, and what memory pictures before
         the first step took not for the plan.
         """
-        for tag, sheet in sheets.items():
-            self.log.add_image(f"samples/{tag}", sheet, self.run.step, dataformats="HWC")
+        if sheets:
+            self.log.add_pictures(sheets, self.run.step)
         if self.run.step == 0:
             forget_peak_memory(self.device)
         self.meter.restart()
 
-    def closing(self, ending: Ending, checkpoints: Checkpoints, loader: Loader, advice: str | None) -> None:
-        """Prints how the run ended, and `advice` for the next one. Called by all ranks."""
+    def closing(
+        self, ending: Ending, checkpoints: Checkpoints, loader: Loader, advice: str | None, improvement: float | None = None
+    ) -> None:
+        """Prints how the run ended, and `advice` for the next one. Called by all ranks. `improvement`: by how much the
+        validation loss fell.
+        """
         if loader.error and self.run.step > self.first_step:
             warn_of("train_lora.py", loader.error)
         names = sorted(self.ranks.union(loader.skipped))
@@ -190,7 +198,9 @@ class Report:
             file = checkpoints.config.out / self.run.saved[-1]
             print(f"wrote {file}{next_time}")
             if ending is Ending.FINISHED:
-                print(*next_steps(file, self.run.log_dir, str(checkpoints.flags["model"])), sep="\n")
+                self.outcome(checkpoints, improvement)
+                events = self.run.log_dir if checkpoints.flags["log_to"] != "wandb" else None
+                print(*next_steps(file, events, str(checkpoints.flags["model"])), sep="\n")
         else:
             print(ending.nothing_saved)
         self.log.close()
@@ -198,6 +208,14 @@ class Report:
             print(line)
         if names:
             print(f"skipped {len(names)} images, broken, left out or without a caption: {first_names(names)}")
+
+    def outcome(self, checkpoints: Checkpoints, improvement: float | None) -> None:
+        """Logs what this run can be compared by with others. The loss of ten steps would say little."""
+        losses = [loss for one in self.watchdog.readings[-FINAL:] if math.isfinite(loss := one["loss"])]
+        metrics = {TAGS["final_loss"]: sum(losses) / len(losses)} if losses else {}
+        if improvement is not None:
+            metrics[TAGS["final_improvement"]] = improvement
+        self.log.add_outcome(compared_options(checkpoints.flags, checkpoints.policies), metrics, self.run.step)
 
 
 class Meter:
@@ -258,38 +276,3 @@ class Meter:
             helps = "" if has_latents else ", or latents made ready by scripts/cache_latents.py"
             return f"waiting for data took {share:.0%} of the time: more --workers{helps}"
         return None
-
-
-class Log:
-    """TensorBoard's writer. `attempt` makes each call, so that what the disk refuses is reported once and does not end the run;
-    a new file is begun a minute later. Scalars from `purge_step` on, of a run that was killed, are hidden.
-    """
-
-    def __init__(self, folder: str, purge_step: int, attempt: TolerantWriter):
-        self.folder, self.attempt, self.tried = folder, attempt, -math.inf
-        self.writer: SummaryWriter | None = SummaryWriter(folder, purge_step=purge_step)
-        threading.excepthook = not_of_the_disk
-
-    def call(self, name: str, *args, **kwargs) -> None:
-        self.tried = time.monotonic()
-        writer, self.writer = self.writer or SummaryWriter(self.folder), None
-        getattr(writer, name)(*args, **kwargs)
-        self.writer = writer  # not one that has failed: it would go on failing
-
-    def __getattr__(self, name: str):
-        if not self.writer and time.monotonic() < self.tried + AGAIN:
-            return lambda *args, **kwargs: None
-        return lambda *args, **kwargs: self.attempt(f"TensorBoard's {self.folder}", partial(self.call, name, *args, **kwargs))
-
-
-def not_of_the_disk(args: threading.ExceptHookArgs) -> None:
-    """threading.excepthook, but for errors of the disk: the writer's thread ends with them, and the log's next call reports."""
-    if not isinstance(args.exc_value, OSError):
-        threading.__excepthook__(args)
-
-
-class NoLog:
-    """The log of every rank but the first: each call does nothing."""
-
-    def __getattr__(self, name: str):
-        return lambda *args, **kwargs: None

@@ -1,5 +1,6 @@
 """The denoising loss in the course of a run, on pictures that were kept out of it and on as many that were not."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from data import Stream
 from dataset.sources import Source
 from evaluation.record import described, rounded
 from evaluation.validation import BANDS, TRAINED, Losses, Probe, losses_of, make_probes, quiet_stream
-from evaluation.verdict import figures, measurements_since_best
+from evaluation.verdict import figures, loss_of_images, measurements_since_best
 from lora import Adapter
 from memory import note_if_out_of_memory, temporarily_on
 from model.diffusion import Diffusion
@@ -42,6 +43,7 @@ class Validation:
         schedule = model.pipe.scheduler
         self.diffusion = Diffusion(DiffusionConfig(), schedule.alphas_cumprod, schedule.config.prediction_type, model.device)
         self.probes: dict[str, list[Probe]] = {}
+        self.improvement: float | None = None  # of the last measurement
         self.patience = config.validation.patience
         self.every = config.validation.validate_every or int(config.checkpoints.save_every)
         self.times = -(-config.steps // self.every)
@@ -111,14 +113,14 @@ class Validation:
         """The losses after `step` go into the record. Returns what a log says of them. Called by all ranks."""
         losses = self.record.setdefault("losses", {})
         losses[str(step)] = self.losses(1.0)
-        if not self.ranks.is_first:
-            return {}
         found = figures(self.record, step)
-        scalars = {"loss": float(np.mean([np.mean(rows) for rows in losses[str(step)]["kept_out"]]))}
-        for name, interval in {"improvement": found.improvement, "trained": found.trained, "gap": found.gap}.items():
-            if interval:
-                scalars |= {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
-        return scalars
+        scalars = {"validation_loss": float(loss_of_images(self.record, step).mean())}
+        if found.improvement:
+            self.improvement = found.improvement.mean
+            scalars |= dict(zip(("improvement", "improvement_low", "improvement_high"), found.improvement, strict=True))
+        if found.trained and found.gap:
+            scalars |= {"trained": found.trained.mean, "gap": found.gap.mean}
+        return {name: value for name, value in scalars.items() if math.isfinite(value)}
 
     def losses(self, strength: float) -> dict[str, Losses]:
         """{"kept_out", "trained": losses} with the LoRA at this strength; 0 is the base."""

@@ -10,9 +10,10 @@ import pytest
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.run import parse_args
 
 from common.errors import UserError
-from common.options import check_options, flat_options, leaves, option, resume_policies
+from common.options import check_options, flag_of, flat_options, leaves, option, resume_policies
 from options.training import CheckpointConfig, DataConfig, TrainConfig
 
 HEAVY = ("torch", "diffusers", "transformers", "bitsandbytes", "xformers", "tensorboard")
@@ -37,6 +38,13 @@ def test_help_and_mistakes_answer_before_pytorch_is_imported():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("usage:") == len(scripts) > 8
+
+
+def test_torchrun_leaves_every_flag_to_the_script():
+    """It looks at what follows the script's name, too, and ends if a flag abbreviates two of its own, as --log would."""
+    for flag in (flag_of(spec.name) for spec, _ in leaves(TrainConfig())):
+        for written in (flag, flag.replace("--", "--no-", 1)):
+            assert parse_args(["train_lora.py", written, "1"]).training_script_args == [written, "1"]
 
 
 NUMBERS = st.one_of(st.integers(-(10**6), 10**6), st.floats())

@@ -86,14 +86,14 @@ def test_gallery_shows_base_and_adapter(pipe, denoiser, tmp_path):
     assert gallery.draw(7) == {}
     stop.requested = False
     (first, second), start = gallery.draw(7).values(), gallery.begin(0)
-    assert start.keys() == {"p1", "p2"}
+    assert list(start) == ["samples/p1", "samples/p2"]
     assert gallery.begin(7) == {}
     shake(adapter)
     changed = gallery.draw(8)
     middle = first.shape[1] // 2
-    assert np.array_equal(first[:, : middle - 8], changed["p1"][:, : middle - 8])
-    assert not np.array_equal(first[:, middle + 8 :], changed["p1"][:, middle + 8 :])
-    assert changed["p2"].shape[1] == second.shape[1] > changed["p2"].shape[0]
+    assert np.array_equal(first[:, : middle - 8], changed["samples/p1"][:, : middle - 8])
+    assert not np.array_equal(first[:, middle + 8 :], changed["samples/p1"][:, middle + 8 :])
+    assert changed["samples/p2"].shape[1] == second.shape[1] > changed["samples/p2"].shape[0]
     files = {path.name for path in (tmp_path / "samples").iterdir()}
     names = {f"step-00000{step}-p{i}-{name}.png" for step in (7, 8) for i in (1, 2) for name in ("base", "lora")}
     begun = {"step-000000.png", "step-000000-p1-base.png", "step-000000-p2-base.png"}

@@ -43,8 +43,9 @@ from model.vae import sample_latents
 from options.training import LoRAConfig, MemoryConfig, OptimiserConfig
 from performance.cuda_graph import GraphedStep
 from run.checkpoints import Run
+from run.log import TAGS, TensorBoardLog
 from run.optimiser import lr_factor
-from run.report import Log, Meter
+from run.report import Meter
 from run.state import find_state, find_states, save_state
 from run.stop import StopRequest
 
@@ -60,10 +61,10 @@ def equal(first: dict, second: dict) -> bool:
     return first.keys() == second.keys() and all(torch.equal(tensor, second[key]) for key, tensor in first.items())
 
 
-def last(folder, scalar: str) -> float:
-    """The newest value of a scalar in the TensorBoard log below `folder`."""
+def last(folder, measured: str) -> float:
+    """The newest value of what is measured in the TensorBoard log below `folder`."""
     (events,) = folder.iterdir()
-    return EventAccumulator(str(events)).Reload().Scalars(scalar)[-1].value
+    return EventAccumulator(str(events)).Reload().Scalars(TAGS[measured])[-1].value
 
 
 def visible(folder: Path) -> list[str]:
@@ -96,23 +97,13 @@ def test_a_run_writes_weights_metadata_and_logs(train, tiny_model, shards, tmp_p
     assert config.items() >= {**resolved, "attention": "sdpa", "steps": 7, "model": tiny_model.name}.items()
     (events,) = (tmp_path / "runs").iterdir()
     log = EventAccumulator(str(events)).Reload()
-    expected = {
-        "loss",
-        "grad_norm",
-        "images_per_second",
-        "waiting_for_data",
-        "peak_memory_GiB",
-        "peak_reserved_GiB",
-        "lr/unet",
-        "lr/text_encoder",
-        "loss_scale",
-    }
-    assert expected <= set(log.Tags()["scalars"])
+    later = {tag for tag in TAGS.values() if tag.startswith("validation/") or tag == "end/improvement"}
+    assert set(log.Tags()["scalars"]) == set(TAGS.values()) - later
     assert [event.step for event in log.Images("samples/p1")] == [0, 3, 6, 7]
     samples = [f"step-00000{step}{name}.png" for step in (3, 6, 7) for name in ("", "-p1-base", "-p1-lora")]
     assert visible(tmp_path / "out/samples") == sorted([*samples, "step-000000.png", "step-000000-p1-base.png"])
     assert json.loads(header["sdxl_lora.prompts"]) == [{"text": "one picture a save is enough"}]
-    assert "config/text_summary" in log.Tags()["tensors"]
+    assert {"config/text_summary", "prompts/text_summary"} <= set(log.Tags()["tensors"])
 
 
 def test_training_on_shards_lowers_the_held_out_loss(train, script, tmp_path):
@@ -326,7 +317,7 @@ def test_a_failed_save_is_tried_again_at_the_next_one(train, tmp_path, monkeypat
 
 def test_a_log_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("threading.excepthook", threading.excepthook)
-    log, attempts = Log(str(tmp_path), 0, TolerantWriter()), []
+    log, attempts = TensorBoardLog(str(tmp_path), 0, TolerantWriter()), []
 
     def fail(*arguments):
         attempts.append(arguments)
@@ -339,7 +330,7 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatch
             log.add_scalar("before", step, step)
             log.flush()
     assert len(attempts) <= 2  # a log that failed is not tried again at every call
-    monkeypatch.setattr("run.report.AGAIN", 0)
+    monkeypatch.setattr("run.log.AGAIN", 0)
     log.add_scalar("after", 1.0, 3)
     log.close()
     err = capfd.readouterr().err
@@ -544,7 +535,7 @@ def test_latents_give_the_loss_curve_of_their_images(train, script, tiny_model, 
         folders = "--out", tmp_path / name, "--log-dir", tmp_path / name / "runs"
         train("--data", pictures, "--steps", 20, "--lr", 1e-3, *bucketed, *folders)
         (events,) = (tmp_path / name / "runs").iterdir()
-        return np.array([scalar.value for scalar in EventAccumulator(str(events)).Reload().Scalars("loss")])
+        return np.array([scalar.value for scalar in EventAccumulator(str(events)).Reload().Scalars(TAGS["loss"])])
 
     images, cached = curve("images", photos), curve("cached", tmp_path / "latents")
     assert len(images) == 2

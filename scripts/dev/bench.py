@@ -210,13 +210,13 @@ def measure_row(name: str, config: BenchConfig, matmul: float) -> BenchRow:
         return row
     (events,) = (run / "log").iterdir()
     log = EventAccumulator(str(events)).Reload()
-    rates = [event.value for event in log.Scalars("images_per_second") if event.step > 10]
+    rates = [event.value for event in log.Scalars("speed/images_per_second") if event.step > 10]
     row.images_per_second = round(statistics.median(rates), 2)
     batch = int(re.findall(r"= (\d+)", next(line for line in row.told if line.startswith("batch")))[0])
     row.seconds_per_step = round(batch / row.images_per_second, 4)
     row.of_matmul_rate = round(2 * FORWARD * row.images_per_second / matmul, 3)
-    row.allocated_GiB = round(log.Scalars("peak_memory_GiB")[-1].value, 2)
-    row.reserved_GiB = round(log.Scalars("peak_reserved_GiB")[-1].value, 2)
+    row.allocated_GiB = round(log.Scalars("memory/peak_GiB")[-1].value, 2)
+    row.reserved_GiB = round(log.Scalars("memory/reserved_GiB")[-1].value, 2)
     row.two_steps_s = float(re.findall(r"two steps done ([\d.]+) s", " ".join(row.told))[0])
     return row
 
