@@ -124,11 +124,11 @@ def table_of_pictures(record: dict, verdict: Verdict, out: Path) -> tuple[list[d
             table_cell(picture, embedded(out / picture["file"], side), trained, too_near) if picture else {}
             for picture in drawn
         ]
-        rows.append({"prompt": prompt, "options": options_of(prompt), "cells": cells})
+        rows.append({"prompt": prompt, "options": prompt_options(prompt), "cells": cells})
     return columns, rows
 
 
-def options_of(prompt: dict) -> str:
+def prompt_options(prompt: dict) -> str:
     """'seed 2 · 1024 × 1024 · 20 steps · guidance 5 · strength 0.8 · without: blurry', of that what is known."""
     words = {"seed": "seed {}", "width": "{} × " + str(prompt.get("height")), "steps": "{} steps", "guidance": "guidance {:g}"}
     words |= {"strength": "strength {:g}", "negative": "without: {}"}
