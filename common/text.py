@@ -1,4 +1,4 @@
-"""Bytes -> text, by one rule for captions, prompts and metadata."""
+"""Bytes -> text, by one rule for captions, prompts and metadata; and durations in words."""
 
 import codecs
 import re
@@ -28,3 +28,11 @@ def utf16_by_its_zeros(encoded: bytes) -> str | None:
         if len(encoded) % 2 == 0 and 4 * encoded[high::2].count(0) > len(encoded) and 0 not in encoded[low::2]:
             return name
     return None
+
+
+def duration(seconds: float) -> str:
+    """'50 seconds', '4 minutes', '2 h 5 min'."""
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    minutes = round(seconds / 60)
+    return f"{minutes} minutes" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

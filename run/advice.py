@@ -24,14 +24,6 @@ def concerns(stream: Stream, looks: float, on_cpu: bool, parameters: int) -> lis
     return lines
 
 
-def duration(seconds: float) -> str:
-    """'50 seconds', '4 minutes', '2 h 5 min'."""
-    if seconds < 90:
-        return f"{seconds:.0f} seconds"
-    minutes = round(seconds / 60)
-    return f"{minutes} minutes" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
-
-
 def next_steps(file: Path, log_dir: str | None, model: str) -> list[str]:
     """Commands to copy after a run that wrote `file`; `log_dir`: of TensorBoard."""
     samples, quoted = file.parent / "samples", shlex.quote(str(file))

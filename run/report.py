@@ -14,6 +14,7 @@ import torch
 from common.errors import first_names, warn, warn_of
 from common.files import TolerantWriter, check_writable, write_atomically
 from common.progress import tqdm
+from common.text import duration
 from data import Loader, Stream
 from memory import forget_peak_memory, memory_in_use, peak_memory
 from model.check import describe_model
@@ -21,7 +22,7 @@ from model.prompts import Prompt
 from options.command import options_as_toml
 from performance.memory_plan import Plan
 from run.accumulation import Step
-from run.advice import concerns, duration, next_steps
+from run.advice import concerns, next_steps
 from run.bad_steps import not_finite
 from run.checkpoints import Checkpoints, Run
 from run.ending import Ending

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.text import duration
 from data import Stream
 from dataset.sources import PLACE, Source
 from options.training import CaptionConfig, DataConfig
-from run.advice import concerns, duration, next_steps
+from run.advice import concerns, next_steps
 
 
 def stream_of(sizes: list[tuple[int, int]]) -> Stream:

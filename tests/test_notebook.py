@@ -14,7 +14,19 @@ from conftest import ROOT, encoded, photograph
 NOTEBOOK = json.loads((ROOT / "docs/colab.ipynb").read_text("utf-8"))
 CELLS = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
 SHORT = {"MODEL": "demo", "STEPS": 2, "OPTIONS": "--bs 1 --rank 2 --workers 0 --prompts 'a cat'"}
-SUITE = ["common", "options", "dataset", "model", "performance", "lora_files", "run", "scripts", "assets", "presets"]
+SUITE = [
+    "common",
+    "options",
+    "dataset",
+    "model",
+    "performance",
+    "lora_files",
+    "evaluation",
+    "run",
+    "scripts",
+    "assets",
+    "presets",
+]
 
 
 def test_it_is_a_notebook_without_outputs():
