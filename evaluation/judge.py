@@ -30,10 +30,10 @@ SUBJECTS = (
     "a knight on a horse", "a bowl of fruit on a table", "a sailing ship in a storm", "a street at night in the rain",
 )  # fmt: skip
 DEMO_SUBJECTS = (
-    "a boy with blue eyes and spiky yellow hair eating ramen", "a man with brown hair",
+    "a boy with blue eyes and spiky yellow hair eating ramen", "a man with brown hair", "a girl with black hair waving",
     "a woman with red hair in a bun at the beach", "a girl with yellow hair, night sky background",
-    "an old man with a white beard reading a book", "a smiling girl with purple eyes and blue hair in pigtails drinking tea", "a girl with black hair waving",
-    "a woman with green eyes, long red hair and glasses, city background",
+    "an old man with a white beard reading a book", "a woman with green eyes, long red hair and glasses, city background",
+    "a smiling girl with purple eyes and blue hair in pigtails drinking tea",
 )  # fmt: skip
 JUDGE = 21  # separates its noise from that of training
 

@@ -18,9 +18,11 @@ from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from common.files import write_atomically
 from common.text import duration
 from evaluation.intervals import Interval
-from evaluation.verdict import COPIES, StepFigures, Verdict
+from evaluation.record import PAGE_FILE
+from evaluation.verdict import COPIES, StepFigures, Verdict, verdict_of
 
 Scalars = list[tuple[int, float]]  # (step, value) of a tag
 
@@ -45,6 +47,11 @@ def read_scalars(log_dir: Path) -> dict[str, Scalars]:
     log = EventAccumulator(str(log_dir), size_guidance={"scalars": 0, "images": 1})  # 0: all
     log.Reload()
     return {tag: sorted((event.step, event.value) for event in log.Scalars(tag)) for tag in sorted(log.Tags()["scalars"])}
+
+
+def write_page(out: Path, record: dict, scalars: dict[str, Scalars]) -> None:
+    """Writes OUT/report.html. Raises OSError."""
+    write_atomically(out / PAGE_FILE, page(record, verdict_of(record), scalars, out).encode())
 
 
 def page(record: dict, verdict: Verdict, scalars: dict[str, Scalars], out: Path) -> str:

@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, warn_of, warnings
-from common.files import TolerantWriter, sha256_of, write_atomically
+from common.files import TolerantWriter, sha256_of
 from common.options import flat_options
-from evaluation.page import page, read_scalars
+from evaluation.page import read_scalars, write_page
 from evaluation.record import PAGE_FILE, forget_after, read_record, write_record
 from evaluation.verdict import Verdict, verdict_of
 from lora_files.read import read_metadata
+from memory import resolve_device
 from model.prompts import Prompt
 from options.training import TrainConfig
 from run.checkpoints import Checkpoints, Run
 from run.ending import Ending
 
+CHOSEN = ("resolution", "base_precision", "attention")  # by the run, where they are not given
 LIBRARIES = ("torch", "diffusers", "transformers", "bitsandbytes")
 
 
@@ -43,14 +45,17 @@ class RunRecord:
         if not self.is_first:
             return
         flags, made = self.checkpoints.flags, self.checkpoints.made["beyond"]
-        usual = flat_options(TrainConfig())
+        usual = flat_options(TrainConfig(model=str(flags["model"])).resolved(resolve_device(str(flags["device"]))))
         versions = {name: version(name) for name in LIBRARIES} | {"suite": made["suite"], "device": lines["device"]}
         begun = self.values.get("run", {}).get("begun", time.strftime("%Y-%m-%d %H:%M"))
         self.values["run"] = {
             "steps": flags["steps"], "images_per_step": images_per_step, "epoch": self.checkpoints.source.epoch,
             "name": self.checkpoints.config.name, "model": flags["model"], "trigger": flags["trigger"], "begun": begun,
             "log_dir": self.run.log_dir, "command": shlex.join(["python", *sys.argv]), "options": flags, "versions": versions,
-            "changed": {name: str(value) for name, value in flags.items() if name in usual and value != usual[name]},
+            "changed": {
+                name: str(value) for name, value in flags.items()
+                if name in usual and value != usual[name] and not (name in CHOSEN and usual[name] in (None, "auto"))
+            },
         }  # fmt: skip
         self.values |= {"prompts": [prompt.given() for prompt in prompts], "lines": lines}
         self.write()
@@ -67,7 +72,7 @@ class RunRecord:
         self.values["run"] |= {"state": state, "reason": reason, "step": self.run.step, "seconds": seconds}
         self.values |= {"warnings": list(warnings), "files": self.saved_files()}
         self.disk("the record of the run", partial(write_record, self.out, self.values))
-        self.disk("the page of the run", self.write_page)
+        self.disk("the page of the run", partial(write_page, self.out, self.values, read_scalars(Path(self.run.log_dir))))
 
     def close(self, ending: Ending) -> None:
         """Writes how the run ended, and prints what was found."""
@@ -85,7 +90,3 @@ class RunRecord:
                 step = read_metadata(path)["sdxl_lora.step"]
                 files[step] = {"name": path.name, "sha256": known.get(path.name) or sha256_of(path.read_bytes())}
         return files
-
-    def write_page(self) -> None:
-        content = page(self.values, self.verdict, read_scalars(Path(self.run.log_dir)), self.out)
-        write_atomically(self.out / PAGE_FILE, content.encode(errors="backslashreplace"))

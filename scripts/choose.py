@@ -72,13 +72,13 @@ STRIP = 128  # pixels: width of a cell without a picture
 
 def by_step(folder: Path) -> dict[int, Path]:
     """{step: its LoRA file}. Raises UserError if there is none."""
-    files = {training_steps(path)[0]: path for path in sorted(folder.glob("*.safetensors")) if path.stem != name_of(folder)}
+    files = {training_steps(path)[0]: path for path in sorted(folder.glob("*.safetensors")) if path.stem != taken_name(folder)}
     if not (found := {step: files[step] for step in sorted(files) if step > 0}):
         raise UserError(f"{folder}: no LoRA files of train_lora.py there, with their step in the header")
     return found
 
 
-def name_of(folder: Path) -> str:
+def taken_name(folder: Path) -> str:
     """Of the file that --take writes: the LoRA's, or that of the folder."""
     return read_record(folder).get("run", {}).get("name") or folder.resolve().name
 
@@ -87,12 +87,12 @@ def take(folder: Path, step: int) -> None:
     files = by_step(folder)
     if step not in files:
         raise UserError(f"--take {step}: there are steps {', '.join(map(str, files))} in {folder}")
-    target = folder / f"{name_of(folder)}.safetensors"
+    target = folder / f"{taken_name(folder)}.safetensors"
     write_atomically(target, files[step].read_bytes())
     print(f"{target} is step {step} now")
 
 
-def pictures_of_run(folder: Path) -> HeldOut:
+def data_of_run(folder: Path) -> HeldOut:
     """What the run that wrote the folder was trained on, and what it kept out. Raises UserError if that cannot be told."""
     advice = "name a folder of pictures that it was not trained on by --data"
     log_dir = read_record(folder).get("run", {}).get("log_dir", "")
@@ -134,7 +134,7 @@ def main(config: ChooseConfig) -> None:
         return
     last = list(files.values())[-1]
     options = options_of(last)
-    data = HeldOut(open_source(config.data), open_source(config.data)) if config.data else pictures_of_run(config.folder)
+    data = HeldOut(open_source(config.data), open_source(config.data)) if config.data else data_of_run(config.folder)
     assert data.kept_out is not None
     subject = Subject(config.model or trained_on(last), config.device)
     shapes = parameter_shapes(subject.denoiser)

@@ -33,11 +33,10 @@ if __name__ == "__main__":
 import json
 from contextlib import suppress
 
-from common.files import sha256_of, write_atomically
+from common.files import sha256_of
 from common.options import flat_options
-from evaluation.page import page, read_scalars
-from evaluation.record import PAGE, read_record
-from evaluation.verdict import verdict_of
+from evaluation.page import read_scalars, write_page
+from evaluation.record import PAGE_FILE, read_record
 from lora_files.read import read_metadata
 from model.prompts import Prompt, from_header
 from options.training import TrainConfig
@@ -94,12 +93,11 @@ def main(config: PageConfig) -> None:
     scalars = read_scalars(Path(log_dir)) if log_dir else {}
     if config.log_dir and not scalars:
         raise UserError(f"--log-dir {log_dir} holds no TensorBoard log: name the folder of one run, as runs/20261127-133017")
-    content = page(record, verdict_of(record), scalars, out)
     try:
-        write_atomically(out / PAGE, content.encode())
+        write_page(out, record, scalars)
     except OSError as error:
-        raise UserError(f"{out / PAGE} cannot be written: {error.strerror}") from None
-    print(f"page       {out / PAGE}{'' if scalars else ', without curves: no log was found, --log-dir names it'}")
+        raise UserError(f"{out / PAGE_FILE} cannot be written: {error.strerror}") from None
+    print(f"page       {out / PAGE_FILE}{'' if scalars else ', without curves: no log was found, --log-dir names it'}")
 
 
 if __name__ == "__main__":
