@@ -174,10 +174,10 @@ def main(config: TrainConfig) -> Ending:
     start, samples_per_step = run.step, train_step.samples * ranks.world
     report = Report(run, config.steps, samples_per_step, ranks, train_step, optimiser, STARTED)
     checkpoints.prepare_out()
-    record = RunRecord(checkpoints, run, ranks.is_first)
+    record = RunRecord(checkpoints, run, report.curves, ranks.is_first)
     bad_steps = BadSteps(config.bad_steps, config.grad_accum, run, stream, train_step, ranks)
     validation = Validation(config, held_out, stream, model, adapter, ranks, plan, record.values)
-    examiner = Examiner(model, adapter, held_out, stream, prompts, plan.micro, record.values)
+    examiner = Examiner(model, adapter, held_out, stream, prompts, record.values)
     gallery = Gallery(config.gallery, model, adapter, prompts, resolution, config.checkpoints, ranks, stop, plan, examiner)
     stop.end_setup()  # from here on the loop notices a signal: an exception would leave worker processes half made
     loader = Loader(stream, run.samples, run.left_out, pin_memory=device.type == "cuda")

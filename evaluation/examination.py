@@ -11,7 +11,7 @@ from common.progress import tqdm
 from data import Stream
 from evaluation.judge import Judge, Opinion, judged_texts, latents_of, phrase_of, subjects_of
 from evaluation.record import described, rounded
-from evaluation.subject import MOST_PREDICTIONS, Subject
+from evaluation.subject import Subject
 from evaluation.tells import Album, clipped_share, diversity, features, flat_share, predicted_noise
 from evaluation.validation import TRAINED, picture_of
 from lora_files.deltas import Deltas
@@ -60,7 +60,7 @@ class Examination:
         """Measures the base, and draws it with these texts. The model holds no LoRA yet."""
         images = [image for of in self.images.values() for image in of.values()]
         judged = judged_texts(texts, self.subject.name, self.phrase)
-        self.judge = Judge(self.subject.denoiser, self.subject.diffusion, self.subject.pipe.vae, judged, MOST_PREDICTIONS)
+        self.judge = Judge(self.subject.denoiser, self.subject.diffusion, self.subject.pipe.vae, judged)
         self.prompts = self.subject.filled(texts, SEEDS)
         self.drawn = self.subject.draw(self.prompts, "base")
         self.predicted = self.predictions()
@@ -76,6 +76,7 @@ class Examination:
     def of_lora(self, record: Record, step: int, deltas: Deltas, strength: float = 1.0) -> list[Image.Image]:
         """Measures a LoRA into `record`, under `step`. Returns its pictures; the model is the base again."""
         self.subject.merge(deltas, strength)
+        self.judge.forget()
         label, key = f"step {step} × {strength:g}", str(step)
         record["losses"][key] = self.losses(label)
         images = self.subject.draw(self.prompts, label)

@@ -8,6 +8,7 @@ in its style. The better opinion counts: a strong style alone confuses the base,
 
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -54,45 +55,53 @@ def latents_of(image: Image.Image, vae: Any) -> Tensor:
 
 class Judge:
     """Asks `denoiser`, which has text encoders, as it is at that moment. `texts`: at least 3, {text for the base: the same with
-    the trigger, for the LoRA}; `most`: predictions at once.
+    the trigger, for the LoRA}.
     """
 
-    def __init__(self, denoiser: Denoiser, diffusion: Diffusion, vae: Any, texts: dict[str, str], most: int):
-        self.denoiser, self.diffusion, self.vae, self.texts, self.most = denoiser, diffusion, vae, texts, most
+    def __init__(self, denoiser: Denoiser, diffusion: Diffusion, vae: Any, texts: dict[str, str]):
+        self.denoiser, self.diffusion, self.vae, self.texts = denoiser, diffusion, vae, texts
+        self.states: dict[bool, tuple[Tensor, Tensor]] = {}  # {styled: context and pooled of the texts}, on the device
+        self.most = len(texts)  # predictions at once: fewer once memory ran out
 
-    @property
-    def passes(self) -> int:
-        """Forward passes for one opinion."""
-        return len(self.texts) * len(NOISE_LEVELS)
+    def forget(self) -> None:
+        """The LoRA has changed: so have the states of the texts."""
+        self.states.pop(True, None)
 
     def opinion(self, image: Image.Image, text: str, seed: int, styled: bool) -> Opinion:
         """Of a picture that was drawn from `text`, with the trigger or without. `styled`: the model holds the LoRA."""
-        spelled = list(self.texts.values() if styled else self.texts)
         own = next(n for n, pair in enumerate(self.texts.items()) if text in pair)
-        return opinion_of(self.losses(image, spelled, seed), own)
+        return opinion_of(self.losses(image, seed, styled), own)
 
     @torch.no_grad()
-    def losses(self, image: Image.Image, texts: list[str], seed: int) -> np.ndarray:
+    def losses(self, image: Image.Image, seed: int, styled: bool) -> np.ndarray:
         """The loss of `image` under each text, [texts]: a mean over noise levels, with noise that is the same for all texts and
         a function of `seed` alone.
         """
-        device, latents = self.vae.device, latents_of(image, self.vae)
-        tokens = tokenize(self.denoiser.tokenizers, texts, None).to(device)
-        states = [self.denoiser.encode_text(tokens[n : n + 1]) for n in range(len(tokens))]
-        context, pooled = (torch.cat(parts) for parts in zip(*states, strict=True))
+        if styled not in self.states:
+            spelled = list(self.texts.values() if styled else self.texts)
+            self.states[styled] = self.denoiser.encode_text(
+                tokenize(self.denoiser.tokenizers, spelled, None).to(self.vae.device)
+            )
+        while True:
+            with suppress(torch.OutOfMemoryError) if self.most > 1 else nullcontext():
+                return self.losses_at_once(latents_of(image, self.vae), (image.height, image.width), seed, self.states[styled])
+            self.most //= 2
+
+    def losses_at_once(self, latents: Tensor, size: tuple[int, int], seed: int, states: tuple[Tensor, Tensor]) -> np.ndarray:
+        """`losses`, from `most` predictions at once. `size`: height and width in pixels."""
         generator = seed_generator(torch.Generator(), seed_of(seed, JUDGE))
-        size = torch.tensor([[image.height, image.width]])
-        ids = time_ids(size, torch.zeros_like(size), size).to(device)
-        total = torch.zeros(len(texts))
+        sides = torch.tensor([size])
+        ids = time_ids(sides, torch.zeros_like(sides), sides).to(latents.device)
+        total = torch.zeros(len(self.texts))
         for level in NOISE_LEVELS:
-            noise = torch.randn(latents.shape, generator=generator).to(device)
-            for begin in range(0, len(texts), self.most):
+            noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+            for begin in range(0, len(total), self.most):
                 rows = slice(begin, begin + self.most)
-                count = len(context[rows])
-                t = torch.full((count,), int(level * len(self.diffusion.alphas_cumprod)), device=device)
+                text = (states[0][rows], states[1][rows])
+                count = len(text[1])
+                t = torch.full((count,), int(level * len(self.diffusion.alphas_cumprod)), device=latents.device)
                 x, eps = latents.expand(count, -1, -1, -1), noise.expand(count, -1, -1, -1)
-                text, sizes = (context[rows], pooled[rows]), ids.expand(count, -1)
-                prediction = self.denoiser(self.diffusion.add_noise(x, eps, t), t, text, sizes)
+                prediction = self.denoiser(self.diffusion.add_noise(x, eps, t), t, text, ids.expand(count, -1))
                 total[rows] += self.diffusion.loss(prediction, x, eps, t).cpu()
         return (total / len(NOISE_LEVELS)).numpy()
 

@@ -16,6 +16,7 @@ from evaluation.validation import BANDS
 # Where a tell goes off. Measured on the bundled model (docs/evaluation.md has the figures): z relative to the base stayed above
 # 0.75 in a good run, and fell to 0.6, 0.2 and 0.1 in one that collapsed.
 PROMPTS_LOST = 0.6  # clearness z, or pictures in which the prompt is recognised, relative to the base's
+CLEAR = 1.0  # z of the base's own pictures: below, it does not know what is asked, and is no judge
 BY_HEART = 0.15  # of the base's loss: by which pictures that were trained on do better than those that were not
 COPIES = 0.5  # of the usual distance between a picture that was kept out and the trained one that is most like it
 SPOILT = 0.3  # share of pixels that are clipped, or flat, beyond that of base and data
@@ -110,17 +111,15 @@ def pairs_drawn(record: dict[str, Any], step: int) -> list[tuple[dict, dict]]:
 def obedience(record: dict[str, Any], step: int) -> Interval | None:
     """How clearly the pictures show what was asked, relative to the base's; None if that cannot be told."""
     pairs = [(p["z"], b["z"]) for p, b in pairs_drawn(record, step) if "z" in p and "z" in b]
-    if not pairs or sum(base for _, base in pairs) <= 0:
-        return None
-    own, base = np.array(pairs).T
-    return share_of(own, base)
+    own, base = np.array(pairs).reshape(-1, 2).T
+    return share_of(own, base) if len(base) and base.mean() > CLEAR else None
 
 
 def find_tells(record: dict[str, Any], found: StepFigures) -> Iterator[Tell]:
     pictures = pairs_drawn(record, found.step)
     of = f"of {len(pictures)} pictures"
     seen, usually = (sum(bool(pair[n].get("recognised")) for pair in pictures) for n in (0, 1))
-    if found.prompts and (found.prompts.mean < PROMPTS_LOST or seen < PROMPTS_LOST * usually):
+    if found.prompts and (found.prompts.mean < PROMPTS_LOST or seen < usually / 2):
         clearly = f"{max(0, found.prompts.mean):.0%} as clearly as in the base's"
         yield Tell("prompts", f"what was asked is seen in {seen} {of}, {clearly}")
     if found.gap and found.gap.mean > BY_HEART and found.gap.low > 0:
@@ -221,7 +220,8 @@ def sentences(record: dict[str, Any], steps: Sequence[StepFigures], recommended:
     if chosen.gap and chosen.trained:
         yield describe_gap(chosen.trained, chosen.gap)
     if chosen.prompts and is_sound(chosen):
-        yield f"Its pictures show what was asked, {chosen.prompts.mean:.0%} as clearly as the base's."
+        clearly = f"{chosen.prompts.mean:.0%} as clearly as" if chosen.prompts.mean < 0.95 else "as clearly as"
+        yield f"Its pictures show what was asked, {clearly} the base's."
     yield from (f"Step {chosen.step}: {tell.sentence}." for tell in chosen.tells)
     if later := [one for one in spoilt if one.step > chosen.step]:
         yield f"Later files went too far. Step {later[0].step}: {later[0].tells[0].sentence}."

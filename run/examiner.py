@@ -27,16 +27,15 @@ class Examiner:
     """Each rank judges the pictures that it has drawn; rank 0 does the rest, and keeps the record."""
 
     def __init__(
-        self, model: TrainingModel, adapter: Adapter, held_out: HeldOut, stream: Stream, prompts: list[Prompt], most: int,
+        self, model: TrainingModel, adapter: Adapter, held_out: HeldOut, stream: Stream, prompts: list[Prompt],
         record: dict[str, Any],
     ):  # fmt: skip
-        """`most`: predictions at once."""
         self.model, self.adapter, self.held_out, self.stream, self.record = model, adapter, held_out, stream, record
         schedule = model.pipe.scheduler
         diffusion = Diffusion(DiffusionConfig(), schedule.alphas_cumprod, schedule.config.prediction_type, model.device)
         phrase = phrase_of(stream.captions.trigger, list(held_out.training.local_captions(CAPTIONS)))
         texts = judged_texts([prompt.text for prompt in prompts], model.name, phrase)
-        self.judge = Judge(model.full_denoiser, diffusion, model.vae, texts, most)
+        self.judge = Judge(model.full_denoiser, diffusion, model.vae, texts)
         self.album = Album({}, {})
 
     def begin(self) -> None:

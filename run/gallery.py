@@ -84,6 +84,7 @@ class Gallery:
         """
         if not self.prompts:
             return {}
+        self.examiner.judge.forget()
         with (
             note_if_out_of_memory(f"drawing pictures after step {step}; {self.advice}"),
             temporarily_on(self.model.device, self.model.kept_on_host),

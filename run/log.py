@@ -19,6 +19,7 @@ from torch.utils.tensorboard.summary import hparams
 from common.errors import UserError, warn_of
 from common.files import TolerantWriter, sha256_of
 from common.options import Resume, flag_of, flat_options
+from evaluation.page import read_scalars
 from model.prompts import Prompt
 from options.command import as_toml
 from options.training import TrainConfig
@@ -206,17 +207,33 @@ class WandbLog:
         self.attempt(lambda: self.run.finish())
 
 
+class Curves:
+    """The scalars of a run in memory, for its page: to read a log with its pictures at every save would take long."""
+
+    def __init__(self, folder: str, step: int):
+        """Those of a run that resumes are read, up to `step`."""
+        read = read_scalars(Path(folder)) if step else {}
+        self.scalars = {tag: [reading for reading in readings if reading[0] <= step] for tag, readings in read.items()}
+
+    def add_row(self, row: dict[str, float], step: int) -> None:
+        for tag, value in row.items():
+            self.scalars.setdefault(tag, []).append((step, value))
+
+    def __getattr__(self, name: str):
+        return lambda *args: None  # pictures and texts are on the page already
+
+
 class Logs:
     """Each call goes to all of them: `add_row`, `add_pictures`, `add_text`, `add_outcome`, `close`."""
 
-    def __init__(self, *logs: TensorBoardLog | WandbLog):
+    def __init__(self, *logs: TensorBoardLog | WandbLog | Curves):
         self.logs = logs
 
     def __getattr__(self, name: str):
         return lambda *args: [getattr(log, name)(*args) for log in self.logs]
 
 
-def open_logs(folder: str, step: int, flags: dict[str, Any]) -> Logs:
-    """Those that --log-to names, for a run that begins after `step`. `flags`: {name: value} of every option."""
+def open_logs(folder: str, step: int, flags: dict[str, Any], curves: Curves) -> Logs:
+    """`curves`, and those that --log-to names, for a run that begins after `step`. `flags`: {name: value} of every option."""
     events = [TensorBoardLog(folder, step + 1, TolerantWriter())] if flags["log_to"] != "wandb" else []
-    return Logs(*events, *([WandbLog(folder, flags)] if flags["log_to"] != "tensorboard" else []))
+    return Logs(curves, *events, *([WandbLog(folder, flags)] if flags["log_to"] != "tensorboard" else []))

@@ -6,13 +6,12 @@ import time
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, warn_of, warnings
 from common.files import TolerantWriter, sha256_of
 from common.options import flat_options
-from evaluation.page import read_scalars, write_page
+from evaluation.page import write_page
 from evaluation.record import PAGE_FILE, forget_after, read_record, write_record
 from evaluation.verdict import Verdict, verdict_of
 from lora_files.read import read_metadata
@@ -21,6 +20,7 @@ from model.prompts import Prompt
 from options.training import TrainConfig
 from run.checkpoints import Checkpoints, Run
 from run.ending import Ending
+from run.log import Curves
 
 CHOSEN = ("resolution", "base_precision", "attention")  # by the run, where they are not given
 LIBRARIES = ("torch", "diffusers", "transformers", "bitsandbytes")
@@ -29,8 +29,9 @@ LIBRARIES = ("torch", "diffusers", "transformers", "bitsandbytes")
 class RunRecord:
     """What rank 0 writes of a run for people. `values` is the record: whoever measures something puts it there."""
 
-    def __init__(self, checkpoints: Checkpoints, run: Run, is_first: bool):
+    def __init__(self, checkpoints: Checkpoints, run: Run, curves: Curves, is_first: bool):
         self.out, self.run, self.checkpoints, self.is_first = checkpoints.config.out, run, checkpoints, is_first
+        self.curves = curves
         self.values: dict[str, Any] = {}
         try:
             self.values = read_record(self.out) if is_first else {}
@@ -72,7 +73,7 @@ class RunRecord:
         self.values["run"] |= {"state": state, "reason": reason, "step": self.run.step, "seconds": seconds}
         self.values |= {"warnings": list(warnings), "files": self.saved_files()}
         self.disk("the record of the run", partial(write_record, self.out, self.values))
-        self.disk("the page of the run", partial(write_page, self.out, self.values, read_scalars(Path(self.run.log_dir))))
+        self.disk("the page of the run", partial(write_page, self.out, self.values, self.curves.scalars))
 
     def close(self, ending: Ending) -> None:
         """Writes how the run ended, and prints what was found."""

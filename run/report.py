@@ -27,7 +27,7 @@ from run.bad_steps import not_finite
 from run.checkpoints import Checkpoints, Run
 from run.ending import Ending
 from run.lineage import Lineage
-from run.log import TAGS, Logs, compared_options, config_text, open_logs, prompts_text
+from run.log import TAGS, Curves, Logs, compared_options, config_text, open_logs, prompts_text
 from run.optimiser import Optimiser
 from run.ranks import Ranks
 from run.watchdog import Watchdog
@@ -58,6 +58,7 @@ class Report:
         self.device = self.model.device
         self.meter = Meter(self.device, self.adapter.groups, LOG_EVERY)
         self.watchdog = Watchdog(train_step.diffusion.loss_of_zero_prediction, ranks.rank)
+        self.curves = Curves(run.log_dir, run.step if ranks.is_first else 0)
         self.progress = tqdm(disable=True)
         self.log = Logs()
         if ranks.is_first:
@@ -69,7 +70,7 @@ class Report:
         """Begins the log, prints what the run is about to do, and begins to measure. `validation`: what is measured beside."""
         self.lines = self.summary(stream, plan, checkpoints, lineage, validation)
         if self.ranks.is_first:
-            self.log = open_logs(self.run.log_dir, self.run.step, checkpoints.flags)
+            self.log = open_logs(self.run.log_dir, self.run.step, checkpoints.flags, self.curves)
             self.log.add_text("config", config_text(checkpoints.flags), self.run.step)
             if prompts:
                 self.log.add_text("prompts", prompts_text(prompts), self.run.step)
