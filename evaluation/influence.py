@@ -1,0 +1,127 @@
+"""How much each training picture helps a LoRA with pictures that it never saw: their gradients, compared.
+
+A small step on a picture x changes the loss of a held-out picture v by -lr · ∇L(x)·∇L(v), with gradients with respect to A and
+B (TracIn, Pruthi et al. 2020, arXiv:2002.08484, at one checkpoint). How long a gradient is depends more on the timestep and on
+how simple a picture is than on whether it belongs (Xie et al. 2024, arXiv:2401.09031), so only directions are compared, in each
+band of timesteps by itself.
+"""
+
+import csv
+import io
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from evaluation.intervals import Interval, share_of
+from evaluation.subject import Subject
+from evaluation.validation import BANDS, Probe, losses_at, text_of
+from evaluation.verdict import percent
+from lora import Adapter
+
+SCALES = (
+    2.0**16,
+    2.0**12,
+    2.0**8,
+    2.0**4,
+    1.0,
+)  # of the loss in fp16, whose gradients would underflow; the first that is finite
+WORST, BEST = 10, 3  # pictures that are named
+MOST_HARMFUL = 0.5  # share of the pictures that may be: of more the fault is elsewhere
+
+
+def directions(probe: Probe, subject: Subject, adapter: Adapter) -> Iterator[Tensor]:
+    """In each band, the gradient of the probe's mean loss there with respect to all A and B, [P] float32 on the host, scaled to
+    length 1; 0 if nothing depends on them. The probe has BANDS · n timesteps. Raises UserError if a gradient is not finite.
+    """
+    count = len(probe.timesteps) // BANDS
+    for begin in range(0, len(probe.timesteps), count):
+        for scale in SCALES if adapter.low.dtype == torch.float16 else SCALES[-1:]:
+            adapter.zero_gradients()
+            text = text_of(probe, subject.denoiser, subject.device)
+            part = slice(begin, begin + count)
+            loss = losses_at(probe, part, text, subject.denoiser, subject.diffusion, subject.device).mean()
+            (scale * loss).backward()
+            adapter.collect_gradients()
+            length = adapter.grad.norm().item()
+            if np.isfinite(length):
+                break
+        else:
+            raise UserError(f"{probe.name}: its gradient is not finite")
+        yield (adapter.grad / max(length, 1e-30)).cpu()
+
+
+class Common(NamedTuple):
+    """What pictures have in common."""
+
+    means: list[Tensor]  # [BANDS] of [P]: the mean of their directions
+    similarity: np.ndarray  # [BANDS]: of two of them on average, -1 … 1
+
+
+def in_common(probes: Iterable[Probe], subject: Subject, adapter: Adapter) -> Common:
+    """Of the direction of each of these pictures only the sum is kept. Raises UserError if there are fewer than two."""
+    sums, count = [torch.zeros_like(adapter.flat, device="cpu") for _ in range(BANDS)], 0
+    for probe in probes:
+        for total, direction in zip(sums, directions(probe, subject, adapter), strict=True):
+            total += direction
+        count += 1
+    if count < 2:
+        raise UserError("it takes two held-out pictures or more: what they have in common is the measure")
+    # |Σ u|² = Σ |u|² + Σ of all pairs, and each u has length 1.
+    pairs = [(total.square().sum().item() - count) / (count * (count - 1)) for total in sums]
+    return Common([total / count for total in sums], np.array(pairs))
+
+
+class Helped(NamedTuple):
+    """How much a step on a training picture helps the held-out ones: 1 as much as one of themselves helps the others, 0 not at
+    all, below 0 it harms them.
+    """
+
+    help: Interval  # over the bands
+    name: str
+    caption: str
+    bands: list[float]  # [BANDS]; their mean is that of `help`
+
+
+def helped(probe: Probe, common: Common, subject: Subject, adapter: Adapter) -> Helped:
+    """The mean cosine between the gradient of this picture and those of the held-out ones, relative to that among themselves.
+    Raises UserError if they have nothing in common.
+    """
+    own = directions(probe, subject, adapter)
+    similarity = np.array([float(direction @ mean) for direction, mean in zip(own, common.means, strict=True)])
+    if (usual := common.similarity.mean()) <= 0:
+        raise UserError("the held-out pictures have nothing in common: give more of them, of one style")
+    return Helped(share_of(similarity, common.similarity), probe.name, probe.caption, (similarity / usual).tolist())
+
+
+def as_csv(ranked: Iterable[Helped]) -> bytes:
+    """A line for each picture."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["picture", "help", "low", "high", *(f"band {band}" for band in range(1, BANDS + 1)), "caption"])
+    for one in ranked:
+        writer.writerow([one.name, *(f"{x:.4f}" for x in (*one.help, *one.bands)), one.caption])
+    return text.getvalue().encode(errors="replace")
+
+
+def sentences_about(ranked: list[Helped]) -> Iterator[str]:
+    """The two ends of the list, the least helpful first, and what to do."""
+    yield "how much learning more of it helps the held-out pictures, and its 95 % interval over the bands of timesteps"
+    for i, one in enumerate(ranked):
+        if i < WORST or i >= len(ranked) - BEST:
+            yield f"  {percent(one.help):>24}  {one.name}"
+        elif i == WORST:
+            yield f"  {'…':>24}"
+    harmful = sum(one.help.mean < 0 for one in ranked)
+    some = f"{harmful} of {len(ranked)}"
+    if harmful > MOST_HARMFUL * len(ranked):
+        yield f"{some} are below 0: it has learned its pictures by heart, or the held-out ones are of another style."
+        yield "An earlier file of the run, or other held-out pictures, help more than leaving so many out."
+    elif harmful:
+        yield f"{some} pull it away from the held-out pictures: look at them, and at their captions."
+        yield "Leave out what does not belong, and train again; keep what is rare on purpose."
+    else:
+        yield "None pulls it away from the held-out pictures; the captions of the first ones are worth a look."
