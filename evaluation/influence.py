@@ -1,24 +1,29 @@
 """How much each training picture helps a LoRA with pictures that it never saw: their gradients, compared.
 
 A small step on a picture x changes the loss of a held-out picture v by -lr · ∇L(x)·∇L(v), with gradients with respect to A and
-B (TracIn, Pruthi et al. 2020, arXiv:2002.08484, at one checkpoint). How long a gradient is depends more on the timestep and on
-how simple a picture is than on whether it belongs (Xie et al. 2024, arXiv:2401.09031), so only directions are compared, in each
-band of timesteps by itself.
+B, and a run by about the sum of that over its checkpoints (TracIn, Pruthi et al. 2020, arXiv:2002.08484). How long a gradient
+is depends more on the timestep, and on how simple a picture is, than on whether it belongs (Xie et al. 2024, arXiv:2401.09031).
+So only directions are compared, in each band of timesteps by itself.
 """
 
 import csv
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from common.errors import UserError
+from common.progress import tqdm
+from common.sheets import captioned, tiled
+from data import Stream
 from evaluation.intervals import Interval, share_of
 from evaluation.subject import Subject
-from evaluation.validation import BANDS, Probe, losses_at, text_of
+from evaluation.validation import BANDS, Probe, losses_at, picture_of, text_of
 from evaluation.verdict import percent
 from lora import Adapter
 
@@ -86,15 +91,41 @@ class Helped(NamedTuple):
     bands: list[float]  # [BANDS]; their mean is that of `help`
 
 
-def helped(probe: Probe, common: Common, subject: Subject, adapter: Adapter) -> Helped:
-    """The mean cosine between the gradient of this picture and those of the held-out ones, relative to that among themselves.
+def similarity_to(common: Common, probe: Probe, subject: Subject, adapter: Adapter) -> np.ndarray:
+    """The mean cosine between the gradient of this picture and those of the held-out ones in each band, [BANDS]."""
+    own = directions(probe, subject, adapter)
+    return np.array([float(direction @ mean) for direction, mean in zip(own, common.means, strict=True)])
+
+
+def helped(probe: Probe, similarity: np.ndarray, among: np.ndarray) -> Helped:
+    """`similarity` [BANDS] of a picture to the held-out ones, and theirs `among` themselves, both summed over checkpoints.
     Raises UserError if they have nothing in common.
     """
-    own = directions(probe, subject, adapter)
-    similarity = np.array([float(direction @ mean) for direction, mean in zip(own, common.means, strict=True)])
-    if (usual := common.similarity.mean()) <= 0:
+    if (usual := among.mean()) <= 0:
         raise UserError("the held-out pictures have nothing in common: give more of them, of one style")
-    return Helped(share_of(similarity, common.similarity), probe.name, probe.caption, (similarity / usual).tolist())
+    return Helped(share_of(similarity, among), probe.name, probe.caption, (similarity / usual).tolist())
+
+
+def rank(
+    probes: Sequence[Probe], held_out: Sequence[Probe], checkpoints: Iterable, subject: Subject, adapter: Adapter
+) -> list[Helped]:
+    """The pictures of `probes`, the least helpful first. Taking the next of `checkpoints` puts that into the adapter."""
+    similarity, among = np.zeros((len(probes), BANDS)), np.zeros(BANDS)
+    for number, _ in enumerate(checkpoints, 1):
+        common = in_common(tqdm(held_out, desc=f"file {number}, held out", unit="img", leave=False), subject, adapter)
+        bar = tqdm(probes, desc=f"file {number}, trained", unit="img", leave=False)
+        similarity += [similarity_to(common, probe, subject, adapter) for probe in bar]
+        among += common.similarity
+    return sorted(helped(probe, row, among) for probe, row in zip(probes, similarity, strict=True))
+
+
+def sheet_of(ranked: Sequence[Helped], stream: Stream, subject: Subject) -> Image.Image:
+    """These pictures of `stream` as training sees them, each with its figure and its caption."""
+    numbers, tiles = {name: n for n, name in enumerate(stream.source.names)}, []
+    for place, one in enumerate(ranked, 1):
+        if found := picture_of(stream, numbers[one.name], subject.pipe.vae, subject.device):
+            tiles.append(captioned(found[2], f"{place}. {percent(one.help)}  {Path(one.name).name}", one.caption))
+    return tiled(tiles)
 
 
 def as_csv(ranked: Iterable[Helped]) -> bytes:

@@ -1,10 +1,10 @@
 """Which training pictures spoil a LoRA? Ranks them by how much learning more of each helps pictures that it never saw.
 
-    python scripts/attribute.py my-pictures/                         the newest LoRA in checkpoints/, what its run kept out
+    python scripts/attribute.py my-pictures/                         the run in checkpoints/, and what it kept out
     python scripts/attribute.py my-pictures/ --lora naruto.safetensors --held-out held-out/
 
 100 %: as much as another picture of the held-out ones would; 0 %: not at all; below: it makes them worse. Writes influence.png,
-the least helpful first, and influence.csv with all bands of timesteps. It takes as long as training on each picture ten times.
+the least helpful first, and influence.csv with all bands of timesteps. It takes as long as training on each picture 30 times.
 What comes first need not be wrong: look at it. docs/evaluation.md says what it may mean.
 """
 
@@ -27,7 +27,7 @@ class AttributeConfig(Options):
     data: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """What the LoRA was trained on: the values of train_lora.py's --data. None given: demo."""
     lora: Path = Path("checkpoints")
-    """A LoRA file, or a folder of them: the newest one in it."""
+    """A folder of LoRA files: the newest and two earlier ones of its run, which is surer; or one file, which is faster."""
     held_out: str | None = None
     """Pictures of the style that were kept out of training, with captions. None: those that the run kept out itself."""
     caption_files: CaptionFilesConfig = CaptionFilesConfig()
@@ -46,24 +46,21 @@ if __name__ == "__main__":
 
 import re
 
-from PIL import Image
+import numpy as np
 
 from common.files import check_writable, write_atomically
-from common.progress import tqdm
-from common.sheets import captioned, png_bytes, tiled
-from data import Stream, open_data
-from evaluation.influence import Helped, as_csv, helped, in_common, sentences_about
+from common.sheets import png_bytes
+from data import open_data
+from evaluation.influence import as_csv, rank, sentences_about, sheet_of
 from evaluation.subject import Subject, options_of
-from evaluation.validation import picture_of
-from evaluation.verdict import percent
 from lora import Adapter, add_lora, linear_layers
 from lora_files.deltas import Deltas, parameter_shapes
-from lora_files.read import newest_lora, read_lora, read_metadata, trained_on
+from lora_files.read import newest_lora, read_lora, read_metadata, trained_on, training_steps
 from performance.checkpointing import block_names, checkpoint_blocks
 from run.held_out import HeldOut, hold_out, of_folder
 from run.lineage import begin_from
 
-MOST_SHOWN = 60  # pictures on the sheet
+MOST_FILES, MOST_SHOWN = 3, 60  # of a run that are compared; pictures on the sheet
 
 
 def pictures_of(config: AttributeConfig, lora: Path, options: dict[str, Any]) -> HeldOut:
@@ -88,50 +85,48 @@ def pictures_of(config: AttributeConfig, lora: Path, options: dict[str, Any]) ->
     return data
 
 
-def come_alive(subject: Subject, deltas: Deltas) -> Adapter:
-    """The LoRA as layers whose A and B get gradients; what it has beside linear layers is merged into the model."""
-    linear = {name: delta for name, delta in deltas.items() if name in linear_layers(subject.denoiser)}
-    if not linear:
-        raise UserError("this LoRA changes no linear layer, and only those are compared")
-    subject.merge({name: delta for name, delta in deltas.items() if name not in linear})
+def files_of(path: Path) -> list[Path]:
+    """`path` if it is a file; of a folder the newest file and up to two earlier ones of its run, evenly spread."""
+    newest = newest_lora(path)
+    dataset, folder = read_metadata(newest).get("sdxl_lora.dataset"), sorted(path.glob("*.safetensors"))
+    by_step = {training_steps(file)[0]: file for file in folder if dataset == read_metadata(file).get("sdxl_lora.dataset")}
+    files = [file for _, file in sorted(by_step.items())] if dataset and path.is_dir() else [newest]
+    return [files[int(n)] for n in np.linspace(0, len(files) - 1, min(MOST_FILES, len(files))).round()]
+
+
+def come_alive(subject: Subject, linear: Deltas) -> Adapter:
+    """Layers for a LoRA such as this one, whose A and B get gradients."""
     rank, names = max(len(A) for A, _, _ in linear.values()), "|".join(map(re.escape, linear))
     adapter = add_lora(subject.denoiser, LoRAConfig(rank, targets=f"^({names})$"), dtype=subject.denoiser.unet.dtype)
-    begin_from(adapter, linear)
     if subject.device.type == "cuda":  # a third slower, but 1024 × 1024 pixels take little more than the model
         checkpoint_blocks(subject.denoiser, block_names(subject.denoiser))
     return adapter
 
 
-def sheet(ranked: list[Helped], stream: Stream, subject: Subject) -> Image.Image:
-    """These pictures as training sees them, each with its figure and its caption."""
-    numbers, tiles = {name: n for n, name in enumerate(stream.source.names)}, []
-    for place, one in enumerate(ranked, 1):
-        if found := picture_of(stream, numbers[one.name], subject.pipe.vae, subject.device):
-            tiles.append(captioned(found[2], f"{place}. {percent(one.help)}  {Path(one.name).name}", one.caption))
-    return tiled(tiles)
-
-
 def main(config: AttributeConfig) -> None:
-    lora = newest_lora(config.lora)
-    options = options_of(lora)
+    files = files_of(config.lora)
+    options = options_of(files[-1])
     if (base := options.get("base_lora")) and not config.model:
-        raise UserError(f"{lora} needs {base[0]}: merge that into its model by merge_lora.py, and name the result by --model")
+        raise UserError(f"{files[-1]} needs {base[0]}: merge that into its model by merge_lora.py, and name that by --model")
     check_writable("the folder of --out", config.out.parent)
-    data = pictures_of(config, lora, options)
-    subject = Subject(config.model or trained_on(lora), config.device)
-    adapter = come_alive(subject, read_lora(lora, parameter_shapes(subject.denoiser)))
+    data = pictures_of(config, files[-1], options)
+    subject = Subject(config.model or trained_on(files[-1]), config.device)
+    loras = [read_lora(file, parameter_shapes(subject.denoiser)) for file in files]
+    linear = linear_layers(subject.denoiser).keys() & loras[-1].keys()
+    if len(linear) < len(loras[-1]):
+        raise UserError(f"{files[-1]} changes more than linear layers, and only a LoRA of these can be compared")
     assert data.kept_out is not None
     stream = subject.stream(data.training, options)
     held_out = subject.probes(subject.stream(data.kept_out, options), data.numbers, config.timesteps)
     probes = subject.probes(stream, range(data.training.samples), config.timesteps)
-    print(f"{lora}: {len(probes)} pictures against {len(held_out)} {data.line}", flush=True)
-    common = in_common(tqdm(held_out, desc="held out", unit="img", leave=False), subject, adapter)
-    bar = tqdm(probes, desc="trained", unit="img", leave=False)
-    ranked = sorted(helped(probe, common, subject, adapter) for probe in bar)
+    adapter = come_alive(subject, loras[-1])
+    print(f"{len(files)} files to {files[-1]}: {len(probes)} pictures against {len(held_out)} {data.line}", flush=True)
+    loading = (begin_from(adapter, deltas) for deltas in loras if deltas.keys() == loras[-1].keys())
+    ranked = rank(probes, held_out, loading, subject, adapter)
     print("\n".join(sentences_about(ranked)))
     table = config.out.with_suffix(".csv")
     write_atomically(table, as_csv(ranked))
-    write_atomically(config.out, png_bytes(sheet(ranked[:MOST_SHOWN], stream, subject)))
+    write_atomically(config.out, png_bytes(sheet_of(ranked[:MOST_SHOWN], stream, subject)))
     print(f"look       {config.out}, the least helpful first; all figures are in {table}")
 
 
