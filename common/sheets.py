@@ -8,7 +8,7 @@ from io import BytesIO
 from itertools import accumulate, groupby
 from math import ceil
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from common.errors import printable, warn
@@ -146,7 +146,8 @@ def stack(sheets: list[Image.Image]) -> Image.Image:
 def captioned(image: Image.Image, facts: str, caption: str) -> Image.Image:
     """A tile: one picture, a line of facts in grey, and the beginning of its caption."""
     font, line = lettering(FONT), FONT + 3
-    image = ImageOps.contain(image, (TILE, TILE), Image.Resampling.LANCZOS)
+    image = image.copy()
+    image.thumbnail((TILE, TILE), Image.Resampling.LANCZOS)
     sheet = Image.new("RGB", (TILE + 12, TILE + (LINES + 1) * line + 12), "white")
     sheet.paste(image, ((sheet.width - image.width) // 2, 6 + (TILE - image.height) // 2))
     draw = ImageDraw.Draw(sheet)

@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from common.errors import UserError
 from common.progress import tqdm
-from common.sheets import captioned, tiled
+from common.sheets import TILE, captioned, tiled
 from data import Stream
 from evaluation.intervals import Interval, share_of
 from evaluation.subject import Subject
@@ -35,7 +35,7 @@ SCALES = (
     1.0,
 )  # of the loss in fp16, whose gradients would underflow; the first that is finite
 WORST, BEST = 10, 3  # pictures that are named
-MOST_HARMFUL = 0.5  # share of the pictures that may be: of more the fault is elsewhere
+LITTLE = 0.5  # help, below which a picture deserves a look
 
 
 def directions(probe: Probe, subject: Subject, adapter: Adapter) -> Iterator[Tensor]:
@@ -124,7 +124,8 @@ def sheet_of(ranked: Sequence[Helped], stream: Stream, subject: Subject) -> Imag
     numbers, tiles = {name: n for n, name in enumerate(stream.source.names)}, []
     for place, one in enumerate(ranked, 1):
         if found := picture_of(stream, numbers[one.name], subject.pipe.vae, subject.device):
-            tiles.append(captioned(found[2], f"{place}. {percent(one.help)}  {Path(one.name).name}", one.caption))
+            picture = ImageOps.contain(found[2], (TILE, TILE))
+            tiles.append(captioned(picture, f"{place}. {percent(one.help)}  {Path(one.name).name}", one.caption))
     return tiled(tiles)
 
 
@@ -146,13 +147,13 @@ def sentences_about(ranked: list[Helped]) -> Iterator[str]:
             yield f"  {percent(one.help):>24}  {one.name}"
         elif i == WORST:
             yield f"  {'…':>24}"
-    harmful = sum(one.help.mean < 0 for one in ranked)
-    some = f"{harmful} of {len(ranked)}"
-    if harmful > MOST_HARMFUL * len(ranked):
-        yield f"{some} are below 0: it has learned its pictures by heart, or the held-out ones are of another style."
-        yield "An earlier file of the run, or other held-out pictures, help more than leaving so many out."
-    elif harmful:
-        yield f"{some} pull it away from the held-out pictures: look at them, and at their captions."
+    weak = sum(one.help.mean < LITTLE for one in ranked)
+    some = f"{weak} of {len(ranked)} help less than half as much as another held-out picture would"
+    if weak > len(ranked) / 2:
+        yield f"{some}: it has learned its pictures by heart,"
+        yield "or the held-out ones are of another style. Earlier files, or other held-out pictures, tell more than this list."
+    elif weak:
+        yield f"{some}: look at them, and at their captions."
         yield "Leave out what does not belong, and train again; keep what is rare on purpose."
     else:
-        yield "None pulls it away from the held-out pictures; the captions of the first ones are worth a look."
+        yield "All help at least half as much as another held-out picture would; the captions of the first are worth a look."

@@ -5,7 +5,7 @@
 
 100 %: as much as another picture of the held-out ones would; 0 %: not at all; below: it makes them worse. Writes influence.png,
 the least helpful first, and influence.csv with all bands of timesteps. It takes as long as training on each picture 30 times.
-What comes first need not be wrong: look at it. docs/evaluation.md says what it may mean.
+What comes first need not be wrong: docs/evaluation.md says what it may mean.
 """
 
 import sys
@@ -17,7 +17,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.errors import UserError, one_line_errors
-from common.options import Options, option
+from common.options import Options
 from options.command import parse_command
 from options.training import CaptionFilesConfig, DataConfig, LoRAConfig, TrainConfig, ValidationConfig
 
@@ -33,8 +33,6 @@ class AttributeConfig(Options):
     caption_files: CaptionFilesConfig = CaptionFilesConfig()
     model: str | None = None
     """None: the model that the LoRA was trained on."""
-    timesteps: int = option(10, at_least=10, multiple_of=10)
-    """Timesteps, evenly spread, at which the gradient of every picture is computed; more are surer, and take longer."""
     out: Path = Path("influence.png")
     """File for the sheet; the table lies beside it, as .csv."""
     device: str = "auto"
@@ -53,6 +51,7 @@ from common.sheets import png_bytes
 from data import open_data
 from evaluation.influence import as_csv, rank, sentences_about, sheet_of
 from evaluation.subject import Subject, options_of
+from evaluation.validation import BANDS
 from lora import Adapter, add_lora, linear_layers
 from lora_files.deltas import Deltas, parameter_shapes
 from lora_files.read import newest_lora, read_lora, read_metadata, trained_on, training_steps
@@ -63,7 +62,7 @@ from run.lineage import begin_from
 MOST_FILES, MOST_SHOWN = 3, 60  # of a run that are compared; pictures on the sheet
 
 
-def pictures_of(config: AttributeConfig, lora: Path, options: dict[str, Any]) -> HeldOut:
+def trained_and_held_out(config: AttributeConfig, lora: Path, options: dict[str, Any]) -> HeldOut:
     """What the LoRA was trained on, and what was not. `options`: of its run. Raises UserError if that cannot be told."""
     dataset = DataConfig(data=config.data)
     known: dict[str, Any] = {}
@@ -96,8 +95,9 @@ def files_of(path: Path) -> list[Path]:
 
 def come_alive(subject: Subject, linear: Deltas) -> Adapter:
     """Layers for a LoRA such as this one, whose A and B get gradients."""
-    rank, names = max(len(A) for A, _, _ in linear.values()), "|".join(map(re.escape, linear))
-    adapter = add_lora(subject.denoiser, LoRAConfig(rank, targets=f"^({names})$"), dtype=subject.denoiser.unet.dtype)
+    widest, alpha = max((len(A), alpha) for A, _, alpha in linear.values())
+    config = LoRAConfig(widest, alpha, f"^({'|'.join(map(re.escape, linear))})$")
+    adapter = add_lora(subject.denoiser, config, dtype=subject.denoiser.unet.dtype)
     if subject.device.type == "cuda":  # a third slower, but 1024 × 1024 pixels take little more than the model
         checkpoint_blocks(subject.denoiser, block_names(subject.denoiser))
     return adapter
@@ -109,25 +109,24 @@ def main(config: AttributeConfig) -> None:
     if (base := options.get("base_lora")) and not config.model:
         raise UserError(f"{files[-1]} needs {base[0]}: merge that into its model by merge_lora.py, and name that by --model")
     check_writable("the folder of --out", config.out.parent)
-    data = pictures_of(config, files[-1], options)
+    data = trained_and_held_out(config, files[-1], options)
     subject = Subject(config.model or trained_on(files[-1]), config.device)
     loras = [read_lora(file, parameter_shapes(subject.denoiser)) for file in files]
-    linear = linear_layers(subject.denoiser).keys() & loras[-1].keys()
-    if len(linear) < len(loras[-1]):
+    if not loras[-1].keys() <= linear_layers(subject.denoiser).keys():
         raise UserError(f"{files[-1]} changes more than linear layers, and only a LoRA of these can be compared")
     assert data.kept_out is not None
     stream = subject.stream(data.training, options)
-    held_out = subject.probes(subject.stream(data.kept_out, options), data.numbers, config.timesteps)
-    probes = subject.probes(stream, range(data.training.samples), config.timesteps)
+    held_out = subject.probes(subject.stream(data.kept_out, options), data.numbers, BANDS)
+    probes = subject.probes(stream, range(data.training.samples), BANDS)
     adapter = come_alive(subject, loras[-1])
-    print(f"{len(files)} files to {files[-1]}: {len(probes)} pictures against {len(held_out)} {data.line}", flush=True)
+    shown = f"{len(files)} files to {files[-1]}" if len(files) > 1 else files[-1]
+    print(f"{shown}: {len(probes)} pictures against {len(held_out)} {data.line}", flush=True)
     loading = (begin_from(adapter, deltas) for deltas in loras if deltas.keys() == loras[-1].keys())
     ranked = rank(probes, held_out, loading, subject, adapter)
     print("\n".join(sentences_about(ranked)))
-    table = config.out.with_suffix(".csv")
-    write_atomically(table, as_csv(ranked))
+    write_atomically(config.out.with_suffix(".csv"), as_csv(ranked))
     write_atomically(config.out, png_bytes(sheet_of(ranked[:MOST_SHOWN], stream, subject)))
-    print(f"look       {config.out}, the least helpful first; all figures are in {table}")
+    print(f"look       {config.out}, the least helpful first; all figures are in {config.out.with_suffix('.csv')}")
 
 
 if __name__ == "__main__":

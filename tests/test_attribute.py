@@ -159,13 +159,13 @@ def test_what_is_advised():
     def ranked(*helps: float) -> list[Helped]:
         return [Helped(Interval(x, x - 0.1, x + 0.1), f"picture{n}", "", [x] * BANDS) for n, x in enumerate(helps)]
 
-    lines = list(sentences_about(ranked(-0.5, *[0.5] * 30)))
+    lines = list(sentences_about(ranked(-0.5, *[1.0] * 30)))
     assert lines[1].split() == ["-50", "%", "(-60", "to", "-40)", "picture0"]
     assert [line.split()[-1] for line in lines[10:13]] == ["picture9", "…", "picture28"]  # ten, and the best three
-    assert lines[-2].startswith("1 of 31 pull it away")
+    assert lines[-2].startswith("1 of 31 help less than half")
     assert lines[-1].startswith("Leave out")
-    assert "by heart" in list(sentences_about(ranked(*[-0.5] * 4, 0.5)))[-2]
-    assert "None" in list(sentences_about(ranked(0.1, 0.5)))[-1]
+    assert "by heart" in list(sentences_about(ranked(*[0.4] * 4, 1.0)))[-2]
+    assert list(sentences_about(ranked(0.6, 1.0)))[-1].startswith("All help")
     assert as_csv([]).decode().startswith("picture,help,low,high,band 1,")
 
 
@@ -182,24 +182,26 @@ def table(path: Path) -> dict[str, float]:
         return {line["picture"]: float(line["help"]) for line in csv.DictReader(file)}
 
 
-def test_what_the_run_kept_out_is_the_measure_and_cached_latents_will_do(train, script, shards, photos, tiny_model, tmp_path):
-    train("--steps", 1, "--validate", 0.4)
-    kept_out = {probe["name"] for probe in json.loads((tmp_path / "out/record.json").read_text())["probes"]["kept_out"]}
-    options = ["--lora", tmp_path / "out", "--model", tiny_model, "--device", "cpu"]
-    out, _ = script("scripts/attribute.py", shards, *options, "--out", tmp_path / "own.png")
-    assert "4 pictures against 3 of 7 pictures, never trained on" in out
-    assert set(table(tmp_path / "own.csv")) == set(open_source(str(shards)).names) - kept_out
-
-    few = {part: tmp_path / part for part in ("three", "two")}
-    for folder, numbers in zip(few.values(), ((0, 1, 2), (3, 4)), strict=True):
+def test_what_the_run_kept_out_is_the_measure_and_cached_latents_will_do(train, script, photos, tiny_model, tmp_path):
+    folders = {part: tmp_path / part for part in ("four", "two", "others")}
+    for folder, numbers in zip(folders.values(), ((0, 1, 2, 3), (0, 1), (4, 5)), strict=True):
         folder.mkdir()
         for path in (path for n in numbers for path in photos.glob(f"photo{n}.*")):
             shutil.copy(path, folder)
-    script("scripts/cache_latents.py", few["three"], "--out", tmp_path / "latents", "--model", tiny_model, "--device", "cpu")
-    options += ["--held-out", few["two"], "--out", tmp_path / "cached.png"]
+    train("--data", folders["four"], "--steps", 2, "--save-every", 1, "--validate", 0.5, "--validate-every", 2)
+    kept_out = {probe["name"] for probe in json.loads((tmp_path / "out/record.json").read_text())["probes"]["kept_out"]}
+    options = ["--lora", tmp_path / "out", "--model", tiny_model, "--device", "cpu"]
+    out, _ = script("scripts/attribute.py", folders["four"], *options, "--out", tmp_path / "own.png")
+    assert "2 files to" in out
+    assert "2 pictures against 2 of 4 pictures, never trained on" in out
+    assert set(table(tmp_path / "own.csv")) == set(open_source(str(folders["four"])).names) - kept_out
+
+    script("scripts/cache_latents.py", folders["two"], "--out", tmp_path / "latents", "--model", tiny_model, "--device", "cpu")
+    options[1] = tmp_path / "out/pytorch_lora_weights_2.safetensors"
+    options += ["--held-out", folders["others"], "--out", tmp_path / "cached.png"]
     out, _ = script("scripts/attribute.py", tmp_path / "latents", *options)
     assert "careful" in out  # they are not what it was trained on
-    assert "3 pictures against 2 pictures of" in out
+    assert "2 pictures against 2 pictures of" in out
     assert np.isfinite(list(table(tmp_path / "cached.csv").values())).all()
     with Image.open(tmp_path / "cached.png") as sheet:
         assert np.ptp(np.asarray(sheet)[20:240, 20:240]) > 20  # latents were decoded for it
