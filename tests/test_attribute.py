@@ -107,7 +107,7 @@ def planted(tmp_path_factory):
     world = importlib.util.module_from_spec(spec)
     sys.modules["demo_world"] = world  # its dataclasses look there
     spec.loader.exec_module(world)
-    right, held_out, rng = pictures(DEMO, 10), pictures(HELD_OUT, 4), np.random.default_rng(0)
+    right, held_out, rng = pictures(DEMO, 10), pictures(HELD_OUT, 3), np.random.default_rng(0)
     named = {f"right{n}": one for n, one in enumerate(right[:8])} | {"twin": held_out[0]}
     for n, (pen, (_, caption)) in enumerate(zip(("", "neon"), right[8:], strict=True)):
         scene = world.sample_scene(n)
@@ -119,7 +119,7 @@ def planted(tmp_path_factory):
         for name, (image, caption) in content.items():
             image.save(folder / part / f"{name}.png")
             (folder / part / f"{name}.txt").write_text(caption)
-    options = ["--bs", 2, "--steps", 40, "--workers", 0, "--no-pictures", "--validate", "none", "--device", "cpu"]
+    options = ["--bs", 2, "--steps", 32, "--workers", 0, "--no-pictures", "--validate", "none", "--device", "cpu"]
     logs = ["--out", folder / "out", "--log-dir", folder / "runs"]
     assert run_main("train_lora.py", "--data", folder / "data", *options, *logs) == 0
     command = [folder / "data", "--lora", folder / "out", "--held-out", folder / "held", "--out", folder / "influence.png"]
