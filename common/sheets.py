@@ -1,5 +1,6 @@
 """Pictures side by side, with their captions."""
 
+import textwrap
 from bisect import bisect_right
 from contextlib import suppress
 from functools import cache
@@ -14,6 +15,7 @@ from common.errors import printable, warn
 from common.files import ROOT
 
 SHEET_MARGIN = 8
+TILE, COLUMNS, LINES, FONT = 256, 6, 5, 12  # pixels of a tile, tiles in a row, lines of a caption, pixels of a line
 LETTERS = ROOT / "assets/fonts/DejaVuSans.ttf"  # Latin, Greek, Cyrillic, Arabic, mathematics …; CJK fonts have 5 MB and more
 SYSTEM_FONTS = (  # with CJK: of Linux, macOS, Windows; Pillow looks for them where the system keeps fonts
     "NotoSansCJK-Regular.ttc", "NotoSansCJKjp-Regular.otf", "NotoSansSC-Regular.otf", "SourceHanSans-Regular.ttc",
@@ -139,6 +141,30 @@ def stack(sheets: list[Image.Image]) -> Image.Image:
         stacked.paste(sheet, (0, y))
         y += sheet.height
     return stacked
+
+
+def captioned(image: Image.Image, facts: str, caption: str) -> Image.Image:
+    """A tile: one picture, a line of facts in grey, and the beginning of its caption."""
+    font, line = lettering(FONT), FONT + 3
+    image = image.copy()
+    image.thumbnail((TILE, TILE), Image.Resampling.LANCZOS)
+    sheet = Image.new("RGB", (TILE + 12, TILE + (LINES + 1) * line + 12), "white")
+    sheet.paste(image, ((sheet.width - image.width) // 2, 6 + (TILE - image.height) // 2))
+    draw = ImageDraw.Draw(sheet)
+    font.write(draw, (6, TILE + 8), facts, "gray")
+    lines = textwrap.wrap(caption, 42, max_lines=LINES, placeholder=" …") or ["(no caption)"]
+    for i, text in enumerate(lines, 1):
+        font.write(draw, (6, TILE + 8 + i * line), text, "black")
+    return sheet
+
+
+def tiled(tiles: list[Image.Image]) -> Image.Image:
+    """Tiles row by row; all have the size of the first."""
+    width, height = tiles[0].size
+    sheet = Image.new("RGB", (min(COLUMNS, len(tiles)) * width, -(-len(tiles) // COLUMNS) * height), "white")
+    for i, tile in enumerate(tiles):
+        sheet.paste(tile, (i % COLUMNS * width, i // COLUMNS * height))
+    return sheet
 
 
 def png_bytes(image: Image.Image) -> bytes:

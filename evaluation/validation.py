@@ -119,23 +119,35 @@ def quiet_stream(source: Source, stream: Stream) -> Stream:
     return Stream(source, config, captions, stream.resolution, stream.seed, has_text=has_text)
 
 
+def text_of(probe: Probe, denoiser: Denoiser, device: torch.device) -> tuple[Tensor, ...]:
+    """(context [1, 77·n, d1 + d2], pooled [1, d2]) of its caption, as `denoiser` encodes it now."""
+    text = tuple(part.to(device) for part in probe.text)
+    return text if len(text) == 2 else denoiser.encode_text(*text)
+
+
+def losses_at(
+    probe: Probe, part: slice, text: tuple[Tensor, ...], denoiser: Denoiser, diffusion: Diffusion, device: torch.device
+) -> Tensor:
+    """The loss of `denoiser`, as it is now, at this part of the probe's timesteps at once: [timesteps] float32 on `device`.
+    `text`: from `text_of`.
+    """
+    generator = seed_generator(torch.Generator(), probe.seed)
+    shape = (len(probe.timesteps), *probe.latents.shape[1:])
+    noise = torch.randn(shape, generator=generator)[part].to(device)
+    last = len(diffusion.alphas_cumprod)
+    timesteps = torch.tensor([int(t * last) for t in probe.timesteps[part]]).to(device)
+    rows = len(timesteps)
+    latents, ids = probe.latents.to(device).expand(rows, -1, -1, -1), probe.ids.to(device).expand(rows, -1)
+    repeated = tuple(states.expand(rows, *states.shape[1:]) for states in text)
+    weights = None if probe.weights is None else probe.weights.to(device)
+    prediction = denoiser(diffusion.add_noise(latents, noise, timesteps), timesteps, repeated, ids)
+    return diffusion.loss(prediction, latents, noise, timesteps, weights)
+
+
 @torch.no_grad()
 def losses_of(probe: Probe, denoiser: Denoiser, diffusion: Diffusion, device: torch.device, most: int) -> list[float]:
     """The loss of `denoiser`, as it is now, at each timestep of the probe, from at most `most` of them at once."""
-    generator = seed_generator(torch.Generator(), probe.seed)
-    shape = (len(probe.timesteps), *probe.latents.shape[1:])
-    noise = torch.randn(shape, generator=generator)
-    last = len(diffusion.alphas_cumprod)
-    timesteps = torch.tensor([int(t * last) for t in probe.timesteps])
-    text = tuple(part.to(device) for part in probe.text)
-    text = text if len(text) == 2 else denoiser.encode_text(*text)
-    losses: list[float] = []
-    for begin in range(0, len(timesteps), most):
-        t, eps = timesteps[begin : begin + most].to(device), noise[begin : begin + most].to(device)
-        rows = len(t)
-        latents, ids = probe.latents.to(device).expand(rows, -1, -1, -1), probe.ids.to(device).expand(rows, -1)
-        repeated = tuple(part.expand(rows, *part.shape[1:]) for part in text)
-        weights = None if probe.weights is None else probe.weights.to(device)
-        prediction = denoiser(diffusion.add_noise(latents, eps, t), t, repeated, ids)
-        losses += diffusion.loss(prediction, latents, eps, t, weights).tolist()
+    text, losses = text_of(probe, denoiser, device), []
+    for begin in range(0, len(probe.timesteps), most):
+        losses += losses_at(probe, slice(begin, begin + most), text, denoiser, diffusion, device).tolist()
     return losses

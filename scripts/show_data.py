@@ -5,7 +5,6 @@ python scripts/show_data.py photos/ --flip --shuffle-tags --keep-tags 1     with
 """
 
 import sys
-import textwrap
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -39,10 +38,10 @@ if __name__ == "__main__":
     COMMAND = parse_command("show_data.py", ShowConfig, __doc__)
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from common.files import check_writable
-from common.sheets import lettering, stack
+from common.sheets import captioned, tiled
 from data import Stream, batch_or_raise, open_cache
 from dataset.buckets import enlarged, share_cropped
 from dataset.captions import with_trigger
@@ -50,28 +49,11 @@ from dataset.sources import Source, open_mixture
 from model.load import BASE
 from model.text import split_tokens
 
-SIDE, COLUMNS, LINES, FONT = 256, 6, 5, 12  # pixels of a cell, cells in a row, lines of a caption, pixels of a line
-
 
 def dim(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Pixels [h, w, 3] uint8, faded to grey where the loss mask [1, h/8, w/8] in 0…1 hides them."""
     kept = 0.2 + 0.8 * mask[0].repeat(8, axis=0).repeat(8, axis=1)[..., None]
     return (pixels * kept + 160 * (1 - kept)).astype(np.uint8)
-
-
-def cell(pixels: np.ndarray, caption: str, facts: str) -> Image.Image:
-    """One picture with its caption and the numbers that the model receives."""
-    font, line = lettering(FONT), FONT + 3
-    image = Image.fromarray(pixels)
-    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    sheet = Image.new("RGB", (SIDE + 12, SIDE + (LINES + 1) * line + 12), "white")
-    sheet.paste(image, ((sheet.width - image.width) // 2, 6 + (SIDE - image.height) // 2))
-    draw = ImageDraw.Draw(sheet)
-    font.write(draw, (6, SIDE + 8), facts, "gray")
-    lines = textwrap.wrap(caption, 42, max_lines=LINES, placeholder=" …") or ["(no caption)"]
-    for i, text in enumerate(lines, 1):
-        font.write(draw, (6, SIDE + 8 + i * line), text, "black")
-    return sheet
 
 
 def data_sheet(stream: Stream, images: int) -> tuple[Image.Image, list[str]]:
@@ -88,20 +70,12 @@ def data_sheet(stream: Stream, images: int) -> tuple[Image.Image, list[str]]:
         for name, pixels, caption, (size, original, crop) in zip(batch.names, shown, batch.captions, facts, strict=True):
             if name in missing:
                 numbers = "{1}×{0} of {3}×{2}, cut left {5}, top {4}".format(*size, *original, *crop)
-                cells.append(cell(pixels, caption, numbers))
+                cells.append(captioned(Image.fromarray(pixels), numbers, caption))
                 missing.remove(name)
         missing -= set(skipped)
         if len(cells) >= images or not missing:
             break
-    cells = cells[:images]
-    rows = [cells[i : i + COLUMNS] for i in range(0, len(cells), COLUMNS)]
-    sheets = []
-    for row in rows:
-        sheet = Image.new("RGB", (min(COLUMNS, len(cells)) * cells[0].width, cells[0].height), "white")
-        for i, picture in enumerate(row):
-            sheet.paste(picture, (i * picture.width, 0))
-        sheets.append(sheet)
-    return stack(sheets), skipped
+    return tiled(cells[:images]), skipped
 
 
 def bucket_table(source: Source, stream: Stream) -> list[str]:
