@@ -10,5 +10,6 @@ python infer.py --compare
 python scripts/evaluate.py
 
 echo
+echo "What it learned:              $PWD/checkpoints/report.html"
 echo "Pictures, base beside LoRA:   $PWD/images/compare.png"
 echo "TensorBoard:                  source .venv/bin/activate && tensorboard --logdir runs"
