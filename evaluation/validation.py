@@ -106,7 +106,9 @@ def picture_of(stream: Stream, n: int, vae: Any, device: torch.device) -> tuple[
     images = batch.images
     if stream.source.has_latents:
         posterior = images.to(device)
-        pixels = decode_latents(vae, sample_latents(vae, posterior, torch.zeros_like(posterior[:, :4], dtype=torch.float32)))
+        pixels = decode_latents(
+            vae, sample_latents(vae, posterior, torch.zeros_like(posterior[:, :4], dtype=torch.float32)), tiled=True
+        )
         return batch.names[0], batch.captions[0], to_image(pixels[0])
     return batch.names[0], batch.captions[0], Image.fromarray(images[0].numpy())
 

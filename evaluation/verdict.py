@@ -14,13 +14,15 @@ from evaluation.intervals import Interval, difference, mean_of, share_of
 from evaluation.validation import BANDS
 
 # Where a tell goes off. Measured on the bundled model (docs/evaluation.md has the figures): z relative to the base stayed above
-# 0.75 in a good run, and fell to 0.6, 0.2 and 0.1 in one that collapsed.
-PROMPTS_LOST = 0.6  # clearness z, or pictures in which the prompt is recognised, relative to the base's
+# 0.8 in a good run, and fell to 0.66 and 0.37 in one that collapsed.
+PROMPTS_LOST = 0.7  # clearness z, relative to the base's; or if half of what was recognised no longer is
 CLEAR = 1.0  # z of the base's own pictures: below, it does not know what is asked, and is no judge
 BY_HEART = 0.15  # of the base's loss: by which pictures that were trained on do better than those that were not
 COPIES = 0.5  # of the usual distance between a picture that was kept out and the trained one that is most like it
 SPOILT = 0.3  # share of pixels that are clipped, or flat, beyond that of base and data
 MONOTONY = 0.5  # diversity, relative to the base's
+LITTLE = 0.1  # improvement
+RISING = 0.1  # of the improvement, since the measurement before
 NEARLY = 0.05  # of the best gain: who has lost no more is as good
 LEAK = 0.5  # effect without the trigger, relative to that with it
 
@@ -217,6 +219,8 @@ def sentences(record: dict[str, Any], steps: Sequence[StepFigures], recommended:
         yield "No saved file can be recommended."
     if chosen.improvement:
         yield describe_improvement(chosen)
+    if advice := too_little(steps, chosen):
+        yield advice
     if chosen.gap and chosen.trained:
         yield describe_gap(chosen.trained, chosen.gap)
     if chosen.prompts and is_sound(chosen):
@@ -225,6 +229,18 @@ def sentences(record: dict[str, Any], steps: Sequence[StepFigures], recommended:
     yield from (f"Step {chosen.step}: {tell.sentence}." for tell in chosen.tells)
     if later := [one for one in spoilt if one.step > chosen.step]:
         yield f"Later files went too far. Step {later[0].step}: {later[0].tells[0].sentence}."
+
+
+def too_little(steps: Sequence[StepFigures], chosen: StepFigures) -> str:
+    """What to do if more could have been learned; "" if not."""
+    gains = [one.improvement.mean for one in steps if one.improvement]
+    if not chosen.improvement or chosen.step != steps[-1].step or not is_sound(chosen):
+        return ""
+    if chosen.improvement.mean < LITTLE:
+        return "That is little: train for more steps, or with a larger --lr."
+    if len(gains) > 1 and gains[-1] - gains[-2] > RISING * gains[-1]:
+        return "It was still getting better when it ended: more steps may help."
+    return ""
 
 
 def describe_improvement(chosen: StepFigures) -> str:

@@ -118,6 +118,8 @@ class Validation:
         if found.improvement:
             self.improvement = found.improvement.mean
             scalars |= dict(zip(("improvement", "improvement_low", "improvement_high"), found.improvement, strict=True))
+        if self.over and self.ranks.is_first:
+            tqdm.write(f"patience   none of the last {self.patience} measurements was better: the run ends at step {step}")
         if found.trained and found.gap:
             scalars |= {"trained": found.trained.mean, "gap": found.gap.mean}
         return {name: value for name, value in scalars.items() if math.isfinite(value)}

@@ -22,7 +22,7 @@ from options.training import LoRAConfig, OptimiserConfig, ReportConfig, TrainCon
 from run.log import LAYOUT, TAGS, EventWriter, WandbLog, compared_options, config_text, prompts_text, sample_tag
 from run.report import Meter
 
-LATER = {"validation/improvement", "validation/improvement_low", "validation/improvement_high", "validation/trained"}
+LATER = {tag for tag in TAGS.values() if tag.startswith("validation/")}  # not in runs as short as here
 WANDB = """
 calls = []
 
