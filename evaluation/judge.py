@@ -54,11 +54,14 @@ def latents_of(image: Image.Image, vae: Any) -> Tensor:
 
 class Judge:
     """Asks `denoiser`, which has text encoders, as it is at that moment. `texts`: at least 3, {text for the base: the same with
-    the trigger, for the LoRA}; `most`: predictions at once.
+    the `phrase`, for the LoRA}; `most`: predictions at once.
     """
 
-    def __init__(self, denoiser: Denoiser, diffusion: Diffusion, vae: Any, texts: dict[str, str], most: int):
+    def __init__(
+        self, denoiser: Denoiser, diffusion: Diffusion, vae: Any, texts: dict[str, str], phrase: "Phrase", most: int
+    ):  # fmt: skip
         self.denoiser, self.diffusion, self.vae, self.texts, self.most = denoiser, diffusion, vae, texts, most
+        self.phrase = phrase
 
     @property
     def passes(self) -> int:
@@ -66,9 +69,9 @@ class Judge:
         return len(self.texts) * len(NOISE_LEVELS)
 
     def opinion(self, image: Image.Image, text: str, seed: int, styled: bool) -> Opinion:
-        """Of a picture that was drawn from `text`, with the trigger or without. `styled`: the model holds the LoRA."""
+        """Of a picture that was drawn from `text`, with the phrase or without. `styled`: the model holds the LoRA."""
         spelled = list(self.texts.values() if styled else self.texts)
-        own = next(n for n, pair in enumerate(self.texts.items()) if text in pair)
+        own = list(self.texts).index(text if text in self.texts else self.phrase.remove(text))
         return opinion_of(self.losses(image, spelled, seed), own)
 
     @torch.no_grad()
@@ -113,8 +116,11 @@ class Phrase(NamedTuple):
         return f"{self.words} {text}".strip() if self.in_front else f"{text} {self.words}".strip()
 
     def remove(self, text: str) -> str:
-        at = text.lower().find(self.words.lower()) if self.words else -1
-        return text if at < 0 else " ".join((text[:at] + text[at + len(self.words) :]).split()).strip(" ,")
+        """Without the words; all of the text if nothing else is in it."""
+        end = r"(?:(?<=\W)|(?!\w))"  # 'ink' is not in 'inkwell'
+        found = self.words and re.search(rf"(?<!\w){re.escape(self.words)}{end}", text, re.IGNORECASE)
+        rest = " ".join((text[: found.start()] + text[found.end() :]).split()).strip(" ,") if found else ""
+        return rest or text
 
 
 def phrase_of(trigger: str, captions: Sequence[str]) -> Phrase:
@@ -139,7 +145,7 @@ def judged_texts(prompts: Sequence[str], model: str, phrase: Phrase) -> dict[str
     for subject in subjects_of(model):
         if len(texts) < MOST_TEXTS:
             texts.setdefault(subject, phrase.add(subject))
-    return {plain: text for plain, text in texts.items() if plain}
+    return texts
 
 
 def subjects_of(model: str) -> tuple[str, ...]:
