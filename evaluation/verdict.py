@@ -75,7 +75,7 @@ def figures(record: dict[str, Any], step: int) -> StepFigures:
     found = StepFigures(
         step,
         improvement=share_of(*kept_out) if kept_out else None,
-        bands=in_bands(record, base["kept_out"], own["kept_out"]) if kept_out else (),
+        bands=in_bands(record, base["kept_out"], own["kept_out"]) if kept_out and record.get("probes") else (),
         trained=share_of(*trained) if trained else None,
         gap=difference(trained, kept_out) if trained and kept_out else None,
         prompts=obedience(record, step),
@@ -86,11 +86,13 @@ def figures(record: dict[str, Any], step: int) -> StepFigures:
 
 
 def paired(base: dict, own: dict, of: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """(what was gained over the base, the base's loss), a mean over timesteps for each image; None if it was not measured."""
+    """(what was gained over the base, the base's loss), a mean over timesteps for each image; None if it was not measured, or
+    is no number.
+    """
     if not base.get(of) or not own.get(of):
         return None
     before, after = (np.array([np.mean(losses) for losses in of_model[of]]) for of_model in (base, own))
-    return before - after, before
+    return (before - after, before) if np.isfinite([before, after]).all() and before.any() else None
 
 
 def in_bands(record: dict[str, Any], base: list, own: list) -> tuple[Interval | None, ...]:
@@ -98,7 +100,7 @@ def in_bands(record: dict[str, Any], base: list, own: list) -> tuple[Interval | 
     for probe, before, after in zip(record["probes"]["kept_out"], base, own, strict=True):
         for t, x, y in zip(probe["timesteps"], before, after, strict=True):
             gained[int(t * BANDS)].append((x - y, x))
-    return tuple(share_of(*np.array(pairs).T) if pairs else None for pairs in gained)
+    return tuple(share_of(*np.array(pairs).T) if any(x for _, x in pairs) else None for pairs in gained)
 
 
 def pairs_drawn(record: dict[str, Any], step: int) -> list[tuple[dict, dict]]:
@@ -126,7 +128,7 @@ def find_tells(record: dict[str, Any], found: StepFigures) -> Iterator[Tell]:
     if found.gap and found.gap.mean > BY_HEART and found.gap.low > 0:
         yield Tell("by heart", f"it does {found.gap.mean:.0%} better on pictures that it was trained on than on others")
     usual = record.get("usual_distance") or 0.0
-    nearest = [own["nearest"]["trained"] for own, _ in pictures if own.get("nearest") and own["nearest"]["trained"]]
+    nearest = [near for own, _ in pictures if (near := (own.get("nearest") or {}).get("trained"))]
     if copies := [name for name, distance in nearest if distance < COPIES * usual]:
         yield Tell("copies", f"{len(copies)} {of} nearly repeat a training picture, such as {copies[0]}")
     for kind, words in (("flat", "nearly empty"), ("clipped", "burnt out or black")):
@@ -166,7 +168,8 @@ def best_cell(
     """(step, strength) to take, of those in `found`: the smallest step that at its best strength is as good as the best of all,
     without those that show tells; None if all do. `records`: {strength: the losses of every step at it}.
     """
-    losses = {cell: loss_of_images(records[cell[1]], cell[0]) for cell, figures in found.items() if is_sound(figures)}
+    sound = [cell for cell, figures in found.items() if figures.improvement and is_sound(figures)]
+    losses = {(step, strength): loss_of_images(records[strength], step) for step, strength in sound}
     if not losses:
         return None
     base = loss_of_images(next(iter(records.values())), "base")
@@ -189,10 +192,10 @@ def not_worse(loss: np.ndarray, best: np.ndarray, base: np.ndarray) -> bool:
 
 
 def measurements_since_best(record: dict[str, Any]) -> int:
-    """How many measurements in a row are not better than the best before them."""
+    """How many measurements in a row are not better than the best before them; one that is no number is not."""
     steps = sorted(int(key) for key in record.get("losses", {}) if key != "base")
     losses = [loss_of_images(record, step).mean() for step in steps]
-    return len(losses) - 1 - int(np.argmin(losses)) if losses else 0
+    return len(losses) - 1 - int(np.argmin(np.nan_to_num(losses, nan=np.inf))) if losses else 0
 
 
 # In words, for somebody who draws.
