@@ -1,10 +1,11 @@
 """The data of a run, split into what is trained on and what is only measured on."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from common.errors import UserError
 from data import open_data
-from dataset.sources import HELD_OUT, Source, open_source
+from dataset.sources import HELD_OUT, Source, open_source, split_weight
 from evaluation.validation import MOST_KEPT_OUT, kept_out_of
 from options.training import TrainConfig
 
@@ -48,6 +49,7 @@ def of_folder(config: TrainConfig, source: Source, folder: str) -> HeldOut:
         kept_out = open_data(replace(config.dataset, data=(folder,)), config.caption_files)
     except UserError as error:
         raise UserError(f"--validate {str(error).removeprefix('--data: ')}") from None
-    if kept_out.fingerprint == source.fingerprint:
-        raise UserError(f"--validate {folder} holds the pictures of --data: a share such as 0.1 keeps some of them out")
+    trained_on = {Path(split_weight(name)[0]) for name in config.dataset.data}
+    if kept_out.fingerprint == source.fingerprint or Path(split_weight(folder)[0]) in trained_on:
+        raise UserError(f"--validate {folder} holds pictures of --data: a share such as 0.1 keeps some of them out")
     return HeldOut(source, kept_out, tuple(range(min(MOST_KEPT_OUT, kept_out.samples))), True, f"pictures of {folder}")
