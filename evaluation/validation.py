@@ -130,6 +130,7 @@ def losses_of(probe: Probe, denoiser: Denoiser, diffusion: Diffusion, device: to
     timesteps = torch.tensor([int(t * last) for t in probe.timesteps])
     text = tuple(part.to(device) for part in probe.text)
     text = text if len(text) == 2 else denoiser.encode_text(*text)
+    text = tuple(part.to(denoiser.unet.dtype) for part in text)  # cached text is stored in float16
     losses: list[float] = []
     for begin in range(0, len(timesteps), most):
         t, eps = timesteps[begin : begin + most].to(device), noise[begin : begin + most].to(device)
