@@ -274,14 +274,11 @@ def test_whatever_the_captions_are_every_prompt_can_be_judged(captions, trigger,
         assert judge.opinion(None, prompt, 0, styled=True).recognised in (True, False)
 
 
-WORDS = st.lists(
-    st.sampled_from(["cat", "dog", "house", "sea", "red", "blue", "night", "day", "man", "woman", "tree", "boat"]),
-    min_size=1,
-    max_size=6,
-).map(" ".join)
+WORD = st.sampled_from(["cat", "dog", "house", "sea", "red", "blue", "night", "day", "man", "woman", "tree", "boat"])
+WORDS = st.lists(WORD, min_size=1, max_size=6).map(" ".join)
 
 
-@given(st.lists(WORDS, min_size=2, max_size=8), st.booleans())
+@given(st.lists(st.lists(WORD, min_size=1, max_size=2).map(" ".join), min_size=2, max_size=8), st.booleans())
 def test_a_phrase_that_all_captions_have_is_found(texts, in_front):
     planted = "in clip-art style"
     captions = [f"{planted}, {text}" if in_front else f"{text}, {planted.capitalize()}." for text in texts]
@@ -540,7 +537,7 @@ def with_pictures(examined, images: list[Image.Image]) -> set[str]:
 
 
 def test_a_lora_that_is_much_too_strong_loses_the_prompts(examined):
-    examination, record = examined
+    _, record = examined
     good, strong = (figures(record, step) for step in (1, 30))
     assert good.improvement.low > 0
     assert told(record, 1) == {"leak"}  # it never saw the trigger: it works as much without
