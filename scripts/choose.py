@@ -114,7 +114,7 @@ def with_figures(image: Image.Image | None, found: StepFigures, chosen: bool) ->
     """A picture above a strip, whose colour is the improvement; without a picture the strip alone."""
     gain = found.improvement.mean if found.improvement else 0.0
     width = image.width if image else STRIP
-    font, height = lettering(width / 10), width // 4
+    font, height = lettering(width / 12), width // 4
     cell = Image.new("RGB", (width, height + (image.height if image else 0)), "white")
     if image:
         cell.paste(image, (0, 0))
