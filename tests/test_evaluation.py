@@ -374,6 +374,8 @@ def test_the_step_before_the_prompts_are_lost_is_recommended():
 def test_the_smallest_step_that_is_as_good_is_recommended():
     assert verdict_of(record_of({10: 0.4, 20: 0.2, 30: 0.2, 40: 0.2005})).recommended == 20
     assert verdict_of(record_of({10: 0.4, 20: 0.3, 30: 0.2, 40: 0.25})).recommended == 30
+    assert verdict_of(record_of({10: 0.23, 20: 0.2}, images=1)).recommended == 20  # by too much, although not significantly
+    assert verdict_of(record_of({10: 0.205, 20: 0.2})).recommended == 20  # by little, but significantly
 
 
 def test_figures_of_a_record_by_hand():
