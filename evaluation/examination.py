@@ -60,7 +60,8 @@ class Examination:
         """Measures the base, and draws it with these texts. The model holds no LoRA yet."""
         images = [image for of in self.images.values() for image in of.values()]
         judged = judged_texts(texts, self.subject.name, self.phrase)
-        self.judge = Judge(self.subject.denoiser, self.subject.diffusion, self.subject.pipe.vae, judged)
+        subject = self.subject
+        self.judge = Judge(subject.denoiser, subject.diffusion, subject.pipe.vae, judged, self.phrase)
         self.prompts = self.subject.filled(texts, SEEDS)
         self.drawn = self.subject.draw(self.prompts, "base")
         self.predicted = self.predictions()

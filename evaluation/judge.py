@@ -55,11 +55,11 @@ def latents_of(image: Image.Image, vae: Any) -> Tensor:
 
 class Judge:
     """Asks `denoiser`, which has text encoders, as it is at that moment. `texts`: at least 3, {text for the base: the same with
-    the trigger, for the LoRA}.
+    the `phrase`, for the LoRA}.
     """
 
-    def __init__(self, denoiser: Denoiser, diffusion: Diffusion, vae: Any, texts: dict[str, str]):
-        self.denoiser, self.diffusion, self.vae, self.texts = denoiser, diffusion, vae, texts
+    def __init__(self, denoiser: Denoiser, diffusion: Diffusion, vae: Any, texts: dict[str, str], phrase: "Phrase"):
+        self.denoiser, self.diffusion, self.vae, self.texts, self.phrase = denoiser, diffusion, vae, texts, phrase
         self.states: dict[bool, tuple[Tensor, Tensor]] = {}  # {styled: context and pooled of the texts}, on the device
         self.most = len(texts)  # predictions at once: fewer once memory ran out
 
@@ -68,8 +68,8 @@ class Judge:
         self.states.pop(True, None)
 
     def opinion(self, image: Image.Image, text: str, seed: int, styled: bool) -> Opinion:
-        """Of a picture that was drawn from `text`, with the trigger or without. `styled`: the model holds the LoRA."""
-        own = next(n for n, pair in enumerate(self.texts.items()) if text in pair)
+        """Of a picture that was drawn from `text`, with the phrase or without. `styled`: the model holds the LoRA."""
+        own = list(self.texts).index(text if text in self.texts else self.phrase.remove(text))
         return opinion_of(self.losses(image, seed, styled), own)
 
     @torch.no_grad()
@@ -122,8 +122,11 @@ class Phrase(NamedTuple):
         return f"{self.words} {text}".strip() if self.in_front else f"{text} {self.words}".strip()
 
     def remove(self, text: str) -> str:
-        at = text.lower().find(self.words.lower()) if self.words else -1
-        return text if at < 0 else " ".join((text[:at] + text[at + len(self.words) :]).split()).strip(" ,")
+        """Without the words; all of the text if nothing else is in it."""
+        end = r"(?:(?<=\W)|(?!\w))"  # 'ink' is not in 'inkwell'
+        found = self.words and re.search(rf"(?<!\w){re.escape(self.words)}{end}", text, re.IGNORECASE)
+        rest = " ".join((text[: found.start()] + text[found.end() :]).split()).strip(" ,") if found else ""
+        return rest or text
 
 
 def phrase_of(trigger: str, captions: Sequence[str]) -> Phrase:
@@ -148,7 +151,7 @@ def judged_texts(prompts: Sequence[str], model: str, phrase: Phrase) -> dict[str
     for subject in subjects_of(model):
         if len(texts) < MOST_TEXTS:
             texts.setdefault(subject, phrase.add(subject))
-    return {plain: text for plain, text in texts.items() if plain}
+    return texts
 
 
 def subjects_of(model: str) -> tuple[str, ...]:

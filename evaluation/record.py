@@ -29,7 +29,9 @@ def read_record(out: Path) -> dict[str, Any]:
 
 
 def write_record(out: Path, record: dict[str, Any]) -> None:
-    write_atomically(out / RECORD_FILE, json.dumps(record, indent=1, ensure_ascii=False).encode())
+    """A name that is no UTF-8 is written as JSON's own escapes."""
+    text = json.dumps(record, indent=1, ensure_ascii=False)
+    write_atomically(out / RECORD_FILE, text.encode(errors="backslashreplace"))
 
 
 def forget_after(record: dict[str, Any], step: int) -> None:

@@ -29,13 +29,14 @@ Losses = list[list[float]]  # [images][timesteps]
 
 
 def kept_out_of(source: Source, share: float, seed: int) -> list[int]:
-    """Numbers of the samples of `source` to keep out of training: at least 2, at most 64, and never all that a data set of a
-    mixture has. A function of the seed.
+    """Numbers of the samples of `source` to keep out of training: at least 2, at most 64, and never all of a data set of a
+    mixture that can be read. A function of the seed.
     """
     count = min(MOST_KEPT_OUT, max(2, round(share * source.samples)))
-    order = np.random.default_rng([seed, KEPT_OUT]).permutation(np.flatnonzero(source.places["height"]))
+    readable = np.flatnonzero(source.places["height"])
+    order = np.random.default_rng([seed, KEPT_OUT]).permutation(readable)
     part = np.zeros(source.samples, int) if source.part is None else source.part
-    left = np.bincount(part)
+    left = np.bincount(part[readable])
     chosen: list[int] = []
     for n in order:
         if len(chosen) < count and left[part[n]] > 1:
@@ -124,7 +125,8 @@ def quiet_stream(source: Source, stream: Stream) -> Stream:
 def text_of(probe: Probe, denoiser: Denoiser, device: torch.device) -> tuple[Tensor, ...]:
     """(context [1, 77·n, d1 + d2], pooled [1, d2]) of its caption, as `denoiser` encodes it now."""
     text = tuple(part.to(device) for part in probe.text)
-    return text if len(text) == 2 else denoiser.encode_text(*text)
+    text = text if len(text) == 2 else denoiser.encode_text(*text)
+    return tuple(part.to(denoiser.unet.dtype) for part in text)  # cached text is stored in float16
 
 
 def losses_at(

@@ -21,8 +21,9 @@ BY_HEART = 0.15  # of the base's loss: by which pictures that were trained on do
 COPIES = 0.5  # of the usual distance between a picture that was kept out and the trained one that is most like it
 SPOILT = 0.3  # share of pixels that are clipped, or flat, beyond that of base and data
 MONOTONY = 0.5  # diversity, relative to the base's
-LITTLE = 0.1  # improvement
+SLIGHT = 0.1  # improvement
 RISING = 0.1  # of the improvement, since the measurement before
+STRANGE = 0.5  # gain of a trained picture, relative to that of new ones, below which it may not belong to the style
 NEARLY = 0.05  # of the best gain: who has lost no more is as good
 LEAK = 0.5  # effect without the trigger, relative to that with it
 
@@ -78,7 +79,7 @@ def figures(record: dict[str, Any], step: int) -> StepFigures:
     found = StepFigures(
         step,
         improvement=share_of(*kept_out) if kept_out else None,
-        bands=in_bands(record, base["kept_out"], own["kept_out"]) if kept_out else (),
+        bands=in_bands(record, base["kept_out"], own["kept_out"]) if kept_out and record.get("probes") else (),
         trained=share_of(*trained) if trained else None,
         gap=difference(trained, kept_out) if trained and kept_out else None,
         prompts=obedience(record, step),
@@ -89,11 +90,13 @@ def figures(record: dict[str, Any], step: int) -> StepFigures:
 
 
 def paired(base: dict, own: dict, of: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """(what was gained over the base, the base's loss), a mean over timesteps for each image; None if it was not measured."""
+    """(what was gained over the base, the base's loss), a mean over timesteps for each image; None if it was not measured, or
+    is no number.
+    """
     if not base.get(of) or not own.get(of):
         return None
     before, after = (np.array([np.mean(losses) for losses in of_model[of]]) for of_model in (base, own))
-    return before - after, before
+    return (before - after, before) if np.isfinite([before, after]).all() and before.any() else None
 
 
 def in_bands(record: dict[str, Any], base: list, own: list) -> tuple[Interval | None, ...]:
@@ -101,7 +104,7 @@ def in_bands(record: dict[str, Any], base: list, own: list) -> tuple[Interval | 
     for probe, before, after in zip(record["probes"]["kept_out"], base, own, strict=True):
         for t, x, y in zip(probe["timesteps"], before, after, strict=True):
             gained[int(t * BANDS)].append((x - y, x))
-    return tuple(share_of(*np.array(pairs).T) if pairs else None for pairs in gained)
+    return tuple(share_of(*np.array(pairs).T) if any(x for _, x in pairs) else None for pairs in gained)
 
 
 def pairs_drawn(record: dict[str, Any], step: int) -> list[tuple[dict, dict]]:
@@ -127,7 +130,7 @@ def find_tells(record: dict[str, Any], found: StepFigures) -> Iterator[Tell]:
     if found.gap and found.gap.mean > BY_HEART and found.gap.low > 0:
         yield Tell("by heart", f"it does {found.gap.mean:.0%} better on pictures that it was trained on than on others")
     usual = record.get("usual_distance") or 0.0
-    nearest = [own["nearest"]["trained"] for own, _ in pictures if own.get("nearest") and own["nearest"]["trained"]]
+    nearest = [near for own, _ in pictures if (near := (own.get("nearest") or {}).get("trained"))]
     if copies := [name for name, distance in nearest if distance < COPIES * usual]:
         yield Tell("copies", f"{len(copies)} {of} nearly repeat a training picture, such as {copies[0]}")
     for kind, words in (("flat", "nearly empty"), ("clipped", "burnt out or black")):
@@ -167,7 +170,8 @@ def best_cell(
     """(step, strength) to take, of those in `found`: the smallest step that at its best strength is as good as the best of all,
     without those that show tells; None if all do. `records`: {strength: the losses of every step at it}.
     """
-    losses = {cell: loss_of_images(records[cell[1]], cell[0]) for cell, figures in found.items() if is_sound(figures)}
+    sound = [cell for cell, figures in found.items() if figures.improvement and is_sound(figures)]
+    losses = {(step, strength): loss_of_images(records[strength], step) for step, strength in sound}
     if not losses:
         return None
     base = loss_of_images(next(iter(records.values())), "base")
@@ -190,10 +194,10 @@ def not_worse(loss: np.ndarray, best: np.ndarray, base: np.ndarray) -> bool:
 
 
 def measurements_since_best(record: dict[str, Any]) -> int:
-    """How many measurements in a row are not better than the best before them."""
+    """How many measurements in a row are not better than the best before them; one that is no number is not."""
     steps = sorted(int(key) for key in record.get("losses", {}) if key != "base")
     losses = [loss_of_images(record, step).mean() for step in steps]
-    return len(losses) - 1 - int(np.argmin(losses)) if losses else 0
+    return len(losses) - 1 - int(np.argmin(np.nan_to_num(losses, nan=np.inf))) if losses else 0
 
 
 # In words, for somebody who draws.
@@ -221,8 +225,9 @@ def sentences(record: dict[str, Any], steps: Sequence[StepFigures], recommended:
         yield describe_improvement(chosen)
     if advice := too_little(steps, chosen):
         yield advice
-    if chosen.gap and chosen.trained:
+    if chosen.gap and chosen.trained and chosen.improvement and chosen.improvement.mean >= SLIGHT:
         yield describe_gap(chosen.trained, chosen.gap)
+        yield from describe_strangers(record, chosen)
     if chosen.prompts and is_sound(chosen):
         clearly = f"{chosen.prompts.mean:.0%} as clearly as" if chosen.prompts.mean < 0.95 else "as clearly as"
         yield f"Its pictures show what was asked, {clearly} the base's."
@@ -236,7 +241,7 @@ def too_little(steps: Sequence[StepFigures], chosen: StepFigures) -> str:
     gains = [one.improvement.mean for one in steps if one.improvement]
     if not chosen.improvement or chosen.step != steps[-1].step or not is_sound(chosen):
         return ""
-    if chosen.improvement.mean < LITTLE:
+    if chosen.improvement.mean < SLIGHT:
         return "That is little: train for more steps, or with a larger --lr."
     if len(gains) > 1 and gains[-1] - gains[-2] > RISING * gains[-1]:
         return "It was still getting better when it ended: more steps may help."
@@ -246,11 +251,26 @@ def too_little(steps: Sequence[StepFigures], chosen: StepFigures) -> str:
 def describe_improvement(chosen: StepFigures) -> str:
     gain = chosen.improvement
     assert gain
+    if gain.known and gain.high < 0:
+        return f"Step {chosen.step} is worse than the base on pictures that it never saw."
     if gain.known and gain.low <= 0:
         return f"Step {chosen.step} is not surely better than the base on pictures that it never saw: {percent(gain)} less."
     means = {n: band.mean for n, band in enumerate(chosen.bands) if band}
     place = REGIONS[max(means, key=lambda n: means[n]) * len(REGIONS) // BANDS] if means else ""
     return f"On pictures of the style that it never saw it has {percent(gain)} less error than the base, most in {place}."
+
+
+def describe_strangers(record: dict[str, Any], chosen: StepFigures) -> Iterator[str]:
+    """Trained pictures that gain much less than new ones of the style."""
+    pairs = paired(record["losses"]["base"], record["losses"][str(chosen.step)], "trained")
+    assert pairs
+    assert chosen.improvement
+    gains = pairs[0] / pairs[1]
+    names = [probe["name"] for probe in record["probes"]["trained"]]
+    strange = [name for name, gain in zip(names, gains, strict=True) if gain < STRANGE * chosen.improvement.mean]
+    if len(strange) > 1 or len(names) < 2 * len(strange):
+        more = f"{len(strange)} of {len(names)} trained pictures gain less than half as much as new ones, such as {strange[0]}"
+        yield f"{more}: do they belong to the style? scripts/attribute.py ranks them all."
 
 
 def describe_gap(trained: Interval, gap: Interval) -> str:

@@ -99,7 +99,7 @@ def largest_difference(read_back: Deltas, live: Deltas) -> float:
     return largest.item()
 
 
-LOCATIONS = ("data", "data_cache", "validate", "out", "log_dir", "resume", "model", "prompts")  # options that may hold paths or URLs
+LOCATIONS = ("data", "data_cache", "validate", "out", "log_dir", "resume", "model", "prompts")  # may hold paths or URLs
 
 
 def without_folders(value: object) -> object:

@@ -279,7 +279,7 @@ class ValidationConfig(Options):
 
     validate: str | None = option(None)
     """Pictures to measure on that are never trained on: a folder (or what else --data takes), a share of the data such as 0.1,
-    or 'none'. None: 8 % of the data, of 20 pictures or more, for a run of 100 steps or more; the demo has its own."""
+    or 'none'. None: 8 % of the data, of 20 pictures or more; the demo has its own."""
     validate_every: int = option(0, at_least=0, resume="free")
     """Steps between measurements; 0: at every save."""
     patience: int | None = option(None, at_least=1, resume="free")

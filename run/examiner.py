@@ -35,7 +35,7 @@ class Examiner:
         diffusion = Diffusion(DiffusionConfig(), schedule.alphas_cumprod, schedule.config.prediction_type, model.device)
         phrase = phrase_of(stream.captions.trigger, list(held_out.training.local_captions(CAPTIONS)))
         texts = judged_texts([prompt.text for prompt in prompts], model.name, phrase)
-        self.judge = Judge(model.full_denoiser, diffusion, model.vae, texts)
+        self.judge = Judge(model.full_denoiser, diffusion, model.vae, texts, phrase)
         self.album = Album({}, {})
 
     def begin(self) -> None:

@@ -1,14 +1,16 @@
 """The data of a run, split into what is trained on and what is only measured on."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from common.errors import UserError
 from data import open_data
-from dataset.sources import HELD_OUT, Source, open_source
+from dataset.sources import HELD_OUT, Source, open_source, split_weight
 from evaluation.validation import MOST_KEPT_OUT, kept_out_of
 from options.training import TrainConfig
 
-FEW_IMAGES, FEW_STEPS, USUAL_SHARE = 20, 100, 0.08  # without --validate: below these nothing is kept out, otherwise this share
+FEW_IMAGES, USUAL_SHARE = 20, 0.08  # without --validate: below this nothing is kept out, otherwise this share
+FEW_STEPS = 100  # below this a run of the demo is a trial, and nothing is measured
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,14 @@ def hold_out(config: TrainConfig, source: Source) -> HeldOut:
         return HeldOut(source)
     if value is not None and share is None:
         return of_folder(config, source, value)
-    if value is None and (config.dataset.data or ("demo",)) == ("demo",) and config.steps >= FEW_STEPS:
+    if value is None and (config.dataset.data or ("demo",)) == ("demo",):
+        if config.steps < FEW_STEPS:
+            return HeldOut(source)
         demo = open_source(str(HELD_OUT))
         return HeldOut(source, demo, tuple(range(demo.samples)), line="pictures of the demo that are never trained on")
-    if value is None and (source.samples < FEW_IMAGES or (config.steps < FEW_STEPS and not config.epochs)):
-        few = f"{FEW_IMAGES} pictures" if source.samples < FEW_IMAGES else f"{FEW_STEPS} steps"
-        return HeldOut(source, line=f"none: fewer than {few}; --validate FOLDER measures on pictures of your choice")
+    if value is None and source.samples < FEW_IMAGES:  # it may not depend on --steps: a run that is lengthened keeps its data
+        few = f"none: fewer than {FEW_IMAGES} pictures"
+        return HeldOut(source, line=f"{few}; --validate FOLDER measures on others of yours")
     numbers = tuple(kept_out_of(source, share or USUAL_SHARE, config.seed))
     if len(numbers) < 2:
         raise UserError("--validate: there are too few pictures to keep two of them out of training: --validate none")
@@ -48,6 +52,7 @@ def of_folder(config: TrainConfig, source: Source, folder: str) -> HeldOut:
         kept_out = open_data(replace(config.dataset, data=(folder,)), config.caption_files)
     except UserError as error:
         raise UserError(f"--validate {str(error).removeprefix('--data: ')}") from None
-    if kept_out.fingerprint == source.fingerprint:
-        raise UserError(f"--validate {folder} holds the pictures of --data: a share such as 0.1 keeps some of them out")
+    trained_on = {Path(split_weight(name)[0]) for name in config.dataset.data}
+    if kept_out.fingerprint == source.fingerprint or Path(split_weight(folder)[0]) in trained_on:
+        raise UserError(f"--validate {folder} holds pictures of --data: a share such as 0.1 keeps some of them out")
     return HeldOut(source, kept_out, tuple(range(min(MOST_KEPT_OUT, kept_out.samples))), True, f"pictures of {folder}")

@@ -16,7 +16,7 @@ from markdown import markdown
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from common.errors import UserError, warn_of
+from common.errors import UserError, printable, warn_of
 from common.files import TolerantWriter, sha256_of
 from common.options import Resume, flag_of, flat_options
 from evaluation.page import read_scalars
@@ -73,7 +73,7 @@ def markdown_table(rows: list[list[str]]) -> str:
 
 def shown(text: str) -> str:
     """Markdown, also for a cell of a table, that shows a text as it is."""
-    return html.escape(text, quote=False).translate({ord(sign): f"&#{ord(sign)};" for sign in r"\`*_[]|!#~"})
+    return html.escape(printable(text), quote=False).translate({ord(sign): f"&#{ord(sign)};" for sign in r"\`*_[]|!#~"})
 
 
 def config_text(flags: dict[str, Any]) -> str:
@@ -95,7 +95,8 @@ def prompts_text(prompts: list[Prompt]) -> str:
 def compared_options(flags: dict[str, Any], policies: dict[str, Resume]) -> dict[str, Any]:
     """{name: number or text} by which runs are compared: what is learned depends on these options."""
     values = {name: value for name, value in flags.items() if name == "steps" or policies[name] != "free"}
-    return {name: value if type(value) in (int, float, str) else as_toml(value) for name, value in values.items()}
+    texts = {name: printable(value if isinstance(value, str) else as_toml(value)) for name, value in values.items()}
+    return {name: value if type(value) in (int, float) else texts[name] for name, value in values.items()}
 
 
 class EventWriter(SummaryWriter):

@@ -50,8 +50,10 @@ class Validation:
         trained = TRAINING * config.steps * config.dataset.bs * config.grad_accum * ranks.world  # in forward passes
         share = ASKED if held_out.asked else UNASKED
         affordable = max(BANDS, int(share * trained / (self.times + 1) / 2))  # pairs of an image and a timestep
-        self.images = min(len(held_out.numbers), affordable // FEWEST)
-        self.timesteps = min(BANDS, affordable // max(1, self.images))
+        images = min(len(held_out.numbers), affordable // FEWEST)
+        # A resumed run goes on as it began, although it may be longer now: otherwise all of before would be lost.
+        self.extent = ranks.broadcast(record.get("extent")) or (images, min(BANDS, affordable // max(1, images)))
+        self.images, self.timesteps = min(self.extent[0], len(held_out.numbers)), self.extent[1]
         self.cost = 2 * self.images * self.timesteps * (self.times + 1) / trained
 
     def describe(self) -> str:
@@ -82,7 +84,8 @@ class Validation:
         described_probes = {name: described(probes) for name, probes in self.probes.items()}
         known = self.record.get("probes") == described_probes and "base" in self.record.get("losses", {})
         if not self.ranks.broadcast(known):
-            self.record |= {"probes": described_probes, "losses": {"base": self.losses(0.0)}}
+            losses = {"base": self.losses(0.0)}
+            self.record |= {"extent": list(self.extent), "probes": described_probes, "losses": losses}
 
     def probes_of_kept_out(self) -> list[Probe]:
         """Raises UserError if none can be decoded, or if cached latents are of another VAE."""
@@ -103,11 +106,10 @@ class Validation:
         model, name = self.model, self.model.name
         try:
             check_together(source, model.pipe, name, self.config.captions, has_text=False)
-            stream = quiet_stream(source, self.stream)
+            stream, encode = quiet_stream(source, self.stream), model.denoiser.text_encoder is None
+            return make_probes(stream, numbers, self.timesteps, model.full_denoiser, model.vae, model.device, encode)
         except UserError as error:
             raise UserError(str(error).replace("--data", "--validate", 1)) from None
-        encode = model.denoiser.text_encoder is None
-        return make_probes(stream, numbers, self.timesteps, model.full_denoiser, model.vae, model.device, encode)
 
     def measure(self, step: int) -> dict[str, float]:
         """The losses after `step` go into the record. Returns what a log says of them. Called by all ranks."""

@@ -71,8 +71,9 @@ STRIP = 128  # pixels: width of a cell without a picture
 
 
 def by_step(folder: Path) -> dict[int, Path]:
-    """{step: its LoRA file}. Raises UserError if there is none."""
-    files = {training_steps(path)[0]: path for path in sorted(folder.glob("*.safetensors")) if path.stem != taken_name(folder)}
+    """{step: its LoRA file, of --format both the one that most programs read}. Raises UserError if there is none."""
+    paths = sorted(folder.glob("*.safetensors"), key=lambda path: (not path.stem.endswith("_diffusers"), path))
+    files = {training_steps(path)[0]: path for path in paths if path.stem != taken_name(folder)}
     if not (found := {step: files[step] for step in sorted(files) if step > 0}):
         raise UserError(f"{folder}: no LoRA files of train_lora.py there, with their step in the header")
     return found
@@ -113,7 +114,7 @@ def with_figures(image: Image.Image | None, found: StepFigures, chosen: bool) ->
     """A picture above a strip, whose colour is the improvement; without a picture the strip alone."""
     gain = found.improvement.mean if found.improvement else 0.0
     width = image.width if image else STRIP
-    font, height = lettering(width / 10), width // 4
+    font, height = lettering(width / 12), width // 4
     cell = Image.new("RGB", (width, height + (image.height if image else 0)), "white")
     if image:
         cell.paste(image, (0, 0))
