@@ -28,9 +28,10 @@ class Examiner:
 
     def __init__(
         self, model: TrainingModel, adapter: Adapter, held_out: HeldOut, stream: Stream, prompts: list[Prompt],
-        record: dict[str, Any],
+        record: dict[str, Any], is_first: bool,
     ):  # fmt: skip
-        self.model, self.adapter, self.held_out, self.stream, self.record = model, adapter, held_out, stream, record
+        self.model, self.adapter, self.held_out, self.stream = model, adapter, held_out, stream
+        self.record, self.is_first = record, is_first
         schedule = model.pipe.scheduler
         diffusion = Diffusion(DiffusionConfig(), schedule.alphas_cumprod, schedule.config.prediction_type, model.device)
         phrase = phrase_of(stream.captions.trigger, list(held_out.training.local_captions(CAPTIONS)))
@@ -38,8 +39,12 @@ class Examiner:
         self.judge = Judge(model.full_denoiser, diffusion, model.vae, texts, phrase)
         self.album = Album({}, {})
 
-    def begin(self) -> None:
-        """On rank 0: small pictures of the data, unless the record of a resumed run holds them."""
+    def prepare(self) -> None:
+        """Small pictures of the data, unless the record of a resumed run holds them. During set-up: a signal ends the wait for
+        a server that stalls.
+        """
+        if not self.is_first:
+            return
         if "thumbs" not in self.record:
             kept_out = self.held_out.kept_out
             with temporarily_on(self.model.device, self.model.kept_on_host):

@@ -64,6 +64,7 @@ class Gallery:
         self.render = partial(render, model.pipe, model.full_denoiser.describe, decode)
         self.base: dict[int, Drawn] = {}
         self.disk = TolerantWriter()
+        examiner.prepare()
 
     def is_due(self, step: int, last: int, saving: bool) -> bool:
         every = self.config.sample_every
@@ -71,8 +72,6 @@ class Gallery:
 
     def begin(self, step: int) -> dict[str, np.ndarray]:
         """`draw`, if this is the beginning of a run."""
-        if self.ranks.is_first:
-            self.examiner.begin()
         return {} if step else self.draw(step)
 
     def draw(self, step: int) -> dict[str, np.ndarray]:

@@ -67,7 +67,7 @@ class RunRecord:
 
     def write(self, state: str = "running", reason: str = "") -> None:
         """`state`: running, finished, stopped or failed."""
-        if not self.is_first:
+        if not self.is_first or not self.run.saved:  # nothing to show yet, and nothing that the next run would move aside
             return
         seconds = round(self.before + time.perf_counter() - self.begun, 1)
         self.values["run"] |= {"state": state, "reason": reason, "step": self.run.step, "seconds": seconds}

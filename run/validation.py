@@ -75,12 +75,17 @@ class Validation:
     def upcoming(self) -> Upcoming:
         return Upcoming.LAST_STEP if self.over else Upcoming.MORE_STEPS
 
-    def begin(self) -> None:
-        """Prepares the pictures, and measures the base on them, unless the record of a resumed run holds that."""
+    def prepare(self) -> None:
+        """Reads and encodes the pictures. During set-up: a signal ends the wait for a server that stalls."""
         if not self.held_out.numbers:
             return
         with temporarily_on(self.model.device, self.model.kept_on_host):
             self.probes = {"kept_out": self.probes_of_kept_out(), "trained": self.probes_of_trained()}
+
+    def begin(self) -> None:
+        """Measures the base, unless the record of a resumed run holds that."""
+        if not self.held_out.numbers:
+            return
         described_probes = {name: described(probes) for name, probes in self.probes.items()}
         known = self.record.get("probes") == described_probes and "base" in self.record.get("losses", {})
         if not self.ranks.broadcast(known):

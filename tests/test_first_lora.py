@@ -15,6 +15,7 @@ PAGE = ROOT / "docs/first-lora.md"
 APPENDED = {
     "train_lora.py": ["--steps", "2", "--workers", "0"],
     "infer.py": ["--steps", "2"],
+    "scripts/choose.py": ["--take", "2"],  # seven pictures are too few to keep some out
 }  # the last value of a flag counts
 
 
@@ -39,7 +40,7 @@ def folder(tmp_path, tiny_model, monkeypatch):
 def test_the_commands_as_printed_lead_from_a_folder_to_a_lora_to_share(folder, script):
     printed = [words for text in fences(PAGE, "bash") for words in commands(text)]
     names = [words[1] for words in printed]
-    assert names == ["scripts/show_data.py", "train_lora.py", "infer.py", "scripts/share.py"]
+    assert names == ["scripts/show_data.py", "train_lora.py", *["scripts/choose.py"] * 2, "infer.py", "scripts/share.py"]
     for program, name, *arguments in printed:
         assert program == "python", shlex.join([program, name, *arguments])
         script(name, *arguments, *APPENDED.get(name, []))
@@ -49,6 +50,8 @@ def test_the_commands_as_printed_lead_from_a_folder_to_a_lora_to_share(folder, s
         "step-000000",
         "step-000002",
     }
+    taken = (folder / "checkpoints/naruto.safetensors").read_bytes()
+    assert taken == (folder / "checkpoints/naruto-000002.safetensors").read_bytes()
     assert (folder / "images/compare.png").exists()
     assert list((folder / "naruto-lora").glob("*.safetensors"))
     assert "nrt style" in (folder / "naruto-lora/README.md").read_text("utf-8")

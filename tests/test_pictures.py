@@ -82,7 +82,12 @@ def test_gallery_shows_base_and_adapter(pipe, denoiser, tmp_path):
     facts = {"pipe": pipe, "vae": pipe.vae, "device": torch.device("cpu"), "kept_on_host": [], "full_denoiser": denoiser}
     prompts = [Prompt("a", steps=2), Prompt("b", steps=2, width=96, strength=0.5)]
     model = SimpleNamespace(name="/private/model", **facts)
-    gallery = Gallery(GalleryConfig(), model, adapter, prompts, 64, CheckpointConfig(out=tmp_path), Ranks(0, 1), stop, plan)
+    forgotten, seen = [], []
+    judge = SimpleNamespace(forget=lambda: forgotten.append(True))
+    examiner = SimpleNamespace(record={}, judge=judge, opinion=lambda image, prompt, strength: {"strength": strength})
+    examiner.look = lambda image, file, opinion: seen.append(file) or opinion
+    files = CheckpointConfig(out=tmp_path)
+    gallery = Gallery(GalleryConfig(), model, adapter, prompts, 64, files, Ranks(0, 1), stop, plan, examiner)
     assert gallery.draw(7) == {}
     stop.requested = False
     (first, second), start = gallery.draw(7).values(), gallery.begin(0)
@@ -96,6 +101,10 @@ def test_gallery_shows_base_and_adapter(pipe, denoiser, tmp_path):
     assert changed["samples/p2"].shape[1] == second.shape[1] > changed["samples/p2"].shape[0]
     files = {path.name for path in (tmp_path / "samples").iterdir()}
     names = {f"step-00000{step}-p{i}-{name}.png" for step in (7, 8) for i in (1, 2) for name in ("base", "lora")}
+    assert {f"samples/{name}" for name in names} <= {*seen}  # the examiner looks at each, with what it thought of it
+    assert examiner.record["pictures"].keys() == {"base", "7", "8"}
+    assert examiner.record["pictures"]["8"] == [{"strength": 1.0}, {"strength": 0.5}]
+    assert len(forgotten) == 4  # every time the LoRA has changed
     begun = {"step-000000.png", "step-000000-p1-base.png", "step-000000-p2-base.png"}
     assert files == names | begun | {"step-000007.png", "step-000008.png"}
     parameters = Image.open(tmp_path / "samples/step-000008-p2-lora.png").info["parameters"]

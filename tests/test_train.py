@@ -68,8 +68,8 @@ def last(folder, measured: str) -> float:
 
 
 def visible(folder: Path) -> list[str]:
-    """Names in a folder but for the run's lock."""
-    return sorted(name for name in os.listdir(folder) if name != ".lock")
+    """Names in a folder but for the run's lock, and the page with its record."""
+    return sorted(name for name in os.listdir(folder) if name not in (".lock", "record.json", "report.html"))
 
 
 def test_a_run_writes_weights_metadata_and_logs(train, tiny_model, shards, tmp_path):
@@ -418,6 +418,7 @@ def test_unreadable_data_ends_the_run_after_a_save(train, spoilt, tmp_path, monk
             raise UserError("--data: the server does not answer")
         return read_sample(source, n)
 
+    monkeypatch.setattr("run.examiner.Examiner.prepare", lambda examiner: None)  # which reads during set-up
     with monkeypatch.context() as broken:
         broken.setattr("dataset.sources.Source.read_sample", fail)
         out, err = train("--steps", 9, status=74)
@@ -746,7 +747,7 @@ def test_broken_images_are_reported_at_the_end(train, photos, tmp_path):
     (folder / "photo0.jpg").write_bytes(b"no picture")
     (folder / "photo1.txt").unlink()
     out, _ = train("--data", folder, "--steps", 4)
-    assert re.search(r"skipped 2 images, .*photo0\.jpg, .*photo1\.jpg$", out.strip())
+    assert re.search(r"skipped 2 images, .*photo0\.jpg, .*photo1\.jpg$", out, re.MULTILINE)
 
 
 def test_a_signal_saves_and_the_same_command_resumes(train, tiny_model, shards, tmp_path):
@@ -799,6 +800,7 @@ def test_a_signal_ends_the_wait_for_data(train, tmp_path, monkeypatch, workers, 
         return choose(*arguments)
 
     monkeypatch.setattr("lora.Adapter.update_layers", end_step)
+    monkeypatch.setattr("run.examiner.Examiner.prepare", lambda examiner: None)  # it reads, too: see the next test
     monkeypatch.setattr("data.choose_caption", stall)
     assert message in train(*options, status=75)[0]
     assert time.monotonic() - start < 40
@@ -806,6 +808,18 @@ def test_a_signal_ends_the_wait_for_data(train, tmp_path, monkeypatch, workers, 
     train(*options)
     train(*options, "--workers", 0, "--out", tmp_path / "whole")
     assert equal(weights(tmp_path / "out", 4), weights(tmp_path / "whole", 4))
+
+
+@pytest.mark.parametrize("place", ["run.examiner.picture_of", "run.validation.make_probes"])
+def test_a_signal_ends_the_wait_for_pictures_to_measure_on(train, photos, monkeypatch, place):
+    def stall(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    start = time.monotonic()
+    monkeypatch.setattr(place, stall)
+    assert "before a step was made: nothing" in train("--steps", 2, "--validate", photos, status=75)[0]
+    assert time.monotonic() - start < 40
 
 
 @pytest.mark.parametrize("seconds", [1.5, 3])
