@@ -85,6 +85,7 @@ def test_gallery_shows_base_and_adapter(pipe, denoiser, tmp_path):
     forgotten, seen = [], []
     judge = SimpleNamespace(forget=lambda: forgotten.append(True))
     examiner = SimpleNamespace(record={}, judge=judge, opinion=lambda image, prompt, strength: {"strength": strength})
+    examiner.prepare = lambda: None
     examiner.look = lambda image, file, opinion: seen.append(file) or opinion
     files = CheckpointConfig(out=tmp_path)
     gallery = Gallery(GalleryConfig(), model, adapter, prompts, 64, files, Ranks(0, 1), stop, plan, examiner)

@@ -196,7 +196,9 @@ def test_ranks_with_different_weights_end_without_saving(agent, tmp_path, monkey
     output = (tmp_path / "out0.txt").read_text()
     assert f"step 3: the ranks no longer hold the same LoRA, {first} is the first that differs: not saved\n" in output
     assert "Traceback" not in output
-    assert sorted(os.listdir(tmp_path / "out")) == [".lock", "pytorch_lora_weights_2.safetensors", "samples", "state-1"]
+    assert sorted(os.listdir(tmp_path / "out")) == [
+        ".lock", "pytorch_lora_weights_2.safetensors", "record.json", "report.html", "samples", "state-1",
+    ]  # fmt: skip
 
 
 def test_a_host_that_loses_the_network(hosts, agent, tmp_path, monkeypatch):

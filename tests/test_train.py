@@ -312,7 +312,7 @@ def test_a_failed_save_is_tried_again_at_the_next_one(train, tmp_path, monkeypat
     assert "resume     step 2 of" in out
     assert err.count("No space left on device") == 1
     assert "weights_8.safetensors" in out
-    assert sorted(os.listdir(tmp_path / "out")) == ["pytorch_lora_weights_8.safetensors", "state-1"]
+    assert visible(tmp_path / "out") == ["pytorch_lora_weights_8.safetensors", "state-1"]
 
 
 def test_a_log_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatch, capfd):
