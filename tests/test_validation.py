@@ -338,7 +338,7 @@ def test_a_new_run_moves_the_record_of_the_old_one_aside(train, others, tmp_path
 def test_a_damaged_record_stops_no_run(train, others, tmp_path):
     train("--steps", 1, "--validate", others)
     path = tmp_path / "out" / RECORD_FILE
-    for content in (b"", b"[1]", b"\xff\xfe{}", b"[" * 100_000, b'{"losses": {"base"'):
+    for content in (b"", b"[1]", b'{"losses": []}', b"\xff\xfe{}", b"[" * 100_000, b'{"losses": {"base"'):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"record\.json"):
             read_record(tmp_path / "out")
