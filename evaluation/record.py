@@ -12,7 +12,7 @@ from common.errors import UserError
 from common.files import write_atomically
 from evaluation.validation import Losses, Probe
 
-PARTS = ("run", "losses", "pictures", "files", "extras", "thumbs", "probes")
+RECORD_PARTS = ("run", "losses", "pictures", "files", "extras", "thumbs", "probes")
 RECORD_FILE, PAGE_FILE = "record.json", "report.html"
 STAMP_SIDE = 160  # pixels
 
@@ -24,7 +24,7 @@ def read_record(out: Path) -> dict[str, Any]:
         record = json.loads(path.read_bytes()) if path.exists() else {}
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): remove it; report.py makes a page of what else is there") from None
-    if not isinstance(record, dict) or not all(isinstance(record.get(part, {}), dict) for part in PARTS):
+    if not isinstance(record, dict) or not all(isinstance(record.get(part, {}), dict) for part in RECORD_PARTS):
         raise UserError(f"{path} is no record of a run: remove it")
     return record
 
