@@ -177,9 +177,9 @@ def main(config: TrainConfig) -> Ending:
     record = RunRecord(checkpoints, run, report.curves, ranks.is_first)
     bad_steps = BadSteps(config.bad_steps, config.grad_accum, run, stream, train_step, ranks)
     validation = Validation(config, held_out, stream, model, adapter, ranks, plan, record.values)
+    validation.prepare()
     examiner = Examiner(model, adapter, held_out, stream, prompts, record.values, ranks.is_first)
     gallery = Gallery(config.gallery, model, adapter, prompts, resolution, config.checkpoints, ranks, stop, plan, examiner)
-    validation.prepare()
     stop.end_setup()  # from here on the loop notices a signal: an exception would leave worker processes half made
     loader = Loader(stream, run.samples, run.left_out, pin_memory=device.type == "cuda")
     report.opening(stream, plan, checkpoints, lineage, gallery.prompts, validation.describe())
