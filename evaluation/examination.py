@@ -12,7 +12,7 @@ from data import Stream
 from evaluation.judge import Judge, Opinion, judged_texts, latents_of, phrase_of, subjects_of
 from evaluation.record import described, rounded
 from evaluation.subject import Subject
-from evaluation.tells import Album, clipped_share, diversity, features, flat_share, predicted_noise
+from evaluation.tells import Album, diversity, largest_shares, predicted_noise
 from evaluation.validation import TRAINED, picture_of
 from lora_files.deltas import Deltas
 from model.prompts import Prompt
@@ -68,7 +68,7 @@ class Examination:
         return {
             "probes": {kind: described(probes) for kind, probes in self.probes.items()},
             "losses": {"base": self.losses("base")},
-            "data_shares": {"flat": max(map(flat_share, images)), "clipped": max(map(clipped_share, images))},
+            "data_shares": largest_shares(images),
             "usual_distance": self.album.usual_distance,
             "pictures": {"base": self.look(self.drawn, self.opinions(self.drawn, styled=False))},
             "extras": {}, "files": {},
@@ -103,11 +103,7 @@ class Examination:
 
     def look(self, images: list[Image.Image], opinions: list[Opinion]) -> list[dict[str, Any]]:
         """What a record says of each picture."""
-        return [
-            {**opinion._asdict(), "flat": flat_share(image), "clipped": clipped_share(image),
-             "nearest": self.album.nearest(features(image))}
-            for image, opinion in zip(images, opinions, strict=True)
-        ]  # fmt: skip
+        return [opinion._asdict() | self.album.look(image) for image, opinion in zip(images, opinions, strict=True)]
 
     @torch.no_grad()
     def predictions(self) -> torch.Tensor | None:

@@ -27,13 +27,8 @@ from evaluation.validation import BANDS, Probe, losses_at, picture_of, text_of
 from evaluation.verdict import percent
 from lora import Adapter
 
-SCALES = (
-    2.0**16,
-    2.0**12,
-    2.0**8,
-    2.0**4,
-    1.0,
-)  # of the loss in fp16, whose gradients would underflow; the first that is finite
+# Of the loss in fp16, whose gradients would underflow; the first whose gradient is finite is taken.
+SCALES = (2.0**16, 2.0**12, 2.0**8, 2.0**4, 1.0)
 WORST, BEST = 10, 3  # pictures that are named
 LITTLE = 0.5  # help, below which a picture deserves a look
 

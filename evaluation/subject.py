@@ -13,21 +13,19 @@ from common.errors import UserError
 from common.progress import tqdm
 from data import Stream
 from dataset.sources import Source
-from evaluation.validation import Losses, Probe, losses_of, make_probes, quiet_stream
+from evaluation.validation import Losses, Probe, losses_of, make_probes, quiet_stream, unweighted
 from lora import merge_loras
 from lora_files.deltas import Deltas, check_fit
 from lora_files.read import read_metadata
 from memory import DTYPES, resolve_device
-from model.diffusion import Diffusion
 from model.load import load_sdxl, native_resolution
 from model.prompts import Prompt
-from model.render import render
+from model.render import SAMPLE_GUIDANCE, SAMPLE_STEPS, render
 from model.sdxl import Denoiser
 from model.vae import decode_latents
-from options.training import CaptionConfig, DataOptions, DiffusionConfig, resolve_precision
+from options.training import CaptionConfig, DataOptions, resolve_precision
 
-MOST_PREDICTIONS = 4  # predictions
-DRAWING_STEPS, DRAWING_GUIDANCE = 20, 5.0  # of pictures
+MOST_PREDICTIONS = 4  # at once
 
 
 class Subject:
@@ -38,9 +36,7 @@ class Subject:
         self.device = resolve_device(device)
         self.pipe = load_sdxl(model, DTYPES[resolve_precision("auto", self.device)], self.device)
         self.denoiser, self.side, self.name = Denoiser(self.pipe), native_resolution(self.pipe), model
-        schedule = self.pipe.scheduler
-        prediction = schedule.config.prediction_type
-        self.diffusion = Diffusion(DiffusionConfig(), schedule.alphas_cumprod, prediction, self.device)
+        self.diffusion = unweighted(self.pipe, self.device)
         self.weights: dict[str, torch.Tensor] = {}  # those that some LoRA has changed
         self.base: dict[str, torch.Tensor] = {}  # how they were, on the host
 
@@ -80,7 +76,7 @@ class Subject:
 
     def filled(self, texts: Sequence[str], seeds: int = 1) -> list[Prompt]:
         """`seeds` prompts of each text, one after the other, of the model's own size."""
-        defaults = Prompt("", seed=0, width=self.side, height=self.side, steps=DRAWING_STEPS, guidance=DRAWING_GUIDANCE)
+        defaults = Prompt("", seed=0, width=self.side, height=self.side, steps=SAMPLE_STEPS, guidance=SAMPLE_GUIDANCE)
         return [Prompt(text).filled(seeds * n + i, defaults) for n, text in enumerate(texts) for i in range(seeds)]
 
 

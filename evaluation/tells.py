@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,12 @@ def clipped_share(image: Image.Image) -> float:
     return float(((pixels == 0) | (pixels == 255)).all(axis=2).mean())
 
 
+def largest_shares(images: Sequence[Image.Image]) -> dict[str, float]:
+    """{"flat", "clipped": the largest share in one of the pictures}: what is usual in the data."""
+    shares = {"flat": flat_share, "clipped": clipped_share}
+    return {name: max(map(share, images), default=0.0) for name, share in shares.items()}
+
+
 def features(image: Image.Image) -> np.ndarray:
     """[24, 24, 3] in 0 … 1: a picture of any aspect ratio reduced to a stamp."""
     stamp = image.convert("RGB").resize((FEATURE, FEATURE), Image.Resampling.BOX)
@@ -55,6 +62,10 @@ class Album:
             at = int(np.argmin(distances)) if distances else None
             found[kind] = None if at is None else (self.names[kind][at], distances[at])
         return found
+
+    def look(self, image: Image.Image) -> dict[str, Any]:
+        """What a record says of a picture, but for whether it shows what was asked."""
+        return {"flat": flat_share(image), "clipped": clipped_share(image), "nearest": self.nearest(features(image))}
 
     @property
     def usual_distance(self) -> float | None:

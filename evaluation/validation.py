@@ -14,10 +14,12 @@ from common.seeds import seed_generator, seed_of
 from data import Stream
 from dataset.sources import Source
 from model.diffusion import Diffusion, weights_of_mask
+from model.load import Pipeline
 from model.render import to_image
 from model.sdxl import Denoiser, time_ids
 from model.text import tokenize
 from model.vae import decode_latents, encode_pixels, normalise, sample_latents
+from options.training import DiffusionConfig
 
 BANDS = 10  # of timesteps, in which losses are reported
 GOLDEN = (math.sqrt(5) - 1) / 2
@@ -43,6 +45,11 @@ def kept_out_of(source: Source, share: float, seed: int) -> list[int]:
             left[part[n]] -= 1
             chosen.append(int(n))
     return sorted(chosen)
+
+
+def unweighted(pipe: Pipeline, device: torch.device) -> Diffusion:
+    """The objective without the weights of training: every timestep counts alike, in every run."""
+    return Diffusion(DiffusionConfig(), pipe.scheduler.alphas_cumprod, pipe.scheduler.config.prediction_type, device)
 
 
 def spread_timesteps(image: int, count: int) -> list[float]:

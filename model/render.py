@@ -12,6 +12,8 @@ from common.progress import tqdm
 from common.seeds import seed_generator
 from model.prompts import Prompt
 
+SAMPLE_STEPS, SAMPLE_GUIDANCE = 20, 5.0  # of a prompt that does not say, where a LoRA is looked at
+
 
 def render(
     pipe, describe: Callable[[str, str | None], dict], decode: Callable[[Tensor], Tensor], prompts: list[Prompt],

@@ -9,13 +9,11 @@ from data import Stream
 from dataset.sources import Source
 from evaluation.judge import Judge, judged_texts, phrase_of
 from evaluation.record import picture, thumbnail
-from evaluation.tells import Album, clipped_share, features, flat_share
-from evaluation.validation import picture_of, quiet_stream
+from evaluation.tells import Album, largest_shares
+from evaluation.validation import picture_of, quiet_stream, unweighted
 from lora import Adapter
 from memory import temporarily_on
-from model.diffusion import Diffusion
 from model.prompts import Prompt
-from options.training import DiffusionConfig
 from run.held_out import HeldOut
 from run.setup import TrainingModel
 
@@ -32,11 +30,9 @@ class Examiner:
     ):  # fmt: skip
         self.model, self.adapter, self.held_out, self.stream = model, adapter, held_out, stream
         self.record, self.is_first = record, is_first
-        schedule = model.pipe.scheduler
-        diffusion = Diffusion(DiffusionConfig(), schedule.alphas_cumprod, schedule.config.prediction_type, model.device)
         phrase = phrase_of(stream.captions.trigger, list(held_out.training.local_captions(CAPTIONS)))
         texts = judged_texts([prompt.text for prompt in prompts], model.name, phrase)
-        self.judge = Judge(model.full_denoiser, diffusion, model.vae, texts, phrase)
+        self.judge = Judge(model.full_denoiser, unweighted(model.pipe, model.device), model.vae, texts, phrase)
         self.album = Album({}, {})
 
     def prepare(self) -> None:
@@ -54,9 +50,7 @@ class Examiner:
         thumbs: dict[str, dict[str, Any]] = self.record["thumbs"]
         pictures = {kind: {name: picture(of["jpeg"]) for name, of in named.items()} for kind, named in thumbs.items()}
         self.album = Album(**pictures)
-        shares = {"flat": flat_share, "clipped": clipped_share}
-        data = [*pictures["trained"].values(), *pictures["kept_out"].values()]
-        self.record["data_shares"] = {name: max(map(share, data), default=0.0) for name, share in shares.items()}
+        self.record["data_shares"] = largest_shares([*pictures["trained"].values(), *pictures["kept_out"].values()])
         self.record["usual_distance"] = self.album.usual_distance
 
     def thumbnails(self, kind: str, source: Source, numbers: Any) -> dict[str, dict[str, str]]:
@@ -77,5 +71,4 @@ class Examiner:
 
     def look(self, image: Image.Image, file: str, opinion: dict[str, Any]) -> dict[str, Any]:
         """What the record says of a picture in `file`."""
-        measured = {"flat": flat_share(image), "clipped": clipped_share(image)}
-        return {"file": file, **measured, **opinion, "nearest": self.album.nearest(features(image))}
+        return {"file": file, **opinion, **self.album.look(image)}

@@ -16,7 +16,7 @@ from dataset.captions import with_trigger
 from lora import Adapter
 from memory import note_if_out_of_memory, temporarily_on
 from model.prompts import Prompt, generation_parameters, read_prompts, times
-from model.render import render
+from model.render import SAMPLE_GUIDANCE, SAMPLE_STEPS, render
 from model.vae import DECODING, decode_latents
 from options.training import CaptionConfig, CheckpointConfig, GalleryConfig
 from performance.memory_plan import Plan
@@ -28,7 +28,6 @@ from run.setup import TrainingModel
 from run.stop import StopRequest
 
 Drawn = tuple[Image.Image, dict[str, Any]]  # a picture, and the examiner's opinion of it
-SAMPLE_STEPS, SAMPLE_GUIDANCE = 20, 5.0  # of a prompt that does not say
 
 
 def prompts_to_draw(config: GalleryConfig, captions: CaptionConfig, model: str) -> list[Prompt]:

@@ -6,6 +6,7 @@ import time
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, warn_of, warnings
@@ -84,10 +85,10 @@ class RunRecord:
 
     def saved_files(self) -> dict[str, dict[str, str]]:
         """{step: name and SHA-256} of the LoRA files of the run; of several of a step the one that most programs read."""
-        known = {file["name"]: file["sha256"] for file in self.values.get("files", {}).values()}
+        known = {file["name"]: (step, file) for step, file in self.values.get("files", {}).items()}
         files = {}
-        for path in (self.out / name for name in self.run.saved):
+        for path in filter(Path.exists, (self.out / name for name in self.run.saved)):
             with suppress(OSError, UserError):  # taken away meanwhile
-                step = read_metadata(path)["sdxl_lora.step"]
-                files[step] = {"name": path.name, "sha256": known.get(path.name) or sha256_of(path.read_bytes())}
+                step, file = known.get(path.name) or (read_metadata(path)["sdxl_lora.step"], None)
+                files[step] = file or {"name": path.name, "sha256": sha256_of(path.read_bytes())}
         return files

@@ -12,12 +12,11 @@ from common.progress import tqdm
 from data import Stream
 from dataset.sources import Source
 from evaluation.record import described, rounded
-from evaluation.validation import BANDS, TRAINED, Losses, Probe, losses_of, make_probes, quiet_stream
+from evaluation.validation import BANDS, TRAINED, Losses, Probe, losses_of, make_probes, quiet_stream, unweighted
 from evaluation.verdict import figures, loss_of_images, measurements_since_best
 from lora import Adapter
 from memory import note_if_out_of_memory, temporarily_on
-from model.diffusion import Diffusion
-from options.training import DiffusionConfig, TrainConfig
+from options.training import TrainConfig
 from performance.memory_plan import Plan
 from run.held_out import HeldOut
 from run.ranks import Ranks
@@ -40,8 +39,7 @@ class Validation:
     ):  # fmt: skip
         self.config, self.held_out, self.stream, self.model, self.adapter = config, held_out, stream, model, adapter
         self.ranks, self.plan, self.record = ranks, plan, record
-        schedule = model.pipe.scheduler
-        self.diffusion = Diffusion(DiffusionConfig(), schedule.alphas_cumprod, schedule.config.prediction_type, model.device)
+        self.diffusion = unweighted(model.pipe, model.device)
         self.probes: dict[str, list[Probe]] = {}
         self.improvement: float | None = None  # of the last measurement
         self.patience = config.validation.patience
@@ -69,7 +67,9 @@ class Validation:
     @property
     def over(self) -> bool:
         """Whether --patience ends the run. The same on all ranks."""
-        return self.ranks.broadcast(self.patience is not None and measurements_since_best(self.record) >= self.patience)
+        if self.patience is None:
+            return False
+        return self.ranks.broadcast(measurements_since_best(self.record) >= self.patience)
 
     @property
     def upcoming(self) -> Upcoming:
@@ -110,7 +110,8 @@ class Validation:
     def make(self, source: Source, numbers: Sequence[int]) -> list[Probe]:
         model, name = self.model, self.model.name
         try:
-            check_together(source, model.pipe, name, self.config.captions, has_text=False)
+            if source.vae_signature != self.held_out.training.vae_signature:  # those of training were checked
+                check_together(source, model.pipe, name, self.config.captions, has_text=False)
             stream, encode = quiet_stream(source, self.stream), model.denoiser.text_encoder is None
             return make_probes(stream, numbers, self.timesteps, model.full_denoiser, model.vae, model.device, encode)
         except UserError as error:

@@ -135,15 +135,15 @@ def main(config: ChooseConfig) -> None:
         return
     last = list(files.values())[-1]
     options = options_of(last)
-    data = HeldOut(open_source(config.data), open_source(config.data)) if config.data else data_of_run(config.folder)
-    assert data.kept_out is not None
+    run = None if config.data else data_of_run(config.folder)
+    kept_out = run.kept_out if run else open_source(str(config.data))
+    assert kept_out is not None
     subject = Subject(config.model or trained_on(last), config.device)
     shapes = parameter_shapes(subject.denoiser)
     deltas = {step: read_lora(path, shapes) for step, path in files.items()}
-    stream = subject.stream(data.kept_out, options)
-    trained = None if config.data else subject.stream(data.training, options)
-    numbers = data.numbers or range(min(MOST_KEPT_OUT, data.kept_out.samples))
-    examination = Examination(subject, stream, numbers, trained, config.timesteps)
+    trained = subject.stream(run.training, options) if run else None
+    numbers = run.numbers if run else range(min(MOST_KEPT_OUT, kept_out.samples))
+    examination = Examination(subject, subject.stream(kept_out, options), numbers, trained, config.timesteps)
     print(f"{len(files)} files × {len(config.strengths)} strengths on {len(numbers)} pictures that were kept out", flush=True)
     drawn = [prompt.text for prompt in from_header(last, read_metadata(last))]  # by the run
     base = examination.of_base(examination.texts(drawn, config.pictures))

@@ -39,8 +39,8 @@ from evaluation.page import read_scalars, write_page
 from evaluation.record import PAGE_FILE, read_record
 from lora_files.read import read_metadata
 from model.prompts import Prompt, from_header
+from model.render import SAMPLE_GUIDANCE, SAMPLE_STEPS
 from options.training import TrainConfig
-from run.gallery import SAMPLE_GUIDANCE, SAMPLE_STEPS
 from run.state import find_state
 
 USUAL = Prompt("", seed=0, steps=SAMPLE_STEPS, guidance=SAMPLE_GUIDANCE)

@@ -83,7 +83,7 @@ def test_the_run_s_own_pictures_and_the_sheet(train, script, tiny_model, tmp_pat
     train("--data", data, "--validate", 0.1, "--steps", 2, "--save-every", 1, "--lr", 1e-2, "--trigger", "nrt")
     options = ["--model", tiny_model, "--strengths", 0.5, 1, "--timesteps", 2, "--pictures", 1, "--device", "cpu"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("evaluation.subject.DRAWING_STEPS", 2)
+        patch.setattr("evaluation.subject.SAMPLE_STEPS", 2)
         patch.setattr("evaluation.judge.MOST_TEXTS", 3)
         out, _ = script("scripts/choose.py", tmp_path / "out", *options)
     assert "2 files × 2 strengths on 2 pictures that were kept out\n" in out

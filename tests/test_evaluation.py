@@ -515,7 +515,7 @@ def test_what_is_seen_in_all_pictures_is_told(kind, own, quiet):
 def examined(light_lora):
     """(examination, record): of the base, of the light LoRA as step 1, and of 30 times as much of it as step 30."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("evaluation.subject.DRAWING_STEPS", 6)
+        patch.setattr("evaluation.subject.SAMPLE_STEPS", 6)
         patch.setattr("evaluation.judge.MOST_TEXTS", 5)
         subject = Subject("demo", "cpu")
         kept_out, trained = (subject.stream(open_source(str(path)), {"trigger": "nrt"}) for path in (HELD_OUT, DEMO))
