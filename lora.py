@@ -9,6 +9,8 @@ Outside of a model an adapter is a `Deltas`: {module path: (A, B, α)}.
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -19,38 +21,7 @@ from common.seeds import seed_generator
 from lora_files.deltas import Deltas, add_deltas, check_fit
 from options.training import LoRAConfig
 from performance.adamw8bit import STATE_BLOCK, spread
-
-
-class LowRank(torch.autograd.Function):
-    """y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ with a frozen W; forward and backward are written out.
-
-    The low-rank products are limited by memory bandwidth. `addmm_` adds them to the product with W in place, which saves
-    reading and writing all of y (or the gradient of x) once more. Autograd keeps only x, x·Aᵀ [N, r], A and B. It does not
-    keep W, which is frozen; a packed W is unpacked again for the backward pass.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, A: Tensor, B: Tensor, layer: "LoRALinear", part: slice) -> Tensor:
-        """x [..., in], A [r, in], B [n, r] -> [..., n]: the n outputs of the layer that `part` selects (rows of W)."""
-        ctx.layer, ctx.part, ctx.shape = layer, part, x.shape
-        flat_x = x.reshape(-1, x.shape[-1])
-        down = flat_x @ A.T
-        ctx.save_for_backward(flat_x, down, A, B)
-        bias = None if layer.bias is None else layer.bias[part]
-        y = F.linear(flat_x, layer.dense()[part], bias)
-        return y.addmm_(down, B.T, alpha=layer.scale).view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        flat_x, down, A, B = ctx.saved_tensors
-        scale, unused = ctx.layer.scale, grad.new_empty(())  # with beta=0 addmm ignores it: alpha · product in one kernel
-        grad = grad.reshape(-1, grad.shape[-1])
-        grad_down = torch.addmm(unused, grad, B, beta=0, alpha=scale)
-        grad_B = torch.addmm(unused, grad.T, down, beta=0, alpha=scale)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad @ ctx.layer.dense()[ctx.part]).addmm_(grad_down, A).view(ctx.shape)
-        return grad_x, grad_down.T @ flat_x, grad_B, None, None
+from performance.fused import add_product, in_one_pass, layer_norm, layer_norm_backward
 
 
 class LoRALinear(nn.Linear):
@@ -70,18 +41,199 @@ class LoRALinear(nn.Linear):
         A = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
         self.lora_A = nn.Parameter(A.to(base.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
+        for p in (self.lora_A, self.lora_B):
+            p.grad = torch.zeros_like(p)
+        self.grads = self.lora_A.grad, self.lora_B.grad  # float32: the backward pass adds to them
+        self.alone = LinearGroup([self])
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        return self.forward_rows(x, slice(None))
-
-    def forward_rows(self, x: Tensor, part: slice) -> Tensor:
-        """Only the outputs that `part` selects (rows of the weight): x [..., in] -> [..., selected outputs]."""
-        return LowRank.apply(x, self.lora_A.to(x.dtype), self.lora_B[part].to(x.dtype), self, part)
+        return self.alone(x)[0]
 
     def dense(self) -> Tensor:
         """The base weight [out, in], unpacked."""
         return self.unpack() if self.unpack else self.weight
+
+
+@dataclass
+class Band:
+    """Neighbouring layers with adapters of one size in a LinearGroup: their products with B are one batched product."""
+
+    layers: list[LoRALinear]
+    columns: slice  # of the outputs of the group
+    rows: slice  # of the stacked A of the group
+
+    def split(self, tensor: Tensor, part: slice) -> Tensor:
+        """A view of these columns: [N, …] -> [layers, N, columns of a layer]."""
+        return tensor[:, part].unflatten(1, (len(self.layers), -1)).transpose(0, 1)
+
+    def B(self, dtype: torch.dtype) -> Tensor:
+        """[layers, out, r]."""
+        return stacked([layer.lora_B for layer in self.layers]).to(dtype)
+
+
+class LinearGroup:
+    """Linear layers that read the same input, such as q, k and v: their products as one where that is possible.
+
+    The layers may be plain, packed or with LoRA. Plain weights are stacked: the `weight` of each becomes a view of the stack.
+    Packed ones are not, because all of them would be unpacked at once. Do not move the layers afterwards.
+    """
+
+    def __init__(self, layers: list[nn.Linear]):
+        self.layers, self.widths = layers, [layer.out_features for layer in layers]
+        self.bands: list[Band] = []
+        column = row = 0
+        for layer in layers:
+            columns = slice(column, column := column + layer.out_features)
+            if not isinstance(layer, LoRALinear):
+                continue
+            rows = slice(row, row := row + len(layer.lora_A))
+            last = self.bands[-1] if self.bands else None
+            if last and last.columns.stop == columns.start and last.layers[0].lora_B.shape == layer.lora_B.shape:
+                self.bands[-1] = Band([*last.layers, layer], slice(last.columns.start, column), slice(last.rows.start, row))
+            else:
+                self.bands.append(Band([layer], columns, rows))
+        self.rank, self.stack, self.bias = row, None, None
+        if len(layers) > 1 and all(layer.weight.is_floating_point() for layer in layers):
+            self.stack = torch.cat([layer.weight.detach() for layer in layers])
+            for layer, weight in zip(layers, self.stack.split(self.widths), strict=True):
+                layer.weight.data = weight
+            if layers[0].bias is not None:
+                self.bias = torch.cat([layer.bias.detach() for layer in layers])
+
+    def __call__(self, x: Tensor, onto: Tensor | None = None) -> list[Tensor]:
+        """x [..., in] -> the outputs [..., out] of every layer; of a single one, added to `onto`."""
+        return Products.apply(self, x, None, onto, self.edge())
+
+    def normed(self, x: Tensor, norm: nn.LayerNorm) -> list[Tensor]:
+        """[x for the residual connection around the layers, the outputs for the normed x]."""
+        if not in_one_pass(x):
+            return [x, *self(norm(x))]
+        return Products.apply(self, x, norm, None, self.edge())
+
+    def edge(self) -> Tensor | None:
+        """What makes autograd differentiate a product whose input needs no gradient."""
+        return self.bands[0].layers[0].lora_A if self.bands else None
+
+    def parts(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """(columns, W, b) of every product."""
+        if self.stack is not None:
+            yield slice(None), self.stack, self.bias
+            return
+        end = 0
+        for layer in self.layers:
+            yield slice(end, end := end + layer.out_features), dense_weight(layer), layer.bias
+
+    def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x [N, in] -> the outputs side by side [N, Σ out], x·Aᵀ [N, Σ r]. The branch is added in place."""
+        if len(self.widths) == 1 or self.stack is not None:
+            ((_, weight, bias),) = self.parts()
+            y = F.linear(x, weight, bias)
+        else:
+            y = x.new_empty(len(x), sum(self.widths))
+            for columns, weight, bias in self.parts():
+                torch.mm(x, weight.T, out=y[:, columns])
+                if bias is not None:
+                    y[:, columns] += bias
+        if not self.bands:
+            return y, None
+        down = x @ self.A(x.dtype).T
+        for band in self.bands:
+            branch, B, scale = band.split(down, band.rows), band.B(x.dtype), band.layers[0].scale
+            band.split(y, band.columns).baddbmm_(branch, B.transpose(1, 2), alpha=scale)
+        return y, down
+
+    def A(self, dtype: torch.dtype) -> Tensor:
+        """[Σ r, in]."""
+        return torch.cat([layer.lora_A for band in self.bands for layer in band.layers]).to(dtype)
+
+    def gradients(self, grad_y: Tensor, down: Tensor | None, with_x: bool) -> tuple[Tensor | None, Tensor | None]:
+        """grad_y [N, Σ out] -> gradients of x [N, in], if `with_x`, and of x·Aᵀ [N, Σ r]; that of B is added where it belongs."""
+        grad_down = None
+        if down is not None:
+            grad_down = torch.empty_like(down)
+            for band in self.bands:
+                grad, result, B = band.split(grad_y, band.columns), band.split(grad_down, band.rows), band.B(grad_y.dtype)
+                scale = band.layers[0].scale
+                torch.baddbmm(result, grad, B, beta=0, alpha=scale, out=result)
+                with sum_of([layer.grads[1] for layer in band.layers]) as total:
+                    add_product(total.transpose(1, 2), band.split(down, band.rows), grad, scale)
+        grad_x = None
+        for columns, weight, _ in self.parts() if with_x else ():
+            grad = grad_y[:, columns]
+            grad_x = grad @ weight if grad_x is None else grad_x.addmm_(grad, weight)
+        if grad_x is not None and grad_down is not None:
+            grad_x.addmm_(grad_down, self.A(grad_x.dtype))
+        return grad_x, grad_down
+
+    def add_gradient_of_A(self, grad_down: Tensor, x: Tensor) -> None:
+        """grad_down [N, Σ r], x [N, in]."""
+        for band in self.bands:
+            with sum_of([layer.grads[0] for layer in band.layers]) as total:
+                add_product(total, band.split(grad_down, band.rows), x.expand(len(band.layers), -1, -1), 1.0)
+
+
+class Products(torch.autograd.Function):
+    """The products of a LinearGroup; forward and backward are written out.
+
+    Keeps x and x·Aᵀ, or x alone for its norm. It does not keep W, which is frozen, nor what can be made again: the normed x, and
+    a packed W. The gradients of A and B do not pass through autograd: they are added to `LoRALinear.grads`.
+    """
+
+    @staticmethod
+    def forward(ctx, group: LinearGroup, x: Tensor, norm: nn.LayerNorm | None, onto: Tensor | None, edge: Tensor | None):
+        ctx.group, ctx.norm, ctx.shape = group, norm, x.shape
+        read = x if norm is None else layer_norm(x, norm)
+        y, down = group.product(read.reshape(-1, x.shape[-1]))
+        if onto is not None:
+            y += onto.reshape(y.shape)
+        ctx.save_for_backward(x if norm is not None or group.bands else None, down)
+        outputs = [part.view(*x.shape[:-1], -1) for part in y.split(group.widths, dim=1)]
+        return tuple(outputs if norm is None else [x, *outputs])
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        group, norm, needs_x, (x, down) = ctx.group, ctx.norm, ctx.needs_input_grad[1], ctx.saved_tensors
+        of_outputs = grads if norm is None else grads[1:]
+        flat = [grad.reshape(-1, grad.shape[-1]) for grad in of_outputs]
+        grad_x, grad_down = group.gradients(flat[0] if len(flat) == 1 else torch.cat(flat, dim=1), down, needs_x)
+        if grad_x is not None:
+            grad_x = grad_x.view(ctx.shape)
+        if norm is not None:
+            if grad_x is not None:
+                grad_x, x = layer_norm_backward(grad_x, grads[0], x, norm, with_y=bool(group.bands))
+            else:
+                x = layer_norm(x, norm)
+        if group.bands:
+            group.add_gradient_of_A(grad_down, x.reshape(-1, x.shape[-1]))
+        return None, grad_x, None, (of_outputs[0] if ctx.needs_input_grad[3] else None), None
+
+
+def dense_weight(layer: nn.Linear) -> Tensor:
+    """W [out, in], unpacked if the layer stores it packed."""
+    return layer.dense() if hasattr(layer, "dense") else layer.weight
+
+
+def stacked(tensors: list[Tensor]) -> Tensor:
+    """[n, …] of n contiguous tensors of one shape; a view where they lie in one buffer at equal distances."""
+    first = tensors[0].detach()
+    distances = {b.storage_offset() - a.storage_offset() for a, b in pairwise(tensors)}
+    one_buffer = len({t.untyped_storage()._cdata for t in tensors}) == 1
+    if len(distances) > 1 or not one_buffer:
+        return torch.stack([t.detach() for t in tensors])
+    return first.as_strided((len(tensors), *first.shape), (*(distances or {0}), *first.stride()))
+
+
+@contextmanager
+def sum_of(tensors: list[Tensor]) -> Iterator[Tensor]:
+    """[n, …] float32: what is added to it inside this context is added to each of the n tensors."""
+    total = stacked(tensors)
+    is_view = total.untyped_storage()._cdata == tensors[0].untyped_storage()._cdata
+    if not is_view:
+        total.zero_()
+    yield total
+    if not is_view:
+        torch._foreach_add_(tensors, list(total.unbind()))
 
 
 def padded_size(count: int) -> int:
@@ -98,11 +250,8 @@ class Adapter:
     value, and A's would be lost beside B's. The padding between them is 0, and is in no LoRA file.
 
     The layers compute with `low`, a copy of `flat` in the dtype of the base: one cast of the whole buffer replaces four per
-    layer and step (float32 masters beside half-precision weights: Micikevicius et al. 2017, arXiv:1710.03740). Autograd
-    gives a gradient the dtype of its parameter, so there are two gradient buffers: the backward pass adds to `low_grad` in
-    half precision, and `collect_gradients` moves that into `grad`, which sums several passes in float32. After
-    `collect_gradients`, `low_grad` is zero and `grad` is the whole gradient: a step that ends with it changes only `grad`.
-    After a backward pass that was broken off, both hold a part. In float32 `low` is `flat`, and `low_grad` is `grad`.
+    layer and step (float32 masters beside half-precision weights: Micikevicius et al. 2017, arXiv:1710.03740). The backward pass
+    adds to `grad` in float32, whatever that dtype. After one that was broken off it holds a part.
 
     Do not move the model to another device or dtype afterwards: its parameters would no longer be views of these buffers.
     """
@@ -118,18 +267,20 @@ class Adapter:
         filled = torch.cat([torch.arange(size) < len(f) for f, size in zip(factors, sizes, strict=True)])
         self.padding = (~filled).nonzero().flatten().to(self.flat.device)  # indices in `flat`
         self.grad = torch.zeros_like(self.flat)
-        self.low = self.flat.to(dtype)
-        self.low_grad = self.grad.to(dtype)
+        self.low = self.flat.to(dtype, copy=True)
         self.deltas: Deltas = {}  # {module path: (A, B, α)}: float32 views of the live weights
         offset = 0
         for name, m in ordered.items():
-            masters = []
+            masters, grads = [], []
             for p in (m.lora_A, m.lora_B):
                 section, shape = slice(offset, offset + p.numel()), p.shape
                 offset += padded_size(p.numel())
                 masters.append(self.flat[section].view(shape))
-                p.data = self.low[section].view(shape)
-                p.grad = self.low_grad[section].view(shape)
+                grads.append(self.grad[section].view(shape))
+                p.data, p.grad = self.low[section].view(shape), None
+                if dtype == torch.float32:
+                    p.grad = grads[-1]
+            m.grads = grads[0], grads[1]
             self.deltas[name] = (masters[0], masters[1], m.alpha)
         unet_size = sum(sizes[: 2 * len(unet)])
         self.groups: dict[str, nn.Parameter] = {}
@@ -152,12 +303,6 @@ class Adapter:
         """bool, of the shape of `flat`, on the CPU: False where it is padding."""
         return torch.ones(len(self.flat), dtype=torch.bool).index_fill_(0, self.padding.cpu(), False)
 
-    def collect_gradients(self) -> None:
-        """After a backward pass: adds `low_grad` to `grad`, in float32, and zeroes it."""
-        if self.low_grad is not self.grad:
-            self.grad += self.low_grad
-            self.low_grad.zero_()
-
     def spoil_unless_finite(self, loss: Tensor) -> None:
         """Makes the gradient NaN if `loss` (0-dim, on the device) is not finite, without making the host wait.
 
@@ -177,8 +322,7 @@ class Adapter:
         return int(self.flat.view(torch.int32).sum(dtype=torch.int64))
 
     def zero_gradients(self) -> None:
-        """Zeroes both gradient buffers, also what a backward pass that was broken off has left in `low_grad`."""
-        self.low_grad.zero_()
+        """Also of what a backward pass that was broken off has left."""
         self.grad.zero_()
 
     def update_layers(self) -> None:
@@ -187,21 +331,21 @@ class Adapter:
         Zeroes the padding, too: bitsandbytes on the CPU stores a state of 0 as 2e-5 of its block's largest, which moves it.
         """
         self.flat.index_fill_(0, self.padding, 0)
-        if self.low is not self.flat:
-            self.low.copy_(self.flat)
+        self.low.copy_(self.flat)
         self.grad.zero_()
 
     @contextmanager
     def scaled(self, strength: float) -> Iterator[None]:
-        """Inside this context the model computes with W + strength·ΔW; with a strength of 0 as without LoRA."""
-        scales = {m: m.scale for m in self.modules.values()}
-        for m in scales:
-            m.scale *= strength
+        """Inside this context the model computes with W + strength·ΔW; with a strength of 0 as without LoRA.
+
+        B is scaled in place, so that a CUDA graph recorded at one strength computes with another.
+        """
+        before = self.low.clone()
+        torch._foreach_mul_([m.lora_B.data for m in self.modules.values()], strength)
         try:
             yield
         finally:
-            for m, scale in scales.items():
-                m.scale = scale
+            self.low.copy_(before)
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:

@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from common import system
 from common.errors import UserError, warn
 from data import Workload
-from lora import add_lora
+from lora import LinearGroup, add_lora
 from model.load import Pipeline
 from model.sdxl import Denoiser, blueprint, text_shapes
 from model.text import most_chunks
 from model.vae import ENCODING, vae_dtype
 from options.training import LoRAConfig, MemoryConfig
 from performance.adamw8bit import bytes_per_trained
-from performance.checkpointing import block_names, checkpoint_blocks, compile_blocks
-from performance.kernels import KERNELS, Shapes, choose_attention, use_fast_kernels
+from performance.attention import KERNELS, Kernel, Shapes, choose_attention
+from performance.checkpointing import block_names, checkpoint_blocks
+from performance.layers import use_fast_layers
 from performance.memory_plan import ANOTHER_SHAPE, GiB, Plan, dry_run, make_plan, stand_in_kernel
 from performance.quantise import PACKED_BASES, packed_bytes, quantisable
 
@@ -165,7 +166,7 @@ def plan_memory(
     saved = {base: sum(m.weight.nbytes - packed_bytes(m, base) for m in linears) for base in PACKED_BASES}
     adapter = add_lora(denoiser, lora, denoiser.unused, dtype=DTYPES[memory.precision])
     trained = adapter.flat.numel() * bytes_per_trained(memory.optimizer, DTYPES[memory.precision])
-    use_fast_kernels(denoiser.unet, stand_in_kernel)
+    speed_up(denoiser, stand_in_kernel)
     text = text_shapes(denoiser, workload.batch, most_chunks(75 * workload.chunks))
     costs = dry_run(denoiser, block_names(denoiser), text, workload.resolution // pipe.vae_scale_factor)
     fixed = {base: unpacked - saved.get(base, 0) + trained for base in possible_bases(memory, device)}
@@ -187,11 +188,16 @@ def possible_bases(memory: MemoryConfig, device: torch.device) -> list[str]:
     return [memory.precision, *PACKED_BASES] if automatic else [memory.precision]
 
 
+def speed_up(model: nn.Module, kernel: Kernel) -> None:
+    """Fast layers in `model`, which is on its device with its adapters; images in channels_last where CUDA prefers that."""
+    if next(model.parameters()).is_cuda:
+        model.to(memory_format=torch.channels_last)
+    use_fast_layers(model, kernel, LinearGroup)
+
+
 def apply_plan(denoiser: Denoiser, plan: Plan, memory: MemoryConfig, device: torch.device) -> str:
-    """Kernels, compiling, checkpointing, each around what the one before has put in place. Returns the attention kernel."""
+    """Fast layers, and checkpointing around some of them. Returns the name of the attention kernel."""
     attention = choose_attention(memory.attention, plan.attention, device, DTYPES[memory.precision])
-    use_fast_kernels(denoiser.unet, KERNELS[attention])
-    if memory.compile:
-        compile_blocks(denoiser.unet, block_names(denoiser.unet))
+    speed_up(denoiser, KERNELS[attention])
     checkpoint_blocks(denoiser, plan.checkpointed)
     return attention

@@ -114,7 +114,6 @@ class TrainStep:
         """
         loss = self.losses(x).mean() / (self.samples / len(x.images))
         self.scaler.scale(loss).backward()
-        self.adapter.collect_gradients()
         self.adapter.spoil_unless_finite(loss.detach())  # so that every rank sees it in the averaged gradient, and skips
         return loss.detach()
 

@@ -48,13 +48,13 @@ class Product(torch.autograd.Function):
     """x·Wᵀ + b. Unpacks W again in the backward pass; autograd would keep the unpacked W until then."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, layer: "QuantisedLinear", part: slice) -> Tensor:
-        ctx.layer, ctx.part = layer, part
-        return F.linear(x, layer.dense()[part], None if layer.bias is None else layer.bias[part])
+    def forward(ctx, x: Tensor, layer: "QuantisedLinear") -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.dense(), layer.bias)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad @ ctx.layer.dense()[ctx.part], None, None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.layer.dense(), None
 
 
 class QuantisedLinear(nn.Linear):
@@ -85,11 +85,7 @@ class QuantisedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        return self.forward_rows(x, slice(None))
-
-    def forward_rows(self, x: Tensor, part: slice) -> Tensor:
-        """Computes only the outputs `part`, by these rows of W: x [..., in] -> [..., len(part)]."""
-        return Product.apply(x, self, part)
+        return Product.apply(x, self)
 
 
 def quantisable(model: nn.Module) -> dict[str, nn.Linear]:

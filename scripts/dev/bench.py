@@ -4,6 +4,7 @@
     python scripts/dev/bench.py --rows recipe images     some of them
     python scripts/dev/bench.py --rows recipe --vram-gb 12
     python scripts/dev/bench.py --parts                  time of each part of a step; inference with base and merged model
+    python scripts/dev/bench.py --profile                a step without a cap by kinds of kernels, and the bytes that it moves
     python scripts/dev/bench.py --compare-attention      every attention kernel on SDXL's shapes, forward and backward
 
 Prints a table and writes it as JSON. The first call writes a model of 7 GB to --work. Nothing is downloaded.
@@ -18,11 +19,15 @@ import statistics
 import subprocess
 import sys
 import time
+import unittest.mock
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -36,7 +41,7 @@ from dataset.images import Decoded
 from dataset.latents import pack_latents
 from dataset.sources import open_source
 from lora import add_lora, merge_lora
-from memory import peak_memory, resolve_device
+from memory import peak_memory, resolve_device, speed_up
 from model.diffusion import Diffusion
 from model.load import BASE, base_architecture, load_sdxl
 from model.sdxl import Denoiser, blueprint, time_ids
@@ -45,9 +50,12 @@ from model.vae import decode_latents, encode_pixels
 from options.command import parse_command
 from options.training import CaptionConfig, DataConfig, DiffusionConfig, LoRAConfig
 from performance.adamw8bit import make_optimizer
+from performance import fused
+from performance.attention import KERNELS, Shapes, choose_attention, kernel_problem, time_kernel
 from performance.cuda_graph import GraphedStep
-from performance.kernels import KERNELS, kernel_problem, time_kernel, use_fast_kernels
+from performance.memory_plan import tensors
 
+SELF_ATTENTION = (torch.Size((3, 4096, 10, 64)),) * 2  # shapes of q and k where most time goes
 FORWARD = 6.76e12  # FLOPs of the U-Net's forward pass for one image of 1024 x 1024, as counted by dry_run
 
 LATENT_DATA = ("--data", "{work}/latents")
@@ -69,7 +77,6 @@ ROWS = {
     "free": ("no cap", (*RECIPE, *LATENT_DATA)),
     "free-8": ("no cap, batch 8", (*RECIPE, "--bs", "8", *LATENT_DATA)),
     "free-images": ("no cap, images encoded in the loop", (*RECIPE, *IMAGES)),
-    "compile": ("no cap, compiled blocks", (*RECIPE, *LATENT_DATA, "--compile")),
     "eager": ("no cap, no CUDA graph", (*RECIPE, *LATENT_DATA, "--cuda-graph", "off")),
 }  # fmt: skip
 
@@ -84,6 +91,8 @@ class BenchConfig:
     """Training steps of each row; the first ten are not timed."""
     parts: bool = False
     """Instead of the rows, time each part of a step, merging and inference."""
+    profile: bool = False
+    """Instead of the rows, sum the kernels of a step by their kind, and count the bytes that its operations read and write."""
     compare_attention: bool = False
     """Instead of the rows, time every attention kernel, forward and backward."""
     work: Path = Path("/tmp/sdxl-bench")
@@ -294,47 +303,116 @@ def measure_optimiser(device: torch.device, count: int = 24_500_000) -> float:
     return milliseconds(step, 20)
 
 
-def measure_parts(pipe, device: torch.device) -> dict[str, float]:
-    """Milliseconds of each part of a training step, each as a CUDA graph: rank 8, batch 3, nothing checkpointed."""
-    bs, denoiser = 3, Denoiser(pipe)
-    adapter = add_lora(denoiser, LoRAConfig(), denoiser.unused, dtype=torch.float16)
-    use_fast_kernels(pipe.unet, KERNELS["sdpa"])
-    diffusion = Diffusion(DiffusionConfig(), pipe.scheduler.alphas_cumprod, "epsilon", device)
-    latents = torch.randn(bs, 4, 128, 128, device=device)
-    noise, timesteps = diffusion.draw(latents.shape, torch.Generator(device).manual_seed(0))
-    tokens = tokenize(denoiser.tokenizers, ["a picture"] * bs).to(device)
-    ids = time_ids(torch.full((bs, 2), 1024), torch.zeros(bs, 2), torch.full((bs, 2), 1024)).to(device)
-    pixels = torch.rand(bs, 3, 1024, 1024, device=device) * 2 - 1
+class BenchStep:
+    """Forward and backward pass of a training step: rank 8, batch 3, nothing checkpointed, latents ready."""
 
-    def denoise(noisy: torch.Tensor) -> torch.Tensor:
-        return denoiser(noisy, timesteps, (tokens,), ids)
+    def __init__(self, pipe, device: torch.device, bs: int = 3):
+        self.denoiser, self.device = Denoiser(pipe), device
+        self.adapter = add_lora(self.denoiser, LoRAConfig(), self.denoiser.unused, dtype=torch.float16)
+        attention = choose_attention("auto", Shapes({SELF_ATTENTION: 1}), device, torch.float16)
+        speed_up(self.denoiser, KERNELS[attention])
+        self.diffusion = Diffusion(DiffusionConfig(), pipe.scheduler.alphas_cumprod, "epsilon", device)
+        self.latents = torch.randn(bs, 4, 128, 128, device=device)
+        self.noise, self.timesteps = self.diffusion.draw(self.latents.shape, torch.Generator(device).manual_seed(0))
+        self.tokens = tokenize(self.denoiser.tokenizers, ["a picture"] * bs).to(device)
+        self.ids = time_ids(torch.full((bs, 2), 1024), torch.zeros(bs, 2), torch.full((bs, 2), 1024)).to(device)
 
-    def time_graph(work, grad: bool) -> float:
+    def denoise(self) -> torch.Tensor:
+        noisy = self.diffusion.add_noise(self.latents, self.noise, self.timesteps)
+        return self.denoiser(noisy, self.timesteps, (self.tokens,), self.ids)
+
+    def differentiate(self) -> torch.Tensor:
+        loss = self.diffusion.loss(self.denoise(), self.latents, self.noise, self.timesteps).mean() * 1024
+        loss.backward()
+        return loss.detach()
+
+    def graphed(self, work, grad: bool) -> Callable[[], torch.Tensor]:
+        """`work` as a CUDA graph."""
+
         def step(_) -> torch.Tensor:
             with torch.set_grad_enabled(grad):
                 return work()
 
-        graphed = GraphedStep(step, [adapter.grad, adapter.low_grad], "on", device)
-        result = milliseconds(lambda: graphed(timesteps))
-        graphed.release()
+        return partial(GraphedStep(step, [self.adapter.grad], "on", self.device), self.timesteps)
+
+
+def measure_parts(pipe, device: torch.device) -> dict[str, float]:
+    """Milliseconds of each part of a training step, each as a CUDA graph."""
+    step = BenchStep(pipe, device)
+    pixels = torch.rand(3, 3, 1024, 1024, device=device) * 2 - 1
+
+    def time_graph(work, grad: bool) -> float:
+        graphed = step.graphed(work, grad)
+        result = milliseconds(graphed)
+        graphed.func.release()
         return result
 
-    def differentiate() -> torch.Tensor:
-        prediction = denoise(diffusion.add_noise(latents, noise, timesteps))
-        loss = diffusion.loss(prediction, latents, noise, timesteps).mean() * 1024
-        loss.backward()
-        adapter.collect_gradients()
-        return loss.detach()
-
-    text = time_graph(lambda: denoiser.encode_text(tokens)[0], grad=False)
-    forward = time_graph(lambda: denoise(latents), grad=False)
-    step_time = time_graph(differentiate, grad=True)
+    text = time_graph(lambda: step.denoiser.encode_text(step.tokens)[0], grad=False)
+    forward = time_graph(step.denoise, grad=False)
+    step_time = time_graph(step.differentiate, grad=True)
     times = {"text encoders, forward": text, "U-Net, forward": forward - text, "backward of all": step_time - forward}
+    speed_up(pipe.vae, KERNELS["sdpa"])
     times["VAE encoding, image by image"] = time_graph(lambda: encode_pixels(pipe.vae, pixels), grad=False)
     pipe.vae.disable_slicing()
     times["VAE encoding, whole batch"] = time_graph(lambda: encode_pixels(pipe.vae, pixels), grad=False)
     times["optimiser, 24.5 M parameters"] = measure_optimiser(device)
     return times
+
+
+# Kinds of kernels in a profile: the first pattern that a name matches.
+KINDS = {
+    "attention": r"fmha|flash|sdpa|attention",
+    "change of layout": r"nchwToNhwc|nhwcToNchw|convertTensor",
+    "convolution": r"conv|implicit|xmma_fprop|xmma_dgrad|cudnn",
+    "our kernels": r"gate_|layer_norm_(for|back)ward|channel_|group_|tall_product|add_parts",
+    "matrix product": r"gemm|gemv|cutlass|cublas|splitK|nvjet",
+    "norm of PyTorch": r"[nN]orm|RowwiseMoments|ComputeFused",
+    "copy and concatenation": r"copy|Memcpy|Memset|CatArray|direct_copy",
+    "addition": r"AddOp|CUDAFunctor_add|add",
+    "reduction": r"reduce",
+    "elementwise": r"elementwise|Functor",
+}
+
+
+class BytesMoved(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations read and write, each once: what passes over memory would need at least."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        if not operation.is_view and "empty" not in str(operation):
+            self.bytes += sum(t.nbytes for t in tensors((args, kwargs, result)))
+        return result
+
+
+def profile(pipe, device: torch.device) -> list[str]:
+    """Lines of a table: the kernels of a step by kind, with milliseconds and numbers; and the bytes that it moves."""
+    step = BenchStep(pipe, device)
+    graphed = step.graphed(step.differentiate, grad=True)
+    time_of_step = milliseconds(graphed, 10)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        graphed()
+        torch.cuda.synchronize()
+    launch, ours = fused.launch, []
+    with BytesMoved() as moved, unittest.mock.patch.object(fused, "launch", lambda *a, **k: (ours.extend(a), launch(*a, **k))):
+        step.differentiate()
+    moved.bytes += sum(t.nbytes for t in ours if isinstance(t, torch.Tensor))
+    kinds: dict[str, list[float]] = {}
+    names: dict[str, list[float]] = {}
+    for event in profiler.events():
+        if event.device_time_total and event.device_type == torch.autograd.DeviceType.CUDA:
+            kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, event.name)), "other")
+            kinds.setdefault(kind, []).append(event.device_time_total / 1e3)
+            names.setdefault(f"{kind}: {event.name[:150]}", []).append(event.device_time_total / 1e3)
+    lines = [f"{sum(times):8.2f} ms {len(times):6}  {kind}" for kind, times in sorted(kinds.items(), key=lambda k: -sum(k[1]))]
+    busiest = sorted(names.items(), key=lambda item: -sum(item[1]))[:60]
+    total = sum(map(sum, kinds.values()))
+    lines.append(f"{total:8.2f} ms {sum(map(len, kinds.values())):6}  all kernels; the graph takes {time_of_step:.2f} ms")
+    lines.append(f"{moved.bytes / 1e9:8.1f} GB moved by a step, each tensor counted once for each operation")
+    return [*lines, "the largest:", *(f"{sum(times):8.2f} ms {len(times):6}  {name}" for name, times in busiest)]
 
 
 def measure_data(config: BenchConfig) -> dict[str, float]:
@@ -383,6 +461,9 @@ def main(config: BenchConfig) -> None:
     if config.compare_attention:
         result["attention"] = compare_attention(device)
         print("\n".join(result["attention"]))
+    elif config.profile:
+        result["profile"] = profile(load_sdxl(str(config.work / "model"), torch.float16, device), device)
+        print("\n".join(result["profile"]))
     elif config.parts:
         pipe = load_sdxl(str(config.work / "model"), torch.float16, device)
         result["parts"] = measure_inference(pipe, device) | measure_parts(pipe, device) | measure_data(config)
