@@ -79,7 +79,8 @@ class LinearGroup:
     Packed ones are not, because all of them would be unpacked at once. Do not move the layers afterwards.
     """
 
-    def __init__(self, layers: list[nn.Linear]):
+    def __init__(self, layers: list[nn.Linear], device: torch.device | None = None):
+        """The stack is made on `device`, which the layers need not be on yet: moved first, they would leave gaps there."""
         self.layers, self.widths = layers, [layer.out_features for layer in layers]
         self.bands: list[Band] = []
         column = row = 0
@@ -95,11 +96,11 @@ class LinearGroup:
                 self.bands.append(Band([layer], columns, rows))
         self.rank, self.stack, self.bias = row, None, None
         if len(layers) > 1 and all(layer.weight.is_floating_point() for layer in layers):
-            self.stack = torch.cat([layer.weight.detach() for layer in layers])
+            self.stack = torch.cat([layer.weight.detach() for layer in layers]).to(device)
             for layer, weight in zip(layers, self.stack.split(self.widths), strict=True):
                 layer.weight.data = weight
             if layers[0].bias is not None:
-                self.bias = torch.cat([layer.bias.detach() for layer in layers])
+                self.bias = torch.cat([layer.bias.detach() for layer in layers]).to(device)
 
     def __call__(self, x: Tensor, onto: Tensor | None = None) -> list[Tensor]:
         """x [..., in] -> the outputs [..., out] of every layer; of a single one, added to `onto`."""
@@ -256,14 +257,15 @@ class Adapter:
     Do not move the model to another device or dtype afterwards: its parameters would no longer be views of these buffers.
     """
 
-    def __init__(self, modules: dict[str, LoRALinear], dtype: torch.dtype):
+    def __init__(self, modules: dict[str, LoRALinear], dtype: torch.dtype, device: torch.device | None = None):
+        """`dtype`: of the base; `device`: that the base is, or will be, on."""
         self.modules = modules
         text = {name: m for name, m in modules.items() if name.startswith("text_encoder")}
         unet = {name: m for name, m in modules.items() if name not in text}
         ordered = unet | text
         factors = [p.detach().flatten() for m in ordered.values() for p in (m.lora_A, m.lora_B)]
         sizes = [padded_size(len(f)) for f in factors]
-        self.flat = torch.cat([F.pad(f, (0, size - len(f))) for f, size in zip(factors, sizes, strict=True)])
+        self.flat = torch.cat([F.pad(f, (0, size - len(f))) for f, size in zip(factors, sizes, strict=True)]).to(device)
         filled = torch.cat([torch.arange(size) < len(f) for f, size in zip(factors, sizes, strict=True)])
         self.padding = (~filled).nonzero().flatten().to(self.flat.device)  # indices in `flat`
         self.grad = torch.zeros_like(self.flat)
@@ -354,9 +356,11 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def add_lora(
-    model: nn.Module, config: LoRAConfig, unused: Iterable[str] = (), seed: int = 0, dtype: torch.dtype = torch.float32
-) -> Adapter:
-    """Freezes `model` and replaces each linear layer that `config` selects with a LoRALinear, whose A and B are in `dtype`.
+    model: nn.Module, config: LoRAConfig, unused: Iterable[str] = (), seed: int = 0, dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+) -> Adapter:  # fmt: skip
+    """Freezes `model` and replaces each linear layer that `config` selects with a LoRALinear, whose A and B are in `dtype`, on
+    `device`; None: on that of the layer.
 
     Layers under the path prefixes `unused` are left out: nothing reads their output, so an adapter there would never get a
     gradient. A is drawn on the CPU from `seed`, so that all ranks and devices start with the same weights.
@@ -376,7 +380,7 @@ def add_lora(
         setattr(model.get_submodule(parent), child, modules[name])
     if not modules:
         raise UserError(f"--targets {config.targets!r} matches none of {len(linears)} linear layers, e.g. {list(linears)[:3]}")
-    return Adapter(modules, dtype)
+    return Adapter(modules, dtype, device)
 
 
 def merge_lora(model: nn.Module, deltas: Deltas, strength: float = 1.0) -> None:

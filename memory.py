@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -166,7 +167,7 @@ def plan_memory(
     saved = {base: sum(m.weight.nbytes - packed_bytes(m, base) for m in linears) for base in PACKED_BASES}
     adapter = add_lora(denoiser, lora, denoiser.unused, dtype=DTYPES[memory.precision])
     trained = adapter.flat.numel() * bytes_per_trained(memory.optimizer, DTYPES[memory.precision])
-    speed_up(denoiser, stand_in_kernel)
+    speed_up(denoiser, stand_in_kernel, torch.device("meta"))
     text = text_shapes(denoiser, workload.batch, most_chunks(75 * workload.chunks))
     costs = dry_run(denoiser, block_names(denoiser), text, workload.resolution // pipe.vae_scale_factor)
     fixed = {base: unpacked - saved.get(base, 0) + trained for base in possible_bases(memory, device)}
@@ -188,16 +189,18 @@ def possible_bases(memory: MemoryConfig, device: torch.device) -> list[str]:
     return [memory.precision, *PACKED_BASES] if automatic else [memory.precision]
 
 
-def speed_up(model: nn.Module, kernel: Kernel) -> None:
-    """Fast layers in `model`, which is on its device with its adapters; images in channels_last where CUDA prefers that."""
-    if next(model.parameters()).is_cuda:
-        model.to(memory_format=torch.channels_last)
-    use_fast_layers(model, kernel, LinearGroup)
+def speed_up(model: nn.Module, kernel: Kernel, device: torch.device) -> None:
+    """Fast layers in `model`, which has its adapters and is then moved to `device`; images in channels_last if that is CUDA."""
+    use_fast_layers(model, kernel, partial(LinearGroup, device=device))
+    if device.type == "cuda":
+        model.to(device, memory_format=torch.channels_last)
+    else:
+        model.to(device)
 
 
 def apply_plan(denoiser: Denoiser, plan: Plan, memory: MemoryConfig, device: torch.device) -> str:
-    """Fast layers, and checkpointing around some of them. Returns the name of the attention kernel."""
+    """Moves the denoiser to `device`, with fast layers, some of them checkpointed. Returns the name of the attention kernel."""
     attention = choose_attention(memory.attention, plan.attention, device, DTYPES[memory.precision])
-    speed_up(denoiser, KERNELS[attention])
+    speed_up(denoiser, KERNELS[attention], device)
     checkpoint_blocks(denoiser, plan.checkpointed)
     return attention

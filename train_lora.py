@@ -153,9 +153,9 @@ def main(config: TrainConfig) -> Ending:
     plan = plan_memory(pipe, config.lora, config.memory, stream.workload, device, budget)
 
     # Model on the device, from the inside out: the frozen base, packed if the plan says so; LoRA in place of its linear
-    # layers; kernels that call these; compiled blocks of all that; and checkpointing around the blocks.
+    # layers; fast layers that call these; and checkpointing around some of them.
     model = TrainingModel(pipe, config.model, source, config.captions, stream.workload, plan, device)
-    adapter = add_lora(model.denoiser, config.lora, model.denoiser.unused, config.seed, dtype)
+    adapter = add_lora(model.denoiser, config.lora, model.denoiser.unused, config.seed, dtype, device)
     lineage.begin(adapter)
     attention = apply_plan(model.denoiser, plan, config.memory, device)
     optimiser = Optimiser(config.optimiser, config.memory.optimizer, adapter, config.steps, dtype)

@@ -176,20 +176,26 @@ def group_normed(x: Tensor, norm: torch.nn.GroupNorm, silu: bool = False) -> tup
 
 # Gradients of the low-rank factors.
 
+MOST_SPLITS, MOST_RANK = 16, 128
+
 
 def add_product(result: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
     """result [bands, r, n] float32 += scale · leftᵀ·right of each band: left [bands, rows, r], right [bands, rows, n].
 
-    `result` may have any strides; the last dimension of the others is contiguous.
+    `result` may have any strides; the last dimension of the others is contiguous. A `right` that is the same for all bands,
+    expanded, is read once where the bands of `left` lie side by side in its rows and fit.
     """
     bands, rows, rank = left.shape
-    if not in_one_pass(left) or rank > 128:
+    if not in_one_pass(left) or rank > MOST_RANK:
         result += scale * (left.transpose(1, 2) @ right)
         return
-    width, splits = right.shape[2], min(16, -(-rows // 64))
-    parts = left.new_empty(bands, splits, rank, width, dtype=torch.float32)
+    width, splits, together = right.shape[2], min(MOST_SPLITS, -(-rows // 64)), (bands, rank)
+    if right.stride(0) == 0 and left.stride(0) == rank and bands * rank <= MOST_RANK:
+        together = (1, bands * rank)
+    parts = left.new_empty(splits, bands, rank, width, dtype=torch.float32)
     strides = (left.stride(1), right.stride(1), left.stride(0), right.stride(0))
-    tile = {"ROWS": 64, "RANK": max(16, power_of_two(rank)), "BLOCK": 64}
-    launch("tall_product", (-(-width // 64), splits, bands), left, right, parts, rows, rank, width, *strides, **tile)
-    blocks = -(-rank * width // 256)
-    launch("add_parts", (blocks, bands), parts, result, splits, rank, width, scale, *result.stride(), SPLITS=16, BLOCK=256)
+    tile = {"ROWS": 64, "RANK": max(16, power_of_two(together[1])), "BLOCK": 64}
+    grid = (-(-width // 64), splits, together[0])
+    launch("tall_product", grid, left, right, parts, rows, together[1], width, *strides, **tile)
+    grid = (-(-rank * width // 256), bands)
+    launch("add_parts", grid, parts, result, splits, rank, width, scale, *result.stride(), SPLITS=MOST_SPLITS, BLOCK=256)

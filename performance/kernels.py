@@ -222,7 +222,7 @@ def tall_product(
     left, right, parts, rows, rank, width, left_stride, right_stride, left_band, right_band, ROWS: tl.constexpr,
     RANK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """parts [bands, splits, rank, width] float32. left [rows, rank], right [rows, width] of each band."""
+    """parts [splits, bands, rank, width] float32. left [rows, rank], right [rows, width] of each band."""
     column, split, band = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1), tl.program_id(2).to(tl.int64)
     r = tl.arange(0, RANK)
     splits, wide, low = tl.num_programs(1), column < width, r < rank
@@ -233,7 +233,7 @@ def tall_product(
         thin = tl.load(left + band * left_band + row[None, :] * left_stride + r[:, None], (row < rows)[None, :] & low[:, None], 0)
         at = right + band * right_band + row[:, None] * right_stride + column[None, :]
         total += tl.dot(thin, tl.load(at, (row < rows)[:, None] & wide[None, :], 0), input_precision="ieee")
-    at = ((band * splits + split) * rank + r[:, None]) * width + column[None, :]
+    at = ((split * tl.num_programs(2) + band) * rank + r[:, None]) * width + column[None, :]
     tl.store(parts + at, total, low[:, None] & wide[None, :])
 
 
@@ -241,14 +241,11 @@ def tall_product(
 def add_parts(
     parts, result, splits, rank, width, scale, band_stride, rank_stride, column_stride, SPLITS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """result [bands, rank, width] float32, of any strides, += scale · the sum over the splits."""
+    """result [bands, rank, width] float32, of any strides, += scale · the sum over the splits of parts [splits, bands, rank, width]."""
     at, band = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64)
-    split = tl.arange(0, SPLITS)
+    split = tl.arange(0, SPLITS).to(tl.int64)
     inside = at < rank * width
-    values = tl.load(
-        parts + band * splits * rank * width + split[:, None] * rank * width + at[None, :],
-        (split < splits)[:, None] & inside[None, :],
-        0,
-    )
+    start = parts + (split[:, None] * tl.num_programs(1) + band) * rank * width
+    values = tl.load(start + at[None, :], (split < splits)[:, None] & inside[None, :], 0)
     to = result + band * band_stride + (at // width) * rank_stride + (at % width) * column_stride
     tl.store(to, tl.load(to, inside, 0) + scale * tl.sum(values, 0), inside)

@@ -119,9 +119,11 @@ def patch_resnet(resnet: Any, kernel: Kernel, group: Group) -> None:
 def resnet_forward(self: Any, x: Tensor, temb: Tensor | None = None) -> Tensor:
     """x [B, C, h, w], temb [B, T] or None."""
     x, y = group_normed(x, self.norm1, silu=True)
-    y = self.conv1(y)
-    if temb is not None:
-        y = y + self.time_emb_proj(F.silu(temb))[:, :, None, None]
+    if temb is None:
+        y = self.conv1(y)
+    else:  # its bias is added with the embedded timestep: one pass over the pixels less
+        offset = self.time_emb_proj(F.silu(temb)) + self.conv1.bias
+        y = F.conv2d(y, self.conv1.weight, padding=self.conv1.padding) + offset[:, :, None, None]
     y = self.conv2(group_normed(y, self.norm2, silu=True)[1])
     return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 

@@ -27,7 +27,10 @@ def check_together(source: Source, pipe: Pipeline, name: str, captions: CaptionC
 
 
 class TrainingModel:
-    """Frozen U-Net, text encoders and VAE. What the shards hold cached is not computed, and its model stays on the host."""
+    """Frozen U-Net, text encoders and VAE. What the shards hold cached is not computed, and its model stays on the host.
+
+    `memory.apply_plan` moves the denoiser to the device, when the adapters are added.
+    """
 
     def __init__(
         self,
@@ -41,7 +44,7 @@ class TrainingModel:
     ):
         """`pipe` as from read_sdxl, on the host; `name`: --model.
 
-        The base is packed before it is moved, so that the device never holds all of it unpacked. Raises UserError if the text
+        The base is packed onto the device one by one, so that the device never holds all of it unpacked. Raises UserError if the text
         in the shards was made by other encoders.
         """
         self.pipe, self.name, self.vae = pipe, name, pipe.vae
@@ -63,7 +66,6 @@ class TrainingModel:
         if plan.base in PACKED_BASES:
             check_quantisable(plan.base, device)
             quantise_base(self.denoiser, plan.base, device)
-        self.denoiser.to(device)
         pipe.vae.to("cpu" if work.has_latents else device, vae_dtype(device))
         pipe.vae.use_slicing = not plan.whole_vae  # encodes image by image
 

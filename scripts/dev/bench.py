@@ -310,7 +310,7 @@ class BenchStep:
         self.denoiser, self.device = Denoiser(pipe), device
         self.adapter = add_lora(self.denoiser, LoRAConfig(), self.denoiser.unused, dtype=torch.float16)
         attention = choose_attention("auto", Shapes({SELF_ATTENTION: 1}), device, torch.float16)
-        speed_up(self.denoiser, KERNELS[attention])
+        speed_up(self.denoiser, KERNELS[attention], device)
         self.diffusion = Diffusion(DiffusionConfig(), pipe.scheduler.alphas_cumprod, "epsilon", device)
         self.latents = torch.randn(bs, 4, 128, 128, device=device)
         self.noise, self.timesteps = self.diffusion.draw(self.latents.shape, torch.Generator(device).manual_seed(0))
@@ -351,7 +351,7 @@ def measure_parts(pipe, device: torch.device) -> dict[str, float]:
     forward = time_graph(step.denoise, grad=False)
     step_time = time_graph(step.differentiate, grad=True)
     times = {"text encoders, forward": text, "U-Net, forward": forward - text, "backward of all": step_time - forward}
-    speed_up(pipe.vae, KERNELS["sdpa"])
+    speed_up(pipe.vae, KERNELS["sdpa"], device)
     times["VAE encoding, image by image"] = time_graph(lambda: encode_pixels(pipe.vae, pixels), grad=False)
     pipe.vae.disable_slicing()
     times["VAE encoding, whole batch"] = time_graph(lambda: encode_pixels(pipe.vae, pixels), grad=False)
