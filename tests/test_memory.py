@@ -1,4 +1,5 @@
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -36,8 +37,8 @@ def test_the_parts_to_checkpoint_are_those_of_blocks(fast):
     """Every LoRA layer of a block is in exactly one part, but for k and v of the context, which are computed outside of it."""
     denoiser, adapter = fast
     names = block_names(denoiser)
-    kinds = [type(m).__name__ for m in denoiser.modules()]
-    assert len(names) == 3 * kinds.count("BasicTransformerBlock") + kinds.count("ResnetBlock2D") + kinds.count("CLIPEncoderLayer")
+    kinds = Counter(type(m).__name__ for m in denoiser.modules())
+    assert len(names) == 3 * kinds["BasicTransformerBlock"] + kinds["ResnetBlock2D"] + kinds["CLIPEncoderLayer"]
     assert not [(a, b) for a in names for b in names if a.startswith(f"{b}.")]
     outside = [layer for layer in adapter.modules if not layer.startswith(tuple(f"{name}." for name in names))]
     assert {layer.rpartition(".")[2] for layer in outside} == {"proj_in", "proj_out"}
