@@ -7,9 +7,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_lora import inputs, shake
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
+from lora import LinearGroup, add_lora
+from options.training import LoRAConfig
 from performance import fused
+from performance.attention import sdpa
+from performance.layers import use_fast_layers
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -157,6 +163,25 @@ def test_gradients_of_factors(bands, rows, rank, width, dtype, transposed):
     exact, allowed = view.double() + 0.5 * terms, (rows + 3) * UNIT[torch.float32] * (view.double().abs() + 0.5 * sizes)
     fused.add_product(view, left, right, 0.5)
     assert ((view.double() - exact).abs() <= allowed).all()
+
+
+def test_layers_with_these_kernels_compute_the_same(denoiser, monkeypatch):
+    """A step of the tiny model, with the kernels and without, in float32: what becomes of x in products of its norm, too."""
+    denoiser = denoiser.to(DEVICE)
+    adapter = add_lora(denoiser, LoRAConfig(rank=2, targets="all"), denoiser.unused)
+    shake(adapter)
+    use_fast_layers(denoiser, sdpa, LinearGroup)
+    arguments = {name: tree_map(lambda t: t.to(DEVICE), value) for name, value in inputs(batch=1).items()}
+    results = []
+    for kernels in (True, False):
+        monkeypatch.setattr(fused, "HAS_TRITON", kernels)
+        adapter.grad.zero_()
+        out = denoiser(**arguments)
+        out.square().sum().backward()
+        results.append((out.detach(), adapter.grad.clone()))
+    for with_kernels, without in zip(*results, strict=True):
+        assert (with_kernels - without).norm() < 1e-4 * without.norm()
+        assert not torch.equal(with_kernels, without)
 
 
 def sdxl_cases():
