@@ -1,5 +1,6 @@
 """The kernels of performance.kernels against float64 PyTorch: in Triton's interpreter on the CPU, compiled on a GPU."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -7,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_lora import inputs, shake
+from test_lora import shake
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from lora import LinearGroup, add_lora
 from options.training import LoRAConfig
@@ -165,23 +165,28 @@ def test_gradients_of_factors(bands, rows, rank, width, dtype, transposed):
     assert ((view.double() - exact).abs() <= allowed).all()
 
 
-def test_layers_with_these_kernels_compute_the_same(denoiser, monkeypatch):
-    """A step of the tiny model, with the kernels and without, in float32: what becomes of x in products of its norm, too."""
-    denoiser = denoiser.to(DEVICE)
-    adapter = add_lora(denoiser, LoRAConfig(rank=2, targets="all"), denoiser.unused)
-    shake(adapter)
-    use_fast_layers(denoiser, sdpa, LinearGroup)
-    arguments = {name: tree_map(lambda t: t.to(DEVICE), value) for name, value in inputs(batch=1).items()}
+def test_a_u_net_of_these_kernels_computes_the_same(monkeypatch):
+    """Output and gradients of the factors in float32, against the plain operations in float64."""
+    from diffusers import UNet2DConditionModel
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # convolutions would round to 10 bits
+    sizes = {"block_out_channels": (8, 16), "attention_head_dim": 2, "cross_attention_dim": 8, "norm_num_groups": 2}
+    kinds = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(layers_per_block=1, use_linear_projection=True, **kinds, **sizes)
+    sample, context = torch.randn(1, 4, 4, 4), torch.randn(1, 5, 8)
     results = []
-    for kernels in (True, False):
+    for dtype, kernels in ((torch.float32, True), (torch.float64, False)):
         monkeypatch.setattr(fused, "HAS_TRITON", kernels)
-        adapter.grad.zero_()
-        out = denoiser(**arguments)
+        model = copy.deepcopy(unet).to(DEVICE, dtype)
+        adapter = add_lora(model, LoRAConfig(rank=2, targets="attentions"), dtype=dtype)
+        shake(adapter)
+        use_fast_layers(model, sdpa, LinearGroup)
+        out = model(sample.to(DEVICE, dtype), torch.tensor(500, device=DEVICE), context.to(DEVICE, dtype)).sample
         out.square().sum().backward()
-        results.append((out.detach(), adapter.grad.clone()))
-    for with_kernels, without in zip(*results, strict=True):
-        assert (with_kernels - without).norm() < 1e-4 * without.norm()
-        assert not torch.equal(with_kernels, without)
+        results.append([out.detach(), *(grad for module in adapter.modules.values() for grad in module.grads)])
+    for single, exact in zip(*results, strict=True):
+        assert 0 < (single - exact).norm() < 1e-4 * exact.norm()
 
 
 def sdxl_cases():
