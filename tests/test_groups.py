@@ -73,11 +73,11 @@ def check_group(
 
     for result, wanted in zip(outputs, expected, strict=True):
         same(result, wanted)
-    if not any(use and y.requires_grad for y, use in zip(outputs, used, strict=True)):
-        return
     grads = [torch.randn_like(y) for y in outputs]
-    sum((y * grad).sum() for y, grad, use in zip(outputs, grads, used, strict=True) if use).backward()
-    sum((y * grad.double()).sum() for y, grad, use in zip(expected, grads, used, strict=True) if use).backward()
+    for results in (outputs, expected):
+        total = sum((y * grad.to(y.dtype)).sum() for y, grad, use in zip(results, grads, used, strict=True) if use)
+        if isinstance(total, Tensor) and total.requires_grad:
+            total.backward()
     for result, wanted in ((x, exact_x), (onto, exact_onto)):
         same(result.grad, torch.zeros_like(wanted) if wanted.grad is None else wanted.grad)
     for layer in adapted:
