@@ -220,7 +220,7 @@ def stacked(tensors: list[Tensor]) -> Tensor:
     first = tensors[0].detach()
     distances = {b.storage_offset() - a.storage_offset() for a, b in pairwise(tensors)}
     one_buffer = len({t.untyped_storage()._cdata for t in tensors}) == 1
-    if len(distances) > 1 or not one_buffer:
+    if len(distances) > 1 or min(distances, default=0) < 0 or not one_buffer:  # a view has no negative stride
         return torch.stack([t.detach() for t in tensors])
     return first.as_strided((len(tensors), *first.shape), (*(distances or {0}), *first.stride()))
 

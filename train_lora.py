@@ -153,7 +153,7 @@ def main(config: TrainConfig) -> Ending:
     plan = plan_memory(pipe, config.lora, config.memory, stream.workload, device, budget)
 
     # Model on the device, from the inside out: the frozen base, packed if the plan says so; LoRA in place of its linear
-    # layers; fast layers that call these; and checkpointing around some of them.
+    # layers; fast layers that call these; and checkpointing around parts of blocks.
     model = TrainingModel(pipe, config.model, source, config.captions, stream.workload, plan, device)
     adapter = add_lora(model.denoiser, config.lora, model.denoiser.unused, config.seed, dtype, device)
     lineage.begin(adapter)

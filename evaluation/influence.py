@@ -45,7 +45,6 @@ def directions(probe: Probe, subject: Subject, adapter: Adapter) -> Iterator[Ten
             part = slice(begin, begin + count)
             loss = losses_at(probe, part, text, subject.denoiser, subject.diffusion, subject.device).mean()
             (scale * loss).backward()
-            adapter.collect_gradients()
             length = adapter.grad.norm().item()
             if np.isfinite(length):
                 break

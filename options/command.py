@@ -21,7 +21,7 @@ from common.errors import UserError, one_line_errors, printable
 from common.options import flag_of
 from common.system import print_what_can_be_printed
 from common.text import read_text
-from options.foreign import DIFFERENT, NO_EFFECT, SAME
+from options.foreign import DIFFERENT, NO_EFFECT, REMOVED, SAME
 
 T = TypeVar("T")
 
@@ -171,6 +171,8 @@ def read_file(file: str, known: dict[str, Field]) -> dict[str, Any]:
     values = {}
     for key, value in table.items():
         name = key.replace("-", "_")
+        if name in REMOVED:
+            continue
         if isinstance(value, dict):
             raise UserError(f"{file}: [{key}] is a table, and options stand without one: rank = 8")
         if name == "config":

@@ -18,9 +18,9 @@ SAME = {  # their name: the option here
     "save_every_n_epochs": "save_every", "sample_every_n_steps": "sample_every",
     "gradient_accumulation_steps": "grad_accum", "seed": "seed",
     "min_snr_gamma": "snr_gamma", "snr_gamma": "snr_gamma", "mixed_precision": "precision",
-    "fp8_base": "base_precision", "gradient_checkpointing": "checkpointing", "torch_compile": "compile",
-    "output_dir": "out",
-    "output_name": "name", "metadata_license": "license", "logging_dir": "log_dir", "save_every_n_steps": "save_every",
+    "fp8_base": "base_precision", "gradient_checkpointing": "checkpointing",
+    "output_dir": "out", "output_name": "name", "metadata_license": "license", "logging_dir": "log_dir",
+    "save_every_n_steps": "save_every",
     "checkpointing_steps": "save_every", "save_last_n_steps": "keep", "checkpoints_total_limit": "keep",
     "save_precision": "save_dtype", "resume_from_checkpoint": "resume", "sample_prompts": "prompts",
     "validation_prompt": "prompts", "training_comment": "description", "metadata_author": "author",
@@ -83,7 +83,11 @@ NOT_NEEDED = {  # why nothing needs to be said here: their names
     "nothing here depends on it":
         "no_token_padding tracker_project_name push_to_hub config_file dataset_config sample_at_first no_metadata",
     "its flags are read one by one": "additional_parameters",
+    "kernels of our own are always used, and are faster than compiled blocks":
+        "compile torch_compile dynamo_backend dynamo_mode dynamo_use_dynamic",
 }  # fmt: skip
+
+REMOVED = {"compile"}  # options of older commits, which are in the config.toml of their runs: read, and without effect
 
 DIFFERENT = {name: reason for reason, names in REASONS.items() for name in names.split()}
 NO_EFFECT = {name: reason for reason, names in NOT_NEEDED.items() for name in names.split()}

@@ -159,8 +159,6 @@ class MemoryConfig(Options):
     """Attention kernel of the U-Net. auto: the fastest here. sdpa: PyTorch's choice."""
     cuda_graph: Literal["auto", "on", "off"] = option("auto", resume="free")
     """Replay the step as one CUDA graph. auto: on CUDA, where it can be captured."""
-    compile: bool = option(False, resume="free")
-    """torch.compile every block of the U-Net: minutes at the start for a few percent, so for long runs only."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

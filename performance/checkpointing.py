@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from functools import partial
 
-import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

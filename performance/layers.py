@@ -18,7 +18,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from performance.attention import Kernel, sdpa
+from performance.attention import Kernel
 from performance.fused import Gate, group_normed
 
 Group = Callable[[list[nn.Linear]], Any]  # lora.LinearGroup: linear layers that read the same input

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from common.errors import UserError, warn_of
@@ -86,7 +85,6 @@ class Gallery:
         with (
             note_if_out_of_memory(f"drawing pictures after step {step}; {self.advice}"),
             temporarily_on(self.model.device, self.model.kept_on_host),
-            torch.compiler.set_stance("force_eager"),  # compiling for these shapes would take minutes
         ):
             drawn = self.draw_own(step)
         drawn = {i: pictures for part in self.ranks.gather(drawn) for i, pictures in part.items()}

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from common.errors import UserError
 from common.progress import tqdm
@@ -138,7 +137,7 @@ class Validation:
         numbers = range(self.ranks.rank, len(probes), self.ranks.world)
         bar = tqdm(numbers, desc="validation", unit="img", leave=False, disable=not self.ranks.is_first)
         advice = f"validating; {self.plan.oom_advice}"
-        with note_if_out_of_memory(advice), self.adapter.scaled(strength), torch.compiler.set_stance("force_eager"):
+        with note_if_out_of_memory(advice), self.adapter.scaled(strength):
             of_rank = {
                 n: losses_of(probes[n], self.model.denoiser, self.diffusion, self.model.device, self.plan.micro) for n in bar
             }

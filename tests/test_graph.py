@@ -4,13 +4,14 @@ from test_lora import shake
 
 from common.errors import UserError
 from lora import add_lora
+from memory import speed_up
 from model.load import load_sdxl
 from model.sdxl import Denoiser
 from options.training import LoRAConfig
 from performance.adamw8bit import make_optimizer
+from performance.attention import KERNELS
 from performance.checkpointing import block_names, checkpoint_blocks
 from performance.cuda_graph import GraphedStep
-from performance.kernels import KERNELS, use_fast_kernels
 
 CPU = torch.device("cpu")
 
@@ -58,7 +59,7 @@ def training(tiny_model):
     denoiser = Denoiser(pipe)
     adapter = add_lora(denoiser, LoRAConfig(rank=4), denoiser.unused, dtype=torch.float16)
     shake(adapter)
-    use_fast_kernels(pipe.unet, KERNELS["sdpa"])
+    speed_up(denoiser, KERNELS["sdpa"])
     checkpoint_blocks(denoiser, block_names(denoiser))
     scaler = torch.amp.GradScaler("cuda", init_scale=256.0)
 
@@ -66,7 +67,6 @@ def training(tiny_model):
         latents, timesteps, tokens, ids, target = inputs
         loss = (denoiser(latents, timesteps, (tokens,), ids).float() - target).square().mean()
         scaler.scale(loss).backward()
-        adapter.collect_gradients()
         return loss.detach()
 
     def batch(seed: int, size: int = 2, side: int = 8) -> tuple[torch.Tensor, ...]:

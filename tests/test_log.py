@@ -125,14 +125,14 @@ def hyperparameters(folder) -> dict:
 
 def test_a_run_can_be_compared_by_its_options_and_its_end(train, tmp_path, monkeypatch):
     with monkeypatch.context() as short:
-        collect, passes = Adapter.collect_gradients, itertools.count()
+        spoil, passes = Adapter.spoil_unless_finite, itertools.count()
 
-        def fail(adapter):
+        def fail(adapter, loss):
             if next(passes):
                 raise torch.OutOfMemoryError("CUDA out of memory.")
-            collect(adapter)
+            spoil(adapter, loss)
 
-        short.setattr("lora.Adapter.collect_gradients", fail)
+        short.setattr("lora.Adapter.spoil_unless_finite", fail)
         train("--steps", 2, "--flip", status=71)
     (folder,) = (tmp_path / "runs").iterdir()
     assert metadata.SESSION_START_INFO_TAG not in EventAccumulator(str(folder)).Reload().summary_metadata  # not at its end

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from common.errors import UserError
-from lora import Adapter, LoRALinear, LowRank, add_lora, linear_layers, merge_lora, merge_loras
+from lora import Adapter, LoRALinear, add_lora, linear_layers, merge_lora, merge_loras
 from lora_files.names import kohya_name
 from model.sdxl import Denoiser
 from options.training import LoRAConfig
@@ -44,10 +44,10 @@ def test_one_step_changes_the_adapter_and_not_the_base(denoiser):
     for _ in range(2):  # in the first step B is zero, so A gets no gradient
         denoiser(**inputs()).square().mean().backward()
         optimizer.step()
-        adapter.grad.zero_()
+        adapter.update_layers()
     for name, module in adapter.modules.items():
         for part in (module.lora_A, module.lora_B):
-            offset = (part.data_ptr() - adapter.flat.data_ptr()) // 4
+            offset = (part.data_ptr() - adapter.low.data_ptr()) // 4
             assert not torch.equal(part.flatten(), start[offset : offset + part.numel()]), f"{name} did not move"
     now = dict(denoiser.named_parameters())
     assert all(torch.equal(now[name], value) for name, value in base.items())
@@ -129,6 +129,7 @@ def test_flat_buffers_are_the_parameters_and_their_gradients(denoiser):
     by_position, filled = sorted(parameters, key=lambda p: p.data_ptr()), adapter.filled()
     assert torch.equal(adapter.flat[filled], torch.cat([p.detach().flatten() for p in by_position]))
     assert torch.equal(adapter.grad[filled], torch.cat([p.grad.flatten() for p in by_position]))
+    assert all(a is b for m in adapter.modules.values() for a, b in zip(m.grads, (m.lora_A.grad, m.lora_B.grad), strict=True))
     assert torch.equal(torch.cat([p.detach() for p in adapter.groups.values()]), adapter.flat)
     assert adapter.grad.abs().sum() > 0
 
@@ -205,19 +206,6 @@ def test_names_on_the_real_architecture(sdxl_meta):
     assert not any(re.search("down_blocks|up_blocks|mid_block", name) for name in names)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_gradients_by_hand_equal_autograd(bias):
-    """The gradients of x, A and B against finite differences, in float64, of the whole layer and of a part of its outputs."""
-    torch.manual_seed(0)
-    layer = LoRALinear(nn.Linear(7, 6, bias=bias).double().requires_grad_(False), 3, 2.0, torch.Generator())
-    layer.lora_A.data, layer.lora_B.data = torch.randn(3, 7).double(), torch.randn(6, 3).double()
-    x = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True)
-    A, B = layer.lora_A, layer.lora_B
-    for part in (slice(None), slice(2, 5)):
-        assert torch.autograd.gradcheck(lambda x, A, B, part=part: LowRank.apply(x, A, B[part], layer, part), (x, A, B))
-    torch.testing.assert_close(layer.forward_rows(x, slice(2, 5)), layer(x)[..., 2:5])
-
-
 def test_half_precision_layers_beside_float32_masters(pipe):
     """Gradients of several backward passes add up in float32; the layers see the masters after a refresh, rounded once."""
     pipe.to(torch.bfloat16)
@@ -233,14 +221,10 @@ def test_half_precision_layers_beside_float32_masters(pipe):
     for seed in range(2):
         adapter.grad.zero_()
         denoiser(**inputs(seed=seed)).float().square().mean().backward()
-        assert not adapter.grad.any()
-        adapter.collect_gradients()
         gradients.append(adapter.grad.clone())
-        assert not adapter.low_grad.any()
     adapter.grad.copy_(gradients[0])
     denoiser(**inputs(seed=1)).float().square().mean().backward()
-    adapter.collect_gradients()
-    assert torch.equal(adapter.grad, gradients[0] + gradients[1])
+    torch.testing.assert_close(adapter.grad, gradients[0] + gradients[1], rtol=1e-5, atol=1e-6)
     adapter.update_layers()
     assert not adapter.grad.any()
 
@@ -261,4 +245,4 @@ def test_autograd_keeps_the_input_and_not_the_weight():
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
         layer(torch.randn(8, 64, requires_grad=True))
-    assert sum(kept) == 4 * (8 * 64 + 8 * 2 + 2 * 64 + 512 * 2)  # x, x·Aᵀ, A and B
+    assert sum(kept) == 4 * (8 * 64 + 8 * 2)  # x and x·Aᵀ; A and B live anyway

@@ -14,7 +14,7 @@ from common.errors import UserError
 from common.options import flag_of, flat_options
 from common.text import NO_TEXT
 from options.command import all_fields, options_as_toml, parse_arguments
-from options.foreign import DIFFERENT, NO_EFFECT, SAME
+from options.foreign import DIFFERENT, NO_EFFECT, REMOVED, SAME
 from options.training import TrainCommand, TrainConfig
 
 NAMES = {spec.name: spec for spec in all_fields(TrainConfig)}
@@ -166,6 +166,16 @@ def test_the_file_that_a_run_writes_gives_the_same_run_again(train, script, tmp_
     script("train_lora.py", "--config", file)
     (second,) = [path.read_bytes() for path in (tmp_path / "out").glob("*.safetensors")]
     assert first == second
+
+
+@pytest.mark.parametrize("name", sorted(REMOVED))
+def test_a_removed_option_in_the_file_of_an_older_run_has_no_effect(tmp_path, name):
+    file = tmp_path / "config.toml"
+    file.write_text(f"rank = 3\n{name} = true\n")
+    assert name not in NAMES
+    assert parse("--config", str(file)) == parse("--rank", "3")
+    with pytest.raises(UserError, match=f"^--{name}: {NO_EFFECT[name]}$"):
+        parse(f"--{name}")
 
 
 def test_the_table_of_foreign_names():

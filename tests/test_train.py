@@ -648,18 +648,18 @@ def test_a_batch_in_pieces_gives_the_same_run(train, latents, tiny_model, tmp_pa
 
 @pytest.fixture
 def short(monkeypatch):
-    """short({2, 5}) makes memory run out at the end of these backward passes (from 0), before their gradient is collected."""
-    collect = Adapter.collect_gradients
+    """short({2, 5}) makes memory run out at the end of these backward passes (from 0), which have added to the gradient."""
+    spoil = Adapter.spoil_unless_finite
 
     def call(passes: set[int]) -> None:
         count = itertools.count()
 
-        def fail(adapter):
+        def fail(adapter, loss):
             if next(count) in passes:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has")
-            collect(adapter)
+            spoil(adapter, loss)
 
-        monkeypatch.setattr("lora.Adapter.collect_gradients", fail)
+        monkeypatch.setattr("lora.Adapter.spoil_unless_finite", fail)
 
     return call
 
@@ -923,7 +923,7 @@ def test_a_gpu_that_fills_up_computes_its_steps_in_halves(train, tmp_path, monke
     """
     options = ["--device", "cuda", "--bs", 4, "--steps", 4, "--cuda-graph", cuda_graph, "--optimizer", "adamw"]
     train(*options, "--out", tmp_path / "whole", "--log-dir", tmp_path / "undisturbed")
-    step, collect, count, samples = GraphedStep.__call__, Adapter.collect_gradients, itertools.count(), []
+    step, spoil, count, samples = GraphedStep.__call__, Adapter.spoil_unless_finite, itertools.count(), []
 
     def call_step(self, inputs):
         samples.append(len(inputs.images))
@@ -931,13 +931,13 @@ def test_a_gpu_that_fills_up_computes_its_steps_in_halves(train, tmp_path, monke
             self.release()
         return step(self, inputs)
 
-    def collect_without_memory(adapter):
+    def spoil_without_memory(adapter, loss):
         if len(samples) > 2 and samples[-1] == 4 and torch.cuda.is_current_stream_capturing() == (cuda_graph == "on"):
             torch.empty(torch.cuda.get_device_properties(0).total_memory, dtype=torch.uint8, device="cuda")
-        collect(adapter)
+        spoil(adapter, loss)
 
     monkeypatch.setattr("performance.cuda_graph.GraphedStep.__call__", call_step)
-    monkeypatch.setattr("lora.Adapter.collect_gradients", collect_without_memory)
+    monkeypatch.setattr("lora.Adapter.spoil_unless_finite", spoil_without_memory)
     _, err = train(*options)
     assert err.count("CUDA out of memory. Tried to allocate") == 1
     assert "from here on in pieces of 2\n" in err
