@@ -100,7 +100,7 @@ def test_bench_needs_a_gpu(script):
 
 
 def test_bench_data_measures_every_job(script, monkeypatch):
-    out, _ = script("scripts/dev/bench_data.py", "--rounds", 1, "--photos", 3, "--latents", 30, "--drawn", 400)
+    out, _ = script("scripts/dev/bench_data.py", "--rounds", 1, "--photos", 3, "--latents", 30, "--drawn", 400, "--sizes", 2000)
     rates = re.findall(r"^ +([\d.]+) a second   (.+)$", out, re.M)
     assert len(rates) == 5
     assert all(float(rate) > 0 for rate, _ in rates)
