@@ -17,7 +17,9 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import sha256_of, write_atomically
+from common.progress import tqdm
 from common.system import lock_file
+from dataset.workers import in_parallel
 
 PLACE = np.dtype(
     [("file", "i4"), ("at", "i8"), ("size", "i4"), ("text_at", "i8"), ("text_size", "i4"), ("height", "i4"), ("width", "i4")]
@@ -115,8 +117,14 @@ def shared_columns(of: str, index: str, make: Callable[[], Columns]) -> Columns:
             lock_file(stack.enter_context(path.with_suffix(".lock").open("ab")), wait=True, inherited=True)
         with suppress(OSError, UserError):
             return map_columns(path, index)
-        columns = make()
-        with suppress(OSError, UserError):
-            save_columns(path, columns)
-            return map_columns(path, columns.index)
+        # By a process of its own: what the objects of the lines leave behind in memory ends with it.
+        (columns,) = in_parallel(lambda make, _: saved(path, make()), [make], 1, tqdm(disable=True))
         return columns
+
+
+def saved(path: Path, columns: Columns) -> Columns:
+    """The same columns, mapped from the file if it can be written."""
+    with suppress(OSError, UserError):
+        save_columns(path, columns)
+        return map_columns(path, columns.index)
+    return columns

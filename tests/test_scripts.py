@@ -104,7 +104,8 @@ def test_bench_data_measures_every_job(script, monkeypatch):
     rates = re.findall(r"^ +([\d.]+) a second   (.+)$", out, re.M)
     assert len(rates) == 5
     assert all(float(rate) > 0 for rate, _ in rates)
-    assert re.search(r"peak memory, latents: \d+ MiB after 100, \d+ MiB after 200, \d+ MiB after 400$", out.strip())
+    assert re.search(r"peak memory, latents: \d+ MiB after 100, \d+ MiB after 200, \d+ MiB after 400$", out, re.M)
+    assert re.findall(r"^(first time|again) +2,000(?: +[\d.]+, \d+){5}$", out, re.M) == ["first time", "again"]
 
 
 def test_the_contact_sheet_shows_what_training_sees(script, photos, tmp_path):
