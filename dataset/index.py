@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from io import BytesIO
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from dataset.shards import INDEX, Shard, lines_of, read_lines, to_line
 
 
 class Index:
-    """An index as training needs it: what belongs to single samples is in columns."""
+    """The shards of an index without their samples, which are in columns."""
 
     def __init__(self, columns: Columns):
         self.columns = columns
@@ -43,7 +44,7 @@ def index_in(folder: Path) -> Index:
 
 def index_from(text: bytes, url: str) -> Index:
     """The index that was loaded from a server. Raises UserError as `lines_of`."""
-    make = partial(to_columns, text.splitlines(keepends=True), url)
+    make = partial(to_columns, BytesIO(text), url)
     return Index(make() if len(text) < WORTH else shared_columns(url, hashlib.sha256(text).hexdigest(), make))
 
 

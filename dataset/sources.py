@@ -180,13 +180,13 @@ class Source:
         """The captions of the first `most` samples; none if they are on a server."""
         for n in range(min(most, self.samples)):
             part, row = self.find(n)
-            place = part.columns.places[row]
-            file = part.files[int(place["file"])]
+            number, _, _, text_at, text_size, *_ = part.columns.places[row].item()
+            file = part.files[number]
             if part.captions:
                 yield from part.captions[row]
             elif isinstance(file, File):
                 with suppress(OSError, ValueError):
-                    (text,) = file.read((int(place["text_at"]), int(place["text_size"])))
+                    (text,) = file.read((text_at, text_size))
                     yield from split_captions(text)
 
     def read_sample(self, n: int) -> EncodedSample:
