@@ -105,7 +105,9 @@ def write_empty_shards(folder: Path, samples: int) -> None:
             columns = zip(at.tolist(), sizes.tolist(), sides.tolist(), strict=True)
             entries = [[f"{first + n:08d}", a, size, a - 90, 80, *pixels] for n, (a, size, pixels) in enumerate(columns)]
             line: dict = {"name": f"shard-{first // 1000:06d}.tar", "bytes": end, "samples": entries, "sha256": "0" * 64}
-            line |= {"hashes": [rng.bytes(32).hex() for _ in entries], "dhashes": [rng.bytes(8).hex() for _ in entries]}
+            digits = rng.bytes(32 * number).hex()
+            hashes = [digits[64 * n : 64 * n + 64] for n in range(number)]
+            line |= {"hashes": hashes, "dhashes": [digest[:16] for digest in hashes]}
             index.write(json.dumps(line, separators=(",", ":")) + "\n")
             with (folder / line["name"]).open("wb") as tar:
                 tar.truncate(end)
