@@ -24,7 +24,8 @@ from common.errors import UserError
 from common.progress import tqdm
 from dataset.disk_cache import Cache
 from dataset.folder import UNREAD, suffix_of
-from dataset.shards import INDEX, Shard, read_lines, survey
+from dataset.index import Index, index_from, index_of
+from dataset.shards import INDEX, Shard, survey
 
 HTTP = ("http", "https")  # they cannot list a folder
 SCHEMES = (*HTTP, "s3", "gs", "hf")
@@ -227,20 +228,21 @@ def name_of(url: str) -> str:
     return (unquote(url) if url.startswith(HTTP) else url).rpartition("/")[2]
 
 
-def remote_shards(urls: list[str], cache: Cache | None) -> list[tuple[RemoteFile, Shard]]:
+def remote_shards(urls: list[str], cache: Cache | None) -> list[tuple[RemoteFile, Index, str]]:
     """URLs of tar files and of folders of them -> the contents of each shard: from the index next to it if the size agrees,
     otherwise by loading it once.
 
     Raises UserError if one does not exist, cannot be read or trusted, or a folder can neither be listed nor has an index.
     """
-    index, tars = {}, []
+    indexes: dict[str, Index] = {}
+    tars: list[str] = []
     for url in urls:
         if suffix_of(url) in UNREAD:
             raise UserError(f"{url}: {UNREAD[suffix_of(url)]}")
         folder = url.rpartition("/")[0] + "/" if url.endswith(".tar") else url.rstrip("/") + "/"
-        if folder not in index:
-            index[folder] = remote_index(folder)
-        tars += [url] if url.endswith(".tar") else shard_urls(folder, index[folder])
+        if folder not in indexes:
+            indexes[folder] = remote_index(folder)
+        tars += [url] if url.endswith(".tar") else shard_urls(folder, indexes[folder])
 
     def locate(url: str) -> RemoteFile:
         return RemoteFile(url, *request_with_retries(url, lambda driver: size_and_version(driver, url)), cache)
@@ -250,15 +252,15 @@ def remote_shards(urls: list[str], cache: Cache | None) -> list[tuple[RemoteFile
         files = list(bar)
     shards = []
     for file in files:
-        shard = index[file.url.rpartition("/")[0] + "/"].get(name_of(file.url))
-        if shard is None or shard.bytes != file.size:
-            shard = cache.survey(file.key(), file.survey) if cache else file.survey()
-        shards.append((file, shard))
+        index, name = indexes[file.url.rpartition("/")[0] + "/"], name_of(file.url)
+        if name not in index.shards or index.shards[name][1].bytes != file.size:
+            index = index_of(cache.survey(file.key(), file.survey) if cache else file.survey())
+        shards.append((file, index, name))
     return shards
 
 
-def remote_index(folder: str) -> dict[str, Shard]:
-    """{name: shard} by the index of a folder, {} without one. Buckets that may not be listed answer 403 for a missing file."""
+def remote_index(folder: str) -> Index:
+    """The index of a folder, empty without one. Buckets that may not be listed answer 403 for a missing file."""
     url = folder + INDEX
 
     def request(driver: fsspec.AbstractFileSystem) -> bytes:
@@ -269,16 +271,16 @@ def remote_index(folder: str) -> dict[str, Shard]:
                 return b""
             raise
 
-    return read_lines(request_with_retries(url, request), url)
+    return index_from(request_with_retries(url, request), url)
 
 
-def shard_urls(folder: str, index: dict[str, Shard]) -> list[str]:
+def shard_urls(folder: str, index: Index) -> list[str]:
     """URLs of the shards in a folder: those in its index and, unless it is on a web server, those that a listing shows."""
-    names = {name for name, shard in index.items() if shard.bytes}
+    names = {name for name, (_, shard) in index.shards.items() if shard.bytes}
     if not folder.startswith(HTTP):
         paths = request_with_retries(folder, lambda driver: driver.ls(folder, detail=False))
         names |= {path.rpartition("/")[2] for path in paths if path.endswith(".tar")}
-    elif not index:
+    elif not index.shards:
         advice = "name the .tar files by a brace pattern, or write the index with scripts/make_shards.py"
         raise UserError(f"{folder}: no {INDEX} there, and a web server cannot list a folder: {advice}")
     if not names:

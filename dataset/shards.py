@@ -9,7 +9,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from os.path import splitext
@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 from unicodedata import normalize
 
+import numpy as np
 import webdataset as wds
 
 from common.errors import UserError
@@ -212,35 +213,64 @@ def to_line(shard: Shard) -> str:
     return json.dumps(entry, separators=(",", ":"))  # in ASCII, as names of files need not be UTF-8
 
 
-def read_lines(text: bytes, where: str) -> dict[str, Shard]:
-    """The lines of an index -> {name: shard}. Raises UserError, naming the file `where`, if one is not valid."""
-    shards, attributes = {}, {INDEX_KEYS.get(f.name, f.name): f.name for f in fields(Shard)}
-    for number, line in enumerate(text.splitlines(), 1):
+def lines_of(text: Iterable[bytes], where: str) -> Iterator[tuple[Shard, list[str], np.ndarray]]:
+    """The lines of an index -> (shard without `samples`, their keys, their numbers [6, N] int64). Raises UserError, naming the
+    file `where`, if a line is not valid.
+    """
+    names, attributes = set(), {INDEX_KEYS.get(f.name, f.name): f.name for f in fields(Shard)}
+    for number, line in enumerate(text, 1):
         try:
             entry = json.loads(line)
             shard = Shard(**{attributes[key]: value for key, value in entry.items() if key in attributes})
-            shard.samples = [(str(key), *map(int, numbers)) for key, *numbers in shard.samples]
+            keys, numbers = columns_of_line(shard)
+            shard.samples = []
             shard.uncaptioned, shard.unusable = list(map(str, shard.uncaptioned)), list(map(str, shard.unusable))
             shard.has_latents = bool(shard.has_latents)
             shard.others = {str(kind): int(number) for kind, number in shard.others.items()}
             shard.vae_signature = [float(value) for value in shard.vae_signature]
             shard.text_signature = [float(value) for value in shard.text_signature]
             shard.repeats = [int(times) for times in shard.repeats]
-            if len(shard.repeats) not in (0, len(shard.samples)) or not all(0 < times < 1000 for times in shard.repeats):
+            if len(shard.repeats) not in (0, len(keys)) or not all(0 < times < 1000 for times in shard.repeats):
                 raise ValueError(f"{shard.name!r} with impossible repeats")
-            for _, at, size, text_at, text_size, *pixels in shard.samples:
-                beyond = max(at + size, text_at + text_size) > shard.bytes or size > MOST_BYTES or text_size > MOST_TEXT
-                if beyond or min(at, size, text_at, text_size, *pixels) < 0 or max(pixels) >= 2**31 or len(pixels) != 2:
-                    raise ValueError(f"{shard.name!r} with impossible numbers")
-            if shard.name in shards:
+            if shard.name in names:
                 raise ValueError(f"{shard.name!r} is in two lines")
             if PurePosixPath(shard.name).name != shard.name:
                 raise ValueError(f"{shard.name!r} leads out of the folder")
         except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             reason = f"is no line of an index ({error}): delete the index or write it anew"
             raise UserError(f"{where} line {number} {reason}") from None
-        shards[shard.name] = shard
-    return shards
+        names.add(shard.name)
+        yield shard, keys, numbers
+
+
+def columns_of_line(shard: Shard) -> tuple[list[str], np.ndarray]:
+    """(keys, numbers [6, N] int64) of its samples, checked all at once. Raises ValueError, TypeError or OverflowError."""
+    impossible = f"{shard.name!r} with impossible numbers"
+    if not list(shard.samples):
+        return [], np.empty((6, 0), np.int64)
+    try:
+        keys, *columns = zip(*shard.samples, strict=True)
+        numbers = np.array(columns)
+        if numbers.dtype != np.int64:  # texts, floats or booleans in JSON
+            numbers = np.array([list(map(int, column)) for column in columns], np.int64)
+        at, size, text_at, text_size, *_ = numbers if len(numbers) == 6 else []
+    except (ValueError, OverflowError):
+        raise ValueError(impossible) from None
+    most = [2**62, MOST_BYTES, 2**62, MOST_TEXT, 2**31 - 1, 2**31 - 1]
+    if numbers.min() < 0 or (numbers.max(axis=1) > most).any():
+        raise ValueError(impossible)
+    if int(np.maximum(at + size, text_at + text_size).max()) > shard.bytes:
+        raise ValueError(impossible)
+    return list(map(str, keys)), numbers
+
+
+def read_lines(text: bytes, where: str) -> dict[str, Shard]:
+    """The lines of an index -> {name: shard}. Raises UserError as `lines_of`."""
+    found = {}
+    for shard, keys, numbers in lines_of(text.splitlines(), where):
+        shard.samples = list(zip(keys, *numbers.tolist(), strict=True))
+        found[shard.name] = shard
+    return found
 
 
 def read_index(folder: Path) -> dict[str, Shard]:

@@ -4,13 +4,14 @@ import hashlib
 import json
 import os
 import re
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from bisect import bisect_right
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]  # not in its stub
@@ -19,19 +20,20 @@ from common.errors import UserError, printable
 from common.files import ROOT
 from common.progress import tqdm
 from dataset.captions import BESIDE, caption_of_name
+from dataset.columns import PLACE, Columns, columns_of
 from dataset.disk_cache import Cache
 from dataset.folder import REPEATS, Folder, Names
 from dataset.images import IMAGE_SUFFIXES, MOST_BYTES, survey_size
+from dataset.index import Index, fingerprint_of, index_in, index_of
 from dataset.packing import NO_CAPTION, pack_tables
 from dataset.remote import HTTP, RemoteFile, Span, remote_shards, scheme_of
-from dataset.shards import MOST_TEXT, Shard, read_from, read_index, split_captions, survey, unfinished
+from dataset.shards import MOST_TEXT, Shard, read_from, split_captions, survey, unfinished
 from options.training import CaptionFilesConfig
 
 DEMO = ROOT / "assets/demo/train"
 HELD_OUT = ROOT / "assets/demo/heldout"  # of the demo, never trained on
 
 HUB_ID = r"[\w.-]+/[\w-]+"
-PLACE = np.dtype([(name, "i8") for name in ("file", "at", "size", "text_at", "text_size", "height", "width")])
 
 
 @dataclass(frozen=True)
@@ -57,17 +59,32 @@ class EncodedSample:
     captions: list[str]
 
 
+@dataclass(frozen=True)
+class Part:
+    """Consecutive samples of an index or of a folder of images. To cut a part or to join several copies nothing."""
+
+    columns: Columns
+    rows: range  # of `columns`, in which an image that cannot be read has a height and width of 0
+    files: Mapping[int, File | RemoteFile] | Sequence[File]  # by the "file" of a place
+    labels: Sequence[str] = ()  # names of shards, by the same
+    captions: Sequence[list[str]] = ()  # of each of the `columns` of a folder; those of shards are read with the images
+
+    def names(self, rows: range) -> list[str]:
+        """What messages call these samples of `columns`."""
+        keys, numbers = self.columns.names(rows), self.columns.places["file"][rows.start : rows.stop].tolist()
+        if self.labels:
+            keys = [f"{self.labels[number]}:{key}" for number, key in zip(numbers, keys, strict=True)]
+        return list(map(printable, keys))
+
+
 @dataclass
 class Source:
-    """A data set. `places` has for every captioned sample its file, byte offset and upright height × width.
+    """A data set: `parts` hold its samples, which are numbered from 0.
 
     `fingerprint` is a SHA-256 of the names and sizes of the samples, without their bytes; LoRA files record it.
     """
 
-    files: list[File | RemoteFile]
-    places: np.ndarray  # [N] PLACE; "file" is an index into `files`, a height and width of 0: the image cannot be read
-    names: list[str]
-    captions: list[list[str]]  # [N] for a folder; empty for shards, whose captions are read with the images
+    parts: list[Part]
     uncaptioned: list[str]  # names of images without a caption
     fingerprint: str
     refused: list[str] = field(default_factory=list)  # other files and images that are not used, with the reason
@@ -84,9 +101,40 @@ class Source:
     repeats: np.ndarray | None = None  # [N] how often an epoch draws each sample; None: once
     kept_out: int = 0  # samples that `without` has taken away
 
+    @cached_property
+    def ends(self) -> list[int]:
+        """For each of the parts, the number after its last sample."""
+        return list(accumulate(len(part.rows) for part in self.parts))
+
     @property
     def samples(self) -> int:
-        return len(self.places)
+        return self.ends[-1] if self.parts else 0
+
+    def between(self, first: int, last: int) -> list[Part]:
+        """The samples `first` to `last` - 1."""
+        begins = [0, *self.ends]
+        cut = [part.rows[max(0, first - begin) : max(0, last - begin)] for part, begin in zip(self.parts, begins, strict=False)]
+        return [replace(part, rows=rows) for part, rows in zip(self.parts, cut, strict=True) if rows]
+
+    def column(self, name: str) -> np.ndarray:
+        """[N] one field of PLACE. The "file" is that of the sample's part."""
+        found = [part.columns.places[name][part.rows.start : part.rows.stop] for part in self.parts]
+        return found[0] if len(found) == 1 else np.concatenate([np.empty(0, PLACE[name]), *found])
+
+    def find(self, n: int) -> tuple[Part, int]:
+        """(the part of sample n, its row in the columns)."""
+        i = bisect_right(self.ends, n)
+        part = self.parts[i]
+        return part, part.rows[n - self.ends[i]]  # counted from its end
+
+    def name(self, n: int) -> str:
+        part, row = self.find(n)
+        return part.names(range(row, row + 1))[0]
+
+    @property
+    def names(self) -> list[str]:
+        """Of all samples: a hundred bytes for each, made anew every time."""
+        return [name for part in self.parts for name in part.names(part.rows)]
 
     @property
     def epoch(self) -> int:
@@ -106,20 +154,19 @@ class Source:
 
     def without(self, numbers: Collection[int]) -> "Source":
         """The other samples: `numbers` are kept out of training. Of each data set of a mixture one must be left."""
-        left = np.setdiff1d(np.arange(self.samples), list(numbers))
-        part, repeats = (of_each if of_each is None else of_each[left] for of_each in (self.part, self.repeats))
+        removed = sorted({*numbers})
+        bounds = zip([0, *(n + 1 for n in removed)], [*removed, self.samples], strict=True)
+        parts = [part for first, last in bounds for part in self.between(first, last)]
+        part, repeats = (of_each if of_each is None else np.delete(of_each, removed) for of_each in (self.part, self.repeats))
         shares = self.shares
         if part is not None and repeats is not None:
             draws = np.bincount(part, repeats)
             shares = tuple((draws / draws.sum()).tolist())
-        captions = [self.captions[n] for n in left] if self.captions else []
-        places, names = self.places[left], [self.names[n] for n in left]
-        changes: dict[str, Any] = {"places": places, "names": names, "captions": captions, "kept_out": len(numbers)}
-        return replace(self, part=part, repeats=repeats, shares=shares, **changes)
+        return replace(self, parts=parts, part=part, repeats=repeats, shares=shares, kept_out=len(removed))
 
     def account(self) -> str:
         """What became of all that is there, in one line."""
-        unreadable, others = np.count_nonzero(self.places["height"] == 0), describe_others(self.others)
+        unreadable, others = np.count_nonzero(self.column("height") == 0), describe_others(self.others)
         broken = f" ({unreadable} cannot be read: training skips them)" if unreadable else ""
         counts = f"{self.samples} images with a caption{broken}, {len(self.uncaptioned)} without, {len(self.refused)} refused"
         return f"{counts}; beside them {others}" if others else counts
@@ -132,12 +179,14 @@ class Source:
     def local_captions(self, most: int) -> Iterator[str]:
         """The captions of the first `most` samples; none if they are on a server."""
         for n in range(min(most, self.samples)):
-            file, place = self.files[self.places[n]["file"]], self.places[n]
-            if self.captions and self.captions[n]:
-                yield from self.captions[n]
+            part, row = self.find(n)
+            number, _, _, text_at, text_size, *_ = part.columns.places[row].item()
+            file = part.files[number]
+            if part.captions:
+                yield from part.captions[row]
             elif isinstance(file, File):
                 with suppress(OSError, ValueError):
-                    (text,) = file.read((int(place["text_at"]), int(place["text_size"])))
+                    (text,) = file.read((text_at, text_size))
                     yield from split_captions(text)
 
     def read_sample(self, n: int) -> EncodedSample:
@@ -146,14 +195,15 @@ class Source:
 
         Raises UserError if a server fails after all tries.
         """
-        place, captions = self.places[n], self.captions[n] if self.captions else []
-        spans = [(place["at"], place["size"])] + ([] if captions else [(place["text_at"], place["text_size"])])
+        part, row = self.find(n)
+        number, at, size, text_at, text_size, *_ = part.columns.places[row].item()
+        captions = part.captions[row] if part.captions else []
         try:
-            image, *text = self.files[place["file"]].read(*((int(at), int(size)) for at, size in spans))
+            image, *text = part.files[number].read((at, size), *([] if captions else [(text_at, text_size)]))
             captions = captions or [line for encoded in text for line in split_captions(encoded)]
         except (OSError, ValueError):
             image = b""
-        return EncodedSample(self.names[n], image, captions or [""])
+        return EncodedSample(self.name(n), image, captions or [""])
 
 
 def describe_others(others: Counter[str]) -> str:
@@ -176,19 +226,22 @@ def open_mixture(data: tuple[str, ...], cache: Cache | None = None, captions: Ca
     if len(sources) > 1:
         fingerprint = hashlib.sha256(" ".join(source.fingerprint for source in sources).encode()).hexdigest()
         whole = joined([name for name, *_ in asked], sources, fingerprint)
-    if captions != BESIDE and not whole.captions:
+    if captions != BESIDE and not any(part.captions for part in whole.parts):
         raise UserError("--caption, --caption-from-name and --caption-extension do nothing here: shards hold their captions")
-    own = [np.ones(s.samples, int) if s.repeats is None else s.repeats for s in sources]
+    if not weights and all(times == 1 and s.repeats is None for (*_, times), s in zip(asked, sources, strict=True)):
+        return whole
+    own = [np.ones(s.samples, int) if s.repeats is None else s.repeats.astype(int) for s in sources]
     repeats = np.concatenate([times * of_source for (*_, times), of_source in zip(asked, own, strict=True)])
     if not weights and (repeats == 1).all():
         return whole
-    of_set = np.repeat(range(len(sources)), [source.samples for source in sources])
-    groups, part, sizes = np.unique(np.stack([of_set, repeats]), axis=1, return_inverse=True, return_counts=True)
+    of_set, most = np.repeat(range(len(sources)), [source.samples for source in sources]), int(repeats.max()) + 1
+    numbers, part, sizes = np.unique(of_set * most + repeats, return_inverse=True, return_counts=True)
+    groups, part = np.divmod(numbers, most), part.astype(np.min_scalar_type(len(numbers)))
     draws = groups[1] * sizes  # of each group, which has the samples of one data set that are repeated alike
     if weights:  # then the repeats count among the samples of a data set
         shares = np.array(weights)[groups[0]] / sum(weights) * draws / np.bincount(groups[0], draws)[groups[0]]
-        return replace(whole, part=part.ravel(), shares=tuple(shares.tolist()))
-    return replace(whole, part=part.ravel(), shares=tuple((draws / draws.sum()).tolist()), repeats=repeats)
+        return replace(whole, part=part, shares=tuple(shares.tolist()))
+    return replace(whole, part=part, shares=tuple((draws / draws.sum()).tolist()), repeats=repeats)
 
 
 def joined(labels: Sequence[str], sources: Sequence[Source], fingerprint: str) -> Source:
@@ -201,20 +254,12 @@ def joined(labels: Sequence[str], sources: Sequence[Source], fingerprint: str) -
     if len(by_model) > 1:
         names = " and ".join(list(by_model.values())[:2])
         raise UserError(f"the latents of {names} were made by several models: make them anew with scripts/cache_latents.py")
-    places, first_file = [source.places.copy() for source in sources], 0
-    for source, of_source in zip(sources, places, strict=True):
-        of_source["file"] += first_file
-        first_file += len(source.files)
-    captions = [lines for source in sources for lines in source.captions or [[]] * source.samples]
 
     def all_of(field: str) -> list:
         return [item for source in sources for item in getattr(source, field)]
 
     return Source(
-        files=all_of("files"),
-        places=np.concatenate([np.empty(0, PLACE), *places]),
-        names=all_of("names"),
-        captions=captions if any(captions) else [],
+        parts=merged(all_of("parts")),
         uncaptioned=all_of("uncaptioned"),
         fingerprint=fingerprint,
         refused=all_of("refused"),
@@ -227,6 +272,16 @@ def joined(labels: Sequence[str], sources: Sequence[Source], fingerprint: str) -
         vae_signature=full[0][1].vae_signature if full else (),
         text_signature=full[0][1].text_signature if full else (),
     )
+
+
+def merged(parts: Iterable[Part]) -> list[Part]:
+    """The same samples in as few parts as can be."""
+    found: list[Part] = []
+    for part in parts:
+        if found and found[-1].files is part.files and found[-1].rows.stop == part.rows.start:
+            part = replace(part, rows=range(found.pop().rows.start, part.rows.stop))
+        found.append(part)
+    return found
 
 
 def split_weight(data: str) -> tuple[str, float | None, int]:
@@ -280,7 +335,7 @@ def open_folder(folder: Folder) -> Source:
     shards = local_shards(folder.path, folder.shards)
     if not shards:
         return scan_images(folder)
-    source = of_shards([(File(tar), shard) for tar, shard in shards])
+    source = of_shards(shards)
     return replace(source, refused=source.refused + folder.refused, others=source.others + folder.others)
 
 
@@ -300,37 +355,34 @@ def expand(pattern: str) -> list[str]:
         raise UserError(f"{pattern}: a brace is not closed") from None
 
 
-def local_shards(path: Path, found: Sequence[Path]) -> list[tuple[Path, Shard]]:
+def local_shards(path: Path, found: Sequence[Path]) -> list[tuple[File, Index, str]]:
     """The tar files of a folder, `found` there, or of a brace pattern, with the contents of each; none for a folder of images.
 
     The contents are those in the index next to the file if it has the file's size, otherwise the file's headers are read.
     """
     tars = list(found) if path.is_dir() else [Path(name) for name in expand(str(path))]
-    index = {folder: read_index(folder) for folder in {tar.parent for tar in tars}}
-    if path.is_dir():
-        tars = sorted({*tars, *(path / name for name, shard in index.get(path, {}).items() if shard.bytes)})
-    if any(map(unfinished, {*index, path})):
+    indexes = {folder: index_in(folder) for folder in {tar.parent for tar in tars}}
+    if path.is_dir() and path in indexes:
+        tars = sorted({*tars, *(path / name for name, (_, shard) in indexes[path].shards.items() if shard.bytes)})
+    if any(map(unfinished, {*indexes, path})):
         raise UserError(f"{path}: the writing of these shards was interrupted: the same command goes on with it")
     if missing := [tar for tar in tars if not tar.is_file()]:
         raise UserError(f"{missing[0]} does not exist")
     shards = []
     for tar in tqdm(tars, desc="looking through the shards", unit="shard", delay=2, leave=False):
-        shard = index[tar.parent].get(tar.name)
-        if shard is None or shard.bytes != tar.stat().st_size:
-            shard = survey(tar)
-        shards.append((tar, shard))
+        index = indexes[tar.parent]
+        if tar.name not in index.shards or index.shards[tar.name][1].bytes != tar.stat().st_size:
+            index = index_of(survey(tar))
+        shards.append((File(tar), index, tar.name))
     return shards
 
 
-def of_shard(file: File | RemoteFile, shard: Shard) -> Source:
+def of_shard(shard: Shard, part: Part) -> Source:
     def named(names: Iterable[str]) -> list[str]:
         return [printable(f"{shard.name}:{name}") for name in names]
 
     return Source(
-        files=[file],
-        places=np.array([(0, *sample[1:]) for sample in shard.samples], PLACE),
-        names=named(key for key, *_ in shard.samples),
-        captions=[],
+        parts=[part] * bool(part.rows),
         uncaptioned=named(shard.uncaptioned),
         fingerprint="",
         refused=named(shard.unusable),
@@ -344,15 +396,24 @@ def of_shard(file: File | RemoteFile, shard: Shard) -> Source:
     )
 
 
-def of_shards(shards: Sequence[tuple[File | RemoteFile, Shard]]) -> Source:
-    """One source of several shards. Raises UserError as `joined`."""
-    digest = hashlib.sha256()
-    for _, shard in shards:
-        if shard.samples:
-            digest.update(json.dumps([(key, size, text_size) for key, _, size, _, text_size, *_ in shard.samples]).encode())
-    source = joined([s.name for _, s in shards], [of_shard(file, s) for file, s in shards], digest.hexdigest())
-    repeats = [np.array(s.repeats or [1] * len(s.samples), int) for _, s in shards]
-    return replace(source, repeats=np.concatenate([np.empty(0, int), *repeats]))
+def of_shards(found: Sequence[tuple[File | RemoteFile, Index, str]]) -> Source:
+    """One source of several shards: (file, index that lists it, name there). Raises UserError as `joined`."""
+    files: dict[int, dict[int, File | RemoteFile]] = defaultdict(dict)  # {id of the index: {number of a shard: its file}}
+    sources, numbers = [], []
+    for file, index, name in found:
+        number, shard = index.shards[name]
+        files[id(index)][number] = file
+        part = Part(index.columns, index.columns.rows(number), files[id(index)], index.names)
+        sources.append(of_shard(shard, part))
+        numbers.append((index.columns, number))
+    source = joined([name for *_, name in found], sources, "")
+    all_of_one = len(source.parts) == 1 and source.samples == len(source.parts[0].columns.places)
+    fingerprint = source.parts[0].columns.fingerprint if all_of_one else fingerprint_of(numbers)
+    repeats = [part.columns.repeats[part.rows.start : part.rows.stop] for part in source.parts]
+    if any(map(len, repeats)):
+        pairs = zip(repeats, source.parts, strict=True)
+        source.repeats = np.concatenate([times if len(times) else np.ones(len(part.rows), np.int16) for times, part in pairs])
+    return replace(source, fingerprint=fingerprint)
 
 
 def scan_images(folder: Folder) -> Source:
@@ -392,10 +453,11 @@ def scan_images(folder: Folder) -> Source:
             repeats.append(times)
         elif lines is not None:
             uncaptioned.append(printable(str(path)))
-    names = [printable(str(path)) for path in files]
+    columns = columns_of(list(map(str, files)), np.array(places, PLACE))
+    part = Part(columns, range(len(files)), list(map(File, files)), captions=captions)
     unused = len(folder.texts) - len(used & {*folder.texts})
     others += Counter({"captions": len(folder.texts) - unused, "texts that caption no image": unused})
-    source = Source(list(map(File, files)), np.array(places, PLACE), names, captions, uncaptioned, digest.hexdigest())
+    source = Source([part], uncaptioned, digest.hexdigest())
     usual = "".join(f"{caption!r}" for caption, _ in stand_ins.most_common(1))
     notes = [f"{sum(stand_ins.values())} pictures without a text get a caption, such as {usual}"] * bool(stand_ins)
     notes += [f"{name}/ is drawn {times} times an epoch" for name, (times, _) in kohya.items() if times > 1]

@@ -35,13 +35,15 @@ def kept_out_of(source: Source, share: float, seed: int) -> list[int]:
     mixture that can be read. A function of the seed.
     """
     count = min(MOST_KEPT_OUT, max(2, round(share * source.samples)))
-    readable = np.flatnonzero(source.places["height"])
+    readable = np.flatnonzero(source.column("height"))
     order = np.random.default_rng([seed, KEPT_OUT]).permutation(readable)
     part = np.zeros(source.samples, int) if source.part is None else source.part
     left = np.bincount(part[readable])
     chosen: list[int] = []
     for n in order:
-        if len(chosen) < count and left[part[n]] > 1:
+        if len(chosen) == count:
+            break
+        if left[part[n]] > 1:
             left[part[n]] -= 1
             chosen.append(int(n))
     return sorted(chosen)

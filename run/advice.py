@@ -15,10 +15,10 @@ def concerns(stream: Stream, looks: float, on_cpu: bool, parameters: int) -> lis
     lines = []
     if looks > MANY_LOOKS:
         lines.append(f"{looks:.0f} looks at each picture are many: it may learn them by heart; try the earlier files, too")
-    factors = stream.enlargements()
-    if much := [factor for factor in factors if factor > MUCH_ENLARGED]:
+    factors, counts = stream.enlargements()
+    if much := counts[factors > MUCH_ENLARGED].sum():
         advice = "they teach blur: take larger ones, or a smaller --resolution"
-        lines.append(f"{len(much)} of {len(factors)} pictures are enlarged more than {MUCH_ENLARGED} times: {advice}")
+        lines.append(f"{much} of {counts.sum()} pictures are enlarged more than {MUCH_ENLARGED} times: {advice}")
     if on_cpu and parameters > SLOW_ON_A_CPU:
         lines.append("this model on a CPU takes minutes a step: a GPU of 8 GB is enough")
     return lines

@@ -103,7 +103,7 @@ class Validation:
 
     def probes_of_trained(self) -> list[Probe]:
         source = self.held_out.training
-        order = np.random.default_rng([self.config.seed, TRAINED]).permutation(np.flatnonzero(source.places["height"]))
+        order = np.random.default_rng([self.config.seed, TRAINED]).permutation(np.flatnonzero(source.column("height")))
         return self.make(source, order[: self.images].tolist())
 
     def make(self, source: Source, numbers: Sequence[int]) -> list[Probe]:

@@ -17,6 +17,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated
 
@@ -72,7 +73,7 @@ from dataset.images import dhash, open_image, to_rgb
 from dataset.packing import NO_CAPTION, pack_all
 from dataset.rows import Inputs, ParquetRows, Row
 from dataset.shards import Shard, read_index, survey, unfinished
-from dataset.sources import HUB_ID, Source, describe_others, open_folder
+from dataset.sources import HUB_ID, File, Source, describe_others, open_folder
 
 MOST_GROUPS, MOST_NAMES = 20, 10  # that are printed: groups of duplicates, names in a group
 
@@ -91,11 +92,16 @@ class SourceRows:
         return self.source.samples
 
     def identity(self, first: int, last: int) -> list:
-        places = self.source.places[first:last]
-        modified = {file: self.source.files[file].path.stat().st_mtime_ns for file in np.unique(places["file"])}
-        captions = self.source.captions[first:last] or [[]] * len(places)  # those in a shard change with its time
-        times = [modified[file] for file in places["file"]]
-        return list(zip(self.names[first:last], places["size"].tolist(), times, captions, strict=True))
+        modified = lru_cache(lambda path: path.stat().st_mtime_ns)  # captions in a shard change with its time
+        entries = []
+        for n in range(first, last):
+            part, row = self.source.find(n)
+            place = part.columns.places[row]
+            file = part.files[int(place["file"])]
+            assert isinstance(file, File)
+            captions = part.captions[row] if part.captions else []
+            entries.append((self.names[n], int(place["size"]), modified(file.path), captions))
+        return entries
 
     def name(self, n: int) -> str:
         return self.names[n]

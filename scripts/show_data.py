@@ -80,16 +80,17 @@ def data_sheet(stream: Stream, images: int) -> tuple[Image.Image, list[str]]:
 
 def bucket_table(source: Source, stream: Stream) -> list[str]:
     """A line for every bucket in use: its images, how much of them is cropped away and how many are enlarged."""
-    pixels = np.stack([source.places["height"], source.places["width"]], axis=1)
+    heights, widths = source.column("height"), source.column("width")
     lines = ["   width × height   images   cropped away: mean, most   enlarged: images, most"]
     for number in np.unique(stream.bucket):
-        size = stream.sizes[number]
-        originals = [(h, w) for h, w in pixels[stream.bucket == number].tolist() if h]  # those that can be read
-        cropped = [100 * share_cropped(original, size) for original in originals] or [0]
-        factors = [factor for original in originals if (factor := enlarged(original, size)) > 1]
-        enlargement = f"{len(factors):8} {max(factors):10.2f} ×" if factors else f"{0:8}"
-        cropping = f"{np.mean(cropped):12.1f} % {max(cropped):8.1f} %"
-        lines.append(f"{size[1]:8} × {size[0]:<6} {len(originals):8} {cropping} {enlargement}")
+        size, chosen = stream.sizes[number], (stream.bucket == number) & (heights > 0)  # those that can be read
+        originals = heights[chosen], widths[chosen]
+        cropped = 100 * share_cropped(originals, size) if chosen.any() else np.zeros(1)
+        factors = enlarged(originals, size)
+        factors = factors[factors > 1]
+        enlargement = f"{len(factors):8} {factors.max():10.2f} ×" if len(factors) else f"{0:8}"
+        cropping = f"{cropped.mean():12.1f} % {cropped.max():8.1f} %"
+        lines.append(f"{size[1]:8} × {size[0]:<6} {len(originals[0]):8} {cropping} {enlargement}")
     return lines
 
 

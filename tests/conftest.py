@@ -64,6 +64,15 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def source_in_memory(places: np.ndarray, names: list[str]):
+    """A data set with these samples, whose images are nowhere. The caption of each is its name."""
+    from dataset.columns import columns_of
+    from dataset.sources import File, Part, Source
+
+    captions = [[name] for name in names]
+    return Source([Part(columns_of(names, places), range(len(names)), [File(Path("nowhere"))], captions=captions)], [], "")
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """A diffusers folder: SDXL's three levels, two text encoders, 64 px, random weights."""

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import source_in_memory
 
 from common.text import duration
 from data import Stream
-from dataset.sources import PLACE, Source
+from dataset.sources import PLACE
 from options.training import CaptionConfig, DataConfig
 from run.advice import concerns, next_steps
 
@@ -16,7 +17,7 @@ from run.advice import concerns, next_steps
 def stream_of(sizes: list[tuple[int, int]]) -> Stream:
     places = np.zeros(len(sizes), PLACE)
     places["height"], places["width"] = zip(*sizes, strict=True)
-    source = Source([], places, [str(size) for size in sizes], [["x"]] * len(sizes), [], "")
+    source = source_in_memory(places, [str(size) for size in sizes])
     return Stream(source, DataConfig(buckets=False), CaptionConfig(), 1024, 0)
 
 

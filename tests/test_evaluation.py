@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import photograph
+from conftest import photograph, source_in_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
@@ -127,7 +127,7 @@ def made_up(parts: list[int], broken: list[bool], repeats: list[int] | None, wei
     n, part = len(parts), np.array(parts)
     places = np.zeros(n, PLACE)
     places["height"] = places["width"] = np.where(broken, 0, 64)
-    source = Source([], places, [f"s{i}" for i in range(n)], [[f"c{i}"] for i in range(n)], [], "")
+    source = source_in_memory(places, [f"s{i}" for i in range(n)])
     if weights:
         return replace(source, part=part, shares=tuple((np.array(weights) / sum(weights)).tolist()))
     if repeats:
@@ -152,7 +152,7 @@ def sources(draw):
 @given(sources(), st.floats(0.01, 0.99), st.integers(0, 5))
 def test_what_is_kept_out(source, share, seed):
     chosen = kept_out_of(source, share, seed)
-    readable = source.places["height"] > 0
+    readable = source.column("height") > 0
     part = np.zeros(source.samples, int) if source.part is None else source.part
     assert chosen == kept_out_of(source, share, seed) == sorted(set(chosen))
     assert readable[chosen].all()
@@ -176,7 +176,8 @@ def test_no_kept_out_sample_is_drawn_and_every_other_one_is(source, share, bs, s
     left = source.without(chosen)
     expected = [n for n in range(source.samples) if n not in chosen]
     assert left.names == [source.names[n] for n in expected]
-    assert left.captions == [source.captions[n] for n in expected]
+    assert [left.read_sample(n).captions for n in range(left.samples)] == [source.read_sample(n).captions for n in expected]
+    assert [left.name(n) for n in range(left.samples)] == left.names
     assert sum(left.shares or (1,)) == pytest.approx(1)
     assert (left.identity() == source.identity()) == (not chosen)
     order = Order(np.zeros(left.samples, int), bs, seed, left.part, left.shares, left.epoch)

@@ -15,7 +15,7 @@ from unittest.mock import patch
 import numpy as np
 import pyarrow
 import pytest
-from conftest import encoded, photograph
+from conftest import encoded, photograph, source_in_memory
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -460,8 +460,7 @@ def test_options_of_other_programs_are_refused(tmp_path, option):
 
 
 def source_of(images: int) -> Source:
-    names = [str(n) for n in range(images)]
-    return Source([], np.zeros(images, PLACE), names, [["x"]] * images, [], "")
+    return source_in_memory(np.zeros(images, PLACE), [str(n) for n in range(images)])
 
 
 def draws_of_epochs(source: Source, epochs: int) -> Counter:

@@ -113,7 +113,7 @@ def test_changed_shards_are_made_anew_and_the_others_stay(script, many, tmp_path
     stdout, _ = script(PACK, folder, "--out", out, "--per-shard", 4)
     assert "50 images in 13 shards" in stdout
     assert ": 0 packed, 50 from before" in stdout
-    assert len(open_source(str(out)).files) == len(list(out.glob("*.tar"))) == 13
+    assert len(open_source(str(out)).parts[0].files) == len(list(out.glob("*.tar"))) == 13
     script(PACK, folder, "--out", out, "--per-shard", 5, "--name", "other")
     assert sorted(path.name for path in out.glob("*.tar")) == [f"other-{i:06d}.tar" for i in range(11)]
 

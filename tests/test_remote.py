@@ -21,6 +21,7 @@ from test_train import equal, weights
 from common.errors import UserError
 from data import Stream, make_loader, open_cache
 from dataset import remote
+from dataset.columns import PLACE
 from dataset.disk_cache import Cache
 from dataset.remote import RemoteFile, scheme_of
 from dataset.shards import read_index, to_line
@@ -148,7 +149,7 @@ def batches(source, count: int = 8, **options) -> list:
 def assert_same(ours, local, **options) -> None:
     assert ours.fingerprint == local.fingerprint
     assert (ours.names, ours.uncaptioned, ours.truncated) == (local.names, local.uncaptioned, local.truncated)
-    assert np.array_equal(ours.places, local.places)
+    assert all(np.array_equal(ours.column(field), local.column(field)) for field in PLACE.names[1:])
     for batch, wanted in zip(batches(ours, **options), batches(local), strict=True):
         assert batch.captions == wanted.captions
         assert torch.equal(batch.images, wanted.images)
@@ -189,11 +190,11 @@ def test_a_sample_is_one_request_of_its_own_bytes(server, shards, monkeypatch):
     for n in range(source.samples):
         source.read_sample(n)
     assert len(server.requests) == source.samples
-    for (_, headers), place in zip(server.requests, source.places, strict=True):
+    for (_, headers), place in zip(server.requests, source.parts[0].columns.places, strict=True):
         first, last = map(int, headers["Range"].removeprefix("bytes=").split("-"))
         spans = [(place[at], place[at] + place[size]) for at, size in (("at", "size"), ("text_at", "text_size"))]
         assert (first, last + 1) == (min(a for a, _ in spans), max(b for _, b in spans))
-    file = source.files[0]
+    file = source.parts[0].files[0]
     server.requests.clear()
     assert file.read((0, 5), (5, 0)) == [server.files["/shards/photos-000000.tar"][:5], b""]
     monkeypatch.setattr(remote, "MERGE_GAP", 10)
@@ -427,7 +428,7 @@ def test_hugging_face(server, shards, monkeypatch):
     server.requests.clear()
     source = open_source("hf://datasets/o/n/some")
     server.requests.clear()
-    source.files[0].read((3, 10))
+    source.parts[0].files[0].read((3, 10))
     assert [headers["Range"] for _, headers in server.requests] == ["bytes=3-12"]
     with pytest.raises(UserError, match=r"hf://datasets/o/n/some/none\.tar: is not there"):
         open_source("hf://datasets/o/n/some/none.tar")

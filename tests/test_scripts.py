@@ -100,11 +100,12 @@ def test_bench_needs_a_gpu(script):
 
 
 def test_bench_data_measures_every_job(script, monkeypatch):
-    out, _ = script("scripts/dev/bench_data.py", "--rounds", 1, "--photos", 3, "--latents", 30, "--drawn", 400)
+    out, _ = script("scripts/dev/bench_data.py", "--rounds", 1, "--photos", 3, "--latents", 30, "--drawn", 400, "--sizes", 2000)
     rates = re.findall(r"^ +([\d.]+) a second   (.+)$", out, re.M)
     assert len(rates) == 5
     assert all(float(rate) > 0 for rate, _ in rates)
-    assert re.search(r"peak memory, latents: \d+ MiB after 100, \d+ MiB after 200, \d+ MiB after 400$", out.strip())
+    assert re.search(r"peak memory, latents: \d+ MiB after 100, \d+ MiB after 200, \d+ MiB after 400$", out, re.M)
+    assert re.findall(r"^(first time|again) +2,000(?: +[\d.]+, \d+){5}$", out, re.M) == ["first time", "again"]
 
 
 def test_the_contact_sheet_shows_what_training_sees(script, photos, tmp_path):
