@@ -14,9 +14,10 @@ from common.errors import UserError
 from common.sheets import NO_CHARACTER, Lettering, drawn, grid, lettering, shorten, side_by_side, stack
 from lora import add_lora
 from memory import speed_up
+from model.load import load_sdxl
 from model.prompts import Prompt, read_prompts
 from model.render import WORTH_RECORDING, Renderer
-from model.sdxl import SAMPLERS
+from model.sdxl import SAMPLERS, Denoiser
 from model.vae import decode_latents
 from options.training import CaptionConfig, CheckpointConfig, GalleryConfig, LoRAConfig
 from performance.attention import KERNELS
@@ -184,7 +185,7 @@ def test_a_model_of_zero_terminal_snr_is_sampled_from_its_last_timestep(pipe, re
 def test_gallery_shows_base_and_adapter(pipe, denoiser, tmp_path):
     adapter = add_lora(denoiser, LoRAConfig(), denoiser.unused)
     stop = SimpleNamespace(requested=True)
-    plan = SimpleNamespace(oom_advice="", weights=0, predicted=2**40 - 2**20, budget=2**40)
+    plan = SimpleNamespace(oom_advice="", weights=0, predicted=2**40 - 2**26, budget=2**40)
     facts = {"pipe": pipe, "vae": pipe.vae, "device": torch.device("cpu"), "kept_on_host": [], "full_denoiser": denoiser}
     prompts = [Prompt("a", steps=2), Prompt("b", steps=2, width=96, strength=0.5)]
     model = SimpleNamespace(name="/private/model", **facts)
@@ -193,8 +194,8 @@ def test_gallery_shows_base_and_adapter(pipe, denoiser, tmp_path):
     examiner = SimpleNamespace(record={}, judge=judge, opinion=lambda image, prompt, strength: {"strength": strength})
     examiner.prepare = lambda: None
     examiner.look = lambda image, file, opinion: seen.append(file) or opinion
-    files = CheckpointConfig(out=tmp_path)
-    gallery = Gallery(GalleryConfig(), model, adapter, prompts, 64, files, Ranks(0, 1), stop, plan, examiner)
+    files_of = CheckpointConfig(out=tmp_path)
+    gallery = Gallery(GalleryConfig(), model, adapter, prompts, 64, files_of, Ranks(0, 1), stop, plan, examiner)
     assert gallery.draw(7) == {}
     stop.requested = False
     (first, second), start = gallery.draw(7).values(), gallery.begin(0)
@@ -218,12 +219,46 @@ def test_gallery_shows_base_and_adapter(pipe, denoiser, tmp_path):
     assert parameters == (
         "b <lora:pytorch_lora_weights_8:0.5>\nSteps: 2, Sampler: Euler, CFG scale: 5, Seed: 1, Size: 96x64, Model: model"
     )
+    assert gallery.fits
+    plan.predicted = plan.budget
+    assert not Gallery(GalleryConfig(), model, adapter, prompts, 64, files_of, Ranks(0, 1), stop, plan, examiner).fits
     gallery.ranks = SimpleNamespace(rank=1, world=2)
     assert gallery.draw_own(8).keys() == {1}
     half = np.asarray(Image.open(tmp_path / "samples/step-000008-p2-lora.png"), int)
     with adapter.scaled(0.5):
         wanted = gallery.renderer.draw([gallery.prompts[1]])
     assert np.array_equal(half, np.asarray(wanted[0], int))
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 3, 4])
+def test_a_signal_ends_drawing_between_pictures(pipe, denoiser, tmp_path, after):
+    """Of pictures before it, base and LoRA are kept together; the base, once drawn, is not drawn again."""
+    adapter = add_lora(denoiser, LoRAConfig(), denoiser.unused)
+    shake(adapter)
+    stop, asked = SimpleNamespace(requested=False), []
+    examiner = SimpleNamespace(prepare=lambda: None, opinion=lambda *_: asked.append(1) or {})
+    facts = {"pipe": pipe, "vae": pipe.vae, "device": torch.device("cpu"), "kept_on_host": [], "full_denoiser": denoiser}
+    model, plan = SimpleNamespace(name="m", **facts), SimpleNamespace(oom_advice="", weights=0, predicted=0, budget=2**40)
+    prompts = [Prompt("a", steps=1), Prompt("b", steps=1, strength=0.5)]
+    gallery = Gallery(
+        GalleryConfig(), model, adapter, prompts, 64, CheckpointConfig(out=tmp_path), Ranks(0, 1), stop, plan, examiner
+    )
+    rendered, picture = [], gallery.renderer.picture
+
+    def counted(latents):
+        rendered.append(picture(latents))
+        stop.requested = len(rendered) > after
+        return rendered[-1]
+
+    gallery.renderer.picture = counted
+    drawn = gallery.draw_own(3)
+    assert len(rendered) == min(after + 1, 4)
+    assert drawn.keys() == {3: {0}, 4: {0, 1}}.get(after, set())
+    assert all(pictures.keys() == {"base", "lora"} for pictures in drawn.values())
+    stop.requested, gallery.renderer.picture = False, lambda latents: rendered.append(picture(latents)) or rendered[-1]
+    before = len(rendered)
+    assert gallery.draw_own(3).keys() == {0, 1}
+    assert len(rendered) - before == (4 if after < 2 else 2)
 
 
 def test_sheets_hold_the_pictures(tmp_path):
@@ -315,3 +350,48 @@ def test_sdxl_is_judged_by_the_naruto_prompts():
 def test_a_trigger_stands_once_in_a_prompt(trigger, text, drawn):
     (prompt,) = prompts_to_draw(GalleryConfig(prompts=(text,)), CaptionConfig(trigger=trigger), "sdxl")
     assert prompt.text == drawn
+
+
+# On a GPU.
+
+
+@pytest.mark.gpu
+def test_a_graph_draws_with_the_weights_as_they_are(tiny_model, monkeypatch):
+    """Strengths of a LoRA that trains, a weight that is changed in place: what the graph draws is what it draws without."""
+    pipe = load_sdxl(str(tiny_model), torch.float16, torch.device("cuda"))
+    denoiser = Denoiser(pipe)
+    adapter = add_lora(denoiser, LoRAConfig(rank=4), denoiser.unused, dtype=torch.float16)
+    shake(adapter)
+    speed_up(denoiser, KERNELS["sdpa"])
+    graphed, eager = (Renderer(pipe, denoiser, partial(decode_latents, pipe.vae)) for _ in range(2))
+    monkeypatch.setattr("model.render.WORTH_RECORDING", 1)
+    eager.graphed.eager = True
+    prompts, seen = filled("a", "b", "c"), []
+    for strength in (1.0, 0.0, 0.5):
+        with adapter.scaled(strength):
+            seen.append(graphed.draw(prompts)[0])
+            for one, other in zip(graphed.draw(prompts), eager.draw(prompts), strict=True):
+                assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
+    assert len(graphed.graphed.graphs) == 1
+    assert len({image.tobytes() for image in seen}) == 3
+    pipe.unet.conv_in.weight.mul_(1.5)
+    changed = graphed.draw(prompts)[0]
+    assert changed.tobytes() != seen[-1].tobytes()
+    assert np.abs(np.asarray(changed, int) - np.asarray(eager.draw(prompts)[0], int)).max() <= 1
+    graphed.release()
+    assert not graphed.graphed.graphs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_graph_denoises_like_diffusers(tiny_model, monkeypatch, name):
+    pipe = load_sdxl(str(tiny_model), torch.float16, torch.device("cuda"))
+    pipe.scheduler = SAMPLERS[name].from_config(pipe.scheduler.config)
+    denoiser = Denoiser(pipe)
+    monkeypatch.setattr("model.render.WORTH_RECORDING", 1)
+    renderer = Renderer(pipe, denoiser, partial(decode_latents, pipe.vae))
+    for guidance in (1.0, 5.0):
+        (prompt,) = filled("a", steps=4, guidance=guidance)
+        ours = renderer.denoise([prompt], [denoiser.describe(prompt.text, prompt.negative)])
+        assert renderer.graphed.graphs
+        torch.testing.assert_close(ours, of_diffusers(pipe, denoiser, prompt), atol=0.02, rtol=0.02)
