@@ -104,13 +104,14 @@ from lora import merge_loras
 from lora_files.deltas import Deltas, check_fit, parameter_shapes
 from lora_files.merge import write_pipeline
 from lora_files.read import newest_lora, read_lora, read_metadata, read_tensors, tensor_hash, trained_on, with_strength
-from memory import DTYPES, resolve_device
+from memory import DTYPES, resolve_device, speed_up
 from model.check import describe_model
 from model.load import Pipeline, load_sdxl, native_resolution
 from model.prompts import Prompt, from_header, generation_parameters, parse_size, read_prompts, times
-from model.render import render
+from model.render import Renderer
 from model.sdxl import SAMPLERS, Denoiser
 from model.vae import decode_latents
+from performance.attention import KERNELS
 
 
 def read_loras(config: InferConfig, files: list[tuple[Path, float]], denoiser: Denoiser) -> list[tuple[Deltas, float]]:
@@ -172,6 +173,8 @@ def draw_table(
     if last:
         merges[last] = merges.pop(last, {})
     denoiser = Denoiser(pipe)
+    speed_up(denoiser, KERNELS["sdpa"])  # PyTorch's own choice of attention: to time every kernel takes longer than a picture
+    renderer = Renderer(pipe, denoiser, partial(decode_latents, pipe.vae))
     pictures: dict[Drawing, Image.Image] = {}
     weights = check_fit(denoiser, {name: delta for deltas, _ in loras for name, delta in deltas.items()})
     several = sum(bool(chosen) for chosen, _ in merges) > 1
@@ -183,8 +186,7 @@ def draw_table(
         names = {files[n][0].stem: (strength * files[n][1], tensor_hash(files[n][0])[:12]) for n in chosen}
         label = "base" if not chosen else ("LoRA" if len(chosen) == len(files) else "".join(names)) + times(strength)
         begin = time.perf_counter()
-        decode = partial(decode_latents, pipe.vae)
-        images = render(pipe, denoiser.describe, decode, [prompt for _, prompt in drawings], label)
+        images = renderer.draw([prompt for _, prompt in drawings], label)
         if images:
             print(f"{label}: {(time.perf_counter() - begin) / len(images):.2f} s per image")
         for drawing, image in zip(drawings, images, strict=True):
@@ -212,7 +214,7 @@ def main(config: InferConfig) -> None:
         check_empty("--save-merged", config.save_merged)
     check_writable("--out", config.out)
 
-    # How pictures are made: diffusers' pipeline and sampler.
+    # How pictures are made: diffusers' sampler.
     own_scheduler, side = pipe.scheduler, native_resolution(pipe)
     if config.sampler != "default":
         pipe.scheduler = SAMPLERS[config.sampler].from_config(pipe.scheduler.config)

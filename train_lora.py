@@ -218,7 +218,7 @@ def main(config: TrainConfig) -> Ending:
                 report.validated(train_step.graphed.retry_without_graphs(partial(validation.measure, run.step)))
                 upcoming = validation.upcoming
             if drawing:
-                report.pictures(train_step.graphed.retry_without_graphs(partial(gallery.draw, run.step)))
+                report.pictures(train_step.graphed.retry_without_graphs(partial(gallery.draw, run.step), gallery.fits))
             if saving or validating or drawing:
                 record.write()
 

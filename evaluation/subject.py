@@ -17,13 +17,14 @@ from evaluation.validation import Losses, Probe, losses_of, make_probes, quiet_s
 from lora import merge_loras
 from lora_files.deltas import Deltas, check_fit
 from lora_files.read import read_metadata
-from memory import DTYPES, resolve_device
+from memory import DTYPES, resolve_device, speed_up
 from model.load import load_sdxl, native_resolution
 from model.prompts import Prompt
-from model.render import SAMPLE_GUIDANCE, SAMPLE_STEPS, render
+from model.render import SAMPLE_GUIDANCE, SAMPLE_STEPS, Renderer
 from model.sdxl import Denoiser
 from model.vae import decode_latents
 from options.training import CaptionConfig, DataOptions, resolve_precision
+from performance.attention import KERNELS
 
 MOST_PREDICTIONS = 4  # at once
 
@@ -31,11 +32,16 @@ MOST_PREDICTIONS = 4  # at once
 class Subject:
     """A model that is measured. `merge` decides which LoRA it holds; at first it is the base."""
 
-    def __init__(self, model: str, device: str):
-        """Raises UserError if the model or the device is not there."""
+    def __init__(self, model: str, device: str, fast: bool = True):
+        """`fast`: with the fast layers, after which no LoRA layers can be added. Raises UserError if the model or the device is
+        not there.
+        """
         self.device = resolve_device(device)
         self.pipe = load_sdxl(model, DTYPES[resolve_precision("auto", self.device)], self.device)
         self.denoiser, self.side, self.name = Denoiser(self.pipe), native_resolution(self.pipe), model
+        if fast:
+            speed_up(self.denoiser, KERNELS["sdpa"])
+        self.renderer = Renderer(self.pipe, self.denoiser, partial(decode_latents, self.pipe.vae))
         self.diffusion = unweighted(self.pipe, self.device)
         self.weights: dict[str, torch.Tensor] = {}  # those that some LoRA has changed
         self.base: dict[str, torch.Tensor] = {}  # how they were, on the host
@@ -71,8 +77,7 @@ class Subject:
 
     def draw(self, prompts: list[Prompt], label: str) -> list[Image.Image]:
         """As the model is now."""
-        decode = partial(decode_latents, self.pipe.vae)
-        return render(self.pipe, self.denoiser.describe, decode, prompts, label)
+        return self.renderer.draw(prompts, label)
 
     def filled(self, texts: Sequence[str], seeds: int = 1) -> list[Prompt]:
         """`seeds` prompts of each text, one after the other, of the model's own size."""

@@ -87,6 +87,7 @@ def write_pipeline(pipe: Pipeline, out: Path, sources: list[dict]) -> None:
     under the names that transformers 5 gives text encoder 1, and ComfyUI reads no U-Net in several files.
     """
     metadata = {"format": "pt", "sdxl_lora.merged": json.dumps(sources)}
+    pipe.unet.to(memory_format=torch.contiguous_format)  # it may be in channels_last, which safetensors refuses
     with written_whole(out) as part:
         if out.suffix == ".safetensors":
             tensors = checkpoint_of(pipe)

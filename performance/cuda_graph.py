@@ -111,8 +111,12 @@ class GraphedStep:
             raise
         return graph, static, output
 
-    def retry_without_graphs(self, work: Callable[[], T]) -> T:
-        """What `work` returns, done between steps. If memory runs out, the graphs are given up, and `work` is done again."""
+    def retry_without_graphs(self, work: Callable[[], T], fits: bool = True) -> T:
+        """What `work` returns, done between steps. The graphs are given up before it if it does not fit beside them, or else if
+        memory runs out, and `work` is then done again.
+        """
+        if not fits and self.graphs:
+            self.release()
         try:
             return work()
         except torch.OutOfMemoryError:

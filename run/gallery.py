@@ -1,6 +1,8 @@
-"""Pictures that people look at: rendered with diffusers' pipeline, base and LoRA side by side with the prompt above."""
+"""Pictures that people look at: base and LoRA side by side with the prompt above."""
 
 import re
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,8 +17,8 @@ from dataset.captions import with_trigger
 from lora import Adapter
 from memory import note_if_out_of_memory, temporarily_on
 from model.prompts import Prompt, generation_parameters, read_prompts, times
-from model.render import SAMPLE_GUIDANCE, SAMPLE_STEPS, render
-from model.vae import DECODING, decode_latents
+from model.render import SAMPLE_GUIDANCE, SAMPLE_STEPS, Renderer, drawing_bytes
+from model.vae import decode_latents
 from options.training import CaptionConfig, CheckpointConfig, GalleryConfig
 from performance.memory_plan import Plan
 from run.examiner import Examiner
@@ -49,17 +51,23 @@ class Gallery:
         files: CheckpointConfig, ranks: Ranks, stop: StopRequest, plan: Plan, examiner: Examiner,
     ):  # fmt: skip
         """`side`: pixels, of a prompt that does not say; `files`: where pictures go. Where the VAE has no room beside the
-        weights it decodes in tiles.
+        weights it decodes in tiles. `fits`: whether drawing has room beside a training step, which then keeps its graphs, as
+        drawing does.
         """
         self.config, self.model, self.adapter = config, model, adapter
         self.name, self.folder = files.name, files.out / "samples"
         self.ranks, self.stop, self.advice, self.examiner = ranks, stop, plan.oom_advice, examiner
         defaults = Prompt("", seed=0, width=side, height=side, steps=SAMPLE_STEPS, guidance=SAMPLE_GUIDANCE, strength=1.0)
         self.prompts = [prompt.filled(i, defaults) for i, prompt in enumerate(prompts)]
-        pixels = max((p.width * p.height for p in self.prompts if p.width and p.height), default=0)
-        vae_bytes = sum(p.nbytes for p in model.vae.parameters()) + DECODING * pixels * model.vae.dtype.itemsize
+        dtypes = model.full_denoiser.unet.dtype, model.vae.dtype
+        needed = [drawing_bytes(prompt, *dtypes) for prompt in self.prompts] or [(0, 0)]
+        denoising, decoding = map(max, zip(*needed, strict=True))
+        vae_bytes = sum(p.nbytes for p in model.vae.parameters()) + decoding
         decode = partial(decode_latents, model.vae, tiled=plan.weights + vae_bytes > plan.budget)
-        self.render = partial(render, model.pipe, model.full_denoiser.describe, decode)
+        brought = sum(p.nbytes for module in model.kept_on_host for p in module.parameters())
+        beside, alone = (plan.budget - brought - taken for taken in (plan.predicted, plan.weights))
+        self.fits = denoising + decoding <= beside
+        self.renderer = Renderer(model.pipe, model.full_denoiser, decode, beside if self.fits else alone)
         self.base: dict[int, Drawn] = {}
         self.disk = TolerantWriter()
         examiner.prepare()
@@ -87,6 +95,8 @@ class Gallery:
             temporarily_on(self.model.device, self.model.kept_on_host),
         ):
             drawn = self.draw_own(step)
+        if not self.fits:
+            self.renderer.release()
         drawn = {i: pictures for part in self.ranks.gather(drawn) for i, pictures in part.items()}
         if not self.ranks.is_first:
             return {}
@@ -114,27 +124,39 @@ class Gallery:
             write_atomically(self.folder / name, png_bytes(image))
 
     def draw_own(self, step: int) -> dict[int, dict[str, Drawn]]:
-        """{number of the prompt: {"base": …, "lora": …}} of this rank's prompts, until a signal comes."""
-        drawn: dict[int, dict[str, Drawn]] = {}
-        starts_trained = any(bool(B.any()) for _, B, _ in self.adapter.deltas.values())  # from --init-lora
-        for i in range(self.ranks.rank, len(self.prompts), self.ranks.world):
+        """{number of the prompt: {"base": …, "lora": …}} of this rank's prompts, until a signal comes: those that are whole."""
+        own = range(self.ranks.rank, len(self.prompts), self.ranks.world)
+        self.base |= self.pictures([i for i in own if i not in self.base], 0, step, {})
+        drawn = {i: {"base": self.base[i]} for i in own if i in self.base}
+        if not step and not any(bool(B.any()) for _, B, _ in self.adapter.deltas.values()):  # it is not from --init-lora
+            return drawn
+        by_strength = defaultdict(list)
+        for i in drawn:
+            by_strength[self.prompts[i].strength or 0].append(i)
+        changed: dict[int, Drawn] = {}
+        for strength, numbers in by_strength.items():
+            changed |= self.pictures(numbers, strength, step, {file_stem(self.name, step): (strength, "")})
+        return {i: drawn[i] | {"lora": changed[i]} for i in sorted(changed)}
+
+    def pictures(
+        self, numbers: Sequence[int], strength: float, step: int, loras: dict[str, tuple[float, str]]
+    ) -> dict[int, Drawn]:
+        """Prompts with the LoRA at a strength, and with what they are drawn from as their text; `loras`: the names for that.
+        Those that a signal comes before are left out, and those that are not finite.
+        """
+        images: dict[int, Image.Image] = {}
+        with self.adapter.scaled(strength):
+            for n, image in () if self.stop.requested else self.renderer.each([self.prompts[i] for i in numbers]):
+                if isinstance(image, UserError):
+                    warn_of(f"step {step}", image)
+                else:
+                    images[numbers[n]] = image
+                if self.stop.requested:
+                    break
+        drawn: dict[int, Drawn] = {}
+        for i, image in images.items():
             if self.stop.requested:
                 break
-            try:
-                if i not in self.base:
-                    self.base[i] = self.picture(i, 0, {})
-                drawn[i] = {"base": self.base[i]}
-                if step or starts_trained:
-                    strength = self.prompts[i].strength or 0
-                    drawn[i]["lora"] = self.picture(i, strength, {file_stem(self.name, step): (strength, "")})
-            except UserError as error:  # a picture that is not finite; the other ranks wait for this one
-                warn_of(f"step {step}", error)
-                drawn.pop(i, None)
+            image.info["parameters"] = generation_parameters(self.prompts[i], self.model.pipe.scheduler, self.model.name, loras)
+            drawn[i] = image, self.examiner.opinion(image, self.prompts[i], strength)
         return drawn
-
-    def picture(self, i: int, strength: float, loras: dict[str, tuple[float, str]]) -> Drawn:
-        """Prompt `i` with the LoRA at a strength, and with what it is drawn from as its text; `loras`: the names for that."""
-        with self.adapter.scaled(strength):
-            (image,) = self.render([self.prompts[i]])
-        image.info["parameters"] = generation_parameters(self.prompts[i], self.model.pipe.scheduler, self.model.name, loras)
-        return image, self.examiner.opinion(image, self.prompts[i], strength)

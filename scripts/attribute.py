@@ -110,7 +110,7 @@ def main(config: AttributeConfig) -> None:
         raise UserError(f"{files[-1]} needs {base[0]}: merge that into its model by merge_lora.py, and name that by --model")
     check_writable("the folder of --out", config.out.parent)
     data = trained_and_held_out(config, files[-1], options)
-    subject = Subject(config.model or trained_on(files[-1]), config.device)
+    subject = Subject(config.model or trained_on(files[-1]), config.device, fast=False)
     loras = [read_lora(file, parameter_shapes(subject.denoiser)) for file in files]
     if not loras[-1].keys() <= linear_layers(subject.denoiser).keys():
         raise UserError(f"{files[-1]} changes more than linear layers, and only a LoRA of these can be compared")

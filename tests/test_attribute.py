@@ -32,7 +32,7 @@ from performance.checkpointing import block_names, checkpoint_blocks
 @pytest.fixture(scope="module")
 def tiny(tiny_model, photos):
     """(subject with a LoRA whose B is not 0, adapter, probes of three photos: the first at 20 timesteps, the others at 10)."""
-    subject = Subject(str(tiny_model), "cpu")
+    subject = Subject(str(tiny_model), "cpu", fast=False)
     adapter = add_lora(subject.denoiser, LoRAConfig(rank=2), subject.denoiser.unused)
     shake(adapter)
     stream = subject.stream(open_source(str(photos)), {"trigger": "nrt style"})
@@ -64,7 +64,7 @@ def by_autograd(probes, plain: Subject, deltas: Deltas) -> torch.Tensor:
 
 def test_what_is_compared_are_the_gradients_that_autograd_finds(tiny, tiny_model):
     subject, adapter, probes = tiny
-    units = by_autograd(probes, Subject(str(tiny_model), "cpu"), adapter.deltas)
+    units = by_autograd(probes, Subject(str(tiny_model), "cpu", fast=False), adapter.deltas)
     own = torch.stack(list(directions(probes[0], subject, adapter)))[:, adapter.filled()]
     torch.testing.assert_close(own, units[0], atol=2e-5, rtol=1e-3)
 
@@ -81,7 +81,7 @@ def test_what_is_compared_are_the_gradients_that_autograd_finds(tiny, tiny_model
 
 def test_half_precision_and_checkpointing_as_on_cuda_change_little(tiny, tiny_model):
     _, adapter, probes = tiny
-    half = Subject(str(tiny_model), "cpu")
+    half = Subject(str(tiny_model), "cpu", fast=False)
     half.denoiser.half()
     own = add_lora(half.denoiser, LoRAConfig(rank=2), half.denoiser.unused, dtype=torch.float16)
     own.flat.copy_(adapter.flat)

@@ -48,6 +48,13 @@ def test_work_between_steps_frees_the_graphs_only_if_memory_runs_out():
     assert tries == [1, 1, 0, 0]
 
 
+@pytest.mark.parametrize(("fits", "left"), [(True, 1), (False, 0)])
+def test_work_that_does_not_fit_beside_the_graphs_begins_without_them(fits, left):
+    step = GraphedStep(lambda x: x, [], "auto", CPU)
+    step.graphs = {"a shape": ()}
+    assert step.retry_without_graphs(lambda: len(step.graphs), fits) == left
+
+
 # On a GPU.
 
 

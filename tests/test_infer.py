@@ -15,15 +15,18 @@ from test_lora import shake
 from common.sheets import grid, side_by_side
 from lora import add_lora, merge_lora
 from lora_files.deltas import layer_shapes
+from lora_files.merge import write_pipeline
 from lora_files.read import read_lora, read_metadata
 from lora_files.write import serialise
+from memory import speed_up
 from model.checkpoint import checkpoint_of
 from model.load import load_sdxl
 from model.prompts import Prompt, to_header
-from model.render import render
+from model.render import Renderer
 from model.sdxl import Denoiser
 from model.vae import decode_latents
 from options.training import LoRAConfig
+from performance.attention import KERNELS
 
 PROMPTS = ["a cat", "two dogs"]
 OPTIONS = ["--steps", 2, "--device", "cpu", "--prompts", *PROMPTS]
@@ -48,7 +51,8 @@ def pictures(model, prompts=PROMPTS, prepare=lambda denoiser: None) -> list[np.n
     prepare(denoiser)
     settings = Prompt("", seed=0, steps=2, guidance=5.0, width=64, height=64)
     filled = [Prompt(prompt).filled(i, settings) for i, prompt in enumerate(prompts)]
-    images = render(pipe, denoiser.describe, partial(decode_latents, pipe.vae), filled)
+    speed_up(denoiser, KERNELS["sdpa"])
+    images = Renderer(pipe, denoiser, partial(decode_latents, pipe.vae)).draw(filled)
     return [np.asarray(image, int) for image in images]
 
 
@@ -154,6 +158,22 @@ def test_a_merged_checkpoint_is_read_by_diffusers_whole(script, lora, tiny_model
     script("infer.py", "--lora", lora, "--out", tmp_path / "images", *options)
     assert load_file(tmp_path / "v.safetensors").keys() - wanted.keys() == {"v_pred", "ztsnr"}
     assert read_metadata(tmp_path / "v.safetensors")["modelspec.prediction_type"] == "v"
+
+
+def test_a_model_with_fast_layers_is_written_like_any_other(pipe, tmp_path):
+    """Its weights may be views of one stack, and on CUDA those of convolutions are in channels_last."""
+    for folder in ("plain", "fast"):
+        for name in ("model.safetensors", "model"):
+            if folder == "fast":
+                pipe.unet.to(memory_format=torch.channels_last)
+            write_pipeline(pipe, tmp_path / folder / name, [])
+        speed_up(Denoiser(pipe), KERNELS["sdpa"])
+    files = [path.relative_to(tmp_path / "plain") for path in (tmp_path / "plain").rglob("*.safetensors")]
+    assert len(files) == 5
+    for file in files:
+        plain, fast = (load_file(tmp_path / folder / file) for folder in ("plain", "fast"))
+        assert plain.keys() == fast.keys()
+        assert all(torch.equal(plain[name], fast[name]) for name in plain)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++", "euler", "euler-a", "unipc"])

@@ -1,4 +1,5 @@
 from functools import partial
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,13 +10,17 @@ from hypothesis import strategies as st
 from PIL import Image, ImageChops, ImageFont
 from test_lora import shake
 
+from common.errors import UserError
 from common.sheets import NO_CHARACTER, Lettering, drawn, grid, lettering, shorten, side_by_side, stack
 from lora import add_lora
+from memory import speed_up
+from model.load import load_sdxl
 from model.prompts import Prompt, read_prompts
-from model.render import render
-from model.sdxl import SAMPLERS
+from model.render import WORTH_RECORDING, Renderer
+from model.sdxl import SAMPLERS, Denoiser
 from model.vae import decode_latents
 from options.training import CaptionConfig, CheckpointConfig, GalleryConfig, LoRAConfig
+from performance.attention import KERNELS
 from run.gallery import Gallery, prompts_to_draw
 from run.ranks import Ranks
 
@@ -40,8 +45,21 @@ class Lacking:
         return self.font.getlength(text)
 
 
-def test_a_picture_depends_on_its_own_seed_only(pipe, denoiser):
-    draw = partial(render, pipe, denoiser.describe, partial(decode_latents, pipe.vae))
+@pytest.fixture
+def renderer(pipe, denoiser):
+    return Renderer(pipe, denoiser, partial(decode_latents, pipe.vae))
+
+
+def of_diffusers(pipe, denoiser, prompt: Prompt) -> torch.Tensor:
+    """The latents that diffusers' own pipeline makes of a prompt."""
+    options = {"num_inference_steps": prompt.steps, "guidance_scale": prompt.guidance, "output_type": "latent"}
+    generator = torch.Generator().manual_seed(prompt.seed)
+    texts = denoiser.describe(prompt.text, prompt.negative)
+    return pipe(**texts, **options, height=prompt.height, width=prompt.width, generator=generator).images
+
+
+def test_a_picture_depends_on_its_own_seed_only(renderer):
+    draw = renderer.draw
     three = draw(filled("a", "b", "c"))
     two = draw(filled("x", "b"))
     assert three[1] == two[1]
@@ -50,21 +68,110 @@ def test_a_picture_depends_on_its_own_seed_only(pipe, denoiser):
     assert three[0].size == (64, 64)
 
 
-def test_render_equals_the_pipeline(pipe, denoiser):
-    """`render` gives the same picture as diffusers' pipeline."""
-    ours = render(pipe, denoiser.describe, partial(decode_latents, pipe.vae), filled("a cat"))[0]
+@pytest.mark.parametrize("name", ["default", *SAMPLERS])
+def test_denoising_is_that_of_diffusers_bit_for_bit(pipe, denoiser, renderer, name):
+    """With and without guidance and negative prompt, ε and v, schedules that end at zero SNR, sizes that are not square."""
+    speed_up(denoiser, KERNELS["sdpa"])
+    kind = type(pipe.scheduler) if name == "default" else SAMPLERS[name]
+    for prediction, zero_snr in (("epsilon", False), ("v_prediction", False), ("v_prediction", True)):
+        changes = {"prediction_type": prediction, "rescale_betas_zero_snr": zero_snr}
+        if zero_snr:
+            changes["timestep_spacing"] = "trailing"
+        pipe.scheduler = kind.from_config(pipe.scheduler.config, **changes)
+        for guidance, negative in ((5.0, "bad"), (7.3, None), (1.0, None)):
+            prompt = Prompt("a cat", negative, seed=7, width=72, height=104, steps=4, guidance=guidance)
+            ours = renderer.denoise([prompt], [denoiser.describe(prompt.text, prompt.negative)])
+            assert torch.equal(ours, of_diffusers(pipe, denoiser, prompt)), (prediction, zero_snr, guidance)
+            assert ours.isfinite().all()
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_prompts_at_once_equal_one_by_one_to_rounding(pipe, denoiser, renderer, name):
+    pipe.scheduler = SAMPLERS[name].from_config(pipe.scheduler.config)
+    for guidance in (1.0, 5.0):
+        prompts = filled("a", "b", "c", steps=4, guidance=guidance)
+        texts = [denoiser.describe(prompt.text, prompt.negative) for prompt in prompts]
+        alone = torch.cat([renderer.denoise([prompt], [text]) for prompt, text in zip(prompts, texts, strict=True)])
+        assert (alone[0] - alone[1]).abs().max() > 0.1
+        torch.testing.assert_close(renderer.denoise(prompts, texts), alone, atol=1e-3, rtol=1e-3)
+
+
+def test_prompts_that_differ_are_not_drawn_together(denoiser, renderer, monkeypatch):
+    """Every picture is in its own place, whatever is drawn with what; and what is alike is drawn together, in even parts."""
+    settings = [{"width": 96}, {}, {"steps": 3}, {"guidance": 1.0}, {"negative": "x"}]
+    prompts = [*filled(*"abc"), *(Prompt(f"d{i}", **own).filled(i, DEFAULTS) for i, own in enumerate(settings))]
+    prompts.append(filled("long " * 80)[0])
+    alone = renderer.draw(prompts)
+    batches, denoise = [], renderer.denoise
+    monkeypatch.setattr(
+        renderer, "denoise", lambda some, texts: batches.append([p.text[:2] for p in some]) or denoise(some, texts)
+    )
+    monkeypatch.setattr(renderer, "most", dict.fromkeys(product((64 * 64, 2 * 64 * 64, 2 * 96 * 64), (64 * 64, 96 * 64)), 4))
+    together = renderer.draw(prompts)
+    assert batches == [["a", "b", "c"], ["d1", "d4"], ["d0"], ["d2"], ["d3"], ["lo"]]
+    for one, other in zip(alone, together, strict=True):
+        assert one.size == other.size
+        assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
+
+
+@pytest.mark.parametrize("room", [1, 2, 8])
+def test_where_memory_runs_out_fewer_are_drawn_at_once(renderer, monkeypatch, room):
+    prompts, sizes, denoise = filled(*"abcdefg"), [], renderer.denoise
+    wanted = renderer.draw(prompts)
+
+    def in_little_memory(some, texts):
+        sizes.append(len(some))
+        if len(some) > room:
+            raise torch.OutOfMemoryError
+        return denoise(some, texts)
+
+    monkeypatch.setattr(renderer, "denoise", in_little_memory)
+    monkeypatch.setattr(renderer, "at_once", lambda prompt: 8)
+    renderer.most.clear()
+    images = renderer.draw(prompts)
+    assert sizes == {1: [7, 3, *[1] * 7], 2: [7, 3, 1, *[1] * 6], 8: [7]}[room]
+    assert all(np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1 for a, b in zip(images, wanted, strict=True))
+    room = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        renderer.draw(prompts)
+
+
+def test_a_graph_is_recorded_where_the_unet_is_called_often(renderer, monkeypatch):
+    graphed = []
+    monkeypatch.setattr(renderer, "graphed", lambda inputs: graphed.append(inputs) or renderer.predict(inputs))
+    steps = WORTH_RECORDING - 1
+    renderer.draw(filled("a", steps=steps))
+    renderer.draw(filled("a", width=96, steps=2))
+    assert not graphed
+    renderer.draw(filled("b", steps=3))
+    assert len(graphed) == 3
+
+
+def test_a_picture_that_is_not_finite_leaves_the_others(renderer, monkeypatch):
+    denoise, (bad, good) = renderer.denoise, filled("a", "b")
+    monkeypatch.setattr(renderer, "denoise", lambda some, texts: denoise(some, texts) * (np.nan if some == [bad] else 1))
+    (_, error), (number, image) = renderer.each([bad, good])
+    assert "picture 1, 'a', has values that are not finite" in str(error)
+    assert (number, image.size) == (1, (64, 64))
+    with pytest.raises(UserError, match="picture 2, 'a', has values"):
+        renderer.draw([good, bad])
+
+
+def test_render_equals_the_pipeline(pipe, renderer):
+    """The same picture as diffusers' pipeline."""
+    ours = renderer.draw(filled("a cat"))[0]
     options = {"num_inference_steps": 2, "guidance_scale": 5.0, "generator": torch.Generator().manual_seed(3)}
     theirs = pipe("a cat", **options).images[0]
     assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
 
 
 @pytest.mark.parametrize("name", ["default", *SAMPLERS])
-def test_a_model_of_zero_terminal_snr_is_sampled_from_its_last_timestep(pipe, denoiser, name):
+def test_a_model_of_zero_terminal_snr_is_sampled_from_its_last_timestep(pipe, renderer, name):
     """diffusers' own pipeline with trailing timesteps gives the same picture; a model of another schedule keeps its spacing."""
     if name != "default":
         pipe.scheduler = SAMPLERS[name].from_config(pipe.scheduler.config)
     ordinary = pipe.scheduler
-    draw = partial(render, pipe, denoiser.describe, partial(decode_latents, pipe.vae), filled("a"))
+    draw = partial(renderer.draw, filled("a"))
     draw()
     assert pipe.scheduler is ordinary
     pipe.scheduler = type(ordinary).from_config(ordinary.config, rescale_betas_zero_snr=True, prediction_type="v_prediction")
@@ -78,7 +185,7 @@ def test_a_model_of_zero_terminal_snr_is_sampled_from_its_last_timestep(pipe, de
 def test_gallery_shows_base_and_adapter(pipe, denoiser, tmp_path):
     adapter = add_lora(denoiser, LoRAConfig(), denoiser.unused)
     stop = SimpleNamespace(requested=True)
-    plan = SimpleNamespace(oom_advice="", weights=0, budget=2**40)
+    plan = SimpleNamespace(oom_advice="", weights=0, predicted=2**40 - 2**26, budget=2**40)
     facts = {"pipe": pipe, "vae": pipe.vae, "device": torch.device("cpu"), "kept_on_host": [], "full_denoiser": denoiser}
     prompts = [Prompt("a", steps=2), Prompt("b", steps=2, width=96, strength=0.5)]
     model = SimpleNamespace(name="/private/model", **facts)
@@ -87,8 +194,8 @@ def test_gallery_shows_base_and_adapter(pipe, denoiser, tmp_path):
     examiner = SimpleNamespace(record={}, judge=judge, opinion=lambda image, prompt, strength: {"strength": strength})
     examiner.prepare = lambda: None
     examiner.look = lambda image, file, opinion: seen.append(file) or opinion
-    files = CheckpointConfig(out=tmp_path)
-    gallery = Gallery(GalleryConfig(), model, adapter, prompts, 64, files, Ranks(0, 1), stop, plan, examiner)
+    files_of = CheckpointConfig(out=tmp_path)
+    gallery = Gallery(GalleryConfig(), model, adapter, prompts, 64, files_of, Ranks(0, 1), stop, plan, examiner)
     assert gallery.draw(7) == {}
     stop.requested = False
     (first, second), start = gallery.draw(7).values(), gallery.begin(0)
@@ -112,12 +219,46 @@ def test_gallery_shows_base_and_adapter(pipe, denoiser, tmp_path):
     assert parameters == (
         "b <lora:pytorch_lora_weights_8:0.5>\nSteps: 2, Sampler: Euler, CFG scale: 5, Seed: 1, Size: 96x64, Model: model"
     )
+    assert gallery.fits
+    plan.predicted = plan.budget
+    assert not Gallery(GalleryConfig(), model, adapter, prompts, 64, files_of, Ranks(0, 1), stop, plan, examiner).fits
     gallery.ranks = SimpleNamespace(rank=1, world=2)
     assert gallery.draw_own(8).keys() == {1}
     half = np.asarray(Image.open(tmp_path / "samples/step-000008-p2-lora.png"), int)
     with adapter.scaled(0.5):
-        wanted = render(pipe, denoiser.describe, partial(decode_latents, pipe.vae), [gallery.prompts[1]])
+        wanted = gallery.renderer.draw([gallery.prompts[1]])
     assert np.array_equal(half, np.asarray(wanted[0], int))
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 3, 4])
+def test_a_signal_ends_drawing_between_pictures(pipe, denoiser, tmp_path, after):
+    """Of pictures before it, base and LoRA are kept together; the base, once drawn, is not drawn again."""
+    adapter = add_lora(denoiser, LoRAConfig(), denoiser.unused)
+    shake(adapter)
+    stop, asked = SimpleNamespace(requested=False), []
+    examiner = SimpleNamespace(prepare=lambda: None, opinion=lambda *_: asked.append(1) or {})
+    facts = {"pipe": pipe, "vae": pipe.vae, "device": torch.device("cpu"), "kept_on_host": [], "full_denoiser": denoiser}
+    model, plan = SimpleNamespace(name="m", **facts), SimpleNamespace(oom_advice="", weights=0, predicted=0, budget=2**40)
+    prompts = [Prompt("a", steps=1), Prompt("b", steps=1, strength=0.5)]
+    gallery = Gallery(
+        GalleryConfig(), model, adapter, prompts, 64, CheckpointConfig(out=tmp_path), Ranks(0, 1), stop, plan, examiner
+    )
+    rendered, picture = [], gallery.renderer.picture
+
+    def counted(latents):
+        rendered.append(picture(latents))
+        stop.requested = len(rendered) > after
+        return rendered[-1]
+
+    gallery.renderer.picture = counted
+    drawn = gallery.draw_own(3)
+    assert len(rendered) == min(after + 1, 4)
+    assert drawn.keys() == {3: {0}, 4: {0, 1}}.get(after, set())
+    assert all(pictures.keys() == {"base", "lora"} for pictures in drawn.values())
+    stop.requested, gallery.renderer.picture = False, lambda latents: rendered.append(picture(latents)) or rendered[-1]
+    before = len(rendered)
+    assert gallery.draw_own(3).keys() == {0, 1}
+    assert len(rendered) - before == (4 if after < 2 else 2)
 
 
 def test_sheets_hold_the_pictures(tmp_path):
@@ -209,3 +350,48 @@ def test_sdxl_is_judged_by_the_naruto_prompts():
 def test_a_trigger_stands_once_in_a_prompt(trigger, text, drawn):
     (prompt,) = prompts_to_draw(GalleryConfig(prompts=(text,)), CaptionConfig(trigger=trigger), "sdxl")
     assert prompt.text == drawn
+
+
+# On a GPU.
+
+
+@pytest.mark.gpu
+def test_a_graph_draws_with_the_weights_as_they_are(tiny_model, monkeypatch):
+    """Strengths of a LoRA that trains, a weight that is changed in place: what the graph draws is what it draws without."""
+    pipe = load_sdxl(str(tiny_model), torch.float16, torch.device("cuda"))
+    denoiser = Denoiser(pipe)
+    adapter = add_lora(denoiser, LoRAConfig(rank=4), denoiser.unused, dtype=torch.float16)
+    shake(adapter)
+    speed_up(denoiser, KERNELS["sdpa"])
+    graphed, eager = (Renderer(pipe, denoiser, partial(decode_latents, pipe.vae)) for _ in range(2))
+    monkeypatch.setattr("model.render.WORTH_RECORDING", 1)
+    eager.graphed.eager = True
+    prompts, seen = filled("a", "b", "c"), []
+    for strength in (1.0, 0.0, 0.5):
+        with adapter.scaled(strength):
+            seen.append(graphed.draw(prompts)[0])
+            for one, other in zip(graphed.draw(prompts), eager.draw(prompts), strict=True):
+                assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
+    assert len(graphed.graphed.graphs) == 1
+    assert len({image.tobytes() for image in seen}) == 3
+    pipe.unet.conv_in.weight.mul_(1.5)
+    changed = graphed.draw(prompts)[0]
+    assert changed.tobytes() != seen[-1].tobytes()
+    assert np.abs(np.asarray(changed, int) - np.asarray(eager.draw(prompts)[0], int)).max() <= 1
+    graphed.release()
+    assert not graphed.graphed.graphs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_graph_denoises_like_diffusers(tiny_model, monkeypatch, name):
+    pipe = load_sdxl(str(tiny_model), torch.float16, torch.device("cuda"))
+    pipe.scheduler = SAMPLERS[name].from_config(pipe.scheduler.config)
+    denoiser = Denoiser(pipe)
+    monkeypatch.setattr("model.render.WORTH_RECORDING", 1)
+    renderer = Renderer(pipe, denoiser, partial(decode_latents, pipe.vae))
+    for guidance in (1.0, 5.0):
+        (prompt,) = filled("a", steps=4, guidance=guidance)
+        ours = renderer.denoise([prompt], [denoiser.describe(prompt.text, prompt.negative)])
+        assert renderer.graphed.graphs
+        torch.testing.assert_close(ours, of_diffusers(pipe, denoiser, prompt), atol=0.02, rtol=0.02)

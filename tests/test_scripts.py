@@ -99,6 +99,20 @@ def test_bench_needs_a_gpu(script):
     assert err.startswith("bench.py: --rows nonsense: choose from recipe")
 
 
+def test_bench_compares_pictures_with_those_of_diffusers(script, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU: bench.py would write a model of 7 GB")
+    script("scripts/dev/bench.py", "--pictures", "--steps", 1, "--side", 64, "--out", tmp_path / "bench.json")
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert [(row["program"], row["count"]) for row in result["programs"]] == [
+        ("diffusers", 1), ("diffusers", 4), ("ours", 1), ("ours", 4)
+    ]  # fmt: skip
+    assert all(row["seconds_per_picture"] > 0 for row in result["programs"])
+    assert all(levels["max"] <= 1 for levels in result["grey levels from diffusers"].values())
+    decoding = result["grey levels of bfloat16 from float32, the demo's VAE"]
+    assert 0 < decoding["mean"] < decoding["99.9 %"] <= decoding["max"] < 32
+
+
 def test_bench_data_measures_every_job(script, monkeypatch):
     out, _ = script("scripts/dev/bench_data.py", "--rounds", 1, "--photos", 3, "--latents", 30, "--drawn", 400, "--sizes", 2000)
     rates = re.findall(r"^ +([\d.]+) a second   (.+)$", out, re.M)

@@ -3,13 +3,15 @@
     python scripts/dev/bench.py                          every row of the table in docs/memory-and-speed.md, by train_lora.py
     python scripts/dev/bench.py --rows recipe images     some of them
     python scripts/dev/bench.py --rows recipe --vram-gb 12
-    python scripts/dev/bench.py --parts                  time of each part of a step; inference with base and merged model
+    python scripts/dev/bench.py --parts                  time of each part of a step
+    python scripts/dev/bench.py --pictures               drawing, beside diffusers' pipeline; without CUDA with the demo's model
     python scripts/dev/bench.py --profile                a step without a cap by kinds of kernels, and the bytes that it moves
     python scripts/dev/bench.py --compare-attention      every attention kernel on SDXL's shapes, forward and backward
 
 Prints a table and writes it as JSON. The first call writes a model of 7 GB to --work. Nothing is downloaded.
 """
 
+import copy
 import json
 import os
 import re
@@ -20,13 +22,16 @@ import subprocess
 import sys
 import time
 import unittest.mock
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).parents[2]
@@ -41,16 +46,18 @@ from dataset.images import Decoded
 from dataset.latents import pack_latents
 from dataset.sources import open_source
 from lora import add_lora, merge_lora
-from memory import peak_memory, resolve_device, speed_up
+from memory import forget_peak_memory, peak_memory, resolve_device, speed_up
 from model.diffusion import Diffusion
-from model.load import BASE, base_architecture, load_sdxl
+from model.load import BASE, base_architecture, load_sdxl, native_resolution
+from model.prompts import Prompt
+from model.render import Renderer, to_image
 from model.sdxl import Denoiser, blueprint, time_ids
 from model.text import tokenize
-from model.vae import decode_latents, encode_pixels
+from model.vae import decode_latents, encode_pixels, normalise, sample_latents
 from options.command import parse_command
 from options.training import CaptionConfig, DataConfig, DiffusionConfig, LoRAConfig
-from performance.adamw8bit import make_optimizer
 from performance import fused
+from performance.adamw8bit import make_optimizer
 from performance.attention import KERNELS, Shapes, choose_attention, kernel_problem, time_kernel
 from performance.cuda_graph import GraphedStep
 from performance.memory_plan import tensors
@@ -88,11 +95,15 @@ class BenchConfig:
     vram_gb: float | None = None
     """Run these rows with this cap instead of their own."""
     steps: int = 30
-    """Training steps of each row; the first ten are not timed."""
+    """Training steps of each row; the first ten are not timed. Of --pictures, denoising steps."""
     parts: bool = False
-    """Instead of the rows, time each part of a step, merging and inference."""
+    """Instead of the rows, time each part of a step."""
+    pictures: bool = False
+    """Instead of the rows, time drawing, and compare the pictures with those of diffusers' pipeline."""
     profile: bool = False
     """Instead of the rows, sum the kernels of a step by their kind, and count the bytes that its operations read and write."""
+    side: int | None = None
+    """Pixels of --pictures. None: as the model was trained."""
     compare_attention: bool = False
     """Instead of the rows, time every attention kernel, forward and backward."""
     work: Path = Path("/tmp/sdxl-bench")
@@ -103,8 +114,11 @@ class BenchConfig:
     def __post_init__(self) -> None:
         if unknown := set(self.rows) - ROWS.keys():
             raise UserError(f"--rows {' '.join(unknown)}: choose from {' '.join(ROWS)}")
-        if self.steps < 20:
+        if self.steps < 20 and not self.pictures:
             raise UserError(f"--steps must be at least 20, not {self.steps}")
+
+
+WARM_UP = 3  # calls that are not timed: with 20 steps or more a graph is recorded in one of them
 
 
 # The model and the shards to measure with.
@@ -126,9 +140,6 @@ def make_shards(folder: Path, count: int = 64) -> None:
     1024 × 1024; mixed/, random posteriors of nine sizes.
     """
     import io
-
-    import numpy as np
-    from PIL import Image
 
     rng = np.random.default_rng(0)
     mixed = bucket_sizes(1024, 64)[::5]
@@ -230,7 +241,7 @@ def measure_row(name: str, config: BenchConfig, matmul: float) -> BenchRow:
     return row
 
 
-# Parts of a step, and inference.
+# Drawing, and parts of a step.
 
 
 def milliseconds(work, repeats: int = 3) -> float:
@@ -251,38 +262,112 @@ def matmul_rate(device: torch.device) -> float:
     return 2 * 8192**3 / milliseconds(lambda: a @ b, 20) * 1e3
 
 
-def measure_inference(pipe, device: torch.device) -> dict[str, float]:
-    """Milliseconds of a denoising step (1024 x 1024, with guidance) of base and merged model, of merging and of decoding."""
-    denoiser = Denoiser(pipe)
-    modules = add_lora(blueprint(pipe), LoRAConfig(), denoiser.unused).modules
-    deltas = {}
-    for name, m in modules.items():
-        A, B = (torch.randn(p.shape, device=device) * 1e-3 for p in (m.lora_A, m.lora_B))
-        deltas[name] = (A, B, m.alpha)
+@dataclass
+class Drawn:
+    """What it costs a program to draw `count` prompts at once, once it has drawn them before."""
 
-    def denoise() -> None:
-        pipe("a picture", num_inference_steps=10, guidance_scale=5.0, output_type="latent")
+    program: str
+    count: int
+    seconds_per_picture: float = 0.0  # from text to 8 bits
+    step_ms: float = 0.0  # of a denoising step of all prompts
+    reserved_GiB: float = 0.0  # at its peak, what the programs before have left included
+    first_s: tuple[float, ...] = ()  # of the calls before those that are timed; recording a graph is in one of them
 
-    times: dict[str, list[float]] = {"base": [], "merged": []}
-    for _ in range(3):  # alternately, so that a drift of the GPU's clock affects both
-        times["base"].append(milliseconds(denoise) / 10)
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
         torch.cuda.synchronize()
-        start = time.perf_counter()
-        merge_lora(denoiser, deltas)
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
         torch.cuda.synchronize()
-        merging = time.perf_counter() - start
-        times["merged"].append(milliseconds(denoise) / 10)
-        merge_lora(denoiser, deltas, strength=-1.0)
-    base, merged = min(times["base"]), min(times["merged"])
-    decoding = milliseconds(lambda: decode_latents(pipe.vae, torch.randn(1, 4, 128, 128, device=device)))
+    return time.perf_counter() - start
+
+
+def by_diffusers(pipe, prompts: list[Prompt], output: str = "pil") -> list:
+    """What diffusers' own pipeline makes of prompts that are alike. In half precision it decodes in float32."""
+    generators = [torch.Generator().manual_seed(prompt.seed or 0) for prompt in prompts]
+    first, own = prompts[0], pipe.vae.dtype
+    options = {"width": first.width, "height": first.height, "guidance_scale": first.guidance, "output_type": output}
+    pipe.vae.to(pipe.unet.dtype)
+    images = pipe([prompt.text for prompt in prompts], num_inference_steps=first.steps, generator=generators, **options).images
+    pipe.vae.to(own)
+    return images
+
+
+def measure_program(name: str, draw: Callable, denoise: Callable, prompts: list[Prompt], device: torch.device) -> Drawn:
+    forget_peak_memory(device)
+    first = tuple(round(seconds(partial(draw, prompts), device), 3) for _ in range(WARM_UP))
+    drawn = min(seconds(partial(draw, prompts), device) for _ in range(3)) / len(prompts)
+    denoised = min(seconds(partial(denoise, prompts), device) for _ in range(3)) / (prompts[0].steps or 1)
+    return Drawn(name, len(prompts), round(drawn, 4), round(1e3 * denoised, 2), round(peak_memory(device)[1], 2), first)
+
+
+def grey_levels(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+    """How far pictures of 8 bits are apart: at most, at 99.9 % of the values, on average; and the share of equal values."""
+    apart = np.concatenate([np.abs(a.astype(int) - b.astype(int)).ravel() for a, b in pairs])
     return {
-        "denoising step, base": base,
-        "denoising step, merged": merged,
-        "merged / base": round(merged / base, 3),
-        f"merging {len(deltas)} layers": 1e3 * merging,
-        "decoding one picture": decoding,
-        "peak reserved, GiB": round(peak_memory(device)[1], 2),
+        "max": int(apart.max()), "99.9 %": float(np.quantile(apart, 0.999)), "mean": round(float(apart.mean()), 4),
+        "equal": round(float((apart == 0).mean()), 4),
+    }  # fmt: skip
+
+
+def measure_pictures(pipe, device: torch.device, side: int, steps: int) -> dict[str, Any]:
+    """diffusers' pipeline as it is, and ours without and with a CUDA graph, for one picture and for four at once: what they
+    cost, and how far their pictures are apart. Then what merging a LoRA takes, and how exact the VAE is in bfloat16.
+    """
+    denoiser, settings = Denoiser(pipe), Prompt("", seed=0, width=side, height=side, steps=steps, guidance=5.0)
+    prompts = [Prompt(f"a picture with the number {i}").filled(i, settings) for i in range(4)]
+    programs, images = [], {}
+    for count in (1, 4):
+        draw, latents = partial(by_diffusers, pipe), partial(by_diffusers, pipe, output="latent")
+        programs.append(measure_program("diffusers", draw, latents, prompts[:count], device))
+        images["diffusers", count] = draw(prompts[:count])
+    speed_up(denoiser, KERNELS["sdpa"])
+    for name in ["ours, no graph", "ours"] if device.type == "cuda" else ["ours"]:
+        for count in (1, 4):
+            renderer = Renderer(pipe, denoiser, partial(decode_latents, pipe.vae))
+            renderer.graphed.eager |= name != "ours"
+            texts = [denoiser.describe(prompt.text, None) for prompt in prompts[:count]]
+            programs.append(
+                measure_program(name, renderer.draw, partial(renderer.denoise, texts=texts), prompts[:count], device)
+            )
+            images[name, count] = renderer.draw(prompts[:count])
+            renderer.release()
+    of = {(row.program, row.count): row.seconds_per_picture for row in programs}
+    modules = add_lora(blueprint(pipe), LoRAConfig(), denoiser.unused).modules
+    factors = {name: [torch.randn(p.shape, device=device) * 1e-3 for p in (m.lora_A, m.lora_B)] for name, m in modules.items()}
+    deltas = {name: (A, B, modules[name].alpha) for name, (A, B) in factors.items()}
+    merge_lora(denoiser, deltas, strength=-1.0)
+    return {
+        "programs": [asdict(row) for row in programs],
+        "times as fast as diffusers": {count: round(of["diffusers", count] / of["ours", count], 2) for count in (1, 4)},
+        "grey levels from diffusers": {n: grey_levels(arrays(images["diffusers", n], images["ours", n])) for n in (1, 4)},
+        "grey levels of the first of four from it alone": grey_levels(arrays(images["ours", 4][:1], images["ours", 1])),
+        f"merging {len(deltas)} layers, s": round(seconds(partial(merge_lora, denoiser, deltas), device), 3),
+        "grey levels of bfloat16 from float32, the demo's VAE": measure_decoding(device, min(side, 256)),
     }
+
+
+def arrays(some: list, others: list) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+    return ((np.asarray(a), np.asarray(b)) for a, b in zip(some, others, strict=True))
+
+
+@torch.no_grad()
+def measure_decoding(device: torch.device, side: int) -> dict[str, float]:
+    """Grey levels between what the demo's VAE decodes in bfloat16 and in float32, from latents of the demo's pictures.
+
+    It says nothing of SDXL's own VAE, whose weights are not here: what is decoded with random weights is no picture.
+    """
+    vae = load_sdxl("demo", torch.float32, device).vae.float()
+    low, stream = copy.deepcopy(vae).bfloat16(), Stream(open_source("demo"), DataConfig(bs=1), CaptionConfig(), side, seed=0)
+    decoded: list[list[Image.Image]] = [[], []]
+    for n in range(min(16, stream.source.samples)):
+        posterior = encode_pixels(vae, normalise(stream.batch([n], [n]).images.to(device)))
+        latents = sample_latents(vae, posterior, torch.zeros_like(posterior[:, :4]))
+        for images, model in zip(decoded, (low, vae), strict=True):
+            images.append(to_image(decode_latents(model, latents)[0]))
+    return grey_levels(arrays(*decoded))
 
 
 def measure_optimiser(device: torch.device, count: int = 24_500_000) -> float:
@@ -444,14 +529,22 @@ def compare_attention(device: torch.device) -> list[str]:
 
 
 def main(config: BenchConfig) -> None:
-    if not torch.cuda.is_available():
+    device = resolve_device("auto")
+    if device.type != "cuda" and not config.pictures:
         raise UserError("nothing to measure here: a GPU with CUDA is needed")
-    device = resolve_device("cuda")
-    if not (config.work / "model").is_dir():
+    if device.type == "cuda" and not (config.work / "model").is_dir():
         print(f"writing the model and the shards to {config.work}", flush=True)
         make_model(config.work / "model", device)
         make_shards(config.work)
         torch.cuda.empty_cache()
+    if config.pictures:
+        model, dtype = ("demo", torch.float32) if device.type != "cuda" else (str(config.work / "model"), torch.float16)
+        pipe = load_sdxl(model, dtype, device)
+        measured = measure_pictures(pipe, device, config.side or native_resolution(pipe), config.steps)
+        for name, value in measured.items():
+            print(name, *(value if isinstance(value, list) else [value]), sep="\n    ")
+        config.out.write_text(json.dumps(measured, indent=1))
+        return
     if not (config.work / "ready").is_dir() and "unet-ready" in config.rows:
         print(cache(config.work), flush=True)
     rate = matmul_rate(device)
@@ -466,7 +559,7 @@ def main(config: BenchConfig) -> None:
         print("\n".join(result["profile"]))
     elif config.parts:
         pipe = load_sdxl(str(config.work / "model"), torch.float16, device)
-        result["parts"] = measure_inference(pipe, device) | measure_parts(pipe, device) | measure_data(config)
+        result["parts"] = measure_parts(pipe, device) | measure_data(config)
         print("\n".join(f"{value:10.2f}  {name}" for name, value in result["parts"].items()))
     else:
         torch.cuda.empty_cache()
