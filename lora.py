@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from common.seeds import seed_generator
 from lora_files.deltas import Deltas, add_deltas, check_fit
 from options.training import LoRAConfig
 from performance.adamw8bit import STATE_BLOCK, spread
-from performance.fused import add_product, in_one_pass, layer_norm, layer_norm_backward
+from performance.fused import add_product, in_one_pass, layer_norm, layer_norm_gradient
 
 
 class LoRALinear(nn.Linear):
@@ -43,7 +44,7 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
         for p in (self.lora_A, self.lora_B):
             p.grad = torch.zeros_like(p)
-        self.grads = self.lora_A.grad, self.lora_B.grad  # float32: the backward pass adds to them
+        self.grads: Any = (self.lora_A.grad, self.lora_B.grad)  # float32: the backward pass adds to them
         self.alone = LinearGroup([self])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -149,7 +150,7 @@ class LinearGroup:
         return torch.cat([layer.lora_A for band in self.bands for layer in band.layers]).to(dtype)
 
     def gradients(self, grad_y: Tensor, down: Tensor | None, with_x: bool) -> tuple[Tensor | None, Tensor | None]:
-        """grad_y [N, Σ out] -> gradients of x [N, in], if `with_x`, and of x·Aᵀ [N, Σ r]; that of B is added where it belongs."""
+        """grad_y [N, Σ out] -> gradients of x [N, in], if `with_x`, and of x·Aᵀ [N, Σ r]; adds that of B."""
         grad_down = None
         if down is not None:
             grad_down = torch.empty_like(down)
@@ -177,8 +178,8 @@ class LinearGroup:
 class Products(torch.autograd.Function):
     """The products of a LinearGroup; forward and backward are written out.
 
-    Keeps x and x·Aᵀ, or x alone for its norm. It does not keep W, which is frozen, nor what can be made again: the normed x, and
-    a packed W. The gradients of A and B do not pass through autograd: they are added to `LoRALinear.grads`.
+    Keeps x and x·Aᵀ, or x alone for its norm. It does not keep W, which is frozen, nor what can be made again: the normed x,
+    and a packed W. The gradients of A and B do not pass through autograd: they are added to `LoRALinear.grads`.
     """
 
     @staticmethod
@@ -202,7 +203,7 @@ class Products(torch.autograd.Function):
             grad_x = grad_x.view(ctx.shape)
         if norm is not None:
             if grad_x is not None:
-                grad_x, x = layer_norm_backward(grad_x, grads[0], x, norm, with_y=bool(group.bands))
+                grad_x, x = layer_norm_gradient(grad_x, grads[0], x, norm, with_y=bool(group.bands))
             else:
                 x = layer_norm(x, norm)
         if group.bands:
@@ -210,7 +211,7 @@ class Products(torch.autograd.Function):
         return None, grad_x, None, (of_outputs[0] if ctx.needs_input_grad[3] else None), None
 
 
-def dense_weight(layer: nn.Linear) -> Tensor:
+def dense_weight(layer: Any) -> Tensor:
     """W [out, in], unpacked if the layer stores it packed."""
     return layer.dense() if hasattr(layer, "dense") else layer.weight
 
@@ -251,8 +252,8 @@ class Adapter:
     value, and A's would be lost beside B's. The padding between them is 0, and is in no LoRA file.
 
     The layers compute with `low`, a copy of `flat` in the dtype of the base: one cast of the whole buffer replaces four per
-    layer and step (float32 masters beside half-precision weights: Micikevicius et al. 2017, arXiv:1710.03740). The backward pass
-    adds to `grad` in float32, whatever that dtype. After one that was broken off it holds a part.
+    layer and step (float32 masters beside half-precision weights: Micikevicius et al. 2017, arXiv:1710.03740). The backward
+    pass adds to `grad` in float32, whatever that dtype. After one that was broken off it holds a part.
 
     Do not move the model to another device or dtype afterwards: its parameters would no longer be views of these buffers.
     """

@@ -189,11 +189,14 @@ def possible_bases(memory: MemoryConfig, device: torch.device) -> list[str]:
     return [memory.precision, *PACKED_BASES] if automatic else [memory.precision]
 
 
-def speed_up(model: nn.Module, kernel: Kernel, device: torch.device) -> None:
-    """Fast layers in `model`, which has its adapters and is then moved to `device`; images in channels_last if that is CUDA."""
+def speed_up(model: nn.Module, kernel: Kernel, device: torch.device | None = None) -> None:
+    """Fast layers in `model`, which has its adapters and is moved to `device` only now; None: it is there already. Images are
+    in channels_last if that is CUDA.
+    """
+    device = device or next(model.parameters()).device
     use_fast_layers(model, kernel, partial(LinearGroup, device=device))
     if device.type == "cuda":
-        model.to(device, memory_format=torch.channels_last)
+        model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in its stub with a device
     else:
         model.to(device)
 

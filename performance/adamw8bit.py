@@ -126,6 +126,6 @@ def update_scale(scaler: torch.amp.GradScaler, loss: Tensor) -> None:
 def bytes_per_trained(optimizer: str, dtype: torch.dtype) -> int:
     """Bytes of memory per trained parameter, for everything but activations. `dtype`: of the base and the activations."""
     parameter, gradient = 4, 4  # float32
-    low_precision = 0 if dtype == torch.float32 else 2 * dtype.itemsize  # copies of both, see lora.Adapter
+    low_precision = dtype.itemsize  # the copy that the layers compute with, see lora.Adapter
     states = 2 + 10 if optimizer == "adamw8bit" else 8  # 10: while it steps, 6 for the backups and 4 for a selected result
     return parameter + gradient + low_precision + states

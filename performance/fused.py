@@ -14,7 +14,7 @@ from torch import Tensor
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then Triton's kernels run on the CPU
-ROWS, CHANNELS, GROUP_WIDTH = 32, 64, 128  # of a tile; most channels of a group
+TILE_ROWS, CHANNELS, GROUP_WIDTH = 32, 64, 128  # of a tile; most channels of a group
 MOST_CHUNKS = 256  # of an image, each summed by a program of its own
 
 
@@ -83,7 +83,7 @@ def layer_norm(x: Tensor, norm: torch.nn.LayerNorm) -> Tensor:
     return y
 
 
-def layer_norm_backward(
+def layer_norm_gradient(
     grad_y: Tensor, grad_x: Tensor, x: Tensor, norm: torch.nn.LayerNorm, with_y: bool
 ) -> tuple[Tensor, Tensor]:
     """(gradient of x by the norm + `grad_x`, what it got elsewhere; y, made again if `with_y`). Of x where `in_one_pass`."""
@@ -109,7 +109,8 @@ class LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_x: Tensor, grad_y: Tensor) -> tuple[Tensor, None]:
-        return layer_norm_backward(grad_y, grad_x, *ctx.saved_tensors, ctx.norm, with_y=False)[0], None
+        (x,) = ctx.saved_tensors
+        return layer_norm_gradient(grad_y, grad_x, x, ctx.norm, with_y=False)[0], None
 
 
 def layer_normed(x: Tensor, norm: torch.nn.LayerNorm) -> tuple[Tensor, Tensor]:
@@ -131,7 +132,11 @@ class GroupNorm(torch.autograd.Function):
         batch, channels, width, pixels, size, chunks, tiles, apply = grids(x, norm)
         means, squares = (x.new_empty(batch, chunks, channels, dtype=torch.float32) for _ in range(2))
         statistics, y = x.new_empty(batch, norm.num_groups, 2, dtype=torch.float32), torch.empty_like(x)
-        sizes, tile, of_group = (pixels, channels), {"ROWS": ROWS, "BLOCK": CHANNELS}, {"ROWS": ROWS, "BLOCK": GROUP_WIDTH}
+        sizes, tile, of_group = (
+            (pixels, channels),
+            {"ROWS": TILE_ROWS, "BLOCK": CHANNELS},
+            {"ROWS": TILE_ROWS, "BLOCK": GROUP_WIDTH},
+        )
         launch("channel_statistics", tiles, x, means, squares, *sizes, size, **tile)
         groups = (batch, norm.num_groups)
         launch("group_statistics", groups, means, squares, statistics, *sizes, chunks, width, norm.eps, size, **of_group)
@@ -147,10 +152,12 @@ class GroupNorm(torch.autograd.Function):
         batch, channels, width, pixels, size, chunks, tiles, apply = grids(x, norm)
         sums, alongs = (x.new_empty(batch, chunks, channels, dtype=torch.float32) for _ in range(2))
         means, result = torch.empty_like(statistics), torch.empty_like(x)
-        inputs, tile = (grad_y, x, norm.weight, norm.bias, statistics), {"ROWS": ROWS, "BLOCK": CHANNELS}
+        inputs, tile = (grad_y, x, norm.weight, norm.bias, statistics), {"ROWS": TILE_ROWS, "BLOCK": CHANNELS}
         launch("channel_gradients", tiles, *inputs, sums, alongs, pixels, channels, width, size, SILU=ctx.silu, **tile)
         groups = (batch, norm.num_groups)
-        launch("group_gradients", groups, sums, alongs, means, pixels, channels, chunks, width, ROWS=ROWS, BLOCK=GROUP_WIDTH)
+        launch(
+            "group_gradients", groups, sums, alongs, means, pixels, channels, chunks, width, ROWS=TILE_ROWS, BLOCK=GROUP_WIDTH
+        )
         added = result if grad_x is None else grad_x.contiguous(memory_format=torch.channels_last)
         tensors, options = (*inputs, means, added, result), {"SILU": ctx.silu, "ADD": grad_x is not None}
         launch("group_norm_backward", apply, *tensors, pixels, channels, width, **options, **tile)
@@ -158,11 +165,11 @@ class GroupNorm(torch.autograd.Function):
 
 
 def grids(x: Tensor, norm: torch.nn.GroupNorm) -> tuple[Any, ...]:
-    """(batch, channels, channels of a group, pixels, pixels of a chunk, chunks, grid of the sums, grid of what is elementwise)."""
+    """(batch, channels, channels of a group, pixels, pixels of a chunk, chunks, grid of the sums, grid of the rest)."""
     batch, channels, *sides = x.shape
     pixels, blocks = sides[0] * sides[1], -(-channels // CHANNELS)
-    size = max(4, -(-pixels // (MOST_CHUNKS * ROWS))) * ROWS
-    chunks, tiles = -(-pixels // size), -(-pixels // ROWS)
+    size = max(4, -(-pixels // (MOST_CHUNKS * TILE_ROWS))) * TILE_ROWS
+    chunks, tiles = -(-pixels // size), -(-pixels // TILE_ROWS)
     return batch, channels, channels // norm.num_groups, pixels, size, chunks, (batch, chunks, blocks), (batch, tiles, blocks)
 
 
@@ -197,5 +204,5 @@ def add_product(result: Tensor, left: Tensor, right: Tensor, scale: float) -> No
     tile = {"ROWS": 64, "RANK": max(16, power_of_two(together[1])), "BLOCK": 64}
     grid = (-(-width // 64), splits, together[0])
     launch("tall_product", grid, left, right, parts, rows, together[1], width, *strides, **tile)
-    grid = (-(-rank * width // 256), bands)
-    launch("add_parts", grid, parts, result, splits, rank, width, scale, *result.stride(), SPLITS=MOST_SPLITS, BLOCK=256)
+    blocks = (-(-rank * width // 256), bands)
+    launch("add_parts", blocks, parts, result, splits, rank, width, scale, *result.stride(), SPLITS=MOST_SPLITS, BLOCK=256)

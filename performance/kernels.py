@@ -1,7 +1,7 @@
 """Triton kernels that pass over memory once where PyTorch's operations pass several times. `performance.fused` calls them.
 
 All compute in float32 and round once. Sizes are arguments, not constants, and few of them are specialised: a kernel is compiled
-once per dtype, not per shape, and kept in Triton's cache (~/.triton/cache). With TRITON_INTERPRET=1 they run on the CPU, for tests.
+once per dtype, not per shape, and kept in Triton's cache (~/.triton/cache). With TRITON_INTERPRET=1 they run on the CPU.
 """
 
 import triton
@@ -112,7 +112,9 @@ def group_statistics(
         chunk = begin + row
         inside = (chunk < chunks)[:, None] & (column < width)[None, :]
         count = tl.minimum(size, pixels - chunk * size).to(tl.float32)[:, None]
-        total += tl.sum(tl.sum(tl.load(means + start + chunk[:, None] * channels, inside, 0) * tl.where(inside, count, 0), 1), 0)
+        total += tl.sum(
+            tl.sum(tl.load(means + start + chunk[:, None] * channels, inside, 0) * tl.where(inside, count, 0), 1), 0
+        )
     mean, variance = total / values, 0.0
     for begin in range(0, chunks, ROWS):
         chunk = begin + row
@@ -127,7 +129,9 @@ def group_statistics(
 
 
 @of_any_size
-def group_norm_forward(x, w, b, statistics, y, pixels, channels, width, SILU: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def group_norm_forward(
+    x, w, b, statistics, y, pixels, channels, width, SILU: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
     image, channel = tl.program_id(0).to(tl.int64), tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     row, wide = tl.program_id(1) * ROWS + tl.arange(0, ROWS), channel < channels
     of_group = statistics + (image * (channels // width) + channel // width) * 2
@@ -230,7 +234,9 @@ def tall_product(
     total = tl.zeros((RANK, BLOCK), tl.float32)
     for begin in range(split * per_split, tl.minimum(rows, (split + 1) * per_split), ROWS):
         row = begin + tl.arange(0, ROWS).to(tl.int64)
-        thin = tl.load(left + band * left_band + row[None, :] * left_stride + r[:, None], (row < rows)[None, :] & low[:, None], 0)
+        thin = tl.load(
+            left + band * left_band + row[None, :] * left_stride + r[:, None], (row < rows)[None, :] & low[:, None], 0
+        )
         at = right + band * right_band + row[:, None] * right_stride + column[None, :]
         total += tl.dot(thin, tl.load(at, (row < rows)[:, None] & wide[None, :], 0), input_precision="ieee")
     at = ((split * tl.num_programs(2) + band) * rank + r[:, None]) * width + column[None, :]
@@ -239,9 +245,19 @@ def tall_product(
 
 @of_any_size
 def add_parts(
-    parts, result, splits, rank, width, scale, band_stride, rank_stride, column_stride, SPLITS: tl.constexpr, BLOCK: tl.constexpr
+    parts,
+    result,
+    splits,
+    rank,
+    width,
+    scale,
+    band_stride,
+    rank_stride,
+    column_stride,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """result [bands, rank, width] float32, of any strides, += scale · the sum over the splits of parts [splits, bands, rank, width]."""
+    """result [bands, rank, width] float32, of any strides, += scale · the sum of parts [splits, bands, rank, width]."""
     at, band = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64)
     split = tl.arange(0, SPLITS).to(tl.int64)
     inside = at < rank * width

@@ -2,8 +2,8 @@
 
 `dry_run` runs the denoiser once on the meta device, where tensors have shapes but no bytes, and records what every block
 would keep for the backward pass. `make_plan` saves memory in this order until the step fits: it checkpoints blocks, no more
-than needed and those first whose recomputation costs the least time per byte saved; it cuts the batch into pieces; it stores
-the base in fewer bits.
+than needed and those first whose recomputation costs the least time per byte saved; it stores the base in fewer bits; it cuts
+the batch into pieces, which costs the most: at 6 GiB int8 in three pieces is half as fast as NF4 in one.
 """
 
 import math
@@ -26,6 +26,7 @@ GiB = 2**30
 # Rates of an H100 in half precision. Only their ratio matters: it decides which blocks are cheap to recompute.
 FLOPS_PER_SECOND = 4e14
 BYTES_PER_SECOND = 1.5e12
+SECONDS_PER_OPERATION = 2.5e-6  # that a kernel takes at least: what small layers such as those of the text encoders cost
 
 # Constants that cannot be derived from shapes, calibrated on one H100 against what the allocator reserved for SDXL (fp16,
 # batch 3, 1024 × 1024): nothing checkpointed 21.15 GiB, 82 of 131 blocks 14.46, all of them 9.38 with `--targets all`.
@@ -55,13 +56,14 @@ class BlockCosts:
     kept: int  # bytes saved for backward inside the block, except those that stay even if it is checkpointed
     constant: int  # further bytes that do not grow with the batch: LoRA weights cast to the dtype of the activations
     input: int  # bytes kept instead if the block is checkpointed
-    flops: int
+    flops: int  # this and the rest: until it has saved its last tensor, where a recomputation ends
     written: int  # bytes that its operations return: a measure of the time spent outside of matrix products
+    operations: int = 0
 
     @property
     def worth(self) -> float:
         """Seconds of recomputation saved per byte of memory, if the block is not checkpointed."""
-        seconds = self.flops / FLOPS_PER_SECOND + self.written / BYTES_PER_SECOND
+        seconds = self.flops / FLOPS_PER_SECOND + self.written / BYTES_PER_SECOND + self.operations * SECONDS_PER_OPERATION
         return seconds / max(1, self.kept + self.constant - self.input)
 
 
@@ -116,6 +118,8 @@ class Ledger(TorchDispatchMode):
         self.savers: dict[int, set] = defaultdict(set)  # {storage: blocks that save it}
         self.flops: Counter[str | None] = Counter()
         self.written: Counter[str | None] = Counter()
+        self.operations: Counter[str | None] = Counter()
+        self.until_saved: dict[str | None, tuple[int, int, int]] = {}  # {block: the three when it saved its last tensor}
         self.attention: Counter[tuple] = Counter()
 
     def storage(self, tensor: Tensor) -> int:
@@ -136,6 +140,7 @@ class Ledger(TorchDispatchMode):
         it: in SDXL the last layer of text encoder 1, 6 MB at batch 3.
         """
         self.savers[self.storage(tensor)].add(self.block)
+        self.until_saved[self.block] = self.flops[self.block], self.written[self.block], self.operations[self.block]
         return tensor
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
@@ -147,6 +152,7 @@ class Ledger(TorchDispatchMode):
             self.flops[self.block] += flop_registry[operation.overloadpacket](*args, **kwargs, out_val=result)
         if operation.overloadpacket is flash_attention:
             self.attention[tuple(tuple(t.transpose(1, 2).shape) for t in args[:2])] += 1
+        self.operations[self.block] += 1
         self.written[self.block] += sum(t.nbytes for t in tensors(result))
         read = {self.storage(t) for t in tensors((args, kwargs))}
         if read and read - self.weights <= self.casts:  # it reads nothing but weights and casts of weights
@@ -173,7 +179,7 @@ class Ledger(TorchDispatchMode):
                 inputs[owner] += size * len(readers)
 
         def block(name: str | None) -> BlockCosts:
-            return BlockCosts(kept[name], constant[name], inputs[name], self.flops[name], self.written[name])
+            return BlockCosts(kept[name], constant[name], inputs[name], *self.until_saved.get(name, (0, 0, 0)))
 
         return Costs(batch, {name: block(name) for name in block_names}, block(None), self.attention)
 
@@ -245,8 +251,8 @@ def plans(costs: Costs, fixed: dict[str, int], batch: int, budget: int, checkpoi
     """Yields every plan in order of preference, whether it fits or not. The arguments are those of `make_plan`."""
     order = tuple(sorted(costs.blocks, key=lambda name: costs.blocks[name].worth))
     counts = {"auto": range(len(order) + 1), "all": [len(order)], "none": [0]}[checkpointing]
-    for base, weights in fixed.items():
-        for micro in (n for n in range(batch, 0, -1) if batch % n == 0):
+    for micro in (n for n in range(batch, 0, -1) if batch % n == 0):
+        for base, weights in fixed.items():
             for count in counts:
                 training = costs.peak(order[:count], micro)
                 for whole_vae in (True, False):

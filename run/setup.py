@@ -44,8 +44,8 @@ class TrainingModel:
     ):
         """`pipe` as from read_sdxl, on the host; `name`: --model.
 
-        The base is packed onto the device one by one, so that the device never holds all of it unpacked. Raises UserError if the text
-        in the shards was made by other encoders.
+        The base is packed onto the device one by one, so that the device never holds all of it unpacked. Raises UserError
+        if the text in the shards was made by other encoders.
         """
         self.pipe, self.name, self.vae = pipe, name, pipe.vae
         self.device, self.has_latents = device, work.has_latents

@@ -12,11 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.errors import UserError
 from lora import add_lora
+from memory import speed_up
 from options.training import LoRAConfig
 from performance import memory_plan as budget
 from performance.adamw8bit import bytes_per_trained
 from performance.checkpointing import block_names, checkpoint_blocks
-from performance.kernels import use_fast_kernels
 from performance.memory_plan import BlockCosts, Costs, GiB, Plan, dry_run, make_plan
 
 
@@ -29,7 +29,7 @@ def meta_costs(model, batch: int, side=8, **lora) -> Costs:
     """Dry run of a copy of `model` on the meta device."""
     model = copy.deepcopy(model).to("meta")
     add_lora(model, LoRAConfig(**lora), model.unused)
-    use_fast_kernels(model.unet, budget.stand_in_kernel)
+    speed_up(model, budget.stand_in_kernel)
     tokens = torch.empty(batch, 2, 77, dtype=torch.int64, device="meta")
     return dry_run(model, block_names(model), (tokens,), side)
 
@@ -66,7 +66,7 @@ def synthetic(seed: int) -> Costs:
 def test_kept_is_what_autograd_saves_on_the_cpu(denoiser, side):
     costs = meta_costs(denoiser, 2, side)
     add_lora(denoiser, LoRAConfig(), denoiser.unused)
-    use_fast_kernels(denoiser.unet, fused_on_cpu)
+    speed_up(denoiser, fused_on_cpu)
     weights = {t.untyped_storage().data_ptr() for t in (*denoiser.parameters(), *denoiser.buffers())}
     saved = []
     with sdpa_kernel(SDPBackend.MATH), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -107,7 +107,7 @@ def test_a_real_step_holds_and_peaks_as_predicted(denoiser, share):
     order = sorted(costs.blocks, key=lambda name: costs.blocks[name].worth)
     checkpointed = order[: round(share * len(order))]
     add_lora(denoiser, LoRAConfig(train_text_encoder=False), denoiser.unused)
-    use_fast_kernels(denoiser.unet, fused_on_cpu)
+    speed_up(denoiser, fused_on_cpu)
     checkpoint_blocks(denoiser, checkpointed)
     with Live() as live:
         prediction = denoiser(**inputs(4))

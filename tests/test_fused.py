@@ -92,7 +92,7 @@ def layer_norm_case(rows: int, width: int, dtype: torch.dtype, mean: float = 0.0
 
     outputs = fused.layer_normed(x, norm)
     assert torch.equal(outputs[0], x)
-    gradient, again = fused.layer_norm_backward(grads[1], grads[0], x.detach(), norm, with_y=True)
+    gradient, again = fused.layer_norm_gradient(grads[1], grads[0], x.detach(), norm, with_y=True)
     assert torch.equal(again, outputs[1])
     close([*outputs, *torch.autograd.grad(outputs, x, grads)], by_torch, x, grads, mean)
     close([*outputs, gradient], by_torch, x, grads, mean)

@@ -263,7 +263,7 @@ def matmul_rate(device: torch.device) -> float:
 
 
 @dataclass
-class Drawn:
+class DrawnBy:
     """What it costs a program to draw `count` prompts at once, once it has drawn them before."""
 
     program: str
@@ -295,12 +295,12 @@ def by_diffusers(pipe, prompts: list[Prompt], output: str = "pil") -> list:
     return images
 
 
-def measure_program(name: str, draw: Callable, denoise: Callable, prompts: list[Prompt], device: torch.device) -> Drawn:
+def measure_program(name: str, draw: Callable, denoise: Callable, prompts: list[Prompt], device: torch.device) -> DrawnBy:
     forget_peak_memory(device)
     first = tuple(round(seconds(partial(draw, prompts), device), 3) for _ in range(WARM_UP))
     drawn = min(seconds(partial(draw, prompts), device) for _ in range(3)) / len(prompts)
     denoised = min(seconds(partial(denoise, prompts), device) for _ in range(3)) / (prompts[0].steps or 1)
-    return Drawn(name, len(prompts), round(drawn, 4), round(1e3 * denoised, 2), round(peak_memory(device)[1], 2), first)
+    return DrawnBy(name, len(prompts), round(drawn, 4), round(1e3 * denoised, 2), round(peak_memory(device)[1], 2), first)
 
 
 def grey_levels(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
@@ -411,7 +411,7 @@ class BenchStep:
         loss.backward()
         return loss.detach()
 
-    def graphed(self, work, grad: bool) -> Callable[[], torch.Tensor]:
+    def graphed(self, work, grad: bool) -> partial:
         """`work` as a CUDA graph."""
 
         def step(_) -> torch.Tensor:
@@ -445,7 +445,7 @@ def measure_parts(pipe, device: torch.device) -> dict[str, float]:
 
 
 # Kinds of kernels in a profile: the first pattern that a name matches.
-KINDS = {
+KERNEL_KINDS = {
     "attention": r"fmha|flash|sdpa|attention",
     "change of layout": r"nchwToNhwc|nhwcToNchw|convertTensor",
     "convolution": r"conv|implicit|xmma_fprop|xmma_dgrad|cudnn",
@@ -460,7 +460,7 @@ KINDS = {
 
 
 class BytesMoved(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations read and write, each once: what passes over memory would need at least."""
+    """Counts the bytes of the tensors that operations read and write, each once: what they need at least."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -481,15 +481,20 @@ def profile(pipe, device: torch.device) -> list[str]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         graphed()
         torch.cuda.synchronize()
-    launch, ours = fused.launch, []
-    with BytesMoved() as moved, unittest.mock.patch.object(fused, "launch", lambda *a, **k: (ours.extend(a), launch(*a, **k))):
+    launch, ours = fused.launch, list[Any]()
+
+    def recorded(name: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        ours.extend(arguments)
+        launch(name, grid, *arguments, **constants)
+
+    with BytesMoved() as moved, unittest.mock.patch.object(fused, "launch", recorded):
         step.differentiate()
     moved.bytes += sum(t.nbytes for t in ours if isinstance(t, torch.Tensor))
     kinds: dict[str, list[float]] = {}
     names: dict[str, list[float]] = {}
     for event in profiler.events():
         if event.device_time_total and event.device_type == torch.autograd.DeviceType.CUDA:
-            kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, event.name)), "other")
+            kind = next((kind for kind, pattern in KERNEL_KINDS.items() if re.search(pattern, event.name)), "other")
             kinds.setdefault(kind, []).append(event.device_time_total / 1e3)
             names.setdefault(f"{kind}: {event.name[:150]}", []).append(event.device_time_total / 1e3)
     lines = [f"{sum(times):8.2f} ms {len(times):6}  {kind}" for kind, times in sorted(kinds.items(), key=lambda k: -sum(k[1]))]
