@@ -5,10 +5,11 @@ Adam, the cap on the device's memory, and the plan by which a step fits under it
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from performance.adamw8bit import bytes_per_trained
 from performance.attention import KERNELS, Kernel, Shapes, choose_attention
 from performance.checkpointing import block_names, checkpoint_blocks
 from performance.layers import use_fast_layers
-from performance.memory_plan import ANOTHER_SHAPE, GiB, Plan, dry_run, make_plan, stand_in_kernel
+from performance.memory_plan import ANOTHER_SHAPE, Costs, GiB, Plan, dry_run, make_plan, stand_in_kernel
 from performance.quantise import PACKED_BASES, packed_bytes, quantisable
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -169,10 +170,23 @@ def plan_memory(
     trained = adapter.flat.numel() * bytes_per_trained(memory.optimizer, DTYPES[memory.precision])
     speed_up(denoiser, stand_in_kernel, torch.device("meta"))
     text = text_shapes(denoiser, workload.batch, most_chunks(75 * workload.chunks))
-    costs = dry_run(denoiser, block_names(denoiser), text, workload.resolution // pipe.vae_scale_factor)
     fixed = {base: unpacked - saved.get(base, 0) + trained for base in possible_bases(memory, device)}
     vae_image = 0 if workload.has_latents else ENCODING * workload.resolution**2 * vae.itemsize
-    plan = make_plan(costs, fixed, workload.batch, budget, checkpointing=memory.checkpointing, vae_image=vae_image)
+
+    def planned(whole: bool) -> tuple[Plan, Costs]:
+        costs = dry_run(denoiser, block_names(denoiser, whole), text, workload.resolution // pipe.vae_scale_factor)
+        options: dict[str, Any] = {"checkpointing": memory.checkpointing, "vae_image": vae_image}
+        return make_plan(costs, fixed, workload.batch, budget, **options), costs
+
+    try:  # parts of blocks: less is done twice
+        plan, costs = planned(whole=False)
+    except UserError:
+        plan, costs = planned(whole=True)
+    if (plan.micro, plan.base) != (workload.batch, next(iter(fixed))):  # whole blocks keep less
+        with suppress(UserError):
+            other, costs_of_other = planned(whole=True)
+            if (-other.micro, list(fixed).index(other.base)) < (-plan.micro, list(fixed).index(plan.base)):
+                plan, costs = other, costs_of_other
 
     def of_piece(shape: torch.Size) -> torch.Size:
         return torch.Size((plan.micro, *shape[1:]))

@@ -7,12 +7,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 # Self-attention, cross-attention and feed-forward of a transformer block, each with its norm; residual blocks; layers of CLIP.
-BLOCKS = {"Attention", "FeedForward", "ResnetBlock2D", "CLIPEncoderLayer"}
+PARTS = {"Attention", "FeedForward", "ResnetBlock2D", "CLIPEncoderLayer"}
+BLOCKS = {"BasicTransformerBlock", "ResnetBlock2D", "CLIPEncoderLayer"}
 
 
-def block_names(model: nn.Module) -> list[str]:
-    """Paths of the parts of `model` that can be checkpointed, none inside another, where `use_fast_layers` has been."""
-    return [name for name, module in model.named_modules() if type(module).__name__ in BLOCKS]
+def block_names(model: nn.Module, whole: bool = False) -> list[str]:
+    """Paths of the parts of blocks of `model` that can be checkpointed, none inside another; or of whole blocks, of which all
+    together keep a third as many inputs. `use_fast_layers` has been there.
+    """
+    kinds = BLOCKS if whole else PARTS
+    return [name for name, module in model.named_modules() if type(module).__name__ in kinds]
 
 
 def checkpoint_blocks(model: nn.Module, names: Iterable[str]) -> None:

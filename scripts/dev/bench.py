@@ -411,7 +411,7 @@ class BenchStep:
         loss.backward()
         return loss.detach()
 
-    def graphed(self, work, grad: bool) -> partial:
+    def graphed(self, work, grad: bool) -> Any:
         """`work` as a CUDA graph."""
 
         def step(_) -> torch.Tensor:
