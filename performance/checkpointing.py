@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 # Self-attention, cross-attention and feed-forward of a transformer block, each with its norm; residual blocks; layers of CLIP.
-PARTS = {"Attention", "FeedForward", "ResnetBlock2D", "CLIPEncoderLayer"}
+PARTS_OF_BLOCKS = {"Attention", "FeedForward", "ResnetBlock2D", "CLIPEncoderLayer"}
 BLOCKS = {"BasicTransformerBlock", "ResnetBlock2D", "CLIPEncoderLayer"}
 
 
@@ -15,7 +15,7 @@ def block_names(model: nn.Module, whole: bool = False) -> list[str]:
     """Paths of the parts of blocks of `model` that can be checkpointed, none inside another; or of whole blocks, of which all
     together keep a third as many inputs. `use_fast_layers` has been there.
     """
-    kinds = BLOCKS if whole else PARTS
+    kinds = BLOCKS if whole else PARTS_OF_BLOCKS
     return [name for name, module in model.named_modules() if type(module).__name__ in kinds]
 
 

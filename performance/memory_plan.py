@@ -56,14 +56,17 @@ class BlockCosts:
     kept: int  # bytes saved for backward inside the block, except those that stay even if it is checkpointed
     constant: int  # further bytes that do not grow with the batch: LoRA weights cast to the dtype of the activations
     input: int  # bytes kept instead if the block is checkpointed
-    flops: int  # this and the rest: until it has saved its last tensor, where a recomputation ends
+    flops: int
     written: int  # bytes that its operations return: a measure of the time spent outside of matrix products
-    operations: int = 0
+    again: tuple[int, int, int] | None = (
+        None  # FLOPs, bytes written, operations until it saves its last tensor: a recomputation
+    )
 
     @property
     def worth(self) -> float:
         """Seconds of recomputation saved per byte of memory, if the block is not checkpointed."""
-        seconds = self.flops / FLOPS_PER_SECOND + self.written / BYTES_PER_SECOND + self.operations * SECONDS_PER_OPERATION
+        flops, written, operations = self.again or (self.flops, self.written, 0)
+        seconds = flops / FLOPS_PER_SECOND + written / BYTES_PER_SECOND + operations * SECONDS_PER_OPERATION
         return seconds / max(1, self.kept + self.constant - self.input)
 
 
@@ -179,7 +182,9 @@ class Ledger(TorchDispatchMode):
                 inputs[owner] += size * len(readers)
 
         def block(name: str | None) -> BlockCosts:
-            return BlockCosts(kept[name], constant[name], inputs[name], *self.until_saved.get(name, (0, 0, 0)))
+            return BlockCosts(
+                kept[name], constant[name], inputs[name], self.flops[name], self.written[name], self.until_saved.get(name)
+            )
 
         return Costs(batch, {name: block(name) for name in block_names}, block(None), self.attention)
 
