@@ -95,7 +95,7 @@ class LinearGroup:
                 self.bands[-1] = Band([*last.layers, layer], slice(last.columns.start, column), slice(last.rows.start, row))
             else:
                 self.bands.append(Band([layer], columns, rows))
-        self.rank, self.stack, self.bias = row, None, None
+        self.stack, self.bias = None, None
         if len(layers) > 1 and all(layer.weight.is_floating_point() for layer in layers):
             self.stack = torch.cat([layer.weight.detach() for layer in layers]).to(device)
             for layer, weight in zip(layers, self.stack.split(self.widths), strict=True):
@@ -265,8 +265,9 @@ class Adapter:
         unet = {name: m for name, m in modules.items() if name not in text}
         ordered = unet | text
         factors = [p.detach().flatten() for m in ordered.values() for p in (m.lora_A, m.lora_B)]
+        factors = [factor.to(device or factors[0].device) for factor in factors]  # layers of a packed base are there already
         sizes = [padded_size(len(f)) for f in factors]
-        self.flat = torch.cat([F.pad(f, (0, size - len(f))) for f, size in zip(factors, sizes, strict=True)]).to(device)
+        self.flat = torch.cat([F.pad(f, (0, size - len(f))) for f, size in zip(factors, sizes, strict=True)])
         filled = torch.cat([torch.arange(size) < len(f) for f, size in zip(factors, sizes, strict=True)])
         self.padding = (~filled).nonzero().flatten().to(self.flat.device)  # indices in `flat`
         self.grad = torch.zeros_like(self.flat)

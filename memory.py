@@ -5,7 +5,7 @@ Adam, the cap on the device's memory, and the plan by which a step fits under it
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -173,20 +173,19 @@ def plan_memory(
     fixed = {base: unpacked - saved.get(base, 0) + trained for base in possible_bases(memory, device)}
     vae_image = 0 if workload.has_latents else ENCODING * workload.resolution**2 * vae.itemsize
 
-    def planned(whole: bool) -> tuple[Plan, Costs]:
+    # Parts of blocks first: less is done twice. Whole blocks keep less, so they come where the batch or the base would suffer.
+    found: list[tuple[Plan, Costs]] = []
+    for whole in (True,) if memory.checkpointing == "all" else (False, True):
         costs = dry_run(denoiser, block_names(denoiser, whole), text, workload.resolution // pipe.vae_scale_factor)
         options: dict[str, Any] = {"checkpointing": memory.checkpointing, "vae_image": vae_image}
-        return make_plan(costs, fixed, workload.batch, budget, **options), costs
-
-    try:  # parts of blocks: less is done twice
-        plan, costs = planned(whole=False)
-    except UserError:
-        plan, costs = planned(whole=True)
-    if (plan.micro, plan.base) != (workload.batch, next(iter(fixed))):  # whole blocks keep less
-        with suppress(UserError):
-            other, costs_of_other = planned(whole=True)
-            if (-other.micro, list(fixed).index(other.base)) < (-plan.micro, list(fixed).index(plan.base)):
-                plan, costs = other, costs_of_other
+        try:
+            found.append((make_plan(costs, fixed, workload.batch, budget, **options), costs))
+        except UserError:
+            if whole and not found:
+                raise
+        if found and (found[0][0].micro, found[0][0].base) == (workload.batch, next(iter(fixed))):
+            break
+    plan, costs = min(found, key=lambda pair: (-pair[0].micro, list(fixed).index(pair[0].base)))
 
     def of_piece(shape: torch.Size) -> torch.Size:
         return torch.Size((plan.micro, *shape[1:]))

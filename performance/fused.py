@@ -73,9 +73,7 @@ class Gate(torch.autograd.Function):
 
 
 def layer_norm(x: Tensor, norm: torch.nn.LayerNorm) -> Tensor:
-    """x [..., C] -> the same shape. Without gradient."""
-    if not in_one_pass(x):
-        return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    """x [..., C] -> the same shape. Without gradient, of x where `in_one_pass`."""
     x, width = x.contiguous(), x.shape[-1]
     y = torch.empty_like(x)
     rows, block = (x.numel() // width,), power_of_two(width)
@@ -94,28 +92,6 @@ def layer_norm_gradient(
     tensors = (grad_y, grad_x, x, norm.weight, norm.bias, y, result)
     launch("layer_norm_backward", rows, *tensors, width, norm.eps, WITH_Y=with_y, BLOCK=block)
     return result, y
-
-
-class LayerNorm(torch.autograd.Function):
-    """x [..., C] -> (x, its layer norm). Keeps x. The residual connection goes on with the x that is returned: the sum of both
-    gradients is then written by the kernel of the norm.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, norm: torch.nn.LayerNorm) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x)
-        ctx.norm = norm
-        return x, layer_norm(x, norm)
-
-    @staticmethod
-    def backward(ctx, grad_x: Tensor, grad_y: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors
-        return layer_norm_gradient(grad_y, grad_x, x, ctx.norm, with_y=False)[0], None
-
-
-def layer_normed(x: Tensor, norm: torch.nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """(x for the residual connection, its layer norm)."""
-    return LayerNorm.apply(x, norm) if in_one_pass(x) else (x, layer_norm(x, norm))
 
 
 # Group norm (Wu and He 2018, arXiv:1803.08494), with SiLU after it, of channels_last.

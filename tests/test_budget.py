@@ -11,9 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.errors import UserError
+from data import Workload
 from lora import add_lora
-from memory import speed_up
-from options.training import LoRAConfig
+from memory import plan_memory, speed_up
+from options.training import LoRAConfig, MemoryConfig
 from performance import memory_plan as budget
 from performance.adamw8bit import bytes_per_trained
 from performance.checkpointing import block_names, checkpoint_blocks
@@ -263,3 +264,20 @@ def test_the_error_of_too_small_a_budget_names_what_helps(real, fixed, options, 
     assert "\n" not in text
     needed = float(text.split(" needs ")[1].split(" GiB")[0])
     assert make_plan(real, fixed, 3, int(needed * GiB), **options)
+
+
+def test_whole_blocks_come_where_parts_would_cut_the_batch(pipe, monkeypatch):
+    monkeypatch.setattr(budget, "SAFETY_MARGIN", 0)
+    work = Workload(batch=4, resolution=64, chunks=1, shapes=1, has_latents=True, has_text=False)
+
+    def plan(checkpointing: str, size: int) -> Plan:
+        memory = MemoryConfig(precision="fp32", checkpointing=checkpointing)
+        return plan_memory(pipe, LoRAConfig(), memory, work, torch.device("cpu"), size)
+
+    roomy, least = plan("auto", GiB), plan("all", GiB)
+    assert least.blocks < roomy.blocks  # "all" are whole blocks, which keep the least
+    assert (roomy.checkpointed, len(least.checkpointed)) == ((), least.blocks)
+    tight = plan("auto", least.predicted)
+    assert (tight.micro, tight.checkpointed) == (4, least.checkpointed)
+    assert plan("auto", roomy.predicted - 1).blocks == roomy.blocks
+    assert plan("auto", least.predicted - 1).micro < 4
