@@ -29,7 +29,7 @@ BYTES_PER_SECOND = 1.5e12
 SECONDS_PER_OPERATION = 2.5e-6  # that a kernel takes at least: what small layers such as those of the text encoders cost
 
 # Constants that cannot be derived from shapes, calibrated on one H100 against what the allocator reserved for SDXL (fp16,
-# batch 3, 1024 × 1024): nothing checkpointed 21.15 GiB, 82 of 131 blocks 14.46, all of them 9.38 with `--targets all`.
+# batch 3, 1024 × 1024): nothing checkpointed 19.18 GiB, 63 of 271 parts 14.83; NF4 with 113 of 131 whole blocks 4.93.
 GRADIENTS = 0.8  # gradients and workspaces while a checkpointed block runs backward, as a multiple of what the block keeps
 SAFETY_MARGIN = int(0.3 * GiB)  # workspaces of cuBLAS and cuDNN, prediction, loss, fragmentation
 # Bytes for each CUDA graph after the first (one graph per bucket and caption length). The graphs share one pool for
