@@ -173,7 +173,8 @@ def draw_table(
     if last:
         merges[last] = merges.pop(last, {})
     denoiser = Denoiser(pipe)
-    speed_up(denoiser, KERNELS["sdpa"])  # PyTorch's own choice of attention: to time every kernel takes longer than a picture
+    for part in (denoiser, pipe.vae):
+        speed_up(part, KERNELS["sdpa"])  # PyTorch's own choice of attention: to time every kernel takes longer than a picture
     renderer = Renderer(pipe, denoiser, partial(decode_latents, pipe.vae))
     pictures: dict[Drawing, Image.Image] = {}
     weights = check_fit(denoiser, {name: delta for deltas, _ in loras for name, delta in deltas.items()})

@@ -39,8 +39,8 @@ class Subject:
         self.device = resolve_device(device)
         self.pipe = load_sdxl(model, DTYPES[resolve_precision("auto", self.device)], self.device)
         self.denoiser, self.side, self.name = Denoiser(self.pipe), native_resolution(self.pipe), model
-        if fast:
-            speed_up(self.denoiser, KERNELS["sdpa"])
+        for part in (self.denoiser, self.pipe.vae) if fast else ():
+            speed_up(part, KERNELS["sdpa"])
         self.renderer = Renderer(self.pipe, self.denoiser, partial(decode_latents, self.pipe.vae))
         self.diffusion = unweighted(self.pipe, self.device)
         self.weights: dict[str, torch.Tensor] = {}  # those that some LoRA has changed

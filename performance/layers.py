@@ -130,9 +130,12 @@ def resnet_forward(self: Any, x: Tensor, temb: Tensor | None = None) -> Tensor:
 
 def patch_last_norm(model: Any, kernel: Kernel, group: Group) -> None:
     """`conv_norm_out` and `conv_act` as one."""
-    norm = model.conv_norm_out
-    norm.forward = lambda x: group_normed(x, norm, silu=True)[1]
+    model.conv_norm_out.forward = partial(activated, model.conv_norm_out)
     model.conv_act = nn.Identity()
+
+
+def activated(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    return group_normed(x, norm, silu=True)[1]
 
 
 # Text encoders.

@@ -6,12 +6,13 @@ from torch import Tensor
 from common.errors import UserError
 from data import Batch, Workload
 from dataset.sources import Source
-from memory import note_if_out_of_memory, temporarily_on
+from memory import note_if_out_of_memory, speed_up, temporarily_on
 from model.load import Pipeline
 from model.sdxl import Denoiser
 from model.text import CachedText, TokenInputs
 from model.vae import encode_pixels, normalise, same_signature, sample_latents, vae_dtype, vae_signature
 from options.training import CaptionConfig
+from performance.attention import KERNELS
 from performance.memory_plan import Plan
 from performance.quantise import PACKED_BASES, check_quantisable, quantise_base
 
@@ -67,6 +68,7 @@ class TrainingModel:
             check_quantisable(plan.base, device)
             quantise_base(self.denoiser, plan.base, device)
         pipe.vae.to("cpu" if work.has_latents else device, vae_dtype(device))
+        speed_up(pipe.vae, KERNELS["sdpa"])
         pipe.vae.use_slicing = not plan.whole_vae  # encodes image by image
 
     def latent_shape(self, batch: Batch) -> tuple[int, int, int, int]:

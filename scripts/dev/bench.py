@@ -6,6 +6,7 @@
     python scripts/dev/bench.py --parts                  time of each part of a step
     python scripts/dev/bench.py --pictures               drawing, beside diffusers' pipeline; without CUDA with the demo's model
     python scripts/dev/bench.py --profile                a step without a cap by kinds of kernels, and the bytes that it moves
+    python scripts/dev/bench.py --start                  where the time until the second step goes
     python scripts/dev/bench.py --compare-attention      every attention kernel on SDXL's shapes, forward and backward
 
 Prints a table and writes it as JSON. The first call writes a model of 7 GB to --work. Nothing is downloaded.
@@ -14,6 +15,7 @@ Prints a table and writes it as JSON. The first call writes a model of 7 GB to -
 import copy
 import json
 import os
+import pstats
 import re
 import shutil
 import signal
@@ -102,6 +104,8 @@ class BenchConfig:
     """Instead of the rows, time drawing, and compare the pictures with those of diffusers' pipeline."""
     profile: bool = False
     """Instead of the rows, sum the kernels of a step by their kind, and count the bytes that its operations read and write."""
+    start: bool = False
+    """Instead of the rows, run two steps of the recipe twice, and print the time of each part of the second run."""
     side: int | None = None
     """Pixels of --pictures. None: as the model was trained."""
     compare_attention: bool = False
@@ -118,7 +122,7 @@ class BenchConfig:
             raise UserError(f"--steps must be at least 20, not {self.steps}")
 
 
-WARM_UP = 3  # calls that are not timed: with 20 steps or more a graph is recorded in one of them
+START_TAKES = 0.1  # seconds: parts of the start that are shorter are not shown
 
 
 # The model and the shards to measure with.
@@ -241,6 +245,35 @@ def measure_row(name: str, config: BenchConfig, matmul: float) -> BenchRow:
     return row
 
 
+def measure_start(work: Path) -> list[str]:
+    """Lines of a table: where the time goes from the command to the end of the second step of the recipe. Every part costs a
+    little more under the profiler, imports most.
+    """
+    lines, profile, (_, template) = [], work / "start.prof", ROWS["recipe"]
+    options = [option.format(work=work) for option in template]
+    options += ["--model", str(work / "model"), "--steps", "2", "--no-pictures", "--validate", "none", "--workers", "4"]
+    for what in ("the first time", "again", "again, with the profiler"):
+        shutil.rmtree(work / "runs/start", ignore_errors=True)
+        out = ["--out", str(work / "runs/start/out"), "--log-dir", str(work / "runs/start/log")]
+        profiler = ["-m", "cProfile", "-o", str(profile)] if "profiler" in what else []
+        begin = time.perf_counter()
+        command = [sys.executable, *profiler, "train_lora.py", *options, *out]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        found = re.findall(r"two steps done ([\d.]+) s", run.stdout + run.stderr)
+        lines.append(f"{time.perf_counter() - begin:8.1f} s  {what}; two steps after {found or run.stderr[-300:]}")
+    functions = pstats.Stats(str(profile)).stats  # type: ignore[attr-defined]  # not in its stub
+    for caller, parts in {"main": "train_lora.py", "apply_plan": "memory.py", "plan_memory": "memory.py"}.items():
+        called = [
+            (callers[key][3], name[2])
+            for name, (*_, callers) in functions.items()
+            for key in callers
+            if key[2] == caller and key[0].endswith(parts) and callers[key][3] > START_TAKES
+        ]
+        lines += [f"{took:8.2f} s  {caller}: {name}" for took, name in sorted(called, reverse=True)]
+    imports = max(took for (*_, name), (_, _, _, took, _) in functions.items() if name == "_find_and_load")
+    return [*lines, f"{imports:8.2f} s  imports"]
+
+
 # Drawing, and parts of a step.
 
 
@@ -297,10 +330,12 @@ def by_diffusers(pipe, prompts: list[Prompt], output: str = "pil") -> list:
 
 def measure_program(name: str, draw: Callable, denoise: Callable, prompts: list[Prompt], device: torch.device) -> DrawnBy:
     forget_peak_memory(device)
-    first = tuple(round(seconds(partial(draw, prompts), device), 3) for _ in range(WARM_UP))
-    drawn = min(seconds(partial(draw, prompts), device) for _ in range(3)) / len(prompts)
-    denoised = min(seconds(partial(denoise, prompts), device) for _ in range(3)) / (prompts[0].steps or 1)
-    return DrawnBy(name, len(prompts), round(drawn, 4), round(1e3 * denoised, 2), round(peak_memory(device)[1], 2), first)
+    first = tuple(round(seconds(partial(draw, prompts), device), 3) for _ in range(2))
+    drawn = min(seconds(partial(draw, prompts), device) for _ in range(2)) / len(prompts)
+    denoised = min(seconds(partial(denoise, prompts), device) for _ in range(2)) / (prompts[0].steps or 1)
+    row = DrawnBy(name, len(prompts), round(drawn, 4), round(1e3 * denoised, 2), round(peak_memory(device)[1], 2), first)
+    print(row, flush=True)
+    return row
 
 
 def grey_levels(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
@@ -323,7 +358,8 @@ def measure_pictures(pipe, device: torch.device, side: int, steps: int) -> dict[
         draw, latents = partial(by_diffusers, pipe), partial(by_diffusers, pipe, output="latent")
         programs.append(measure_program("diffusers", draw, latents, prompts[:count], device))
         images["diffusers", count] = draw(prompts[:count])
-    speed_up(denoiser, KERNELS["sdpa"])
+    for part in (denoiser, pipe.vae):
+        speed_up(part, KERNELS["sdpa"])
     for name in ["ours, no graph", "ours"] if device.type == "cuda" else ["ours"]:
         for count in (1, 4):
             renderer = Renderer(pipe, denoiser, partial(decode_latents, pipe.vae))
@@ -559,6 +595,9 @@ def main(config: BenchConfig) -> None:
     if config.compare_attention:
         result["attention"] = compare_attention(device)
         print("\n".join(result["attention"]))
+    elif config.start:
+        result["start"] = measure_start(config.work)
+        print("\n".join(result["start"]))
     elif config.profile:
         result["profile"] = profile(load_sdxl(str(config.work / "model"), torch.float16, device), device)
         print("\n".join(result["profile"]))
