@@ -20,6 +20,11 @@ def suite_sources() -> list[Path]:
     return sorted(path for folder in [ROOT, *packages] for path in folder.glob("*.py"))
 
 
+def user_cache(name: str) -> Path:
+    """The folder in which the suite keeps, for later runs of this user, what can be made again. It may not be there yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdxl_lora" / name
+
+
 T = TypeVar("T")
 
 

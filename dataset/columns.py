@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from common.files import sha256_of, write_atomically
+from common.files import sha256_of, user_cache, write_atomically
 from common.progress import tqdm
 from common.system import lock_file
 from dataset.workers import in_parallel
@@ -107,13 +107,12 @@ def shared_columns(of: str, index: str, make: Callable[[], Columns]) -> Columns:
     """The columns of the index of SHA-256 `index` in the folder or at the URL `of`. The first process of a host makes them,
     while the others wait for it. In memory if the cache cannot be written.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdxl_lora/columns"
-    path = cache / sha256_of(os.fsencode(of))[:16]
+    path = user_cache("columns") / sha256_of(os.fsencode(of))[:16]
     with suppress(OSError, UserError):
         return map_columns(path, index)
     with ExitStack() as stack:
         with suppress(OSError):  # without a lock several may make them
-            cache.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             lock_file(stack.enter_context(path.with_suffix(".lock").open("ab")), wait=True, inherited=True)
         with suppress(OSError, UserError):
             return map_columns(path, index)

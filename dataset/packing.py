@@ -7,14 +7,13 @@ A job whose shard exists and was made of the same inputs is not done again.
 import hashlib
 import io
 import json
-import os
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import lock_folder
+from common.files import lock_folder, user_cache
 from common.progress import tqdm
 from dataset.captions import caption_lines
 from dataset.images import dhash, open_image, to_rgb, upright
@@ -132,7 +131,7 @@ def pack_tables(tables: list[Path]) -> tuple[Path, list[str]]:
     """
     inputs = ParquetRows(tables)
     identity = json.dumps([VERSION, [str(table.resolve()) for table in tables], inputs.identity(0, len(inputs))])
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdxl_lora/parquet"
+    cache = user_cache("parquet")
     folder = cache / hashlib.sha256(identity.encode()).hexdigest()[:16]
     title = f"packing {tables[0]} into {folder}"
     shards, _ = pack_all(inputs, folder, "parquet", PER_SHARD, cores(), str(tables[0]), replace=True, title=title)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -108,7 +109,7 @@ def make_probes(
 @torch.no_grad()
 def picture_of(stream: Stream, n: int, vae: Any, device: torch.device) -> tuple[str, str, Image.Image] | None:
     """(name, caption, picture) of sample `n` of a `quiet_stream`, as training sees it; None if it cannot be decoded. `vae`: on
-    `device`, to decode latents.
+    `device`, to decode latents, which become a picture of at most 512 pixels a side: enough to look at and to compare.
     """
     batch = stream.batch([n], [n])
     if batch.skipped:
@@ -116,10 +117,10 @@ def picture_of(stream: Stream, n: int, vae: Any, device: torch.device) -> tuple[
     images = batch.images
     if stream.source.has_latents:
         posterior = images.to(device)
-        pixels = decode_latents(
-            vae, sample_latents(vae, posterior, torch.zeros_like(posterior[:, :4], dtype=torch.float32)), tiled=True
-        )
-        return batch.names[0], batch.captions[0], to_image(pixels[0])
+        latents = sample_latents(vae, posterior, torch.zeros_like(posterior[:, :4], dtype=torch.float32))
+        while max(latents.shape[2:]) > 64:
+            latents = F.avg_pool2d(latents, 2)
+        return batch.names[0], batch.captions[0], to_image(decode_latents(vae, latents)[0])
     return batch.names[0], batch.captions[0], Image.fromarray(images[0].numpy())
 
 

@@ -3,7 +3,10 @@
 import logging
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import pairwise
 
 import torch
@@ -12,6 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.errors import UserError
+from common.files import sha256_of, user_cache, write_atomically
 
 logging.getLogger("xformers").setLevel(logging.ERROR)  # at import it warns if CUDA is missing; `kernel_problem` reports that
 
@@ -117,7 +121,23 @@ def choose_attention(attention: str, shapes: Shapes, device: torch.device, dtype
         if reason := next(filter(None, reasons), None):
             raise UserError(f"--attention {attention} is not usable: {reason} (use --attention sdpa)")
         return attention
-    candidates = [name for name in KERNELS if name != "sdpa"]  # sdpa only chooses one of the others
-    usable = [name for name in candidates if not any(kernel_problem(name, q, k, device, dtype) for q, k in shapes)]
-    times = {name: sum(n * time_kernel(KERNELS[name], q, k, device, dtype) for (q, k), n in shapes.items()) for name in usable}
-    return min(times, key=lambda name: times[name], default="sdpa")
+
+    def usable(name: str) -> bool:
+        return not any(kernel_problem(name, q, k, device, dtype) for q, k in shapes)
+
+    # What was the fastest before on such a card, with these versions, is only tried again: seconds less at the start.
+    versions = torch.__version__, torch.backends.cudnn.version(), find_spec("xformers") and version("xformers")
+    measured = torch.cuda.get_device_name(device), *versions, dtype, sorted(shapes.items())
+    remembered = user_cache("attention") / sha256_of(repr(measured).encode())
+    with suppress(OSError, UnicodeError):
+        name = remembered.read_text()
+        if name in KERNELS and usable(name):
+            return name
+    candidates = [name for name in KERNELS if name != "sdpa" and usable(name)]  # sdpa only chooses one of the others
+    times = {
+        name: sum(n * time_kernel(KERNELS[name], q, k, device, dtype) for (q, k), n in shapes.items()) for name in candidates
+    }
+    fastest = min(times, key=lambda name: times[name], default="sdpa")
+    with suppress(OSError):
+        write_atomically(remembered, fastest.encode())
+    return fastest

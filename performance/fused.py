@@ -159,7 +159,7 @@ def group_normed(x: Tensor, norm: torch.nn.GroupNorm, silu: bool = False) -> tup
 
 # Gradients of the low-rank factors.
 
-MOST_SPLITS, MOST_RANK = 16, 128
+PROGRAMS, MOST_SPLITS, MOST_RANK = 640, 64, 128  # about five for each multiprocessor of an H100; a sweep found no better tile
 
 
 def add_product(result: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
@@ -172,13 +172,15 @@ def add_product(result: Tensor, left: Tensor, right: Tensor, scale: float) -> No
     if not in_one_pass(left) or rank > MOST_RANK:
         result += scale * (left.transpose(1, 2) @ right)
         return
-    width, splits, together = right.shape[2], min(MOST_SPLITS, -(-rows // 64)), (bands, rank)
+    width, together = right.shape[2], (bands, rank)
     if right.stride(0) == 0 and left.stride(0) == rank and bands * rank <= MOST_RANK:
         together = (1, bands * rank)
+    grid_width = -(-width // 64)
+    splits = max(8, min(MOST_SPLITS, power_of_two(PROGRAMS // (grid_width * together[0]))))
+    splits = min(splits, power_of_two(-(-rows // TILE_ROWS)))
     parts = left.new_empty(splits, bands, rank, width, dtype=torch.float32)
     strides = (left.stride(1), right.stride(1), left.stride(0), right.stride(0))
-    tile = {"ROWS": 64, "RANK": max(16, power_of_two(together[1])), "BLOCK": 64}
-    grid = (-(-width // 64), splits, together[0])
-    launch("tall_product", grid, left, right, parts, rows, together[1], width, *strides, **tile)
+    tile = {"ROWS": TILE_ROWS, "RANK": max(16, power_of_two(together[1])), "BLOCK": 64, "num_warps": 2}
+    launch("tall_product", (grid_width, splits, together[0]), left, right, parts, rows, together[1], width, *strides, **tile)
     blocks = (-(-rank * width // 256), bands)
-    launch("add_parts", blocks, parts, result, splits, rank, width, scale, *result.stride(), SPLITS=MOST_SPLITS, BLOCK=256)
+    launch("add_parts", blocks, parts, result, splits, rank, width, scale, *result.stride(), SPLITS=splits, BLOCK=256)

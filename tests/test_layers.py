@@ -121,6 +121,33 @@ def test_a_kernel_that_cannot_run_says_why():
         attention.choose_attention("xformers", SHAPES, CPU, torch.float32)
 
 
+@pytest.mark.parametrize("spoilt", [None, b"", b"nonsense", b"\xff"])
+def test_the_fastest_kernel_is_measured_once(monkeypatch, tmp_path, spoilt):
+    """Then it is remembered for such a card, and only tried again; if it no longer works, or the file is spoilt, all are."""
+    milliseconds, broken, timed = {"cudnn": 3.0, "flash": 2.0, "efficient": 4.0, "xformers": 1.0}, {"xformers"}, []
+    names = {kernel: name for name, kernel in attention.KERNELS.items()}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(attention, "kernel_problem", lambda name, *_: "broken" if name in broken else None)
+    monkeypatch.setattr(attention, "time_kernel", lambda kernel, *_: timed.append(kernel) or milliseconds[names[kernel]])
+
+    def choose(dtype: torch.dtype = torch.float16) -> tuple[str, bool]:
+        timed.clear()
+        return attention.choose_attention("auto", SHAPES, torch.device("cuda"), dtype), bool(timed)
+
+    assert choose() == ("flash", True)
+    if spoilt is None:
+        assert choose() == ("flash", False)
+        assert choose(torch.bfloat16) == ("flash", True)
+        broken.add("flash")
+    else:
+        for file in (tmp_path / "sdxl_lora/attention").iterdir():
+            file.write_bytes(spoilt)
+        milliseconds["cudnn"] = 1.0
+    assert choose() == ("cudnn", True)
+    assert choose() == ("cudnn", False)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

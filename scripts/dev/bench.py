@@ -15,7 +15,6 @@ Prints a table and writes it as JSON. The first call writes a model of 7 GB to -
 import copy
 import json
 import os
-import pstats
 import re
 import shutil
 import signal
@@ -120,9 +119,6 @@ class BenchConfig:
             raise UserError(f"--rows {' '.join(unknown)}: choose from {' '.join(ROWS)}")
         if self.steps < 20 and not self.pictures:
             raise UserError(f"--steps must be at least 20, not {self.steps}")
-
-
-START_TAKES = 0.1  # seconds: parts of the start that are shorter are not shown
 
 
 # The model and the shards to measure with.
@@ -245,33 +241,48 @@ def measure_row(name: str, config: BenchConfig, matmul: float) -> BenchRow:
     return row
 
 
+TIMED_START = """
+import sys, time
+
+def timed(owner, name):
+    function = getattr(owner, name)
+    def call(*arguments, **options):
+        begin = time.perf_counter()
+        result = function(*arguments, **options)
+        print(f"part: {time.perf_counter() - begin:8.2f} s  {function.__qualname__}", flush=True)
+        return result
+    setattr(owner, name, call)
+
+begin = time.perf_counter()
+import train_lora
+print(f"part: {time.perf_counter() - begin:8.2f} s  imports", flush=True)
+import memory
+parts = [(train_lora, name) for name in train_lora.main.__code__.co_names if callable(vars(train_lora).get(name))]
+parts += [(memory, "choose_attention"), (memory, "speed_up"), (memory, "dry_run"), (train_lora.TrainStep, "gradient")]
+parts += [(train_lora.Gallery, "begin"), (train_lora.Validation, "prepare"), (train_lora.Examiner, "prepare")]
+for owner, name in parts:
+    timed(owner, name)
+command = train_lora.parse_command("train_lora.py", train_lora.TrainCommand, "").run
+sys.exit(train_lora.run_script("train_lora.py", train_lora.main, command))
+"""
+
+
 def measure_start(work: Path) -> list[str]:
-    """Lines of a table: where the time goes from the command to the end of the second step of the recipe. Every part costs a
-    little more under the profiler, imports most.
-    """
-    lines, profile, (_, template) = [], work / "start.prof", ROWS["recipe"]
+    """Lines of a table: where the time goes from the command to the end of the second step of the recipe."""
+    lines, (_, template) = [], ROWS["recipe"]
     options = [option.format(work=work) for option in template]
     options += ["--model", str(work / "model"), "--steps", "2", "--no-pictures", "--validate", "none", "--workers", "4"]
-    for what in ("the first time", "again", "again, with the profiler"):
+    for what in ("the first time", "again"):
         shutil.rmtree(work / "runs/start", ignore_errors=True)
         out = ["--out", str(work / "runs/start/out"), "--log-dir", str(work / "runs/start/log")]
-        profiler = ["-m", "cProfile", "-o", str(profile)] if "profiler" in what else []
-        begin = time.perf_counter()
-        command = [sys.executable, *profiler, "train_lora.py", *options, *out]
+        command = [sys.executable, "-c", TIMED_START, *options, *out]
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        found = re.findall(r"two steps done ([\d.]+) s", run.stdout + run.stderr)
-        lines.append(f"{time.perf_counter() - begin:8.1f} s  {what}; two steps after {found or run.stderr[-300:]}")
-    functions = pstats.Stats(str(profile)).stats  # type: ignore[attr-defined]  # not in its stub
-    for caller, parts in {"main": "train_lora.py", "apply_plan": "memory.py", "plan_memory": "memory.py"}.items():
-        called = [
-            (callers[key][3], name[2])
-            for name, (*_, callers) in functions.items()
-            for key in callers
-            if key[2] == caller and key[0].endswith(parts) and callers[key][3] > START_TAKES
+        lines.append(f"{what}: two steps after {re.findall(r'two steps done ([0-9.]+) s', run.stdout + run.stderr)} s")
+        lines += [
+            line[6:] for line in run.stdout.splitlines() if line.startswith("part: ") and not line.startswith("part:     0.0")
         ]
-        lines += [f"{took:8.2f} s  {caller}: {name}" for took, name in sorted(called, reverse=True)]
-    imports = max(took for (*_, name), (_, _, _, took, _) in functions.items() if name == "_find_and_load")
-    return [*lines, f"{imports:8.2f} s  imports"]
+        lines += run.stderr.splitlines()[-3:] if run.returncode else []
+    return lines
 
 
 # Drawing, and parts of a step.
@@ -586,7 +597,8 @@ def main(config: BenchConfig) -> None:
             print(name, *(value if isinstance(value, list) else [value]), sep="\n    ")
         config.out.write_text(json.dumps(measured, indent=1))
         return
-    if not (config.work / "ready").is_dir() and "unet-ready" in config.rows:
+    in_rows = not (config.start or config.profile or config.parts or config.compare_attention)
+    if in_rows and "unet-ready" in config.rows and not (config.work / "ready").is_dir():
         print(cache(config.work), flush=True)
     rate = matmul_rate(device)
     card = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
