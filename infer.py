@@ -111,7 +111,7 @@ from model.prompts import Prompt, from_header, generation_parameters, parse_size
 from model.render import Renderer
 from model.sdxl import SAMPLERS, Denoiser
 from model.vae import decode_latents
-from performance.attention import KERNELS
+from performance.attention import drawing_kernel
 
 
 def read_loras(config: InferConfig, files: list[tuple[Path, float]], denoiser: Denoiser) -> list[tuple[Deltas, float]]:
@@ -174,7 +174,7 @@ def draw_table(
         merges[last] = merges.pop(last, {})
     denoiser = Denoiser(pipe)
     for part in (denoiser, pipe.vae):
-        speed_up(part, KERNELS["sdpa"])  # PyTorch's own choice of attention: to time every kernel takes longer than a picture
+        speed_up(part, drawing_kernel(pipe.device))
     renderer = Renderer(pipe, denoiser, partial(decode_latents, pipe.vae))
     pictures: dict[Drawing, Image.Image] = {}
     weights = check_fit(denoiser, {name: delta for deltas, _ in loras for name, delta in deltas.items()})

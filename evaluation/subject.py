@@ -24,7 +24,7 @@ from model.render import SAMPLE_GUIDANCE, SAMPLE_STEPS, Renderer
 from model.sdxl import Denoiser
 from model.vae import decode_latents
 from options.training import CaptionConfig, DataOptions, resolve_precision
-from performance.attention import KERNELS
+from performance.attention import drawing_kernel
 
 MOST_PREDICTIONS = 4  # at once
 
@@ -40,7 +40,7 @@ class Subject:
         self.pipe = load_sdxl(model, DTYPES[resolve_precision("auto", self.device)], self.device)
         self.denoiser, self.side, self.name = Denoiser(self.pipe), native_resolution(self.pipe), model
         for part in (self.denoiser, self.pipe.vae) if fast else ():
-            speed_up(part, KERNELS["sdpa"])
+            speed_up(part, drawing_kernel(self.device))
         self.renderer = Renderer(self.pipe, self.denoiser, partial(decode_latents, self.pipe.vae))
         self.diffusion = unweighted(self.pipe, self.device)
         self.weights: dict[str, torch.Tensor] = {}  # those that some LoRA has changed

@@ -20,7 +20,7 @@ from performance.cuda_graph import GraphedStep
 SAMPLE_STEPS, SAMPLE_GUIDANCE = 20, 5.0  # of a prompt that does not say, where a LoRA is looked at
 DENOISING = 128  # peak bytes per pixel of the U-Net's input and per byte of its dtype: counted 88, the rest is for workspaces
 MOST_AT_ONCE = 8  # prompts: more of them fill a GPU no better, and a signal has to wait for all
-WORTH_RECORDING = 40  # calls of the U-Net: what a CUDA graph saves in so many, recording it takes
+WORTH_RECORDING = 10  # calls of the U-Net: what a CUDA graph saves in so many, recording it takes
 
 
 class Renderer:

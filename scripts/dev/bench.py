@@ -59,7 +59,7 @@ from options.command import parse_command
 from options.training import CaptionConfig, DataConfig, DiffusionConfig, LoRAConfig
 from performance import fused
 from performance.adamw8bit import make_optimizer
-from performance.attention import KERNELS, Shapes, choose_attention, kernel_problem, time_kernel
+from performance.attention import KERNELS, Shapes, choose_attention, drawing_kernel, kernel_problem, time_kernel
 from performance.cuda_graph import GraphedStep
 from performance.memory_plan import tensors
 
@@ -104,7 +104,7 @@ class BenchConfig:
     profile: bool = False
     """Instead of the rows, sum the kernels of a step by their kind, and count the bytes that its operations read and write."""
     start: bool = False
-    """Instead of the rows, run two steps of the recipe twice, and print the time of each part of the second run."""
+    """Instead of the rows, run two steps of the recipe twice, and print where the time goes."""
     side: int | None = None
     """Pixels of --pictures. None: as the model was trained."""
     compare_attention: bool = False
@@ -209,6 +209,7 @@ def measure_row(name: str, config: BenchConfig, matmul: float) -> BenchRow:
     run = config.work / "runs" / name
     shutil.rmtree(run, ignore_errors=True)
     options += ["--model", str(config.work / "model"), "--steps", "100000", "--save-every", "100000", "--workers", "4"]
+    options += ["--no-pictures", "--validate", "none"]
     command = [sys.executable, "train_lora.py", *options, "--out", str(run / "out"), "--log-dir", str(run / "log")]
     row, used_before = BenchRow(name, what, "train_lora.py " + " ".join(options)), used_on_card()
     env = os.environ | {SHOW_PROGRESS: "1"}
@@ -257,7 +258,8 @@ begin = time.perf_counter()
 import train_lora
 print(f"part: {time.perf_counter() - begin:8.2f} s  imports", flush=True)
 import memory
-parts = [(train_lora, name) for name in train_lora.main.__code__.co_names if callable(vars(train_lora).get(name))]
+names = set(train_lora.main.__code__.co_names) - {"Upcoming", "Ending"}
+parts = [(train_lora, name) for name in names if callable(vars(train_lora).get(name))]
 parts += [(memory, "choose_attention"), (memory, "speed_up"), (memory, "dry_run"), (train_lora.TrainStep, "gradient")]
 parts += [(train_lora.Gallery, "begin"), (train_lora.Validation, "prepare"), (train_lora.Examiner, "prepare")]
 for owner, name in parts:
@@ -277,11 +279,9 @@ def measure_start(work: Path) -> list[str]:
         out = ["--out", str(work / "runs/start/out"), "--log-dir", str(work / "runs/start/log")]
         command = [sys.executable, "-c", TIMED_START, *options, *out]
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        lines.append(f"{what}: two steps after {re.findall(r'two steps done ([0-9.]+) s', run.stdout + run.stderr)} s")
-        lines += [
-            line[6:] for line in run.stdout.splitlines() if line.startswith("part: ") and not line.startswith("part:     0.0")
-        ]
-        lines += run.stderr.splitlines()[-3:] if run.returncode else []
+        after = re.findall(r"two steps done [0-9.]+ s", run.stdout + run.stderr) or run.stderr.splitlines()[-1:]
+        parts = [line for line in run.stdout.splitlines() if line.startswith("part: ") and not re.match(r"part: +0\.0", line)]
+        lines += [f"{what}: {after[0]}", *parts]
     return lines
 
 
@@ -359,8 +359,8 @@ def grey_levels(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, flo
 
 
 def measure_pictures(pipe, device: torch.device, side: int, steps: int) -> dict[str, Any]:
-    """diffusers' pipeline as it is, and ours without and with a CUDA graph, for one picture and for four at once: what they
-    cost, and how far their pictures are apart. Then what merging a LoRA takes, and how exact the VAE is in bfloat16.
+    """diffusers' pipeline as it is, and ours, for one picture and for four at once: what they cost, and how far their pictures
+    are apart. Then what merging a LoRA takes, and how exact the VAE is in bfloat16.
     """
     denoiser, settings = Denoiser(pipe), Prompt("", seed=0, width=side, height=side, steps=steps, guidance=5.0)
     prompts = [Prompt(f"a picture with the number {i}").filled(i, settings) for i in range(4)]
@@ -370,17 +370,14 @@ def measure_pictures(pipe, device: torch.device, side: int, steps: int) -> dict[
         programs.append(measure_program("diffusers", draw, latents, prompts[:count], device))
         images["diffusers", count] = draw(prompts[:count])
     for part in (denoiser, pipe.vae):
-        speed_up(part, KERNELS["sdpa"])
-    for name in ["ours, no graph", "ours"] if device.type == "cuda" else ["ours"]:
-        for count in (1, 4):
-            renderer = Renderer(pipe, denoiser, partial(decode_latents, pipe.vae))
-            renderer.graphed.eager |= name != "ours"
-            texts = [denoiser.describe(prompt.text, None) for prompt in prompts[:count]]
-            programs.append(
-                measure_program(name, renderer.draw, partial(renderer.denoise, texts=texts), prompts[:count], device)
-            )
-            images[name, count] = renderer.draw(prompts[:count])
-            renderer.release()
+        speed_up(part, drawing_kernel(device))
+    for count in (1, 4):
+        renderer = Renderer(pipe, denoiser, partial(decode_latents, pipe.vae))
+        texts = [denoiser.describe(prompt.text, None) for prompt in prompts[:count]]
+        denoise = partial(renderer.denoise, texts=texts)
+        programs.append(measure_program("ours", renderer.draw, denoise, prompts[:count], device))
+        images["ours", count] = renderer.draw(prompts[:count])
+        renderer.release()
     of = {(row.program, row.count): row.seconds_per_picture for row in programs}
     modules = add_lora(blueprint(pipe), LoRAConfig(), denoiser.unused).modules
     factors = {name: [torch.randn(p.shape, device=device) * 1e-3 for p in (m.lora_A, m.lora_B)] for name, m in modules.items()}
