@@ -22,7 +22,7 @@ from common.seeds import seed_generator
 from lora_files.deltas import Deltas, add_deltas, check_fit
 from options.training import LoRAConfig
 from performance.adamw8bit import STATE_BLOCK, spread
-from performance.fused import add_product, in_one_pass, layer_norm, layer_norm_gradient
+from performance.fused import add_product, gate, gate_gradient, in_one_pass, layer_norm, layer_norm_gradient
 
 
 class LoRALinear(nn.Linear):
@@ -105,13 +105,17 @@ class LinearGroup:
 
     def __call__(self, x: Tensor, onto: Tensor | None = None) -> list[Tensor]:
         """x [..., in] -> the outputs [..., out] of every layer; of a single one, added to `onto`."""
-        return Products.apply(self, x, None, onto, self.edge())
+        return Products.apply(self, x, None, False, onto, self.edge())
+
+    def gated(self, hg: Tensor, onto: Tensor) -> list[Tensor]:
+        """The outputs for h · gelu(g), where hg [..., 2·in] is h beside g; added to `onto`."""
+        return Products.apply(self, hg, None, True, onto, self.edge())
 
     def normed(self, x: Tensor, norm: nn.LayerNorm) -> list[Tensor]:
         """[x for the residual connection around the layers, the outputs for the normed x]."""
         if not in_one_pass(x):
             return [x, *self(norm(x))]
-        return Products.apply(self, x, norm, None, self.edge())
+        return Products.apply(self, x, norm, False, None, self.edge())
 
     def edge(self) -> Tensor | None:
         """What makes autograd differentiate a product whose input needs no gradient."""
@@ -178,37 +182,47 @@ class LinearGroup:
 class Products(torch.autograd.Function):
     """The products of a LinearGroup; forward and backward are written out.
 
-    Keeps x and x·Aᵀ, or x alone for its norm. It does not keep W, which is frozen, nor what can be made again: the normed x,
-    and a packed W. The gradients of A and B do not pass through autograd: they are added to `LoRALinear.grads`.
+    Keeps x and, where there is LoRA, x·Aᵀ. It does not keep W, which is frozen, nor what can be made again: the normed or gated
+    x that the layers read, and a packed W. The gradients of A and B do not pass through autograd: they are added to
+    `LoRALinear.grads`.
     """
 
     @staticmethod
-    def forward(ctx, group: LinearGroup, x: Tensor, norm: nn.LayerNorm | None, onto: Tensor | None, edge: Tensor | None):
-        ctx.group, ctx.norm, ctx.shape = group, norm, x.shape
-        read = x if norm is None else layer_norm(x, norm)
-        y, down = group.product(read.reshape(-1, x.shape[-1]))
+    def forward(
+        ctx, group: LinearGroup, x: Tensor, norm: nn.LayerNorm | None, gated: bool, onto: Tensor | None, edge: Tensor | None
+    ):
+        ctx.group, ctx.norm, ctx.gated = group, norm, gated
+        read = read_by_products(x, norm, gated)
+        y, down = group.product(read.reshape(-1, read.shape[-1]))
         if onto is not None:
             y += onto.reshape(y.shape)
-        ctx.save_for_backward(x if norm is not None or group.bands else None, down)
+        ctx.save_for_backward(x if norm is not None or gated or group.bands else None, down)
         outputs = [part.view(*x.shape[:-1], -1) for part in y.split(group.widths, dim=1)]
         return tuple(outputs if norm is None else [x, *outputs])
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        group, norm, needs_x, (x, down) = ctx.group, ctx.norm, ctx.needs_input_grad[1], ctx.saved_tensors
+        group, norm, (x, down), needs_x, needs_read = (
+            ctx.group, ctx.norm, ctx.saved_tensors, ctx.needs_input_grad[1], bool(ctx.group.bands),
+        )  # fmt: skip
         of_outputs = grads if norm is None else grads[1:]
         flat = [grad.reshape(-1, grad.shape[-1]) for grad in of_outputs]
         grad_x, grad_down = group.gradients(flat[0] if len(flat) == 1 else torch.cat(flat, dim=1), down, needs_x)
         if grad_x is not None:
-            grad_x = grad_x.view(ctx.shape)
-        if norm is not None:
-            if grad_x is not None:
-                grad_x, x = layer_norm_gradient(grad_x, grads[0], x, norm, with_y=bool(group.bands))
-            else:
-                x = layer_norm(x, norm)
-        if group.bands:
-            group.add_gradient_of_A(grad_down, x.reshape(-1, x.shape[-1]))
-        return None, grad_x, None, (of_outputs[0] if ctx.needs_input_grad[3] else None), None
+            grad_x = grad_x.view(*of_outputs[0].shape[:-1], -1)
+        if grad_x is None or (norm is None and not ctx.gated):
+            read = read_by_products(x, norm, ctx.gated) if needs_read else x
+        elif norm is not None:
+            grad_x, read = layer_norm_gradient(grad_x, grads[0], x, norm, needs_read)
+        else:
+            grad_x, read = gate_gradient(grad_x, x, needs_read)
+        if needs_read:
+            group.add_gradient_of_A(grad_down, read.reshape(-1, read.shape[-1]))
+        return None, grad_x, None, None, (of_outputs[0] if ctx.needs_input_grad[4] else None), None
+
+
+def read_by_products(x: Tensor, norm: nn.LayerNorm | None, gated: bool) -> Tensor:
+    return layer_norm(x, norm) if norm is not None else gate(x) if gated else x
 
 
 def dense_weight(layer: Any) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then Triton's kernels run on the CPU
 TILE_ROWS, CHANNELS, GROUP_WIDTH = 32, 64, 128  # of a tile; most channels of a group
+GATE_BLOCK = 1024
 MOST_CHUNKS = 256  # of an image, each summed by a program of its own
 
 
@@ -40,33 +41,32 @@ def power_of_two(n: int) -> int:
 # The gated feed-forward (Shazeer 2020, arXiv:2002.05202).
 
 
-class Gate(torch.autograd.Function):
-    """hg [..., 2·F] -> h · gelu(g) [..., F], with the exact gelu. Keeps hg only."""
+def gate(hg: Tensor) -> Tensor:
+    """hg [..., 2·F] -> h · gelu(g) [..., F], with the exact gelu. Without gradient."""
+    if not in_one_pass(hg):
+        h, g = hg.chunk(2, dim=-1)
+        return F.gelu(g).mul_(h)
+    hg, width = hg.contiguous(), hg.shape[-1] // 2
+    out = hg.new_empty(*hg.shape[:-1], width)
+    launch("gate_forward", gate_grid(out), hg, out, width, BLOCK=GATE_BLOCK)
+    return out
 
-    @staticmethod
-    def forward(ctx, hg: Tensor) -> Tensor:
-        ctx.save_for_backward(hg)
-        if not in_one_pass(hg):
-            h, g = hg.chunk(2, dim=-1)
-            return F.gelu(g).mul_(h)
-        hg = hg.contiguous()
-        width = hg.shape[-1] // 2
-        out = hg.new_empty(*hg.shape[:-1], width)
-        block = min(1024, power_of_two(width))
-        launch("gate_forward", (out.numel() // width, -(-width // block)), hg, out, width, BLOCK=block)
-        return out
 
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        (hg,) = ctx.saved_tensors
-        if not in_one_pass(hg):
-            h, g = hg.chunk(2, dim=-1)
-            return torch.cat([F.gelu(g).mul_(grad), torch.ops.aten.gelu_backward(grad * h, g)], dim=-1)
-        grad, hg, grad_hg = grad.contiguous(), hg.contiguous(), torch.empty_like(hg, memory_format=torch.contiguous_format)
-        width = grad.shape[-1]
-        block = min(1024, power_of_two(width))
-        launch("gate_backward", (grad.numel() // width, -(-width // block)), grad, hg, grad_hg, width, BLOCK=block)
-        return grad_hg
+def gate_gradient(grad: Tensor, hg: Tensor, with_out: bool) -> tuple[Tensor, Tensor]:
+    """(gradient of hg; the gate's output, made again if `with_out`)."""
+    if not in_one_pass(hg):
+        h, g = hg.chunk(2, dim=-1)
+        activated = F.gelu(g)
+        grad_hg = torch.cat([activated * grad, torch.ops.aten.gelu_backward(grad * h, g)], dim=-1)
+        return grad_hg, activated.mul_(h)
+    grad, hg = grad.contiguous(), hg.contiguous()
+    grad_hg, out = torch.empty_like(hg), torch.empty_like(grad) if with_out else grad
+    launch("gate_backward", gate_grid(grad), grad, hg, grad_hg, out, grad.shape[-1], WITH_OUT=with_out, BLOCK=GATE_BLOCK)
+    return grad_hg, out
+
+
+def gate_grid(out: Tensor) -> tuple[int, int]:
+    return out.numel() // out.shape[-1], -(-out.shape[-1] // GATE_BLOCK)
 
 
 # Layer norm (Ba et al. 2016, arXiv:1607.06450), where x is also read by the residual connection around it.

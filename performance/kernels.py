@@ -22,7 +22,8 @@ def gate_forward(hg, out, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def gate_backward(grad, hg, grad_hg, width, BLOCK: tl.constexpr):
+def gate_backward(grad, hg, grad_hg, out, width, WITH_OUT: tl.constexpr, BLOCK: tl.constexpr):
+    """`out`, what the forward pass made, is written again if WITH_OUT."""
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     d = tl.load(grad + row * width + column, inside, 0).to(tl.float32)
@@ -32,6 +33,8 @@ def gate_backward(grad, hg, grad_hg, width, BLOCK: tl.constexpr):
     density = 0.3989422804014327 * tl.exp(-0.5 * g * g)
     tl.store(grad_hg + row * 2 * width + column, d * g * cdf, inside)
     tl.store(grad_hg + row * 2 * width + width + column, d * h * (cdf + g * density), inside)
+    if WITH_OUT:
+        tl.store(out + row * width + column, h * g * cdf, inside)
 
 
 # Layer norm: y = w · x̂ + b with x̂ = (x - mean) / deviation of each row. Mean and deviation are computed again where needed.

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from performance.attention import Kernel
-from performance.fused import Gate, group_normed
+from performance.fused import group_normed
 
 Group = Callable[[list[nn.Linear]], Any]  # lora.LinearGroup: linear layers that read the same input
 
@@ -89,7 +89,7 @@ def cross_attention(
 
 def feed_forward(norm: nn.LayerNorm, gate: Any, out: Any, x: Tensor) -> Tensor:
     x, hg = gate.normed(x, norm)
-    return out(Gate.apply(hg), onto=x)[0]
+    return out.gated(hg, onto=x)[0]
 
 
 def patch_transformer(transformer: Any, kernel: Kernel, group: Group) -> None:

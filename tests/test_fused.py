@@ -61,18 +61,19 @@ def close(results: list[Tensor], function: Callable, x: Tensor, grads: list[Tens
         assert (error <= allowed).all(), f"{(error / allowed).max().item():.2f} times the allowed error"
 
 
-def gate(hg: Tensor) -> tuple[Tensor]:
-    h, g = hg.chunk(2, -1)
-    return (h * F.gelu(g),)
+def gate_case(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """With and without what the backward pass makes again."""
+    hg, grad = 3 * random(*shape, dtype=dtype), random(*shape[:-1], shape[-1] // 2, dtype=dtype, seed=1)
+    out, (gradient, again) = fused.gate(hg), fused.gate_gradient(grad, hg, with_out=True)
+    assert torch.equal(again, out)
+    assert torch.equal(fused.gate_gradient(grad, hg, with_out=False)[0], gradient)
+    close([out, gradient], lambda hg: (hg.chunk(2, -1)[0] * F.gelu(hg.chunk(2, -1)[1]),), hg, [grad])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(2, 3, 10), (1, 2, 2562), (1, 1, 2)])
 def test_gate(shape, dtype):
-    hg = (3 * random(*shape, dtype=dtype)).requires_grad_()
-    grad = random(*shape[:-1], shape[-1] // 2, dtype=dtype, seed=1)
-    out = fused.Gate.apply(hg)
-    close([out, *torch.autograd.grad(out, hg, grad)], gate, hg, [grad])
+    gate_case(shape, dtype)
 
 
 def of_random_weights(norm: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -202,6 +203,4 @@ def test_every_shape_of_sdxl(dtype):
     group_norm_case((1, 128, 1024, 1024), 32, dtype, silu=True)  # of the VAE
     for rows, width in ((3 * 4096, 640), (3 * 1024, 1280), (231, 768)):
         layer_norm_case(rows, width, dtype)
-        hg = random(rows, 8 * width, dtype=dtype).requires_grad_()
-        grad, out = random(rows, 4 * width, dtype=dtype, seed=1), fused.Gate.apply(hg)
-        close([out, *torch.autograd.grad(out, hg, grad)], gate, hg, [grad])
+        gate_case((rows, 8 * width), dtype)

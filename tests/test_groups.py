@@ -41,19 +41,25 @@ def make_layers(
 
 
 def check_group(
-    layers: list[nn.Linear], dtype: torch.dtype, needs_x: bool, used: list[bool], rtol: float, with_onto: bool = False,
-    norm: nn.LayerNorm | None = None,
+    layers: list[nn.Linear], dtype: torch.dtype, needs_x: bool, used: list[bool], rtol: float, around: str = "nothing",
 ) -> None:  # fmt: skip
-    """Outputs, and gradients of x, of `onto`, and of A and B, where only the outputs that are `used` get a gradient."""
+    """Outputs, and gradients of x, of `onto`, and of A and B, where only the outputs that are `used` get a gradient. `around`
+    the products: a norm before them, a gate before them and a residual connection, that alone, or nothing.
+    """
     inner, adapted = layers[0].in_features, [layer for layer in layers if isinstance(layer, LoRALinear)]
-    x = torch.randn(2, 3, inner, dtype=dtype, requires_grad=needs_x)
+    x = torch.randn(2, 3, inner * (2 if around == "gate" else 1), dtype=dtype, requires_grad=needs_x)
+    norm = nn.LayerNorm(inner).to(dtype).requires_grad_(False)
     onto = torch.randn(2, 3, layers[0].out_features, dtype=dtype, requires_grad=True)
     exact_x, exact_onto = (t.detach().double().requires_grad_(t.requires_grad) for t in (x, onto))
     factors = {layer: [p.detach().double().requires_grad_() for p in (layer.lora_A, layer.lora_B)] for layer in adapted}
     before = {layer: [grad.to(torch.float64, copy=True) for grad in layer.grads] for layer in adapted}
 
-    read = exact_x if norm is None else F.layer_norm(exact_x, (inner,), norm.weight.double(), norm.bias.double(), norm.eps)
-    expected = [exact_onto if with_onto else 0.0] * len(layers)
+    read = exact_x
+    if around == "norm":
+        read = F.layer_norm(exact_x, (inner,), norm.weight.double(), norm.bias.double(), norm.eps)
+    elif around == "gate":
+        read = exact_x[..., :inner] * F.gelu(exact_x[..., inner:])
+    expected = [exact_onto if around in ("gate", "onto") else 0.0] * len(layers)
     for i, layer in enumerate(layers):
         expected[i] = expected[i] + F.linear(
             read, dense_weight(layer).double(), None if layer.bias is None else layer.bias.double()
@@ -62,8 +68,11 @@ def check_group(
             A, B = factors[layer]
             expected[i] = expected[i] + SCALE * (read @ A.T) @ B.T
     group = LinearGroup(layers)
-    outputs = group(x, onto if with_onto else None) if norm is None else group.normed(x, norm)
-    if norm is not None:
+    if around == "gate":
+        outputs = group.gated(x, onto)
+    else:
+        outputs = group.normed(x, norm) if around == "norm" else group(x, onto if around == "onto" else None)
+    if around == "norm":
         assert torch.equal(outputs[0], x)
         expected, used = [exact_x, *expected], [True, *used]
 
@@ -90,7 +99,7 @@ def cases(draw):
     """Layers of equal and of other sizes, so that bands differ."""
     sizes = draw(st.lists(st.tuples(st.sampled_from([3, 5]), st.sampled_from([0, 2, 4])), min_size=1, max_size=4))
     used = draw(st.lists(st.booleans(), min_size=len(sizes), max_size=len(sizes)))
-    return sizes, used, draw(st.sampled_from(["nothing", "norm", *(["onto"] if len(sizes) == 1 else [])]))
+    return sizes, used, draw(st.sampled_from(["nothing", "norm", *(["onto", "gate"] if len(sizes) == 1 else [])]))
 
 
 @settings(max_examples=100, deadline=None)
@@ -99,9 +108,8 @@ def test_a_group_is_the_formula(case, inner, base, bias, one_buffer, needs_x):
     sizes, used, around = case
     torch.manual_seed(0)
     layers = make_layers(sizes, inner, base, bias, one_buffer, torch.float64)
-    norm = nn.LayerNorm(inner).double().requires_grad_(False) if around == "norm" else None
     rtol = 1e-5 if one_buffer else 1e-12  # an adapter's gradients are float32
-    check_group(layers, torch.float64, needs_x, used, rtol, around == "onto", norm)
+    check_group(layers, torch.float64, needs_x, used, rtol, around)
 
 
 def test_a_group_of_4_bits_is_the_formula():

@@ -12,7 +12,6 @@ from model.sdxl import Denoiser
 from options.training import LoRAConfig
 from performance import attention
 from performance.attention import Shapes, sdpa
-from performance.fused import Gate
 from performance.layers import use_fast_layers
 from performance.quantise import quantise_base
 
@@ -102,11 +101,6 @@ def test_the_vae_is_that_of_diffusers(exact_pipe, batch):
         for layout in (torch.contiguous_format, torch.channels_last):
             encoded = vae.encode(pixels.to(memory_format=layout)).latent_dist.parameters
             same([encoded, vae.decode(latents.to(memory_format=layout)).sample], expected)
-
-
-def test_gate_by_hand_equals_autograd():
-    hg = torch.randn(3, 10, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(Gate.apply, (hg,))
 
 
 def test_on_the_cpu_attention_is_sdpa():
