@@ -110,7 +110,7 @@ def map_columns(path: Path, index: str) -> Columns:
 
 def shared_columns(of: str, index: str, make: Callable[[Tick], Columns], ticks: int) -> Columns:
     """The columns of the index of SHA-256 `index` in the folder or at the URL `of`. The first process of a host makes them,
-    while the others wait for it: `make`, which ticks for each MiB of the index. In memory if the cache cannot be written.
+    while the others wait for it: `make`, which ticks `ticks` times. In memory if the cache cannot be written.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdxl_lora/columns"
     path = cache / sha256_of(os.fsencode(of))[:16]
@@ -123,7 +123,7 @@ def shared_columns(of: str, index: str, make: Callable[[Tick], Columns], ticks: 
         with suppress(OSError, UserError):
             return map_columns(path, index)
         # By a process of its own: what the objects of the lines leave behind in memory ends with it.
-        bar = tqdm(desc="reading the index once", total=ticks, unit="MiB", delay=2, leave=False)
+        bar = tqdm(desc="reading the index once", total=ticks, unit="part", delay=2, leave=False)
         (columns,) = in_parallel(lambda make, tick: saved(path, of, index, make(tick)), [make], 1, bar)
         return columns
 

@@ -20,7 +20,7 @@ from dataset.columns import PLACE, WORTH, Columns, join_keys, shared_columns
 from dataset.shards import INDEX, Shard, lines_of, read_lines, to_line
 from dataset.workers import Tick, cores, in_parallel
 
-GROUP = 2**20  # bytes of an index, about, that one process reads at a time
+GROUP = 2**22  # bytes of an index, about, that one process reads at a time; fewer are not worth more processes
 
 
 class Index:
@@ -77,7 +77,7 @@ class Surveyed(NamedTuple):
 
 
 def to_columns(text: bytes | mmap.mmap, where: str, tick: Tick = lambda: None) -> Columns:
-    """The lines of an index -> columns in memory. More than a MiB of them is read by several processes, with a `tick` for each.
+    """The lines of an index -> columns in memory. Several processes read more than GROUP of them, with a `tick` for each GROUP.
     Raises UserError as `lines_of`.
     """
     ends = [text.find(b"\n", at) + 1 or len(text) for at in range(GROUP, len(text), GROUP)] + [len(text)]
