@@ -4,7 +4,7 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -28,17 +28,21 @@ def user_cache(name: str) -> Path:
 T = TypeVar("T")
 
 
-def write_atomically(path: Path, data: bytes, check: Callable[[Path], None] = lambda written: None) -> None:
+def write_atomically(
+    path: Path, data: bytes | Sequence[bytes | memoryview], check: Callable[[Path], None] = lambda written: None
+) -> None:
     """Temporary file, fsync, rename, fsync of the folder: a crash leaves the old file or the new one, never half of one.
+    `data`: all of it, or pieces of bytes.
 
     `check` reads the temporary file; if it raises, the old file stays in place. The OSError of a full disk says how much is
     needed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    pieces = [data] if isinstance(data, bytes) else data
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
         try:
@@ -50,7 +54,7 @@ def write_atomically(path: Path, data: bytes, check: Callable[[Path], None] = la
     except OSError as error:
         if error.errno == errno.ENOSPC:
             temporary.unlink(missing_ok=True)  # so that what is free is counted without it
-            needed, free = len(data) / 1e6, shutil.disk_usage(path.parent).free / 1e6
+            needed, free = sum(map(len, pieces)) / 1e6, shutil.disk_usage(path.parent).free / 1e6
             error.strerror = f"{error.strerror}: {needed:,.1f} MB are needed, {free:,.1f} MB are free"
         raise
     finally:

@@ -19,7 +19,7 @@ from common.errors import UserError
 from common.files import sha256_of, user_cache, write_atomically
 from common.progress import tqdm
 from common.system import lock_file
-from dataset.workers import in_parallel
+from dataset.workers import Tick, in_parallel
 
 PLACE = np.dtype(
     [("file", "i4"), ("at", "i8"), ("size", "i4"), ("text_at", "i8"), ("text_size", "i4"), ("height", "i4"), ("width", "i4")]
@@ -69,6 +69,8 @@ def columns_of(keys: Sequence[str], places: np.ndarray) -> Columns:
 
 def join_keys(keys: Sequence[str]) -> tuple[bytes, np.ndarray]:
     """(the keys in UTF-8, one after the other; where each ends). In an index half of a surrogate pair may stand alone."""
+    if (text := "".join(keys)).isascii():
+        return text.encode(), np.cumsum(np.fromiter(map(len, keys), np.int64))
     encoded = [key.encode("utf-8", "surrogatepass") for key in keys]
     return b"".join(encoded), np.cumsum([len(key) for key in encoded], dtype=np.int64)
 
@@ -81,8 +83,11 @@ def save_columns(path: Path, columns: Columns) -> None:
     arrays = {name: np.ascontiguousarray(getattr(columns, name), dtype) for name, dtype in COLUMN_TYPES.items()}
     lengths = {name: len(array) for name, array in arrays.items()}
     head = json.dumps([COLUMNS_VERSION, columns.index, columns.fingerprint, lengths]).encode() + b"\n"
-    data = b"".join([head, *(array.data.cast("B") for array in arrays.values() if array.size)])
-    write_atomically(path, sha256_of(data).encode() + data)
+    pieces: list[bytes | memoryview] = [head, *(array.data.cast("B") for array in arrays.values() if array.size)]
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    write_atomically(path, [digest.hexdigest().encode(), *pieces])
 
 
 def map_columns(path: Path, index: str) -> Columns:
@@ -103,9 +108,9 @@ def map_columns(path: Path, index: str) -> Columns:
     return Columns(**arrays, fingerprint=fingerprint, index=index, path=path)
 
 
-def shared_columns(of: str, index: str, make: Callable[[], Columns]) -> Columns:
+def shared_columns(of: str, index: str, make: Callable[[Tick], Columns], ticks: int) -> Columns:
     """The columns of the index of SHA-256 `index` in the folder or at the URL `of`. The first process of a host makes them,
-    while the others wait for it. In memory if the cache cannot be written.
+    while the others wait for it: `make`, which ticks `ticks` times. In memory if the cache cannot be written.
     """
     path = user_cache("columns") / sha256_of(os.fsencode(of))[:16]
     with suppress(OSError, UserError):
@@ -117,12 +122,15 @@ def shared_columns(of: str, index: str, make: Callable[[], Columns]) -> Columns:
         with suppress(OSError, UserError):
             return map_columns(path, index)
         # By a process of its own: what the objects of the lines leave behind in memory ends with it.
-        (columns,) = in_parallel(lambda make, _: saved(path, make()), [make], 1, tqdm(disable=True))
+        bar = tqdm(desc="reading the index once", total=ticks, unit="part", delay=2, leave=False)
+        (columns,) = in_parallel(lambda make, tick: saved(path, of, index, make(tick)), [make], 1, bar)
         return columns
 
 
-def saved(path: Path, columns: Columns) -> Columns:
-    """The same columns, mapped from the file if it can be written."""
+def saved(path: Path, of: str, index: str, columns: Columns) -> Columns:
+    """The same columns, mapped from the file if it can be written. Raises UserError if they are of another index."""
+    if columns.index != index:
+        raise UserError(f"the index of {of} was changed while it was read: start again")
     with suppress(OSError, UserError):
         save_columns(path, columns)
         return map_columns(path, columns.index)

@@ -125,7 +125,7 @@ class Folder:
             self.refuse(file, UNREAD[suffix])
         elif file in self.captions:  # by metadata.jsonl, whatever its extension
             self.images.append(file)
-        elif suffix == "tar" and file not in self.shards:
+        elif suffix == "tar" and file.parent != self.path:
             self.refuse(file, f"shards are read from one folder: give {file.parent}")
         elif suffix == "parquet" and not self.shards:
             if (SPLIT.findall(name) or ["train"])[-1].startswith("train"):
@@ -134,7 +134,7 @@ class Folder:
                 self.others[".parquet of another split than train"] += 1
         elif suffix in self.config.extensions:
             self.texts.append(file)
-        elif file not in self.shards:
+        elif suffix != "tar":
             self.others[f".{suffix}" if suffix else "without an extension"] += 1
 
     def refuse(self, file: Path, reason: str) -> None:

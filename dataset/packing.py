@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,8 +119,6 @@ def pack_all(
             return shards, made
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}") from None
-    except BrokenProcessPool:
-        raise UserError(f"a process that wrote to {folder} was killed, perhaps for its memory: try fewer --workers") from None
 
 
 def pack_tables(tables: list[Path]) -> tuple[Path, list[str]]:

@@ -220,9 +220,11 @@ def lines_of(text: Iterable[bytes], where: str) -> Iterator[tuple[Shard, list[st
     names, attributes = set(), {INDEX_KEYS.get(f.name, f.name): f.name for f in fields(Shard)}
     for number, line in enumerate(text, 1):
         try:
-            entry = json.loads(line)
+            rest, samples = split_line(line)
+            entry = json.loads(rest)
             shard = Shard(**{attributes[key]: value for key, value in entry.items() if key in attributes})
-            keys, numbers = columns_of_line(shard)
+            keys, numbers = samples or columns_of_line(shard)
+            check_numbers(shard, numbers)
             shard.samples = []
             shard.uncaptioned, shard.unusable = list(map(str, shard.uncaptioned)), list(map(str, shard.unusable))
             shard.has_latents = bool(shard.has_latents)
@@ -243,9 +245,30 @@ def lines_of(text: Iterable[bytes], where: str) -> Iterator[tuple[Shard, list[st
         yield shard, keys, numbers
 
 
+BEFORE_SAMPLES = re.compile(rb'{"name":"[^"\\]*","bytes":[0-9]+,"samples":')
+DIGITS = b"0123456789"
+NO_DIGITS = bytes(c if c in DIGITS else ord(" ") for c in range(256))
+
+
+def split_line(line: bytes) -> tuple[bytes, tuple[list[str], np.ndarray] | None]:
+    """A line as `to_line` writes it -> (the line without samples, (their keys, their numbers [6, N] int64)), in half the time
+    that JSON takes. (line, None) if it is written in any other way, has no samples, or a key with `"` or `]]`.
+    """
+    begin = head.end() if (head := BEFORE_SAMPLES.match(line)) else len(line)
+    end = line.find(b"]]", begin) + 2
+    parts = line[begin:end].split(b'"')
+    keys, rest = b'["' + b'","'.join(parts[1::2]) + b'"]', b'"'.join(parts[::2])  # [[",1,2,3,4,5,6],[",1,2,3,4,5,6]]
+    plain = rest.translate(None, DIGITS) == b"[" + (b'[",,,,,,],' * (len(parts) // 2))[:-1] + b"]"
+    if not plain or b",," in rest or b",]" in rest or re.search(rb",0\d", rest):
+        return line, None
+    numbers = np.fromstring(rest.translate(NO_DIGITS), np.int64, sep=" ")
+    if len(numbers) != 6 * (len(parts) // 2):  # digits elsewhere: all six places of each sample have some
+        return line, None
+    return line[:begin] + b"[]" + line[end:], (json.loads(keys), numbers.reshape(-1, 6).T)
+
+
 def columns_of_line(shard: Shard) -> tuple[list[str], np.ndarray]:
-    """(keys, numbers [6, N] int64) of its samples, checked all at once. Raises ValueError, TypeError or OverflowError."""
-    impossible = f"{shard.name!r} with impossible numbers"
+    """(keys, numbers [6, N] int64) of its samples. Raises ValueError, TypeError or OverflowError."""
     if not list(shard.samples):
         return [], np.empty((6, 0), np.int64)
     try:
@@ -253,15 +276,19 @@ def columns_of_line(shard: Shard) -> tuple[list[str], np.ndarray]:
         numbers = np.array(columns)
         if numbers.dtype != np.int64:  # texts, floats or booleans in JSON
             numbers = np.array([list(map(int, column)) for column in columns], np.int64)
-        at, size, text_at, text_size, *_ = numbers if len(numbers) == 6 else []
+        return list(map(str, keys)), numbers
     except (ValueError, OverflowError):
-        raise ValueError(impossible) from None
+        raise ValueError(f"{shard.name!r} with impossible numbers") from None
+
+
+def check_numbers(shard: Shard, numbers: np.ndarray) -> None:
+    """Raises ValueError or TypeError if samples cannot have these, of which there should be six for each."""
     most = [2**62, MOST_BYTES, 2**62, MOST_TEXT, 2**31 - 1, 2**31 - 1]
-    if numbers.min() < 0 or (numbers.max(axis=1) > most).any():
-        raise ValueError(impossible)
-    if int(np.maximum(at + size, text_at + text_size).max()) > shard.bytes:
-        raise ValueError(impossible)
-    return list(map(str, keys)), numbers
+    if len(numbers) != 6 or numbers.min(initial=0) < 0 or (numbers.max(axis=1, initial=0) > most).any():
+        raise ValueError(f"{shard.name!r} with impossible numbers")
+    at, size, text_at, text_size, *_ = numbers
+    if len(at) and int(np.maximum(at + size, text_at + text_size).max()) > shard.bytes:
+        raise ValueError(f"{shard.name!r} with impossible numbers")
 
 
 def read_lines(text: bytes, where: str) -> dict[str, Shard]:

@@ -6,8 +6,10 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+from common.errors import UserError
 from common.progress import tqdm
 from common.signals import blocked_signals
 from common.system import CAN_FORK, usable_cores
@@ -48,7 +50,8 @@ def run_forked(number: int) -> Any:
 def in_parallel(work: Callable[[Any, Tick], Any], jobs: Sequence, workers: int, bar: tqdm) -> list:
     """[work(job, tick) for job in jobs], by up to `workers` processes. As they are forked, only results need to be picklable.
 
-    The first error ends all of them and is raised. Where processes cannot be forked this one does the work.
+    The first error ends all of them and is raised; UserError if one is killed. Where processes cannot be forked this one does
+    the work.
     """
     if not CAN_FORK:
         with bar:
@@ -66,9 +69,12 @@ def in_parallel(work: Callable[[Any, Tick], Any], jobs: Sequence, workers: int, 
                 bar.update(before + counter.value - bar.n)
                 for future in done:
                     future.result()
-        except BaseException:  # also Ctrl-C: jobs in progress are killed
+        except BaseException as error:  # also Ctrl-C: jobs in progress are killed
             executor.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
                 process.kill()
+            if isinstance(error, BrokenProcessPool):
+                message = "a worker process was killed, perhaps for its memory: try fewer --workers, or free some"
+                raise UserError(message) from None
             raise
     return [future.result() for future in results]

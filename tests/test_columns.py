@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import signal
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
@@ -16,12 +17,15 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError, printable
+from common.progress import SHOW_PROGRESS, tqdm
 from data import Stream
+from dataset import columns as columns_module
 from dataset import index as index_module
+from dataset import shards as shards_module
 from dataset.buckets import bucket_sizes, choose_bucket, choose_buckets
 from dataset.columns import PLACE
 from dataset.images import MOST_BYTES
-from dataset.shards import MOST_TEXT, read_lines
+from dataset.shards import MOST_TEXT, Shard, lines_of, read_lines, split_line, to_line
 from dataset.sources import Source, open_mixture, open_source
 from evaluation.validation import quiet_stream
 from options.training import CaptionConfig, DataConfig
@@ -168,6 +172,68 @@ def test_numbers_are_checked_all_at_once_as_one_by_one(samples, size):
         assert read_lines(json.dumps(entry).encode(), "index.jsonl")["x.tar"].samples == wanted
 
 
+def assert_split_as_json(line: bytes) -> None:
+    def outcome() -> tuple:
+        try:
+            ((shard, keys, numbers),) = lines_of([line], "index.jsonl")
+        except UserError as error:
+            return (str(error).split("(")[0],)  # the column of an error in JSON may differ
+        return shard, keys, numbers.dtype, numbers.tolist()
+
+    found = outcome()
+    with patch.object(shards_module, "split_line", lambda line: (line, None)):
+        assert found == outcome()
+
+
+PLAIN = st.lists(st.tuples(KEYS, *[st.sampled_from([0, 7, 80, 2**31 - 1, 2**62, 2**63, 10**20])] * 6), max_size=3)
+DAMAGE = st.lists(st.tuples(st.integers(0, 10**4), st.integers(0, 1), st.sampled_from('[],"0919\\ -.e{}:é\t')), max_size=2)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(GOOD) | PLAIN, st.sampled_from([1000, 2**63]), DAMAGE)
+def test_a_line_is_split_into_what_json_says_and_so_is_a_damaged_one(samples, size, damage):
+    line = to_line(Shard("x.tar", size, [(str(key), *numbers) for key, *numbers in samples])).encode()
+    odd = any('"' in key or "]]" in key for key, *_ in json.loads(line)["samples"])
+    assert (split_line(line)[1] is None) == (odd or not samples)  # every other one is split
+    for at, removed, put in damage:
+        at %= len(line)
+        line = line[:at] + put.encode() + line[at + removed :]
+    assert_split_as_json(line)
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [
+        '["a",1,2,3,4,5,6]', '["a",01,2,3,4,5,6]', '["a"1,1,2,3,4,5,6]', '["a",1,2,3,4,5,6],["b\\",1,2,3,4,5,6]',
+        '["a",1,2,3,4,5,],["b"1,1,2,3,4,5,6]', '["a",,2,3,4,5,6],["b"1,1,2,3,4,5,6]', '["a",1,2,3,4,5,6],1["b",1,2,3,4,5,6]',
+        '["a\\",1,2,3,4,5,6],["b",1,2,3,4,5,6]', '["a\t",1,2,3,4,5,6]', '["a",1,2,3,4,5,6],["b",1,2,3,4,5,6],',
+        ",".join(['["a"1,1,2,3,4,5,6]'] * 6), '["a",1,2,3,4,5,-6]', '["a",1,2,3,4,5,6e0]',
+        '["a",1,2,3,4,5]', '["a",1,2,3,4,5,6,7]', '["a\xff",1,2,3,4,5,6]',
+    ],
+)  # fmt: skip
+def test_a_line_that_almost_looks_as_written(samples):
+    assert_split_as_json(b'{"name":"x.tar","bytes":1000,"samples":[%b]}' % samples.encode("latin-1"))
+
+
+@settings(deadline=None, max_examples=25)
+@given(indexes(), st.booleans(), st.integers(20, 400), st.data())
+def test_several_processes_make_the_same_columns_and_report_the_same_line(entries, compact, group, data_of_test):
+    separators = (",", ":") if compact else None
+    lines = [json.dumps(entry, separators=separators) for entry in entries]
+    text = "\n".join(lines).encode()
+    alone = index_module.to_columns(text, "x")
+    wrong = data_of_test.draw(st.sampled_from([lines[0], "{}", "[1"]))  # the first is a name twice
+    damaged = "\n".join([*lines, wrong, *data_of_test.draw(st.lists(st.just("{}"), max_size=1))]).encode()
+    with patch.object(index_module, "GROUP", group):
+        together = index_module.to_columns(text, "x")
+        with pytest.raises(UserError) as reported:
+            index_module.to_columns(damaged, "x")
+    for name, value in vars(alone).items():
+        assert np.array_equal(getattr(together, name), value), name
+        assert getattr(getattr(together, name), "dtype", None) == getattr(value, "dtype", None)
+    assert f"x line {len(lines) + 1} " in str(reported.value) or f"x line {len(lines) + 2} " in str(reported.value)
+
+
 # The file.
 
 
@@ -213,6 +279,49 @@ def test_a_cache_that_cannot_be_written():
         assert by_columns(source) == by_lines([entry()])
         assert source.parts[0].columns.path is None
         assert sorted(path.name for path in data.iterdir()) == ["index.jsonl", "x.tar"]  # data are only read
+
+
+@pytest.mark.parametrize("group", [100, 2**20])
+def test_a_process_that_is_killed_is_one_line(group):
+    with folders() as (data, _), patch.object(index_module, "GROUP", group):
+        put_index(data, [entry("1.tar"), entry("2.tar")])
+        killed = patch.object(index_module, "of_line", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        with killed, pytest.raises(UserError, match="was killed, perhaps for its memory"):
+            open_source(str(data))
+        assert by_columns(open_source(str(data))) == by_lines([entry("1.tar"), entry("2.tar")])
+
+
+def test_an_index_that_is_changed_while_it_is_read():
+    with folders() as (data, cache):
+        put_index(data, [entry()])
+        index, make = data / "index.jsonl", index_module.of_line
+
+        def change(*line):
+            index.write_text(index.read_text().replace("0003", "new!"))
+            return make(*line)
+
+        with patch.object(index_module, "of_line", change), pytest.raises(UserError, match="changed while it was read"):
+            open_source(str(data))
+        assert {path.suffix for path in (cache / "sdxl_lora/columns").iterdir()} == {".lock"}
+
+
+def test_the_bar_moves_in_the_process_that_opens(monkeypatch):
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            bars.append(self)
+
+    monkeypatch.setenv(SHOW_PROGRESS, "1")
+    monkeypatch.setattr(columns_module, "tqdm", Bar)
+    monkeypatch.setattr(index_module, "GROUP", 100)
+    with folders() as (data, _):
+        put_index(data, [entry(f"{n}.tar", 20) for n in range(3)])
+        open_source(str(data))
+        open_source(str(data))  # from the cache
+        (bar,) = bars
+        assert bar.n == bar.total == -(-(data / "index.jsonl").stat().st_size // 100)
 
 
 def opened(name: str, start, results) -> None:

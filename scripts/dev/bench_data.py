@@ -155,9 +155,9 @@ def report_opening(config: BenchDataConfig) -> None:
     for samples in config.sizes:
         with tempfile.TemporaryDirectory() as name:
             write_empty_shards(Path(name), samples)
-            environment = os.environ | {"XDG_CACHE_HOME": str(Path(name) / "cache")}
             versions = [("against", config.against)] * bool(config.against)
             for label, root in [*versions, ("first time", ROOT), ("again", ROOT)]:
+                environment = os.environ | {"XDG_CACHE_HOME": str(Path(name) / f"cache-{label == 'against'}")}
                 command = [sys.executable, "-c", OPEN, str(root), name]
                 found = json.loads(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
                 pairs = zip(found[2::2], found[3::2], strict=True)
