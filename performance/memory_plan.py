@@ -232,7 +232,7 @@ class Plan:
     def measures(self) -> str:
         pieces = "one piece" if self.micro == self.batch else f"{self.batch // self.micro} pieces"
         vae = "" if self.whole_vae else ", VAE one image at a time"
-        return f"{len(self.checkpointed)} of {self.blocks} blocks checkpointed, {self.base} base, batch in {pieces}{vae}"
+        return f"{len(self.checkpointed)} of {self.blocks} parts checkpointed, {self.base} base, batch in {pieces}{vae}"
 
     @property
     def oom_advice(self) -> str:

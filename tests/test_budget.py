@@ -236,7 +236,7 @@ def test_checkpointing_is_obeyed(real):
 def test_a_plan_in_one_line():
     plan = Plan(("a", "b"), 124, "fp16", 3, 3, 7 * GiB, False, int(14.2 * GiB), 15 * GiB)
     assert str(plan) == (
-        "15.0 GiB for tensors: 2 of 124 blocks checkpointed, fp16 base, batch in one piece, VAE one image at a time; "
+        "15.0 GiB for tensors: 2 of 124 parts checkpointed, fp16 base, batch in one piece, VAE one image at a time; "
         "predicted peak 14.2 GiB"
     )
     assert "nf4 base, batch in 3 pieces; predicted" in str(replace(plan, micro=1, base="nf4", whole_vae=True))

@@ -85,7 +85,7 @@ def test_a_run_writes_weights_metadata_and_logs(train, tiny_model, shards, tmp_p
     assert "steps      7: each image 2 times, on average; all of them once is 3.5 steps\n" in out
     assert "device     cpu, fp32, sdpa attention, every kernel launched" in out
     assert re.search(
-        r"memory     [\d.]+ GiB for tensors: 0 of \d\d blocks checkpointed, fp32 base, batch in one piece; predicted", out
+        r"memory     [\d.]+ GiB for tensors: 0 of \d\d parts checkpointed, fp32 base, batch in one piece; predicted", out
     )
     assert re.search(r"memory     measured peak [\d.]+ GiB", out + err)
     assert "7/7" not in err  # stderr is no terminal
