@@ -65,6 +65,7 @@ class StepInputs(NamedTuple):
     images: Tensor  # [B, H, W, 3] uint8, or cached VAE posteriors [B, 8, h, w] float16
     posterior_noise: Tensor  # [B, 4, h, w]: draws the latents from their posterior
     noise: Tensor  # ε [B, 4, h, w]
+    added_noise: Tensor  # [B, 4, h, w]: ε, but for --input-perturbation
     timesteps: Tensor  # [B] int64
     time_ids: Tensor  # [B, 6] float32: SDXL's size and crop conditioning
     text: tuple[Tensor, ...]  # (tokens [B, 2, 77·n],), or cached (context [B, 77, d1 + d2], pooled [B, d2])
@@ -101,12 +102,12 @@ class TrainStep:
         device, shape = self.model.device, self.model.latent_shape(batch)
         seed_generator(self.generator, seed_of(self.seed, self.rank, step, index))
         posterior_noise = torch.randn(shape, generator=self.generator, device=device)
-        noise, timesteps = self.diffusion.draw(shape, self.generator)
+        draws = self.diffusion.draw(shape, self.generator)
         images = to_device(batch.images, device)
         ids = to_device(time_ids(batch.original_size, batch.crop, batch.size), device)
         text = tuple(to_device(part, device) for part in self.model.text_inputs(batch.captions, batch.text))
         weights = None if batch.mask is None else to_device(weights_of_mask(batch.mask), device)
-        return StepInputs(images, posterior_noise, noise, timesteps, ids, text, weights)
+        return StepInputs(images, posterior_noise, *draws, ids, text, weights)
 
     def backward(self, x: StepInputs) -> Tensor:
         """Adds the share of these images to the gradient, and returns their share of the loss. Nothing here waits for the
@@ -120,7 +121,7 @@ class TrainStep:
     def losses(self, x: StepInputs) -> Tensor:
         """The loss of each image, [B] float32."""
         latents = self.model.encode(x.images, x.posterior_noise)
-        noisy = self.diffusion.add_noise(latents, x.noise, x.timesteps)
+        noisy = self.diffusion.add_noise(latents, x.added_noise, x.timesteps)
         prediction = self.model.denoiser(noisy, x.timesteps, x.text, x.time_ids)
         return self.diffusion.loss(prediction, latents, x.noise, x.timesteps, x.loss_weights)
 

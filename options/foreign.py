@@ -17,7 +17,7 @@ SAME = {  # their name: the option here
     "network_weights": "init_lora", "lora_network_weights": "init_lora", "base_weights": "base_lora",
     "save_every_n_epochs": "save_every", "sample_every_n_steps": "sample_every",
     "gradient_accumulation_steps": "grad_accum", "seed": "seed",
-    "min_snr_gamma": "snr_gamma", "snr_gamma": "snr_gamma", "mixed_precision": "precision",
+    "ip_noise_gamma": "input_perturbation", "mixed_precision": "precision",
     "fp8_base": "base_precision", "gradient_checkpointing": "checkpointing",
     "output_dir": "out", "output_name": "name", "metadata_license": "license", "logging_dir": "log_dir",
     "save_every_n_steps": "save_every",
@@ -36,12 +36,13 @@ REASONS = {  # what is done here: their names
         "lr_scheduler_num_cycles lr_scheduler_power lr_scheduler_args lr_scheduler_type lr_num_cycles lr_power",
     "AdamW has no further settings here": "optimizer_args adam_beta1 adam_beta2 adam_epsilon adam_weight_decay",
     "the gradient is always clipped to norm 1": "max_grad_norm",
-    "the noise is plain Gaussian":
-        "noise_offset noise_offset_type adaptive_noise_scale multires_noise_iterations multires_noise_discount "
-        "ip_noise_gamma noise_offset_random_strength",
-    "timesteps are drawn from the whole schedule": "min_timestep max_timestep",
-    "the loss is the squared error, weighed by --snr-gamma at most":
-        "debiased_estimation_loss scale_v_pred_loss_like_noise_pred v_pred_like_loss loss_type huber_c huber_schedule",
+    "--noise is offset:x or pyramid:LEVELS,DECAY":
+        "noise_offset noise_offset_type multires_noise_iterations multires_noise_discount",
+    "the strength of --noise is the same in every step": "adaptive_noise_scale noise_offset_random_strength",
+    "--timesteps is LOW-HIGH, as in 200-800": "min_timestep max_timestep",
+    "--weighting is min-snr:γ, soft-min-snr:γ or debiased": "min_snr_gamma snr_gamma debiased_estimation_loss",
+    "--weighting already weighs v as it does ε": "scale_v_pred_loss_like_noise_pred v_pred_like_loss",
+    "--loss is mse, l1, huber:δ or huber-snr:δ": "loss_type huber_c huber_schedule",
     "read from the file of --model": "v_parameterization zero_terminal_snr prediction_type",
     "plain LoRA on linear layers, a new one, of one --rank: --targets chooses the layers":
         "network_module network_args dim_from_weights LoRA_type LyCORIS_preset "

@@ -1,6 +1,7 @@
 """Every option of training, in groups. Its docstring is its help; docs/training.md and docs/data.md describe them."""
 
 import math
+import os
 import re
 import time
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ import tyro
 
 from common.errors import UserError
 from common.options import MAX_SEED, Options, option
+from options.forms import Form, read_form, read_timesteps, weights_in
 
 if TYPE_CHECKING:
     import torch
@@ -138,8 +140,30 @@ class CaptionConfig(Options):
 
 @dataclass(frozen=True)
 class DiffusionConfig(Options):
-    snr_gamma: float | None = option(None, above=0)
-    """Min-SNR weighting γ, e.g. 5 (Hang et al. 2023, arXiv:2303.09556). None: every timestep weighs the same."""
+    timesteps: str = option("uniform")
+    """Which are drawn: uniform, LOW-HIGH (HIGH is not), logit-normal:µ,σ (Esser et al. 2024, arXiv:2403.03206), or a text file
+    of weights, each for an equal share of the schedule."""
+    loss: str = option("mse")
+    """mse, l1, huber:δ (pseudo-Huber: Song and Dhariwal 2023, arXiv:2310.14189), or huber-snr:δ, whose δ is 1 without noise."""
+    weighting: str = option("none")
+    """Of timesteps: none, min-snr:5 (Hang et al. 2023, arXiv:2303.09556), soft-min-snr:5 (Crowson et al. 2024,
+    arXiv:2401.11605) or debiased (Yu et al. 2023, arXiv:2310.08442)."""
+    noise: str = option("plain")
+    """plain, offset:0.05 (Guttenberg 2023: for very dark and bright pictures), or pyramid:LEVELS,DECAY (Whitaker 2023)."""
+    input_perturbation: float = option(0.0, at_least=0, at_most=1)
+    """More noise in the input than the model is to predict, e.g. 0.1 (Ning et al. 2023, arXiv:2301.11706)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.timesteps != "uniform" and os.path.isfile(self.timesteps):  # it refuses no name, however long
+            object.__setattr__(self, "timesteps", weights_in(Path(self.timesteps)))
+        _ = self.forms
+
+    @property
+    def forms(self) -> dict[str, Form]:
+        """{option: what it says}. Raises UserError."""
+        forms = {name: read_form(name, getattr(self, name)) for name in ("loss", "weighting", "noise")}
+        return forms | {"timesteps": read_timesteps(self.timesteps)}
 
 
 @dataclass(frozen=True)

@@ -56,8 +56,8 @@ def no_gradient(readings: Readings) -> str | None:
 
 
 def flat_loss(nothing: float, readings: Readings) -> str | None:
-    """`nothing`: the loss if the prediction is 0, E[w·ε²] = E[w], which is 1 without --snr-gamma. For v it is about that, as
-    SDXL's latents have a variance of about 1.
+    """`nothing`: the loss if the prediction is 0, which is 1 by default. For v it is about that, as SDXL's latents have a
+    variance of about 1.
     """
     losses = [one["loss"] for one in readings[-MANY:]]
     if len(losses) < MANY or not abs(mean(losses) / nothing - 1) < NEAR_NOTHING:

@@ -12,6 +12,7 @@ import shlex
 import sys
 import tomllib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +27,7 @@ from common.options import flag_of, within
 from common.text import read_text
 from options.command import all_fields, as_toml, atoms, parse_arguments, parse_command
 from options.foreign import DIFFERENT, NO_EFFECT, SAME
-from options.training import TrainCommand, TrainConfig
+from options.training import DiffusionConfig, TrainCommand, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,12 @@ VALUES: dict[str, dict[str, Any]] = {  # option here: {their value: the value he
     "base_precision": {"True": "int8", "False": "auto"},
     "no_train_text_encoder": {"True": False, "False": True},
 }
-ZERO_IS_OFF = ("snr_gamma", "save_every", "sample_every", "keep", "text_encoder_lr", "steps", "epochs")
+ZERO_IS_OFF = ("input_perturbation", "save_every", "sample_every", "keep", "text_encoder_lr", "steps", "epochs")
+OBJECTIVE = {  # option here: their keys that it replaces
+    "timesteps": ("min_timestep", "max_timestep"), "loss": ("loss_type", "huber_c", "huber_schedule"),
+    "weighting": ("min_snr_gamma", "debiased_estimation_loss"),
+    "noise": ("noise_offset", "multires_noise_iterations", "multires_noise_discount"),
+}  # fmt: skip
 LAST = ("unet_lr", "epoch", "save_every_n_steps")  # they win over learning_rate, lose to steps, win over epochs
 THEIR_DEFAULTS = {"alpha": 1.0, "bs": 1}  # which differ from those here
 NEEDS = {"keep_tags": ("shuffle_tags", False), "text_encoder_lr": ("train_text_encoder", True)}  # (another, its default)
@@ -117,7 +123,40 @@ def translate(pairs: list[tuple[str, Any]]) -> tuple[dict[str, Any], dict[str, s
                     options.setdefault("text_encoder_lr", options["lr"])
                 options[option.removeprefix("no_")] = options.get(option, []) + converted if option == "data" else converted
     settle(options, notes)
+    add_objective(options, notes, dict(pairs))
     return options, notes
+
+
+def add_objective(options: dict[str, Any], notes: dict[str, str], theirs: dict[str, Any]) -> None:
+    """Options that say in one word what kohya's scripts say with several keys; of those that exclude each other the first."""
+
+    def number(key: str, default: float = 0.0) -> float:
+        with suppress(ValueError):
+            return float(theirs.get(key) or default)
+        return default
+
+    found: dict[str, Any] = {}
+    low, high = number("min_timestep"), number("max_timestep", 1000)
+    if (low, high) != (0, 1000):
+        found["timesteps"] = f"{low:g}-{high:g}"
+    kind = {"snr": "huber-snr", "constant": "huber"}.get(theirs.get("huber_schedule") or "snr")
+    if theirs.get("loss_type") == "huber" and kind:
+        found["loss"] = f"{kind}:{number('huber_c', 0.1):g}"
+    elif theirs.get("loss_type") in ("l1", "l2"):
+        found["loss"] = {"l1": "l1", "l2": "mse"}[theirs["loss_type"]]
+    if gamma := number("min_snr_gamma"):
+        found["weighting"] = f"min-snr:{gamma:g}"
+    elif str(theirs.get("debiased_estimation_loss")).lower() == "true":
+        found["weighting"] = "debiased"
+    if levels := number("multires_noise_iterations"):
+        found["noise"] = f"pyramid:{levels:g},{number('multires_noise_discount', 0.3):g}"
+    elif offset := number("noise_offset"):
+        found["noise"] = f"offset:{offset:g}"
+    for option, value in found.items():
+        with suppress(UserError):  # then its keys stay in the notes
+            options[option] = getattr(DiffusionConfig(**{option: value}), option)
+            for key in OBJECTIVE[option]:
+                notes.pop(key, None)
 
 
 def settle(options: dict[str, Any], notes: dict[str, str]) -> None:

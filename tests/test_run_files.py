@@ -16,6 +16,7 @@ from common.text import NO_TEXT
 from options.command import all_fields, options_as_toml, parse_arguments
 from options.foreign import DIFFERENT, NO_EFFECT, REMOVED, SAME
 from options.training import TrainCommand, TrainConfig
+from scripts.from_kohya import OBJECTIVE
 
 NAMES = {spec.name: spec for spec in all_fields(TrainConfig)}
 
@@ -32,7 +33,7 @@ def parse(*arguments: str) -> TrainConfig:
         ("--no-rank", "--no-rank: there is no such option: do you mean .*"),
         ("--learning_rate 1e-4", "--learning_rate: here it is --lr"),
         ("--train-batch-size=4", "--train-batch-size: here it is --bs"),
-        ("--noise_offset 0.03", "--noise_offset: the noise is plain Gaussian"),
+        ("--noise_offset 0.03", "--noise_offset: --noise is offset:x or pyramid:LEVELS,DECAY"),
         ("--lr 1,5e-4", "--lr 1,5e-4: write 1.5e-4"),
         ("--lr=1,5", "--lr 1,5: write 1.5"),
         ("--flip true", "--flip takes no value: --flip or --no-flip"),
@@ -142,7 +143,7 @@ TEXT = st.text(st.characters(exclude_categories=("Cs",)), min_size=1)
 CLEAN = TEXT.filter(lambda text: not NO_TEXT.search(text))
 OPTIONS = st.fixed_dictionaries({
     "data": st.lists(CLEAN).map(tuple), "prompts": st.lists(CLEAN.filter(lambda text: text[0] != "-")).map(tuple),
-    "rank": st.integers(1, 10**6), "lr": st.floats(0, 1e9), "snr_gamma": st.none() | st.floats(0, 1e9, exclude_min=True),
+    "rank": st.integers(1, 10**6), "lr": st.floats(0, 1e9), "input_perturbation": st.floats(0, 1),
     "flip": st.booleans(), "pictures": st.booleans(), "trigger": CLEAN | st.just(""),
     "author": st.none() | CLEAN,
 })  # fmt: skip
@@ -240,9 +241,9 @@ def test_toml_of_kohyas_scripts(script, tmp_path, unet_only):
     assert tomllib.loads(out.read_text()) == rates | {
         "model": "model.safetensors", "lr": 2e-4, "rank": 16, "alpha": 1.0, "optimizer": "adamw8bit", "lr_schedule": "cosine",
         "warmup": 10, "steps": 800, "train_text_encoder": unet_only == "false", "save_dtype": "fp32", "bs": 1,
-        "resolution": 880, "data": ["a:x3", "b"],
+        "resolution": 880, "data": ["a:x3", "b"], "noise": "offset:0.03",
     }  # fmt: skip
-    for line in ("min_snr_gamma: off", "noise_offset: 0.03: the noise is plain Gaussian", "new_key: 3: not known here"):
+    for line in ("min_snr_gamma: 0: --weighting is", "new_key: 3: not known here"):
         assert f"# {line}" in out.read_text()
     _, err = script("scripts/from_kohya.py", tmp_path / "theirs.toml", "--out", out, status=2)
     assert "is there already" in err
@@ -306,6 +307,7 @@ def test_every_key_of_a_setting_of_the_gui_is_accounted_for(file, script, tmp_pa
     out = tmp_path / "run.toml"
     script("scripts/from_kohya.py", file, "--out", out)
     options, said = tomllib.loads(out.read_text()), out.read_text()
+    option_of = SAME | {key: option for option, keys in OBJECTIVE.items() for key in keys}
     assert "not known here" not in said
     for key in json.loads(file.read_text()):
-        assert SAME.get(key) in options or f"# {key}: " in said or f"# {flag_of(SAME[key])}: " in said, key
+        assert option_of.get(key) in options or f"# {key}: " in said or f"# {flag_of(option_of[key])}: " in said, key

@@ -445,7 +445,7 @@ def test_learning_rates(train, tmp_path):
 
 
 def test_other_options_train(train, tmp_path):
-    train("--steps", 2, "--no-train-text-encoder", "--targets", "all", "--checkpointing", "all", "--snr-gamma", 5)
+    train("--steps", 2, "--no-train-text-encoder", "--targets", "all", "--checkpointing", "all", "--weighting", "min-snr:5")
     keys = weights(tmp_path / "out", 2).keys()
     assert any("ff_net" in key for key in keys)
     assert not any("lora_te" in key for key in keys)
@@ -586,8 +586,10 @@ def test_latents_of_another_vae_are_refused(train, script, tiny_model, shards, t
     assert out.count("(its latents are not finite in float16)") == 7
 
 
-def test_buckets_of_several_shapes_train_and_resume_bit_for_bit(train, tmp_path):
+def test_buckets_of_several_shapes_and_any_objective_train_and_resume_bit_for_bit(train, tmp_path):
     options = ["--bucket-step", 16, "--flip", "--caption-dropout", 0.2, "--workers", 2]
+    options += ["--timesteps", "logit-normal:0,1", "--weighting", "debiased", "--loss", "huber-snr:0.2"]
+    options += ["--noise", "pyramid:3,0.5", "--input-perturbation", 0.1]
     out, _ = train(*options, "--steps", 6)
     assert re.search(r"^buckets    [2-5] of 5 buckets, [\d.]+% of the images cropped away, none enlarged$", out, re.M)
     train(*options, "--steps", 3, "--out", tmp_path / "b")

@@ -56,7 +56,7 @@ flat_at_1 = partial(flat_loss, 1.0)
         (flat_at_1, run(loss=[1.0] * (MANY - 1)), None),
         (flat_at_1, run(loss=[1.0] * MANY)[-MANY + 1 :], None),
         (flat_at_1, run(loss=[float("nan")] * MANY), None),
-        (partial(flat_loss, 0.25), run(loss=[0.25] * MANY), "the loss stays at 0.25"),  # --snr-gamma
+        (partial(flat_loss, 0.25), run(loss=[0.25] * MANY), "the loss stays at 0.25"),  # --weighting
     ],
 )
 def test_each_check_warns_about_its_readings(check, readings, message):

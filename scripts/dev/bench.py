@@ -442,7 +442,8 @@ class BenchStep:
         speed_up(self.denoiser, KERNELS[attention], device)
         self.diffusion = Diffusion(DiffusionConfig(), pipe.scheduler.alphas_cumprod, "epsilon", device)
         self.latents = torch.randn(bs, 4, 128, 128, device=device)
-        self.noise, self.timesteps = self.diffusion.draw(self.latents.shape, torch.Generator(device).manual_seed(0))
+        draws = self.diffusion.draw(self.latents.shape, torch.Generator(device).manual_seed(0))
+        self.noise, _, self.timesteps = draws
         self.tokens = tokenize(self.denoiser.tokenizers, ["a picture"] * bs).to(device)
         self.ids = time_ids(torch.full((bs, 2), 1024), torch.zeros(bs, 2), torch.full((bs, 2), 1024)).to(device)
 
