@@ -33,14 +33,16 @@ def read_form(option: str, text: str) -> Form:
         if name == kind and bool(names) == bool(colon) and not names.startswith("W"):
             values = numbers_of(numbers)
             parts = names.split(",") if names else []
-            if len(values) == len(parts) and all(fits(value, *LIMITS[part]) for value, part in zip(values, parts, strict=True)):
+            if len(values) == len(parts) and all(
+                within_limits(value, *LIMITS[part]) for value, part in zip(values, parts, strict=True)
+            ):
                 return Form(kind, values)
             limits = [f"{part} between {LIMITS[part][0]:g} and {LIMITS[part][1]:g}" for part in parts]
             raise UserError(f"--{option} {text}: it is {form}, with {', '.join(limits)}")
     raise UserError(f"--{option} {text}: choose from {', '.join(FORMS[option])}")
 
 
-def fits(value: float, above: float, below: float, whole: bool) -> bool:
+def within_limits(value: float, above: float, below: float, whole: bool) -> bool:
     return above < value < below and (not whole or value == int(value))
 
 
