@@ -51,6 +51,7 @@ from run.header import run_header
 from run.held_out import hold_out
 from run.lineage import Lineage
 from run.optimiser import Optimiser
+from run.prediction import check_prediction
 from run.ranks import join_ranks, leave_ranks
 from run.record import RunRecord
 from run.report import LOG_EVERY, Report
@@ -141,7 +142,7 @@ def main(config: TrainConfig) -> Ending:
     has_text = bool(source.text_signature) and not config.lora.train_text_encoder
 
     # Model on the host, and the plan by which a step fits into the memory of the device.
-    pipe = read_sdxl(config.model, dtype)
+    pipe = read_sdxl(config.model, dtype, prediction=config.diffusion.prediction_type)
     lineage = Lineage(config.lineage, pipe)
     lineage.merge(has_text)
     resolution = config.dataset.resolution or native_resolution(pipe)
@@ -153,8 +154,7 @@ def main(config: TrainConfig) -> Ending:
     budget = ranks.min(limit_memory(config.memory.vram_gb, device))
     plan = plan_memory(pipe, config.lora, config.memory, stream.workload, device, budget)
 
-    # Model on the device, from the inside out: the frozen base, packed if the plan says so; LoRA in place of its linear
-    # layers; fast layers that call these; and checkpointing around parts of blocks.
+    # Model on the device, from the inside out: the base, LoRA in place of linear layers, fast layers, checkpointing.
     model = TrainingModel(pipe, config.model, source, config.captions, stream.workload, plan, device)
     adapter = add_lora(model.denoiser, config.lora, model.denoiser.unused, config.seed, dtype, device)
     lineage.begin(adapter)
@@ -178,6 +178,7 @@ def main(config: TrainConfig) -> Ending:
     bad_steps = BadSteps(config.bad_steps, config.grad_accum, run, stream, train_step, ranks)
     validation = Validation(config, held_out, stream, model, adapter, ranks, plan, record.values)
     validation.prepare()
+    check_prediction(train_step, stream, plan.micro, run.step, config.diffusion.prediction_type)
     examiner = Examiner(model, adapter, held_out, stream, prompts, record.values, ranks.is_first)
     gallery = Gallery(config.gallery, model, adapter, prompts, resolution, config.checkpoints, ranks, stop, plan, examiner)
     stop.end_setup()  # from here on the loop notices a signal: an exception would leave worker processes half made

@@ -39,7 +39,8 @@ def agreed_prediction(model: str, statements: Mapping[str, str | None]) -> str:
     agreed = {PREDICTIONS[str(said)] for said in statements.values()} or {"epsilon"}
     if len(agreed) > 1:
         contradiction = ", ".join(f"{place} says {said}" for place, said in statements.items())
-        raise UserError(f"--model {model} contradicts itself about what it predicts: {contradiction}")
+        hint = "train_lora.py --prediction-type decides"
+        raise UserError(f"--model {model} contradicts itself about what it predicts: {contradiction}; {hint}")
     return agreed.pop()
 
 

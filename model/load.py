@@ -48,11 +48,12 @@ def load_sdxl(model: str, dtype: torch.dtype, device: torch.device) -> Pipeline:
     return pipe
 
 
-def read_sdxl(model: str, dtype: torch.dtype, unet: bool = True) -> Pipeline:
+def read_sdxl(model: str, dtype: torch.dtype, unet: bool = True, prediction: str = "auto") -> Pipeline:
     """Returns diffusers' pipeline in `dtype`, on the CPU, frozen, in eval mode, and checked by `model.check`.
 
     `model`: "demo", "sdxl", a hub id, a diffusers folder, or a single .safetensors checkpoint. With `unet=False` the U-Net is
-    on the meta device: shapes without weights, which saves three quarters of the memory.
+    on the meta device: shapes without weights, which saves three quarters of the memory. `prediction`: what the model predicts,
+    "epsilon" or "v_prediction"; "auto": what its files say.
 
     Raises UserError if there is no such model, if it is not SDXL or not whole, if it holds numbers or a schedule that cannot
     be used here, or if it is neither on this machine nor can be downloaded.
@@ -61,13 +62,13 @@ def read_sdxl(model: str, dtype: torch.dtype, unet: bool = True) -> Pipeline:
     path = Path(source)
     try:
         if path.is_dir():
-            pipe = from_folder(model, path, dtype, unet)
+            pipe = from_folder(model, path, dtype, unet, prediction)
         elif path.exists():
-            pipe = from_checkpoint(model, path, dtype, unet)
+            pipe = from_checkpoint(model, path, dtype, unet, prediction)
         elif path.suffix.lower() in WEIGHT_SUFFIXES or path.is_absolute() or source.startswith(".") or source.count("/") != 1:
             raise UserError(f"--model {model}: no such file or folder (nor 'demo', 'sdxl' or a hub id like owner/name)")
         else:
-            pipe = from_folder(model, download(source, dtype), dtype, unet)
+            pipe = from_folder(model, download(source, dtype), dtype, unet, prediction)
         check_model(model, pipe)
     except (UserError, MemoryError):
         raise
@@ -98,7 +99,7 @@ def download(repository: str, dtype: torch.dtype) -> Path:
     return Path(StableDiffusionXLPipeline.download(repository, **options))
 
 
-def from_folder(model: str, folder: Path, dtype: torch.dtype, unet: bool) -> Pipeline:
+def from_folder(model: str, folder: Path, dtype: torch.dtype, unet: bool, prediction: str) -> Pipeline:
     """Reads a diffusers folder. The libraries fill what the files lack with random numbers: their report is checked."""
     check_folder(model, folder)
     parts: dict[str, Any] = {}
@@ -126,7 +127,8 @@ def from_folder(model: str, folder: Path, dtype: torch.dtype, unet: bool) -> Pip
         parts[name] = part
     pipe = StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True, add_watermarker=False, **parts)
     statements["scheduler_config.json"] = pipe.scheduler.config.get("prediction_type", "epsilon")
-    pipe.scheduler = with_prediction(pipe.scheduler, agreed_prediction(model, statements))
+    told = agreed_prediction(model, statements) if prediction == "auto" else prediction
+    pipe.scheduler = with_prediction(pipe.scheduler, told)
     return pipe
 
 
@@ -159,7 +161,7 @@ def check_folder(model: str, folder: Path) -> None:
             raise UserError(f"--model {model} is no SDXL: its {name} is {found}, not {part.__name__}")
 
 
-def from_checkpoint(model: str, path: Path, dtype: torch.dtype, unet: bool) -> Pipeline:
+def from_checkpoint(model: str, path: Path, dtype: torch.dtype, unet: bool, prediction: str) -> Pipeline:
     """Reads one .safetensors file in Stability's layout, without network. The keys `v_pred` and `ztsnr` mean the same as in
     ComfyUI: the model predicts v; its last timestep is pure noise.
 
@@ -197,7 +199,8 @@ def from_checkpoint(model: str, path: Path, dtype: torch.dtype, unet: bool) -> P
         torch.set_default_dtype(default_dtype)
     statements = predictions(header) | ({"the key v_pred": "v_prediction"} if "v_pred" in header else {})
     zero_snr = {"rescale_betas_zero_snr": True} if "ztsnr" in header else {}
-    pipe.scheduler = with_prediction(pipe.scheduler, agreed_prediction(model, statements), **zero_snr)
+    told = agreed_prediction(model, statements) if prediction == "auto" else prediction
+    pipe.scheduler = with_prediction(pipe.scheduler, told, **zero_snr)
     return pipe
 
 

@@ -43,7 +43,8 @@ REASONS = {  # what is done here: their names
     "--weighting is min-snr:γ, soft-min-snr:γ or debiased": "min_snr_gamma snr_gamma debiased_estimation_loss",
     "--weighting already weighs v as it does ε": "scale_v_pred_loss_like_noise_pred v_pred_like_loss",
     "--loss is mse, l1, huber:δ or huber-snr:δ": "loss_type huber_c huber_schedule",
-    "read from the file of --model": "v_parameterization zero_terminal_snr prediction_type",
+    "--prediction-type, which is measured": "v_parameterization",
+    "read from the file of --model": "zero_terminal_snr",
     "plain LoRA on linear layers, a new one, of one --rank: --targets chooses the layers":
         "network_module network_args dim_from_weights LoRA_type LyCORIS_preset "
         "conv_dim conv_alpha conv_dims conv_alphas constrain decompose_both factor rescaled train_norm train_on_input unit "

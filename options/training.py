@@ -140,6 +140,8 @@ class CaptionConfig(Options):
 
 @dataclass(frozen=True)
 class DiffusionConfig(Options):
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = option("auto", resume="fixed")
+    """What the base predicts. auto: as its files say, if its own predictions do not contradict that."""
     timesteps: str = option("uniform")
     """Which are drawn: uniform, LOW-HIGH (HIGH is not), logit-normal:µ,σ (Esser et al. 2024, arXiv:2403.03206), or a text file
     of weights, each for an equal share of the schedule."""

@@ -17,7 +17,6 @@ from common.progress import tqdm
 from common.text import duration
 from data import Loader, Stream
 from memory import forget_peak_memory, memory_in_use, peak_memory
-from model.check import describe_model
 from model.prompts import Prompt
 from options.command import options_as_toml
 from performance.memory_plan import Plan
@@ -96,7 +95,7 @@ class Report:
             "resume": checkpoints.resumed,
             "model": f"{flags['model']}: U-Net and text encoders {total:,} parameters, frozen; {stream.resolution} px",
             "merged": lineage.merged,
-            "predicts": describe_model(self.model.pipe),
+            "predicts": self.model.predicts,
             "LoRA": f"rank {flags['rank']} on {layers} layers, {trained:,} parameters trained: {100 * trained / total:.2f} %",
             "goes on": lineage.begun,
             "data": "\ndata       ".join([source.account(), *source.left_out()]),

@@ -7,6 +7,7 @@ from common.errors import UserError
 from data import Batch, Workload
 from dataset.sources import Source
 from memory import note_if_out_of_memory, speed_up, temporarily_on
+from model.check import describe_model
 from model.load import Pipeline
 from model.sdxl import Denoiser
 from model.text import CachedText, TokenInputs
@@ -49,6 +50,7 @@ class TrainingModel:
         if the text in the shards was made by other encoders.
         """
         self.pipe, self.name, self.vae = pipe, name, pipe.vae
+        self.predicts = describe_model(pipe)
         self.device, self.has_latents = device, work.has_latents
         self.full_denoiser = Denoiser(pipe)  # with its text encoders: for pictures
         self.parameter_count = sum(p.numel() for p in self.full_denoiser.parameters())
