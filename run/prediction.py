@@ -17,7 +17,10 @@ def measure_prediction(step: Step, stream: Stream, piece: int) -> dict[str, floa
     `piece` images of the first batch.
     """
     diffusion = step.diffusion
-    x = rows_of(step.inputs(next(iter(stream)), 0, 0), slice(0, piece))
+    batch = next(iter(stream))
+    if isinstance(batch, UserError):  # the data can no longer be read
+        raise batch
+    x = rows_of(step.inputs(batch, 0, 0), slice(0, piece))
     latents = step.model.encode(x.images, x.posterior_noise)
     errors = {"epsilon": 0.0, "v_prediction": 0.0}
     for share in MUCH_NOISE:
