@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 ATTENTION = r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$|\.self_attn\.(q|k|v|out)_proj$"
 EVERYTHING = ATTENTION + r"|\.ff\.net\.(0\.proj|2)$|\.proj_(in|out)$|\.mlp\.fc[12]$"
-TARGETS = {"attention": ATTENTION, "all": EVERYTHING}
+# B-LoRA (Frenkel et al. 2024, arXiv:2403.14572): one picture's style and content are learned apart, by attention alone.
+ATTENTION_IN = r"^unet\.up_blocks\.0\.attentions\.{}\..*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$"
+UNET_ONLY = {"style": ATTENTION_IN.format(1), "content": ATTENTION_IN.format(0)}
+TARGETS = {"attention": ATTENTION, "all": EVERYTHING, **UNET_ONLY}
 UNPACKED = ("fp16", "bf16", "fp32")
 
 
@@ -35,7 +38,8 @@ class LoRAConfig(Options):
     alpha: float | None = option(None, above=0, resume="fixed")
     """Scale α: ΔW = (α/r)·B·A. None: equal to --rank."""
     targets: str = option("attention", resume="fixed")
-    """Linear layers to train: 'attention', 'all' (attention, feed-forward, projections) or a regular expression."""
+    """Linear layers to train: 'attention', 'all' (attention, feed-forward, projections), 'style' or 'content' (attention in the
+    block of the U-Net that holds it, as B-LoRA; none in the text encoders), or a regular expression."""
     train_text_encoder: bool = option(True, resume="fixed")
     """Add LoRA to both text encoders, too."""
 
@@ -352,8 +356,10 @@ class TrainConfig(Options):
     def resolved(self, device: "torch.device") -> "TrainConfig":
         """With values for alpha, learning rates and precision, which are saved with the run. Raises UserError."""
         lora, optimiser = replace(self.lora, alpha=self.lora.resolved_alpha), self.optimiser.resolved(self.model)
-        if self.optimiser.text_encoder_lr not in (None, optimiser.lr) and not self.lora.train_text_encoder:
-            raise UserError("--text-encoder-lr does nothing with --no-train-text-encoder")
+        cause = f"--targets {self.lora.targets}" if self.lora.targets in UNET_ONLY else "--no-train-text-encoder"
+        lora = replace(lora, train_text_encoder=lora.train_text_encoder and lora.targets not in UNET_ONLY)
+        if self.optimiser.text_encoder_lr not in (None, optimiser.lr) and not lora.train_text_encoder:
+            raise UserError(f"--text-encoder-lr does nothing with {cause}")
         return replace(self, lora=lora, optimiser=optimiser, memory=self.memory.resolved(device))
 
     def in_steps(self, epoch: int, processes: int) -> "TrainConfig":
