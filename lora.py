@@ -392,7 +392,7 @@ def add_lora(
         if not re.search(config.pattern, name) or name.startswith(tuple(unused)) or (text and not config.train_text_encoder):
             continue
         parent, _, child = name.rpartition(".")
-        modules[name] = LoRALinear(linear, config.rank, config.resolved_alpha, generator)
+        modules[name] = LoRALinear(linear, config.rank, config.stored_alpha(config.rank), generator)
         setattr(model.get_submodule(parent), child, modules[name])
     if not modules:
         raise UserError(f"--targets {config.targets!r} matches none of {len(linears)} linear layers, e.g. {list(linears)[:3]}")

@@ -37,6 +37,8 @@ class LoRAConfig(Options):
     """Rank r of every ΔW."""
     alpha: float | None = option(None, above=0, resume="fixed")
     """Scale α: ΔW = (α/r)·B·A. None: equal to --rank."""
+    rank_stabilised: bool = option(False, resume="fixed")
+    """ΔW = (α/√r)·B·A, so that a higher rank needs no other learning rate (rsLoRA, arXiv:2312.03732). Needs --alpha."""
     targets: str = option("attention", resume="fixed")
     """Linear layers to train: 'attention', 'all' (attention, feed-forward, projections), 'style' or 'content' (attention in the
     block of the U-Net that holds it, as B-LoRA; none in the text encoders), or a regular expression."""
@@ -49,10 +51,16 @@ class LoRAConfig(Options):
             re.compile(self.pattern)
         except re.error as error:
             raise UserError(f"--targets {self.targets!r} is neither a preset nor a regular expression: {error}") from None
+        if self.rank_stabilised and self.alpha is None:
+            raise UserError("--rank-stabilised needs --alpha: one that followed the rank would undo it")
 
     @property
     def resolved_alpha(self) -> float:
         return float(self.rank if self.alpha is None else self.alpha)
+
+    def stored_alpha(self, rank: int) -> float:
+        """What a layer of this rank and its file have as α, whose ΔW is (α/r)·B·A for every reader."""
+        return self.resolved_alpha * (math.sqrt(rank) if self.rank_stabilised else 1)
 
     @property
     def pattern(self) -> str:

@@ -19,7 +19,7 @@ from lora import Adapter
 from lora_files.read import read_metadata
 from lora_files.write import check_written, serialise
 from memory import DTYPES
-from options.training import CheckpointConfig
+from options.training import CheckpointConfig, LoRAConfig
 from run.ending import Ending, RunFailed
 from run.header import file_stem, step_header
 from run.optimiser import Optimiser
@@ -106,7 +106,7 @@ class Checkpoints:
         if self.config.resume != "auto" or self.config.resume_override or "made" not in state:
             return False
         flags, step = state["made"]["flags"], state["run"]["step"]
-        changes = {name for name in changed(flags, self.made["flags"]) if self.policies[name] != "free"}
+        changes = {name for name in changed(asdict(LoRAConfig()) | flags, self.made["flags"]) if self.policies[name] != "free"}
         return step >= flags["steps"] and bool(changes) and ("data" in changes or step >= self.made["flags"]["steps"])
 
     def nothing_to_do(self, run: Run) -> Ending:
@@ -220,7 +220,8 @@ class Checkpoints:
         """
         if not {"lora", "layers", "optimizer", "scaler", "run", "made"} <= state.keys():
             raise UserError(f"--resume {path}: this is no state of train_lora.py")
-        flags = changed(state["made"]["flags"], self.made["flags"], "--")
+        before = asdict(LoRAConfig()) | state["made"]["flags"]  # of a state that knows less, as it was then
+        flags = changed(before, self.made["flags"], "--")
         beyond = changed(state["made"]["beyond"], self.made["beyond"])
         fixed = [change for name, change in flags.items() if self.policies[name] == "fixed"]
         if not fixed and state["layers"] != list(self.adapter.modules):
