@@ -44,11 +44,12 @@ REASONS = {  # what is done here: their names
     "the loss is the squared error, weighed by --snr-gamma at most":
         "debiased_estimation_loss scale_v_pred_loss_like_noise_pred v_pred_like_loss loss_type huber_c huber_schedule",
     "read from the file of --model": "v_parameterization zero_terminal_snr prediction_type",
-    "plain LoRA on linear layers, a new one, of one --rank: --targets chooses the layers":
+    "plain LoRA on linear layers, a new one: --targets chooses the layers":
         "network_module network_args dim_from_weights LoRA_type LyCORIS_preset "
         "conv_dim conv_alpha conv_dims conv_alphas constrain decompose_both factor rescaled train_norm train_on_input unit "
-        "use_cp use_scalar use_tucker block_lr_zero_threshold block_dims block_alphas conv_block_dims conv_block_alphas "
+        "use_cp use_scalar use_tucker block_lr_zero_threshold conv_block_dims conv_block_alphas "
         "down_lr_weight mid_lr_weight up_lr_weight",
+    "ranks of single blocks are --rank-pattern, and --alpha is that of all": "block_dims block_alphas",
     "LoRA has no dropout and no limit of its norm":
         "network_dropout rank_dropout module_dropout rank_dropout_scale scale_weight_norms",
     "buckets have the area of --resolution": "bucket_no_upscale min_bucket_reso max_bucket_reso",

@@ -31,10 +31,31 @@ def is_name(text: str) -> bool:
     return bool(re.fullmatch(r"\w[\w .+-]*", text)) and len(text.encode()) <= 150
 
 
+def read_pattern(flag: str, text: str) -> tuple[str, float]:
+    """'REGEX=NUMBER' -> (regex, number). Raises UserError if it is none, or the number is not above 0."""
+    regex, _, number = text.rpartition("=")
+    try:
+        re.compile(regex)
+        value = float(number)
+    except (re.error, ValueError) as error:
+        raise UserError(f"{flag} {text!r} is not of the form REGEX=NUMBER: {error}") from None
+    if not regex or not 0 < value < math.inf:
+        raise UserError(f"{flag} {text!r}: a regular expression stands before the =, and a number above 0 after it")
+    return regex, value
+
+
+def first_match(flag: str, patterns: tuple[str, ...], name: str, otherwise: float) -> float:
+    """The number of the first pattern that is found in `name`."""
+    return next((n for regex, n in (read_pattern(flag, text) for text in patterns) if re.search(regex, name)), otherwise)
+
+
 @dataclass(frozen=True)
 class LoRAConfig(Options):
     rank: int = option(8, at_least=1, resume="fixed")
     """Rank r of every ΔW."""
+    rank_pattern: tuple[str, ...] = option((), resume="fixed")
+    """Another rank for the layers whose path a regular expression finds, as attn2=32 or 'up_blocks.*attn1=4'. Of several the
+    first that finds a layer counts; --alpha is the same everywhere."""
     alpha: float | None = option(None, above=0, resume="fixed")
     """Scale α: ΔW = (α/r)·B·A. None: equal to --rank."""
     rank_stabilised: bool = option(False, resume="fixed")
@@ -53,10 +74,17 @@ class LoRAConfig(Options):
             raise UserError(f"--targets {self.targets!r} is neither a preset nor a regular expression: {error}") from None
         if self.rank_stabilised and self.alpha is None:
             raise UserError("--rank-stabilised needs --alpha: one that followed the rank would undo it")
+        for text in self.rank_pattern:
+            if not read_pattern("--rank-pattern", text)[1].is_integer():
+                raise UserError(f"--rank-pattern {text!r}: a rank is a whole number")
 
     @property
     def resolved_alpha(self) -> float:
         return float(self.rank if self.alpha is None else self.alpha)
+
+    def rank_of(self, name: str) -> int:
+        """Of the layer with this path."""
+        return int(first_match("--rank-pattern", self.rank_pattern, name, self.rank))
 
     def stored_alpha(self, rank: int) -> float:
         """What a layer of this rank and its file have as α, whose ΔW is (α/r)·B·A for every reader."""

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -68,7 +69,7 @@ class Checkpoints:
     """Saves and resumes one run. What the disk refuses to store is reported once, and tried again at the next save."""
 
     def __init__(
-        self, config: CheckpointConfig, flags: dict[str, object], policies: dict[str, Resume], source: Source, ranks: Ranks,
+        self, config: CheckpointConfig, flags: dict[str, Any], policies: dict[str, Resume], source: Source, ranks: Ranks,
         adapter: Adapter, shapes: dict[str, torch.Size], optimiser: Optimiser, header: Callable[[], dict[str, str]],
     ):  # fmt: skip
         """`flags`: {name: value} of every option, and `policies` what each means on resume (common/options.py); `shapes`:

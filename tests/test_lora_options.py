@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from safetensors.torch import load_file
 from test_lora import inputs, shake
 
 from common.errors import UserError
@@ -32,6 +33,11 @@ def with_peft(denoiser, adapter: Adapter, **config):
 
 SCALES = {
     "rank stabilised": ({"rank_stabilised": True}, {"use_rslora": True}),
+    "ranks by layer": ({"rank_pattern": ("attn2=6", r"to_[qk]$=2")}, {"rank_pattern": {r".*attn2.*": 6, r".*to_[qk]": 2}}),
+    "both": (
+        {"rank_pattern": ("text_encoder_2=1", ".=5"), "rank_stabilised": True},
+        {"rank_pattern": {r"text_encoder_2\..*": 1, ".*": 5}, "use_rslora": True},
+    ),
 }
 
 
@@ -64,6 +70,11 @@ def test_outputs_gradients_and_files_are_those_of_peft(denoiser, tmp_path, ours,
     ("options", "message"),
     [
         ({"rank_stabilised": True}, "--rank-stabilised needs --alpha"),
+        ({"rank_pattern": ("attn2",)}, "--rank-pattern 'attn2' is not of the form REGEX=NUMBER"),
+        ({"rank_pattern": ("(=4",)}, "--rank-pattern '(=4' is not of the form REGEX=NUMBER"),
+        ({"rank_pattern": ("=4",)}, "--rank-pattern '=4': a regular expression stands before the ="),
+        ({"rank_pattern": ("attn2=4", "attn1=0")}, "--rank-pattern 'attn1=0': a regular expression stands before the ="),
+        ({"rank_pattern": ("attn2=4.5",)}, "--rank-pattern 'attn2=4.5': a rank is a whole number"),
     ],
 )
 def test_what_cannot_be_meant(options, message):
@@ -80,3 +91,20 @@ def test_a_state_that_does_not_know_an_option_is_not_taken_for_one_with_it(train
     _, err = train("--steps", 2, "--alpha", 2, "--rank-stabilised", status=2)
     assert "does not fit: --rank-stabilised False -> True: change it back" in err
     train("--steps", 2, "--alpha", 2)
+
+
+def test_ranks_by_layer_are_said_and_must_find_one(train, tmp_path):
+    out, _ = train("--steps", 1, "--rank-pattern", "attn2=4", r"text_encoder_2.*k_proj=1")
+    assert r"rank 2, attn2=4, text_encoder_2.*k_proj=1 on" in out
+    shapes = {
+        key: len(t) for key, t in load_file(tmp_path / "out/pytorch_lora_weights_1.safetensors").items() if "lora_down" in key
+    }
+    assert {rank for key, rank in shapes.items() if "attn2" in key} == {4}
+    assert {rank for key, rank in shapes.items() if "lora_te2" in key and "k_proj" in key} == {1}
+    assert set(shapes.values()) == {1, 2, 4}
+    out, _ = train("--steps", 2, "--rank-pattern", "attn2=4", r"text_encoder_2.*k_proj=1")
+    assert "resume     step 1 of" in out
+    _, err = train("--steps", 3, status=2)
+    assert "does not fit: --rank-pattern ('attn2=4', 'text_encoder_2.*k_proj=1') -> ()" in err
+    _, err = train("--rank-pattern", "attn3=4", "--out", tmp_path / "b", status=2)
+    assert "--rank-pattern 'attn3=4' finds none of the trained layers, e.g. unet.down_blocks" in err
