@@ -398,6 +398,7 @@ def add_lora(
     if not modules:
         raise UserError(f"--targets {config.targets!r} matches none of {len(linears)} linear layers, e.g. {list(linears)[:3]}")
     check_patterns("--rank-pattern", config.rank_pattern, modules)
+    check_patterns("--lr-pattern", config.lr_pattern, modules)
     return Adapter(modules, dtype, device)
 
 

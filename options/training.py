@@ -65,6 +65,11 @@ class LoRAConfig(Options):
     block of the U-Net that holds it, as B-LoRA; none in the text encoders), or a regular expression."""
     train_text_encoder: bool = option(True, resume="fixed")
     """Add LoRA to both text encoders, too."""
+    lora_plus: float | None = option(None, above=0)
+    """Learning rate of B as a multiple of A's, which is --lr: e.g. 16 (LoRA+, arXiv:2402.12354). None: the same."""
+    lr_pattern: tuple[str, ...] = option(())
+    """Another learning rate for the layers whose path a regular expression finds, as a multiple: attn2=0.5. Of several the
+    first that finds a layer counts."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,10 +82,17 @@ class LoRAConfig(Options):
         for text in self.rank_pattern:
             if not read_pattern("--rank-pattern", text)[1].is_integer():
                 raise UserError(f"--rank-pattern {text!r}: a rank is a whole number")
+        for text in self.lr_pattern:
+            read_pattern("--lr-pattern", text)
 
     @property
     def resolved_alpha(self) -> float:
         return float(self.rank if self.alpha is None else self.alpha)
+
+    @property
+    def has_part_rates(self) -> bool:
+        """Whether parts of a group have learning rates of their own."""
+        return bool(self.lora_plus or self.lr_pattern)
 
     def rank_of(self, name: str) -> int:
         """Of the layer with this path."""

@@ -1,7 +1,8 @@
 """The optimiser step: learning rates, gradient clipping, the loss scale of fp16."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lora import Adapter
-from options.training import OptimiserConfig
+from options.training import LoRAConfig, OptimiserConfig
 from performance.adamw8bit import make_optimizer, pad_state, update_scale
+from run.updates import PartRates
 
 MAX_GRAD_NORM = 1.0
 
@@ -26,11 +28,19 @@ def lr_factor(step: int, steps: int, config: OptimiserConfig) -> float:
 class Optimiser:
     """Updates an adapter from its gradient. `step` does not wait for the device."""
 
-    def __init__(self, config: OptimiserConfig, kind: str, adapter: Adapter, steps: int, dtype: torch.dtype):
-        """`config` is resolved; `kind`: --optimizer; `steps`: of the run. The loss is scaled if `dtype` is float16."""
+    def __init__(
+        self, config: OptimiserConfig, lora: LoRAConfig, kind: str, adapter: Adapter, steps: int, dtype: torch.dtype
+    ):  # fmt: skip
+        """`config` is resolved; `lora`: what `adapter` was made by; `kind`: --optimizer; `steps`: of the run. The loss is
+        scaled if `dtype` is float16.
+        """
         self.config, self.kind, self.adapter, self.steps = config, kind, adapter, steps
         self.rates: dict[str, Any] = {"unet": config.lr, "text_encoder": config.text_encoder_lr}
         self.optimizer = make_optimizer(kind, [{"name": name, "params": [p]} for name, p in adapter.groups.items()])
+        self.of_B = f", of B {lora.lora_plus:g} times as much" if lora.lora_plus else ""
+        self.at_their_rates: Callable[[], AbstractContextManager] = nullcontext
+        if lora.has_part_rates:
+            self.at_their_rates = PartRates(adapter, lora)
         self.scaler = torch.amp.GradScaler(adapter.flat.device.type, enabled=dtype == torch.float16)
 
     def set_learning_rates(self, step: int) -> None:
@@ -65,7 +75,8 @@ class Optimiser:
         # Both optimisers skip the update where `found_inf` is 1. In fp16 the scaler replaces it by its own; otherwise the
         # scaler is disabled, and this one counts.
         self.optimizer.found_inf = (~norms.isfinite()).any().float()  # type: ignore[attr-defined]
-        self.scaler.step(self.optimizer)
+        with self.at_their_rates():
+            self.scaler.step(self.optimizer)
         update_scale(self.scaler, loss)
         self.adapter.update_layers()
         return norms
@@ -93,4 +104,4 @@ class Optimiser:
 
     def __str__(self) -> str:
         text = f", text encoders {self.rates['text_encoder']:g}" if "text_encoder" in self.adapter.groups else ""
-        return f"{self.kind}, learning rate {self.rates['unet']:g}{text}"
+        return f"{self.kind}, learning rate {self.rates['unet']:g}{text}{self.of_B}"

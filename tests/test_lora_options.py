@@ -3,18 +3,22 @@
 import copy
 import re
 
+import bitsandbytes
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
 from test_lora import inputs, shake
+from torch import Tensor, nn
 
 from common.errors import UserError
 from lora import Adapter, add_lora, merge_lora
 from lora_files.deltas import layer_shapes
 from lora_files.read import read_lora
 from lora_files.write import serialise
-from options.training import LoRAConfig
+from options.training import LoRAConfig, OptimiserConfig
+from run.optimiser import Optimiser
 from run.state import load_state, save_state
 
 
@@ -75,6 +79,9 @@ def test_outputs_gradients_and_files_are_those_of_peft(denoiser, tmp_path, ours,
         ({"rank_pattern": ("=4",)}, "--rank-pattern '=4': a regular expression stands before the ="),
         ({"rank_pattern": ("attn2=4", "attn1=0")}, "--rank-pattern 'attn1=0': a regular expression stands before the ="),
         ({"rank_pattern": ("attn2=4.5",)}, "--rank-pattern 'attn2=4.5': a rank is a whole number"),
+        ({"lr_pattern": ("attn2=x",)}, "--lr-pattern 'attn2=x' is not of the form REGEX=NUMBER"),
+        ({"lr_pattern": ("attn2=-1",)}, "--lr-pattern 'attn2=-1': a regular expression stands before the ="),
+        ({"lora_plus": 0.0}, "--lora-plus must be above 0"),
     ],
 )
 def test_what_cannot_be_meant(options, message):
@@ -108,3 +115,92 @@ def test_ranks_by_layer_are_said_and_must_find_one(train, tmp_path):
     assert "does not fit: --rank-pattern ('attn2=4', 'text_encoder_2.*k_proj=1') -> ()" in err
     _, err = train("--rank-pattern", "attn3=4", "--out", tmp_path / "b", status=2)
     assert "--rank-pattern 'attn3=4' finds none of the trained layers, e.g. unet.down_blocks" in err
+
+
+# Updates.
+
+RATES = {"lora_plus": 16.0, "lr_pattern": ("to_q=0.25", "attn2=3")}
+
+
+def stepped(adapter: Adapter, config: LoRAConfig, kind: str, gradients: list[dict[str, list[Tensor]]], spoilt=()) -> Optimiser:
+    """The adapter after a step for each gradient, {layer: (of A, of B)}, whose norms are below 1."""
+    optimiser = Optimiser(OptimiserConfig(lr=1e-3, text_encoder_lr=2e-4), config, kind, adapter, 9, torch.float32)
+    for step, gradient in enumerate(gradients):
+        optimiser.set_learning_rates(step)
+        for name, module in adapter.modules.items():
+            for own, g in zip(module.grads, gradient[name], strict=True):
+                own.copy_(g)
+        adapter.grad[0] += torch.nan if step in spoilt else 0
+        optimiser.step(torch.zeros(()))
+    return optimiser
+
+
+def random_gradients(adapter: Adapter, steps: int) -> list[dict[str, list[Tensor]]]:
+    generator = torch.Generator().manual_seed(5)
+    layers = {name: (A.shape, B.shape) for name, (A, B, _) in adapter.deltas.items()}
+    return [
+        {name: [1e-4 * torch.randn(shape, generator=generator) for shape in shapes] for name, shapes in layers.items()}
+        for _ in range(steps)
+    ]
+
+
+def multiple(name: str, part: int) -> float:
+    return (0.25 if "to_q" in name else 3 if "attn2" in name else 1) * (1, 16)[part]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])
+def test_rates_of_parts_are_those_of_as_many_groups(denoiser, kind):
+    """Of the library's own optimisers. Where the multiple is 1, bit for bit; and a step that is skipped changes nothing."""
+    config = LoRAConfig(rank=3, **RATES)
+    adapter = add_lora(denoiser, config, denoiser.unused)
+    shake(adapter)
+    gradients = random_gradients(adapter, 4)
+    parts = {(name, i): nn.Parameter(part.clone()) for name, (*AB, _) in adapter.deltas.items() for i, part in enumerate(AB)}
+    rates = {key: (2e-4 if key[0].startswith("text") else 1e-3) * multiple(*key) for key in parts}
+    groups = [{"params": [p], "lr": rates[key]} for key, p in parts.items()]
+    library = bitsandbytes.optim.AdamW8bit if kind == "adamw8bit" else torch.optim.AdamW
+    plain = library(groups, weight_decay=0.01, **({"min_8bit_size": 0} if kind == "adamw8bit" else {"fused": True}))
+    stepped(adapter, config, kind, gradients, spoilt={2})
+    for gradient in (gradients[i] for i in (0, 1, 3)):
+        for (name, i), p in parts.items():
+            p.grad = gradient[name][i].clone()
+        plain.step()
+    for (name, i), p in parts.items():
+        torch.testing.assert_close(adapter.deltas[name][i], p.detach(), atol=1e-3 * rates[name, i], rtol=0)  # of three steps
+        assert multiple(name, i) != 1 or kind == "adamw" or torch.equal(adapter.deltas[name][i], p)
+    assert any(multiple(*key) == 1 for key in parts)
+
+
+def test_lora_plus_is_that_of_peft(denoiser):
+    plain, config = copy.deepcopy(denoiser), LoRAConfig(rank=3, lora_plus=16, train_text_encoder=False)
+    adapter = add_lora(denoiser, config, denoiser.unused)
+    shake(adapter)
+    peft = with_peft(plain, adapter, r=3, lora_alpha=3)
+    theirs = create_loraplus_optimizer(peft, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16, loraplus_weight_decay=0.01)
+    gradients = random_gradients(adapter, 3)
+    for gradient in gradients:
+        for name in adapter.deltas:
+            layer = peft.get_submodule(name)
+            layer.lora_A.default.weight.grad, layer.lora_B.default.weight.grad = (g.clone() for g in gradient[name])
+        theirs.step()
+    stepped(adapter, config, "adamw", gradients)
+    for name, (A, B, _) in adapter.deltas.items():
+        layer = peft.get_submodule(name)
+        torch.testing.assert_close(A, layer.lora_A.default.weight.detach(), atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(B, layer.lora_B.default.weight.detach(), atol=1e-6, rtol=1e-6)
+
+
+def test_a_run_with_options_of_updates_resumes_bit_for_bit(train, tmp_path):
+    options = ["--lora-plus", 8, "--lr-pattern", "attn2=0.5", "text_encoder=2", "--lr", 1e-2, "--precision", "fp16"]
+    out, _ = train("--steps", 4, *options)
+    assert "learning rate 0.01, text encoders 0.01, of B 8 times as much" in out
+    train("--steps", 2, *options, "--out", tmp_path / "parts")
+    train("--steps", 4, *options, "--out", tmp_path / "parts")
+    whole, parts = (load_state(next((tmp_path / name).glob("state-*")))["lora"] for name in ("out", "parts"))
+    assert torch.equal(whole, parts)
+    train("--steps", 4, "--lr", 1e-2, "--precision", "fp16", "--out", tmp_path / "without")
+    assert not torch.equal(whole, load_state(next((tmp_path / "without").glob("state-*")))["lora"])
+    _, err = train("--steps", 5, "--lr", 1e-2, "--precision", "fp16", status=2)
+    assert "is of another run: --lora-plus 8.0 -> None, --lr-pattern ('attn2=0.5', 'text_encoder=2') -> ()" in err
+    _, err = train("--lr-pattern", "attn3=4", "--out", tmp_path / "b", status=2)
+    assert "--lr-pattern 'attn3=4' finds none of the trained layers, e.g. unet.down_blocks" in err
