@@ -9,7 +9,7 @@ SAME = {  # their name: the option here
     "caption_dropout_rate": "caption_dropout", "shuffle_caption": "shuffle_tags", "keep_tokens": "keep_tags",
     "caption_prefix": "trigger", "max_token_length": "max_tokens", "network_dim": "rank",
     "network_alpha": "alpha", "lora_alpha": "alpha", "use_rslora": "rank_stabilised", "rs_lora": "rank_stabilised",
-    "loraplus_lr_ratio": "lora_plus", "learning_rate": "lr", "unet_lr": "lr",
+    "scale_weight_norms": "max_norm", "loraplus_lr_ratio": "lora_plus", "learning_rate": "lr", "unet_lr": "lr",
     "text_encoder_lr": "text_encoder_lr", "network_train_unet_only": "no_train_text_encoder",
     "optimizer_type": "optimizer", "optimizer": "optimizer",
     "use_8bit_adam": "optimizer", "lr_scheduler": "lr_schedule", "lr_warmup_steps": "warmup",
@@ -51,8 +51,7 @@ REASONS = {  # what is done here: their names
     "learning rates of single blocks are --lr-pattern": "down_lr_weight mid_lr_weight up_lr_weight",
     "one ratio for all layers: --lora-plus": "loraplus_unet_lr_ratio loraplus_text_encoder_lr_ratio",
     "ranks of single blocks are --rank-pattern, and --alpha is that of all": "block_dims block_alphas",
-    "LoRA has no dropout and no limit of its norm":
-        "network_dropout rank_dropout module_dropout rank_dropout_scale scale_weight_norms",
+    "LoRA has no dropout": "network_dropout rank_dropout module_dropout rank_dropout_scale",
     "buckets have the area of --resolution": "bucket_no_upscale min_bucket_reso max_bucket_reso",
     "--flip is the only augmentation": "color_aug random_crop center_crop face_crop_aug_range",
     "captions are used as they are: --caption-dropout, --shuffle-tags":

@@ -70,6 +70,8 @@ class LoRAConfig(Options):
     lr_pattern: tuple[str, ...] = option(())
     """Another learning rate for the layers whose path a regular expression finds, as a multiple: attn2=0.5. Of several the
     first that finds a layer counts."""
+    max_norm: float | None = option(None, above=0)
+    """Largest Frobenius norm of any ΔW; after a step that exceeds it, A and B of the layer shrink, e.g. 1. None: no limit."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,9 +92,9 @@ class LoRAConfig(Options):
         return float(self.rank if self.alpha is None else self.alpha)
 
     @property
-    def has_part_rates(self) -> bool:
-        """Whether parts of a group have learning rates of their own."""
-        return bool(self.lora_plus or self.lr_pattern)
+    def copies_weights(self) -> bool:
+        """Whether a step needs room for a copy of A and B: see run/optimiser.py."""
+        return bool(self.lora_plus or self.lr_pattern or self.max_norm)
 
     def rank_of(self, name: str) -> int:
         """Of the layer with this path."""

@@ -47,7 +47,7 @@ VALUES: dict[str, dict[str, Any]] = {  # option here: {their value: the value he
     "base_precision": {"True": "int8", "False": "auto"},
     "no_train_text_encoder": {"True": False, "False": True},
 }
-ZERO_IS_OFF = ("snr_gamma", "save_every", "sample_every", "keep", "text_encoder_lr", "steps", "epochs", "lora_plus")
+ZERO_IS_OFF = ("snr_gamma", "save_every", "sample_every", "keep", "text_encoder_lr", "steps", "epochs", "lora_plus", "max_norm")
 LAST = ("unet_lr", "epoch", "save_every_n_steps")  # they win over learning_rate, lose to steps, win over epochs
 THEIR_DEFAULTS = {"alpha": 1.0, "bs": 1}  # which differ from those here
 NEEDS = {"keep_tags": ("shuffle_tags", False), "text_encoder_lr": ("train_text_encoder", True)}  # (another, its default)

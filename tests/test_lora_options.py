@@ -6,6 +6,8 @@ import re
 import bitsandbytes
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, inject_adapter_in_model
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
@@ -13,12 +15,15 @@ from test_lora import inputs, shake
 from torch import Tensor, nn
 
 from common.errors import UserError
+from data import Workload
 from lora import Adapter, add_lora, merge_lora
 from lora_files.deltas import layer_shapes
 from lora_files.read import read_lora
 from lora_files.write import serialise
-from options.training import LoRAConfig, OptimiserConfig
-from run.optimiser import Optimiser
+from memory import plan_memory
+from model.sdxl import Denoiser
+from options.training import LoRAConfig, MemoryConfig, OptimiserConfig
+from run.optimiser import NormLimit, Optimiser
 from run.state import load_state, save_state
 
 
@@ -82,6 +87,7 @@ def test_outputs_gradients_and_files_are_those_of_peft(denoiser, tmp_path, ours,
         ({"lr_pattern": ("attn2=x",)}, "--lr-pattern 'attn2=x' is not of the form REGEX=NUMBER"),
         ({"lr_pattern": ("attn2=-1",)}, "--lr-pattern 'attn2=-1': a regular expression stands before the ="),
         ({"lora_plus": 0.0}, "--lora-plus must be above 0"),
+        ({"max_norm": 0.0}, "--max-norm must be above 0"),
     ],
 )
 def test_what_cannot_be_meant(options, message):
@@ -144,6 +150,11 @@ def random_gradients(adapter: Adapter, steps: int) -> list[dict[str, list[Tensor
     ]
 
 
+def small_adapter(widths: list[tuple[int, int]], rank: int, **config) -> Adapter:
+    model = nn.ModuleDict({"unet": nn.ModuleList([nn.Linear(*pair) for pair in widths]), "text_encoder": nn.Linear(20, 30)})
+    return add_lora(model, LoRAConfig(rank=rank, targets=".", **config))
+
+
 def multiple(name: str, part: int) -> float:
     return (0.25 if "to_q" in name else 3 if "attn2" in name else 1) * (1, 16)[part]
 
@@ -190,8 +201,53 @@ def test_lora_plus_is_that_of_peft(denoiser):
         torch.testing.assert_close(B, layer.lora_B.default.weight.detach(), atol=1e-6, rtol=1e-6)
 
 
+def kohyas_limit(A: Tensor, B: Tensor, alpha: float, largest: float) -> tuple[Tensor, Tensor]:
+    """What its networks/lora.py does to one layer, in float64."""
+    norm = (alpha / len(A) * B.double() @ A.double()).norm()
+    root = (min(norm.item(), largest) / norm.item()) ** 0.5 if norm else 1.0
+    return root * A, root * B
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(30, 700), st.integers(30, 700)), min_size=1, max_size=5), st.integers(1, 9),
+    st.floats(-2, 2), st.booleans(),
+)  # fmt: skip
+def test_the_norm_of_every_layer_is_limited_as_by_kohya(widths, rank, exponent, same):
+    adapter = small_adapter(widths * (1 + same), rank, alpha=2.5)
+    generator = torch.Generator().manual_seed(1)
+    adapter.flat.copy_(torch.randn(adapter.flat.shape, generator=generator)).index_fill_(0, adapter.padding, 0)
+    for index, (_, B, _) in enumerate(adapter.deltas.values()):
+        B *= 0 if index == 1 else 1
+    norms = sorted((alpha / len(A) * B @ A).norm().item() for A, B, alpha in adapter.deltas.values())
+    largest = norms[len(norms) // 2] * 10**exponent + 1e-3
+    before = {name: (A.clone(), B.clone()) for name, (A, B, _) in adapter.deltas.items()}
+    wanted = {name: kohyas_limit(A, B, alpha, largest) for name, (A, B, alpha) in adapter.deltas.items()}
+    NormLimit(adapter, largest)()
+    for name, (A, B, alpha) in adapter.deltas.items():
+        norm = (alpha / len(A) * B @ A).norm()
+        assert norm <= largest * (1 + 1e-4)
+        torch.testing.assert_close((A, B), tuple(p.float() for p in wanted[name]), rtol=1e-4, atol=1e-6)
+        if norm < 0.999 * largest:
+            assert torch.equal(A, before[name][0])
+            assert torch.equal(B, before[name][1])
+    assert not adapter.flat[~adapter.filled()].any()
+
+
+def test_the_limit_holds_after_a_step(denoiser):
+    config = LoRAConfig(rank=3, max_norm=0.2)
+    adapter = add_lora(denoiser, config, denoiser.unused)
+    shake(adapter)
+    stepped(adapter, config, "adamw8bit", random_gradients(adapter, 2))
+    norms = torch.stack([(alpha / len(A) * B @ A).norm() for A, B, alpha in adapter.deltas.values()])
+    assert norms.max() <= 0.2 * (1 + 1e-5)
+    assert (norms > 0.2 * (1 - 1e-5)).sum() > 5
+    assert torch.equal(adapter.low, adapter.flat)
+
+
 def test_a_run_with_options_of_updates_resumes_bit_for_bit(train, tmp_path):
     options = ["--lora-plus", 8, "--lr-pattern", "attn2=0.5", "text_encoder=2", "--lr", 1e-2, "--precision", "fp16"]
+    options += ["--max-norm", 0.05]
     out, _ = train("--steps", 4, *options)
     assert "learning rate 0.01, text encoders 0.01, of B 8 times as much" in out
     train("--steps", 2, *options, "--out", tmp_path / "parts")
@@ -201,6 +257,17 @@ def test_a_run_with_options_of_updates_resumes_bit_for_bit(train, tmp_path):
     train("--steps", 4, "--lr", 1e-2, "--precision", "fp16", "--out", tmp_path / "without")
     assert not torch.equal(whole, load_state(next((tmp_path / "without").glob("state-*")))["lora"])
     _, err = train("--steps", 5, "--lr", 1e-2, "--precision", "fp16", status=2)
-    assert "is of another run: --lora-plus 8.0 -> None, --lr-pattern ('attn2=0.5', 'text_encoder=2') -> ()" in err
+    changes = "--lora-plus 8.0 -> None, --lr-pattern ('attn2=0.5', 'text_encoder=2') -> (), --max-norm 0.05 -> None"
+    assert f"is of another run: {changes}: change it back" in err
     _, err = train("--lr-pattern", "attn3=4", "--out", tmp_path / "b", status=2)
     assert "--lr-pattern 'attn3=4' finds none of the trained layers, e.g. unet.down_blocks" in err
+
+
+def test_the_plan_has_room_for_the_copy_of_a_step(pipe):
+    memory, work = MemoryConfig().resolved(torch.device("cpu")), Workload(1, 64, 1, 1, has_latents=True, has_text=False)
+    plain, *others = (
+        plan_memory(pipe, LoRAConfig(**config), memory, work, torch.device("cpu"), 2**34).weights
+        for config in ({}, {"lora_plus": 2}, {"lr_pattern": ("to_q=2",)}, {"max_norm": 1})
+    )
+    adapter = add_lora(Denoiser(pipe), LoRAConfig(), Denoiser(pipe).unused)
+    assert others == [plain + adapter.flat.nbytes] * 3
