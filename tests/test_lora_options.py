@@ -137,7 +137,7 @@ def stepped(adapter: Adapter, config: LoRAConfig, kind: str, gradients: list[dic
             for own, g in zip(module.grads, gradient[name], strict=True):
                 own.copy_(g)
         adapter.grad[0] += torch.nan if step in spoilt else 0
-        optimiser.step(torch.zeros(()))
+        optimiser.step(torch.zeros((), device=adapter.flat.device))
     return optimiser
 
 
@@ -243,6 +243,19 @@ def test_the_limit_holds_after_a_step(denoiser):
     assert norms.max() <= 0.2 * (1 + 1e-5)
     assert (norms > 0.2 * (1 - 1e-5)).sum() > 5
     assert torch.equal(adapter.low, adapter.flat)
+
+
+@pytest.mark.gpu
+def test_a_step_with_them_does_not_wait_for_the_device():
+    config = LoRAConfig(rank=3, targets=".", max_norm=0.1, lora_plus=4, lr_pattern=("unet=2",))
+    adapter = add_lora(nn.ModuleDict({"unet": nn.Linear(300, 40)}).cuda(), config)
+    optimiser = stepped(adapter, config, "adamw", random_gradients(adapter, 1))
+    loss = torch.zeros((), device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimiser.step(loss)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_run_with_options_of_updates_resumes_bit_for_bit(train, tmp_path):
