@@ -392,11 +392,21 @@ def add_lora(
         if not re.search(config.pattern, name) or name.startswith(tuple(unused)) or (text and not config.train_text_encoder):
             continue
         parent, _, child = name.rpartition(".")
-        modules[name] = LoRALinear(linear, config.rank, config.resolved_alpha, generator)
+        rank = config.rank_of(name)
+        modules[name] = LoRALinear(linear, rank, config.stored_alpha(rank), generator)
         setattr(model.get_submodule(parent), child, modules[name])
     if not modules:
         raise UserError(f"--targets {config.targets!r} matches none of {len(linears)} linear layers, e.g. {list(linears)[:3]}")
+    check_patterns("--rank-pattern", config.rank_pattern, modules)
+    check_patterns("--lr-pattern", config.lr_pattern, modules)
     return Adapter(modules, dtype, device)
+
+
+def check_patterns(flag: str, patterns: Iterable[str], names: Iterable[str]) -> None:
+    """Raises UserError for a pattern, REGEX=NUMBER, that finds none of the trained layers `names`."""
+    for text in patterns:
+        if not any(re.search(text.rpartition("=")[0], name) for name in names):
+            raise UserError(f"{flag} {text!r} finds none of the trained layers, e.g. {next(iter(names))}")
 
 
 def merge_lora(model: nn.Module, deltas: Deltas, strength: float = 1.0) -> None:

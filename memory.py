@@ -167,7 +167,7 @@ def plan_memory(
     linears = quantisable(denoiser).values()
     saved = {base: sum(m.weight.nbytes - packed_bytes(m, base) for m in linears) for base in PACKED_BASES}
     adapter = add_lora(denoiser, lora, denoiser.unused, dtype=DTYPES[memory.precision])
-    trained = adapter.flat.numel() * bytes_per_trained(memory.optimizer, DTYPES[memory.precision])
+    trained = adapter.flat.numel() * bytes_per_trained(memory.optimizer, DTYPES[memory.precision], lora.copies_weights)
     speed_up(denoiser, stand_in_kernel, torch.device("meta"))
     text = text_shapes(denoiser, workload.batch, most_chunks(75 * workload.chunks))
     fixed = {base: unpacked - saved.get(base, 0) + trained for base in possible_bases(memory, device)}

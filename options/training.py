@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 ATTENTION = r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$|\.self_attn\.(q|k|v|out)_proj$"
 EVERYTHING = ATTENTION + r"|\.ff\.net\.(0\.proj|2)$|\.proj_(in|out)$|\.mlp\.fc[12]$"
-TARGETS = {"attention": ATTENTION, "all": EVERYTHING}
+# B-LoRA (Frenkel et al. 2024, arXiv:2403.14572): one picture's style and content are learned apart, by attention alone.
+ATTENTION_IN = r"^unet\.up_blocks\.0\.attentions\.{}\..*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$"
+UNET_ONLY = {"style": ATTENTION_IN.format(1), "content": ATTENTION_IN.format(0)}
+TARGETS = {"attention": ATTENTION, "all": EVERYTHING, **UNET_ONLY}
 UNPACKED = ("fp16", "bf16", "fp32")
 
 
@@ -30,16 +33,47 @@ def is_name(text: str) -> bool:
     return bool(re.fullmatch(r"\w[\w .+-]*", text)) and len(text.encode()) <= 150
 
 
+def read_pattern(flag: str, text: str) -> tuple[str, float]:
+    """'REGEX=NUMBER' -> (regex, number). Raises UserError if it is none, or the number is not above 0."""
+    regex, _, number = text.rpartition("=")
+    try:
+        re.compile(regex)
+        value = float(number)
+    except (re.error, ValueError) as error:
+        raise UserError(f"{flag} {text!r} is not of the form REGEX=NUMBER: {error}") from None
+    if not regex or not 0 < value < math.inf:
+        raise UserError(f"{flag} {text!r}: a regular expression stands before the =, and a number above 0 after it")
+    return regex, value
+
+
+def first_match(flag: str, patterns: tuple[str, ...], name: str, otherwise: float) -> float:
+    """The number of the first pattern that is found in `name`."""
+    return next((n for regex, n in (read_pattern(flag, text) for text in patterns) if re.search(regex, name)), otherwise)
+
+
 @dataclass(frozen=True)
 class LoRAConfig(Options):
     rank: int = option(8, at_least=1, resume="fixed")
     """Rank r of every ΔW."""
+    rank_pattern: tuple[str, ...] = option((), resume="fixed")
+    """Another rank for the layers whose path a regular expression finds, as attn2=32 or 'up_blocks.*attn1=4'. Of several the
+    first that finds a layer counts; --alpha is the same everywhere."""
     alpha: float | None = option(None, above=0, resume="fixed")
     """Scale α: ΔW = (α/r)·B·A. None: equal to --rank."""
+    rank_stabilised: bool = option(False, resume="fixed")
+    """ΔW = (α/√r)·B·A, so that a higher rank needs no other learning rate (rsLoRA, arXiv:2312.03732). Needs --alpha."""
     targets: str = option("attention", resume="fixed")
-    """Linear layers to train: 'attention', 'all' (attention, feed-forward, projections) or a regular expression."""
+    """Linear layers to train: 'attention', 'all' (attention, feed-forward, projections), 'style' or 'content' (attention in the
+    block of the U-Net that holds it, as B-LoRA; none in the text encoders), or a regular expression."""
     train_text_encoder: bool = option(True, resume="fixed")
     """Add LoRA to both text encoders, too."""
+    lora_plus: float | None = option(None, above=0)
+    """Learning rate of B as a multiple of A's, which is --lr: e.g. 16 (LoRA+, arXiv:2402.12354). None: the same."""
+    lr_pattern: tuple[str, ...] = option(())
+    """Another learning rate for the layers whose path a regular expression finds, as a multiple: attn2=0.5. Of several the
+    first that finds a layer counts."""
+    max_norm: float | None = option(None, above=0)
+    """Largest Frobenius norm of any ΔW; after a step that exceeds it, A and B of the layer shrink, e.g. 1. None: no limit."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,10 +81,30 @@ class LoRAConfig(Options):
             re.compile(self.pattern)
         except re.error as error:
             raise UserError(f"--targets {self.targets!r} is neither a preset nor a regular expression: {error}") from None
+        if self.rank_stabilised and self.alpha is None:
+            raise UserError("--rank-stabilised needs --alpha: one that followed the rank would undo it")
+        for text in self.rank_pattern:
+            if not read_pattern("--rank-pattern", text)[1].is_integer():
+                raise UserError(f"--rank-pattern {text!r}: a rank is a whole number")
+        for text in self.lr_pattern:
+            read_pattern("--lr-pattern", text)
 
     @property
     def resolved_alpha(self) -> float:
         return float(self.rank if self.alpha is None else self.alpha)
+
+    @property
+    def copies_weights(self) -> bool:
+        """Whether a step needs room for a copy of A and B: see run/optimiser.py."""
+        return bool(self.lora_plus or self.lr_pattern or self.max_norm)
+
+    def rank_of(self, name: str) -> int:
+        """Of the layer with this path."""
+        return int(first_match("--rank-pattern", self.rank_pattern, name, self.rank))
+
+    def stored_alpha(self, rank: int) -> float:
+        """What a layer of this rank and its file have as α, whose ΔW is (α/r)·B·A for every reader."""
+        return self.resolved_alpha * (math.sqrt(rank) if self.rank_stabilised else 1)
 
     @property
     def pattern(self) -> str:
@@ -378,8 +432,10 @@ class TrainConfig(Options):
     def resolved(self, device: "torch.device") -> "TrainConfig":
         """With values for alpha, learning rates and precision, which are saved with the run. Raises UserError."""
         lora, optimiser = replace(self.lora, alpha=self.lora.resolved_alpha), self.optimiser.resolved(self.model)
-        if self.optimiser.text_encoder_lr not in (None, optimiser.lr) and not self.lora.train_text_encoder:
-            raise UserError("--text-encoder-lr does nothing with --no-train-text-encoder")
+        cause = f"--targets {self.lora.targets}" if self.lora.targets in UNET_ONLY else "--no-train-text-encoder"
+        lora = replace(lora, train_text_encoder=lora.train_text_encoder and lora.targets not in UNET_ONLY)
+        if self.optimiser.text_encoder_lr not in (None, optimiser.lr) and not lora.train_text_encoder:
+            raise UserError(f"--text-encoder-lr does nothing with {cause}")
         return replace(self, lora=lora, optimiser=optimiser, memory=self.memory.resolved(device))
 
     def in_steps(self, epoch: int, processes: int) -> "TrainConfig":

@@ -123,9 +123,11 @@ def update_scale(scaler: torch.amp.GradScaler, loss: Tensor) -> None:
     scaler.update(torch.where(loss.isfinite(), scaler.scale(one), scale_before))
 
 
-def bytes_per_trained(optimizer: str, dtype: torch.dtype) -> int:
-    """Bytes of memory per trained parameter, for everything but activations. `dtype`: of the base and the activations."""
+def bytes_per_trained(optimizer: str, dtype: torch.dtype, copied: bool = False) -> int:
+    """Bytes of memory per trained parameter, for everything but activations. `dtype`: of the base and the activations;
+    `copied`: a step copies the weights.
+    """
     parameter, gradient = 4, 4  # float32
     low_precision = dtype.itemsize  # the copy that the layers compute with, see lora.Adapter
     states = 2 + 10 if optimizer == "adamw8bit" else 8  # 10: while it steps, 6 for the backups and 4 for a selected result
-    return parameter + gradient + low_precision + states
+    return parameter + gradient + low_precision + states + (parameter if copied else 0)

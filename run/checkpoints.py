@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ from lora import Adapter
 from lora_files.read import read_metadata
 from lora_files.write import check_written, serialise
 from memory import DTYPES
-from options.training import CheckpointConfig
+from options.training import CheckpointConfig, LoRAConfig
 from run.ending import Ending, RunFailed
 from run.header import file_stem, step_header
 from run.optimiser import Optimiser
@@ -68,7 +69,7 @@ class Checkpoints:
     """Saves and resumes one run. What the disk refuses to store is reported once, and tried again at the next save."""
 
     def __init__(
-        self, config: CheckpointConfig, flags: dict[str, object], policies: dict[str, Resume], source: Source, ranks: Ranks,
+        self, config: CheckpointConfig, flags: dict[str, Any], policies: dict[str, Resume], source: Source, ranks: Ranks,
         adapter: Adapter, shapes: dict[str, torch.Size], optimiser: Optimiser, header: Callable[[], dict[str, str]],
     ):  # fmt: skip
         """`flags`: {name: value} of every option, and `policies` what each means on resume (common/options.py); `shapes`:
@@ -106,7 +107,7 @@ class Checkpoints:
         if self.config.resume != "auto" or self.config.resume_override or "made" not in state:
             return False
         flags, step = state["made"]["flags"], state["run"]["step"]
-        changes = {name for name in changed(flags, self.made["flags"]) if self.policies[name] != "free"}
+        changes = {name for name in changed(asdict(LoRAConfig()) | flags, self.made["flags"]) if self.policies[name] != "free"}
         return step >= flags["steps"] and bool(changes) and ("data" in changes or step >= self.made["flags"]["steps"])
 
     def nothing_to_do(self, run: Run) -> Ending:
@@ -220,7 +221,8 @@ class Checkpoints:
         """
         if not {"lora", "layers", "optimizer", "scaler", "run", "made"} <= state.keys():
             raise UserError(f"--resume {path}: this is no state of train_lora.py")
-        flags = changed(state["made"]["flags"], self.made["flags"], "--")
+        before = asdict(LoRAConfig()) | state["made"]["flags"]  # of a state that knows less, as it was then
+        flags = changed(before, self.made["flags"], "--")
         beyond = changed(state["made"]["beyond"], self.made["beyond"])
         fixed = [change for name, change in flags.items() if self.policies[name] == "fixed"]
         if not fixed and state["layers"] != list(self.adapter.modules):

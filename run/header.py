@@ -28,7 +28,7 @@ def run_header(flags: dict[str, Any], source: Source, prediction_type: str, prom
     given = {key: flags.get(key) for key in ("author", "description", "license")} | {"trigger_phrase": flags.get("trigger")}
     header = {f"modelspec.{key}": str(value) for key, value in given.items() if value} | {
         "ss_network_dim": str(flags["rank"]),
-        "ss_network_alpha": str(flags["alpha"]),
+        "ss_network_alpha": str(flags["alpha"] * (flags["rank"] ** 0.5 if flags.get("rank_stabilised") else 1)),
         "ss_network_args": json.dumps({"targets": flags["targets"]}),
         "ss_resolution": f"({side}, {side})",
         "ss_num_train_images": str(source.samples),

@@ -1,16 +1,18 @@
-"""The optimiser step: learning rates, gradient clipping, the loss scale of fp16."""
+"""The optimiser step: learning rates, gradient clipping, the loss scale of fp16, a limit of the norms."""
 
 import math
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora import Adapter
-from options.training import OptimiserConfig
-from performance.adamw8bit import make_optimizer, pad_state, update_scale
+from lora import Adapter, padded_size, stacked
+from options.training import LoRAConfig, OptimiserConfig, first_match
+from performance.adamw8bit import STATE_BLOCK, make_optimizer, pad_state, update_scale
 
 MAX_GRAD_NORM = 1.0
 
@@ -26,11 +28,20 @@ def lr_factor(step: int, steps: int, config: OptimiserConfig) -> float:
 class Optimiser:
     """Updates an adapter from its gradient. `step` does not wait for the device."""
 
-    def __init__(self, config: OptimiserConfig, kind: str, adapter: Adapter, steps: int, dtype: torch.dtype):
-        """`config` is resolved; `kind`: --optimizer; `steps`: of the run. The loss is scaled if `dtype` is float16."""
+    def __init__(
+        self, config: OptimiserConfig, lora: LoRAConfig, kind: str, adapter: Adapter, steps: int, dtype: torch.dtype
+    ):  # fmt: skip
+        """`config` is resolved; `lora`: what `adapter` was made by; `kind`: --optimizer; `steps`: of the run. The loss is
+        scaled if `dtype` is float16.
+        """
         self.config, self.kind, self.adapter, self.steps = config, kind, adapter, steps
         self.rates: dict[str, Any] = {"unet": config.lr, "text_encoder": config.text_encoder_lr}
         self.optimizer = make_optimizer(kind, [{"name": name, "params": [p]} for name, p in adapter.groups.items()])
+        self.of_B = f", of B {lora.lora_plus:g} times as much" if lora.lora_plus else ""
+        self.at_their_rates: Callable[[], AbstractContextManager] = nullcontext
+        if lora.lora_plus or lora.lr_pattern:
+            self.at_their_rates = PartRates(adapter, lora)
+        self.limits = [NormLimit(adapter, lora.max_norm)] if lora.max_norm else []
         self.scaler = torch.amp.GradScaler(adapter.flat.device.type, enabled=dtype == torch.float16)
 
     def set_learning_rates(self, step: int) -> None:
@@ -65,7 +76,10 @@ class Optimiser:
         # Both optimisers skip the update where `found_inf` is 1. In fp16 the scaler replaces it by its own; otherwise the
         # scaler is disabled, and this one counts.
         self.optimizer.found_inf = (~norms.isfinite()).any().float()  # type: ignore[attr-defined]
-        self.scaler.step(self.optimizer)
+        with self.at_their_rates():
+            self.scaler.step(self.optimizer)
+        for limit in self.limits:
+            limit()
         update_scale(self.scaler, loss)
         self.adapter.update_layers()
         return norms
@@ -93,4 +107,71 @@ class Optimiser:
 
     def __str__(self) -> str:
         text = f", text encoders {self.rates['text_encoder']:g}" if "text_encoder" in self.adapter.groups else ""
-        return f"{self.kind}, learning rate {self.rates['unet']:g}{text}"
+        return f"{self.kind}, learning rate {self.rates['unet']:g}{text}{self.of_B}"
+
+
+# What may be done to a step beside AdamW: on the device, to the whole buffer at once, without a state.
+
+
+def by_block(adapter: Adapter, values: list[tuple[float, float]], dtype: torch.dtype) -> Tensor:
+    """(value for A, value for B) of every layer -> that of each STATE_BLOCK of `adapter.flat`, none of which holds two of them,
+    [blocks, 1].
+    """
+    factors = [factor for A, B, _ in adapter.deltas.values() for factor in (A, B)]
+    counts = torch.tensor([padded_size(factor.numel()) // STATE_BLOCK for factor in factors])
+    flat = torch.tensor([value for pair in values for value in pair], dtype=dtype)
+    return flat.repeat_interleave(counts)[:, None].to(adapter.flat.device)
+
+
+class PartRates:
+    """Learning rates of single layers (--lr-pattern), and of every B (--lora-plus), as multiples of those of their group.
+
+    AdamW's change is proportional to its learning rate, weight decay included: inside this context every weight is changed by
+    the rate of its group, and at its end it is moved along the same line by its own. So the order of the buffer, the states and
+    the weights with a multiple of 1 are bit for bit those of a run without. Costs a copy of the weights meanwhile.
+    """
+
+    def __init__(self, adapter: Adapter, config: LoRAConfig):
+        rates = [first_match("--lr-pattern", config.lr_pattern, name, 1.0) for name in adapter.deltas]
+        self.blocks = adapter.flat.view(-1, STATE_BLOCK)
+        self.multiples = by_block(adapter, [(rate, rate * (config.lora_plus or 1.0)) for rate in rates], torch.float32)
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        before = self.blocks.clone()
+        yield
+        torch.lerp(before, self.blocks, self.multiples, out=self.blocks)
+
+
+class NormLimit:
+    """After a step: every ΔW is at most so large (--max-norm; Frobenius norm). B and A shrink alike, as kohya's
+    scale_weight_norms; a layer within the limit keeps its bits.
+
+    ‖B·A‖² is the sum of BᵀB ∘ AAᵀ, r × r each, for all layers of a shape at once. Costs a copy of those meanwhile.
+    """
+
+    def __init__(self, adapter: Adapter, largest: float):
+        shapes = defaultdict(list)
+        for name, (A, B, alpha) in adapter.deltas.items():
+            shapes[A.shape, B.shape, alpha].append(name)
+        self.largest, self.blocks = largest, adapter.flat.view(-1, STATE_BLOCK)
+        self.alike = []
+        for ((rank, _), _, alpha), names in shapes.items():
+            layers = [adapter.deltas[name] for name in names]
+            self.alike.append((abs(alpha) / rank, [A for A, _, _ in layers], [B for _, B, _ in layers]))
+        numbers = {name: i for i, name in enumerate(name for names in shapes.values() for name in names)}
+        self.layers = by_block(adapter, [(numbers[name],) * 2 for name in adapter.deltas], torch.int64)
+
+    def norms(self) -> Tensor:
+        """‖ΔW‖ of every layer, [layers] float32 on the device, in the order of `alike`."""
+        found = []
+        for scale, As, Bs in self.alike:
+            A, B = stacked(As), stacked(Bs)
+            square = ((B.mT @ B) * (A @ A.mT)).sum((1, 2))
+            found.append(scale * square.clamp(min=0).sqrt())
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        shrink = (self.largest / self.norms()).clamp(max=1).sqrt()
+        self.blocks.mul_(shrink[self.layers])

@@ -90,13 +90,14 @@ class Report:
         total, trained, layers = self.model.parameter_count, self.adapter.parameter_count, len(self.adapter.modules)
         processes, samples = self.ranks.world, self.samples_per_step
         epochs, once = self.steps * samples / source.epoch, source.epoch / samples
+        ranks = ", ".join([str(flags["rank"]), *flags["rank_pattern"]])
         launching = "every kernel launched" if self.graphed.eager else "CUDA graph"
         return {
             "resume": checkpoints.resumed,
             "model": f"{flags['model']}: U-Net and text encoders {total:,} parameters, frozen; {stream.resolution} px",
             "merged": lineage.merged,
             "predicts": self.model.predicts,
-            "LoRA": f"rank {flags['rank']} on {layers} layers, {trained:,} parameters trained: {100 * trained / total:.2f} %",
+            "LoRA": f"rank {ranks} on {layers} layers, {trained:,} parameters trained: {100 * trained / total:.2f} %",
             "goes on": lineage.begun,
             "data": "\ndata       ".join([source.account(), *source.left_out()]),
             "caption": textwrap.shorten(stream.example(), 150, placeholder=" …"),

@@ -96,7 +96,7 @@ def files_of(path: Path) -> list[Path]:
 def come_alive(subject: Subject, linear: Deltas) -> Adapter:
     """Layers for a LoRA such as this one, whose A and B get gradients."""
     widest, alpha = max((len(A), alpha) for A, _, alpha in linear.values())
-    config = LoRAConfig(widest, alpha, f"^({'|'.join(map(re.escape, linear))})$")
+    config = LoRAConfig(rank=widest, alpha=alpha, targets=f"^({'|'.join(map(re.escape, linear))})$")
     adapter = add_lora(subject.denoiser, config, dtype=subject.denoiser.unet.dtype)
     if subject.device.type == "cuda":  # a third slower, but 1024 × 1024 pixels take little more than the model
         checkpoint_blocks(subject.denoiser, block_names(subject.denoiser))

@@ -48,7 +48,8 @@ VALUES: dict[str, dict[str, Any]] = {  # option here: {their value: the value he
     "base_precision": {"True": "int8", "False": "auto"},
     "no_train_text_encoder": {"True": False, "False": True},
 }
-ZERO_IS_OFF = ("input_perturbation", "save_every", "sample_every", "keep", "text_encoder_lr", "steps", "epochs")
+ZERO_IS_OFF = ("input_perturbation", "save_every", "sample_every", "keep", "text_encoder_lr", "steps", "epochs", "lora_plus",
+               "max_norm")  # fmt: skip
 OBJECTIVE = {  # option here: their keys that it replaces
     "timesteps": ("min_timestep", "max_timestep"), "loss": ("loss_type", "huber_c", "huber_schedule"),
     "weighting": ("min_snr_gamma", "debiased_estimation_loss"),

@@ -25,7 +25,7 @@ def make_adapter(widths: list[tuple[int, int]], rank: int) -> Adapter:
 
 
 def make_optimiser(adapter: Adapter, kind: str = "adamw8bit") -> Optimiser:
-    return Optimiser(OptimiserConfig(lr=LR, text_encoder_lr=LR), kind, adapter, STEPS, torch.float32)
+    return Optimiser(OptimiserConfig(lr=LR, text_encoder_lr=LR), LoRAConfig(), kind, adapter, STEPS, torch.float32)
 
 
 def factors(adapter: Adapter) -> list[torch.Tensor]:

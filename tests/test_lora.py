@@ -188,6 +188,8 @@ def test_bad_options_name_their_flag(options, flag):
         ({}, 732, 14_774_272),
         ({"train_text_encoder": False, "targets": "all"}, 722, 21_278_720),
         ({"targets": "all"}, 980, 28_393_472),
+        ({"targets": "style"}, 80, 1_761_280),
+        ({"targets": "content"}, 80, 1_761_280),
     ],
 )
 def test_counts_on_the_real_architecture(sdxl_meta, options, layers, parameters):

@@ -284,6 +284,8 @@ def test_another_optimizer_and_another_layer_keep_what_is_theirs(script, tmp_pat
         ({"unet_lr": 1e-4, "learning_rate": 2e-4, "text_encoder_lr": 3e-4}, {"lr": 1e-4, "text_encoder_lr": 3e-4}, ""),
         ({"learning_rate": 2e-4, "text_encoder_lr": "0.0"}, {"lr": 2e-4, "train_text_encoder": False}, "text_encoder_lr: off"),
         ({"keep_tokens": 2}, {}, "--keep-tags: 2: does nothing here without --shuffle-tags"),
+        ({"scale_weight_norms": 2.5, "loraplus_lr_ratio": 0}, {"max_norm": 2.5}, "loraplus_lr_ratio: off"),
+        ({"scale_weight_norms": 0, "block_dims": "4,8"}, {}, "block_dims: '4,8': ranks of single blocks are --rank-pattern"),
         ({"learning_rate": "fast"}, {}, "learning_rate: 'fast': not here"),
         ({"resolution": "1024"}, {"resolution": 1024}, ""),
         ({"epoch": 10, "max_train_steps": 0, "save_every_n_epochs": 1}, {"epochs": 10.0, "save_every": "1epochs"}, ""),

@@ -453,6 +453,17 @@ def test_other_options_train(train, tmp_path):
     assert {re.search(r"attn2_to_[kv]", key) is None for key in weights(tmp_path / "b", 2)} == {False}
 
 
+@pytest.mark.parametrize(("targets", "block"), [("style", 1), ("content", 0)])
+def test_one_block_of_the_unet(train, tmp_path, targets, block):
+    """B-LoRA's, under kohya's name of it; and the text encoders are taken as they are."""
+    train("--steps", 1, "--targets", targets)
+    keys = weights(tmp_path / "out", 1).keys()
+    layers = {re.fullmatch(rf"lora_unet_output_blocks_{block}_1_.*_(attn[12]_to_(?:q|k|v|out_0))\..*", key)[1] for key in keys}
+    assert layers == {f"attn{n}_to_{layer}" for n in (1, 2) for layer in ("q", "k", "v", "out_0")}
+    header = read_metadata(tmp_path / "out/pytorch_lora_weights_1.safetensors")
+    assert json.loads(header["sdxl_lora.config"])["train_text_encoder"] is False
+
+
 @pytest.mark.parametrize("base", ["int8", "nf4"])
 def test_a_lora_trained_on_a_quantised_base_merges_into_the_original(train, script, tiny_model, tmp_path, base):
     out, _ = train("--steps", 2, "--base-precision", base, "--targets", "all")
@@ -965,6 +976,7 @@ def test_a_gpu_that_fills_up_computes_its_steps_in_halves(train, tmp_path, monke
         (["--lr", -1e-4], "--lr must be at least 0, not -0.0001"),
         (["--text-encoder-lr", "nan"], "--text-encoder-lr must be at least 0, not nan"),
         (["--text-encoder-lr", 1e-5, "--no-train-text-encoder"], "--text-encoder-lr does nothing with --no-train-text-encoder"),
+        (["--text-encoder-lr", 1e-5, "--targets", "style"], "--text-encoder-lr does nothing with --targets style"),
         (["--warmup", 9, "--steps", 8], "--warmup 9 is longer than --steps 8"),
         (["--pictures", "--prompts", "/nowhere/prompts.txt"], "--prompts /nowhere/prompts.txt: no such file"),
         (["--targets", "no_such_layer"], "--targets 'no_such_layer' matches none"),
