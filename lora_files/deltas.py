@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from lora_files.kinds import Delta, Difference, is_difference
+from lora_files.kinds import Delta, Difference, fits_weight
 
 Deltas = dict[str, Delta]
 Changes = Mapping[str, Delta | Difference]
@@ -46,8 +46,8 @@ def check_fit(model: nn.Module, deltas: Changes) -> dict[str, Tensor]:
     wrong = []
     for name, delta in deltas.items():
         if not isinstance(delta, tuple):
-            if name not in weights or not is_difference(delta, weights[name].shape):
-                wrong.append(f"{name} of another kind")
+            if name not in weights or not fits_weight(delta, weights[name].shape):
+                wrong.append(f"{name} of {type(delta).__name__}")
             continue
         A, B, _ = delta
         ranks_match = min(A.ndim, B.ndim) > 1 and B[0].numel() == len(A)

@@ -102,10 +102,10 @@ Alpha = Callable[[int | None], float]
 """The rank -> α; None, for a module that does not show its rank -> α/r."""
 
 
-def is_difference(delta: Delta | Difference, shape: torch.Size) -> bool:
-    """Whether a `Difference` fits a weight of `shape`."""
+def fits_weight(delta: Difference, shape: torch.Size) -> bool:
+    """Whether ΔW can be computed for a weight of `shape`."""
     try:
-        return not isinstance(delta, tuple) and delta.of(torch.empty(shape, device="meta")).shape == shape
+        return delta.of(torch.empty(shape, device="meta")).shape == shape
     except RuntimeError:
         return False
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from common.errors import UserError, printable, warn
 from common.safetensors_files import check_dtypes, read_header
 from lora_files.deltas import Changes, Deltas
-from lora_files.kinds import MAGNITUDES, Delta, Difference, delta_of, is_difference
+from lora_files.kinds import MAGNITUDES, Delta, Difference, delta_of, fits_weight
 from lora_files.names import kohya_name
 
 MAX_HEADER = 16 * 2**20  # bytes; a LoRA on every layer of SDXL has 0.4 MB. A million keys would take a minute to read
@@ -250,7 +250,7 @@ class Contents:
     parts: dict[str, dict[str, Tensor]]
     """{stem: {part: tensor}}, from `group_by_stem`."""
     places: dict[str, str]
-    """{stem: module path} of the stems that fit a layer; an unsupported kind of adapter fits if its name does."""
+    """{stem: module path} of the stems that fit a layer; a kind of adapter that is not read fits if its name does."""
     deltas: Deltas
     """Of the stems that are plain A and B and fit. α may be NaN or infinite."""
     others: dict[str, Delta | Difference]
@@ -326,7 +326,7 @@ def fitting(
             raise ValueError("lack A or B" if name in ("down", "up") else f"lack {name}") from None
         except RuntimeError:
             continue
-        if fits(*delta[:2], shapes[layer]) if isinstance(delta, tuple) else is_difference(delta, shapes[layer]):
+        if fits(*delta[:2], shapes[layer]) if isinstance(delta, tuple) else fits_weight(delta, shapes[layer]):
             return layer, delta
     raise ValueError("have other shapes than their layer")
 

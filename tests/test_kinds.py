@@ -26,6 +26,8 @@ from lora_files.read import read_changes, read_lora
 from model.checkpoint import checkpoint_of
 from model.load import load_sdxl
 from model.sdxl import Denoiser
+from options.training import LineageConfig
+from run.lineage import Lineage
 
 LINEAR = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 CONV = "unet.mid_block.resnets.0.conv1"
@@ -268,9 +270,23 @@ def test_converted_to_the_nearest_lora_of_a_rank(script, plain, tiny_model, tmp_
         assert float(told[1]) == pytest.approx(100 * math.sqrt(lost / total), abs=0.006)
 
 
-def test_training_wants_a_plain_lora(plain, tmp_path):
-    path = tmp_path / "x.safetensors"
+def test_infer_draws_with_it_and_a_base_lora_is_merged(script, plain, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_file(trained(plain, "LoHa", weight_decompose=True), tmp_path / "x.safetensors")
+    drawing = ["--prompts", "a", "--steps", 1, "--scale", 0.5, "--model", tiny_model, "--device", "cpu"]
+    script("infer.py", "--lora", "x.safetensors", *drawing, "--save-merged", "merged")
+    found = Denoiser(load_sdxl("merged", torch.float32, torch.device("cpu"))).state_dict()
+    pipe = load_sdxl(str(tiny_model), torch.float32, torch.device("cpu"))
+    Lineage(LineageConfig(base_lora=("x.safetensors:0.5",)), pipe).merge(has_text=False)
+    merge_lora(plain, read_changes(tmp_path / "x.safetensors", parameter_shapes(plain)), 0.5)
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(found[name], tensor), name
+        assert torch.equal(Denoiser(pipe).state_dict()[name], tensor), name
+
+
+def test_training_wants_a_plain_lora(plain, tiny_model, tmp_path):
+    path, plain_pipe = tmp_path / "x.safetensors", load_sdxl(str(tiny_model), torch.float32, torch.device("cpu"))
     for algorithm, options, name in [("LoHa", {}, "LoHa"), ("LoKr", {}, "LoKr"), ("LoCon", {"weight_decompose": True}, "DoRA")]:
         save_file(trained(plain, algorithm, **options), path)
         with pytest.raises(UserError, match=rf"x\.safetensors is {name}, and .*: scripts/convert_lora\.py makes one of it$"):
-            read_lora(path, parameter_shapes(plain))
+            Lineage(LineageConfig(init_lora=path), plain_pipe)
