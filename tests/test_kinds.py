@@ -270,6 +270,30 @@ def test_converted_to_the_nearest_lora_of_a_rank(script, plain, tiny_model, tmp_
         assert float(told[1]) == pytest.approx(100 * math.sqrt(lost / total), abs=0.006)
 
 
+def test_differences_of_layers_are_converted_and_the_rest_is_told(script, plain, tiny_model, tmp_path):
+    """A layer with a difference and a LoRA gets the sum of both."""
+    tensors = {f"{kohya_name(path)}.diff": torch.randn(plain.get_submodule(path).weight.shape) for path in (LINEAR, CONV)}
+    both = trained(plain, "LoCon", (LINEAR,))
+    norm = {f"{kohya_name('unet.mid_block.resnets.0.norm1')}.w_norm": torch.randn(64)}
+    save_file(tensors | both | norm, tmp_path / "x.safetensors")
+    flags = ["--rank", 1000, "--save-dtype", "fp32", "--model", tiny_model]
+    printed, _ = script("scripts/convert_lora.py", tmp_path / "x.safetensors", tmp_path / "out.safetensors", *flags)
+    assert "left out: 1 additions to norms or biases" in printed
+    assert "2 layers were no plain A and B: of rank 1000 or less now, with a relative error of 0.00%" in printed
+    wanted, found = dict(tensors), read_lora(tmp_path / "out.safetensors", parameter_shapes(plain))
+    (lora,) = read_lora_of(both, tmp_path, plain).values()
+    wanted[f"{kohya_name(LINEAR)}.diff"] = apply(wanted[f"{kohya_name(LINEAR)}.diff"], lora)
+    assert found.keys() == {LINEAR, CONV}
+    for path, delta in found.items():
+        change = wanted[f"{kohya_name(path)}.diff"]
+        torch.testing.assert_close(apply(torch.zeros_like(change), delta), change, rtol=1e-4, atol=1e-4)
+
+
+def read_lora_of(tensors: dict[str, torch.Tensor], folder, model: nn.Module):
+    save_file(tensors, folder / "part.safetensors")
+    return read_lora(folder / "part.safetensors", parameter_shapes(model))
+
+
 def test_infer_draws_with_it_and_a_base_lora_is_merged(script, plain, tiny_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_file(trained(plain, "LoHa", weight_decompose=True), tmp_path / "x.safetensors")
