@@ -112,15 +112,17 @@ def test_what_lycoris_trains_is_what_it_computes(tmp_path, case, strength):
 @many
 @given(case=lycoris(), data=st.data())
 def test_a_damaged_file_is_one_line(tmp_path, case, data):
-    """A part that is missing, empty, too long, of integers or unknown."""
+    """A part that is missing, empty, cut, too long, of integers or unknown."""
     path, layer, module = case
     tensors = written(module, path)
     key = data.draw(st.sampled_from(sorted(key for key in tensors if not key.endswith(".alpha"))))
-    damage = data.draw(st.sampled_from(["missing", "empty", "longer", "integers", "unknown", "renamed"]))
+    damage = data.draw(st.sampled_from(["missing", "empty", "first", "longer", "integers", "unknown", "renamed"]))
     tensor = tensors.pop(key)
+    assume(damage != "first" or len(tensor) > 1)
     if damage != "missing":
         tensors |= {
             "empty": {key: tensor[:0]},
+            "first": {key: tensor[:1].clone()},
             "longer": {key: torch.cat([tensor, tensor, tensor]).contiguous()},
             "integers": {key: tensor.int()},
             "unknown": {key: tensor, f"{kohya_name(path)}.hada_w3_a": tensor.clone()},
@@ -132,6 +134,15 @@ def test_a_damaged_file_is_one_line(tmp_path, case, data):
         return
     with pytest.raises(UserError, match=rf"^{re.escape(str(tmp_path))}/x\.safetensors[^\n]*{kohya_name(path)}[^\n]*$"):
         read_changes(tmp_path / "x.safetensors", {path: layer.weight.shape})
+
+
+@pytest.mark.parametrize("part", ["hada_w1_a", "hada_w2_a"])
+def test_a_single_row_is_not_repeated(tmp_path, part):
+    tensors = written(LohaModule("x", nn.Linear(6, 8), 1.0, 2, 1.0), LINEAR)
+    tensors[f"{kohya_name(LINEAR)}.{part}"] = torch.ones(1, 2)
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="have other shapes than their layer"):
+        read_changes(tmp_path / "x.safetensors", {LINEAR: torch.Size((8, 6))})
 
 
 def test_differences_and_norms_of_lycoris(tmp_path):
