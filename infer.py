@@ -101,9 +101,9 @@ from PIL import Image
 from common.files import check_writable, write_atomically
 from common.sheets import grid, png_bytes, side_by_side, stack
 from lora import merge_loras
-from lora_files.deltas import Deltas, check_fit, parameter_shapes
+from lora_files.deltas import Changes, check_fit, parameter_shapes
 from lora_files.merge import write_pipeline
-from lora_files.read import newest_lora, read_lora, read_metadata, read_tensors, tensor_hash, trained_on, with_strength
+from lora_files.read import newest_lora, read_changes, read_metadata, read_tensors, tensor_hash, trained_on, with_strength
 from memory import DTYPES, resolve_device, speed_up
 from model.check import describe_model
 from model.load import Pipeline, load_sdxl, native_resolution
@@ -114,12 +114,12 @@ from model.vae import decode_latents
 from performance.attention import drawing_kernel
 
 
-def read_loras(config: InferConfig, files: list[tuple[Path, float]], denoiser: Denoiser) -> list[tuple[Deltas, float]]:
+def read_loras(config: InferConfig, files: list[tuple[Path, float]], denoiser: Denoiser) -> list[tuple[Changes, float]]:
     """(ΔW of the chosen parts, strength) of every LoRA. Raises UserError for a file that does not fit the model."""
     prefixes = tuple(PARTS[part] for part in config.lora_parts.split(","))
-    loras = []
+    loras: list[tuple[Changes, float]] = []
     for file, strength in files:
-        deltas = read_lora(file, parameter_shapes(denoiser))
+        deltas = read_changes(file, parameter_shapes(denoiser))
         chosen = {name: delta for name, delta in deltas.items() if name.startswith(prefixes)}
         print(f"LoRA {file}: {len(chosen)} of {len(deltas)} layers, strength {strength:g}")
         loras.append((chosen, strength))
@@ -161,7 +161,7 @@ def plan_table(
 
 
 def draw_table(
-    cells: list[list[Drawing]], pipe: Pipeline, model: str, files: list[tuple[Path, float]], loras: list[tuple[Deltas, float]],
+    cells: list[list[Drawing]], pipe: Pipeline, model: str, files: list[tuple[Path, float]], loras: list[tuple[Changes, float]],
     last: tuple[tuple[int, ...], float] | None,
 ) -> list[list[Image.Image]]:  # fmt: skip
     """The pictures, drawn one merged model after the other: merging costs nothing per step. Prints the seconds that each

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.seeds import seed_generator
-from lora_files.deltas import Deltas, add_deltas, check_fit
+from lora_files.deltas import Changes, Deltas, add_deltas, check_fit
 from options.training import LoRAConfig
 from performance.adamw8bit import STATE_BLOCK, spread
 from performance.fused import add_product, gate, gate_gradient, in_one_pass, layer_norm, layer_norm_gradient
@@ -409,14 +409,14 @@ def check_patterns(flag: str, patterns: Iterable[str], names: Iterable[str]) -> 
             raise UserError(f"{flag} {text!r} finds none of the trained layers, e.g. {next(iter(names))}")
 
 
-def merge_lora(model: nn.Module, deltas: Deltas, strength: float = 1.0) -> None:
+def merge_lora(model: nn.Module, deltas: Changes, strength: float = 1.0) -> None:
     """`merge_loras` of a single one."""
     merge_loras(model, [(deltas, strength)])
 
 
 @torch.no_grad()
-def merge_loras(model: nn.Module, loras: list[tuple[Deltas, float]]) -> None:
-    """W += strength · (α/r) · B · A of every (deltas, strength), in place: summed in float32, then cast once to the dtype of W.
+def merge_loras(model: nn.Module, loras: list[tuple[Changes, float]]) -> None:
+    """W += strength · ΔW of every (deltas, strength), in place: summed in float32, then cast once to the dtype of W.
 
     A convolution's W [out, in, kh, kw] is treated as [out, in·kh·kw]. Raises UserError, before any weight has changed, if
     the deltas do not fit the model; and if a sum is not finite.

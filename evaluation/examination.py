@@ -14,7 +14,7 @@ from evaluation.record import described, rounded
 from evaluation.subject import Subject
 from evaluation.tells import Album, diversity, largest_shares, predicted_noise
 from evaluation.validation import TRAINED, picture_of
-from lora_files.deltas import Deltas
+from lora_files.deltas import Changes
 from model.prompts import Prompt
 from model.text import tokenize
 
@@ -74,7 +74,7 @@ class Examination:
             "extras": {}, "files": {},
         }  # fmt: skip
 
-    def of_lora(self, record: Record, step: int, deltas: Deltas, strength: float = 1.0) -> list[Image.Image]:
+    def of_lora(self, record: Record, step: int, deltas: Changes, strength: float = 1.0) -> list[Image.Image]:
         """Measures a LoRA into `record`, under `step`. Returns its pictures; the model is the base again."""
         self.subject.merge(deltas, strength)
         self.judge.forget()

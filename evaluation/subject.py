@@ -15,7 +15,7 @@ from data import Stream
 from dataset.sources import Source
 from evaluation.validation import Losses, Probe, losses_of, make_probes, quiet_stream, unweighted
 from lora import merge_loras
-from lora_files.deltas import Deltas, check_fit
+from lora_files.deltas import Changes, check_fit
 from lora_files.read import read_metadata
 from memory import DTYPES, resolve_device, speed_up
 from model.load import load_sdxl, native_resolution
@@ -46,7 +46,7 @@ class Subject:
         self.weights: dict[str, torch.Tensor] = {}  # those that some LoRA has changed
         self.base: dict[str, torch.Tensor] = {}  # how they were, on the host
 
-    def merge(self, deltas: Deltas, strength: float = 1.0) -> None:
+    def merge(self, deltas: Changes, strength: float = 1.0) -> None:
         """The base, with this LoRA alone. Raises UserError if it does not fit."""
         with torch.no_grad():
             for name, weight in self.weights.items():

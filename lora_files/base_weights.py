@@ -102,11 +102,16 @@ def stored_weights(model: Path) -> Iterator[tuple[Path, str, Place, torch.Size]]
         raise UserError(f"{model} holds no layer of SDXL in Stability's layout (extract_lora.py reads a LoRA with --resize)")
 
 
-def model_shapes(model: str | None) -> dict[str, torch.Size]:
-    """{path: shape} of layers and parameters, as from `parameter_shapes`. None: SDXL base's architecture, without weights."""
+def model_parts(model: str | None) -> torch.nn.ModuleDict:
+    """U-Net and text encoders in float32. None: SDXL base's architecture, without weights."""
     if model is None:
         with torch.device("meta"):
             parts = base_architecture()
     else:
         parts = load_sdxl(model, torch.float32, torch.device("cpu")).components
-    return parameter_shapes(torch.nn.ModuleDict({name: parts[name] for name in COMPONENTS}))
+    return torch.nn.ModuleDict({name: parts[name] for name in COMPONENTS})
+
+
+def model_shapes(model: str | None) -> dict[str, torch.Size]:
+    """{path: shape} of layers and parameters of `model_parts`, as from `parameter_shapes`."""
+    return parameter_shapes(model_parts(model))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lora_files.names import diffusers_name
-from lora_files.read import A_OR_B_KEY, ADDITIONS, Contents, unsupported_kind
+from lora_files.read import A_OR_B_KEY, ADDITIONS, Contents, adapter_kind
 from model.checkpoint import sgm_path
 
 ADDED = "an addition to norms, biases or whole weights"
@@ -40,7 +40,7 @@ class LoraFile(Contents):
     def kinds(self) -> dict[str, str]:
         """{stem: kind of adapter} of the modules that are no plain LoRA."""
         added = {stem: ADDED for stem in self.modules if self.parts[stem].keys() - {"alpha"} <= ADDITIONS.keys()}
-        return added | {stem: kind for stem in self.modules if (kind := unsupported_kind(self.parts[stem]))}
+        return added | {stem: kind for stem in self.modules if (kind := adapter_kind(self.parts[stem]))}
 
     @cached_property
     def plain(self) -> dict[str, str]:

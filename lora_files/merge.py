@@ -16,7 +16,7 @@ from common.files import check_writable
 from common.progress import tqdm
 from common.safetensors_files import encode_header, read_header
 from lora_files.base_weights import STORED_DTYPES, places, stored_weights, weight_files
-from lora_files.deltas import Deltas, add_deltas
+from lora_files.deltas import Changes, add_deltas
 from model.checkpoint import checkpoint_of, with_text_model
 from model.load import Pipeline
 
@@ -49,7 +49,7 @@ def base_shapes(base: Path) -> dict[str, torch.Size]:
     return shapes
 
 
-def merge_files(base: Path, out: Path, loras: list[tuple[Deltas, float]], sources: list[dict]) -> None:
+def merge_files(base: Path, out: Path, loras: list[tuple[Changes, float]], sources: list[dict]) -> None:
     """Writes a copy of a folder or checkpoint with the LoRA added. `sources`: what the headers say about them."""
     files = weight_files(base)
     with written_whole(out) as part:

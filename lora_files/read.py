@@ -1,7 +1,7 @@
 """Reading LoRA files in every layout that other tools write, as `Deltas` with the paths of diffusers' modules.
 
 A key such as `lora_unet_input_blocks_4_1_proj_in.lora_down.weight` is a stem, the file's name for a module, and a part:
-"down" (A), "up" (B) or "alpha".
+"down" (A), "up" (B), "alpha", or a tensor of another kind of adapter by its own name.
 """
 
 import hashlib
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from common.errors import UserError, printable, warn
 from common.safetensors_files import check_dtypes, read_header
-from lora_files.deltas import Deltas
+from lora_files.deltas import Changes, Deltas
+from lora_files.kinds import MAGNITUDES, Delta, Difference, delta_of, fits_weight
 from lora_files.names import kohya_name
 
 MAX_HEADER = 16 * 2**20  # bytes; a LoRA on every layer of SDXL has 0.4 MB. A million keys would take a minute to read
@@ -151,15 +152,16 @@ LAYOUTS = [  # pattern in a key -> layout; the first that matches counts
     (r"\.lora_([AB]\.|magnitude)", "diffusers/PEFT"),
     (r"\.lora(_linear_layer)?\.(down|up)\.", "diffusers old (.lora.down)"),
 ]
-UNSUPPORTED = {  # pattern in a key -> kind of adapter that is not read
+OTHER_KINDS = {  # pattern in a key -> kind of adapter with tensors of its own; the first that matches counts
     r"\.(dora_scale|lora_magnitude_vector|magnitude)\b": "DoRA",
     r"\.lora_mid\b": "a LoCon with Tucker decomposition",
     r"\.hada_": "LoHa",
     r"\.lokr_": "LoKr",
+}
+UNSUPPORTED = {  # likewise, of those that are not read
     r"\.oft_": "OFT",
     r"\.[ab][12]\.weight$": "GLoRA",
     r"\.(on_input|ia3_l)\b": "IA3",
-    r"\.[wb]_norm$": "LyCORIS of norms (w_norm)",
     r"\.set_weight$": "whole weights (set_weight)",
     r"\.reshape_weight$": "a LoRA for weights of another shape (reshape_weight)",
     r"\.boft_": "BOFT",
@@ -169,7 +171,8 @@ UNSUPPORTED = {  # pattern in a key -> kind of adapter that is not read
     r"\.lora_[AB]\.\w+\.weight$": "a PEFT adapter with another name than default",
     r"bundle_emb": "a LoRA with embeddings in it",
 }
-ADDITIONS = {"diff": "weight", "diff_b": "bias"}  # part of ComfyUI's training node -> parameter that it is added to
+# Part of ComfyUI's training node, or of LyCORIS' full and norm -> parameter that it is added to.
+ADDITIONS = {"diff": "weight", "diff_b": "bias", "w_norm": "weight", "b_norm": "bias"}
 # Metadata about the bytes or the layout of a file: wrong in a file that is made from it.
 NOT_COPIED = ("lora_adapter_metadata", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "format")
 GENERATIONS = {768: "Stable Diffusion 1.5", 1024: "Stable Diffusion 2", 2048: "SDXL"}  # by the channels of the text
@@ -212,8 +215,7 @@ def layouts(keys: Iterable[str]) -> list[str]:
 
 
 def group_by_stem(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """{stem: {part: tensor}}. Parts: "down", "up", "alpha", "diff", "diff_b", and by their own names those of UNSUPPORTED
-    kinds.
+    """{stem: {part: tensor}}. Parts: "down", "up", "alpha", those of ADDITIONS, and by their own names those of other kinds.
 
     A key that is none of these becomes a stem without parts.
     """
@@ -226,15 +228,16 @@ def group_by_stem(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
             stem, part = key.removesuffix(".alpha"), "alpha"
         elif (ending := key.rpartition(".")[2]) in ADDITIONS:
             stem, part = key.removesuffix(f".{ending}"), ending
-        elif match := next(filter(None, (re.search(kind, key) for kind in UNSUPPORTED)), None):
+        elif match := next(filter(None, (re.search(kind, key) for kind in OTHER_KINDS | UNSUPPORTED)), None):
             stem, part = key[: match.start()] or key, key[match.start() :].removeprefix(".")
+            part = re.sub(r"^(lora_m\w+)(\.default)?\.weight$", r"\1", part)
         parts.setdefault(stem, {}).update({part: tensor} if part else {})
     return parts
 
 
-def unsupported_kind(parts: Iterable[str]) -> str | None:
-    """The kind of adapter that a module with these parts is; None: LoRA of plain A and B."""
-    return next((kind for pattern, kind in UNSUPPORTED.items() for part in parts if re.search(pattern, f".{part}")), None)
+def adapter_kind(parts: Iterable[str], kinds: dict[str, str] = OTHER_KINDS | UNSUPPORTED) -> str | None:
+    """Which of `kinds` of adapters a module with these parts is; None: of none of them, such as LoRA of plain A and B."""
+    return next((kind for pattern, kind in kinds.items() for part in parts if re.search(pattern, f".{part}")), None)
 
 
 @dataclass(frozen=True)
@@ -247,9 +250,11 @@ class Contents:
     parts: dict[str, dict[str, Tensor]]
     """{stem: {part: tensor}}, from `group_by_stem`."""
     places: dict[str, str]
-    """{stem: module path} of the stems that fit a layer; an unsupported kind of adapter fits if its name does."""
+    """{stem: module path} of the stems that fit a layer; a kind of adapter that is not read fits if its name does."""
     deltas: Deltas
     """Of the stems that are plain A and B and fit. α may be NaN or infinite."""
+    others: dict[str, Delta | Difference]
+    """By module path: of the stems that are of one of OTHER_KINDS and fit."""
     additions: Deltas
     """By parameter path: what is added to norms and biases, and to whole weights."""
     wrong: dict[str, list[str]]
@@ -272,41 +277,71 @@ def scan(path: Path, shapes: dict[str, torch.Size], read: Callable[[Path], dict[
     default_alpha = scaling_rules(path, metadata)
     places: dict[str, str] = {}
     deltas: Deltas = {}
+    others: dict[str, Delta | Difference] = {}
     additions: Deltas = {}
     wrong: dict[str, list[str]] = {}
     for stem, own in parts.items():
         candidates = modules.get(locate(stem), [])
         if not candidates:
             wrong.setdefault("match no layer", []).append(stem)
-        elif unsupported_kind(own):
+        elif adapter_kind(own, UNSUPPORTED):
             places[stem] = candidates[0]
-        elif not add_differences(own, candidates, shapes, additions):
-            wrong.setdefault("have other shapes than their layer", []).append(stem)
-        elif own.keys() & ADDITIONS.keys() and not own.keys() & {"down", "up"}:
-            places[stem] = candidates[0]
-        elif {"down", "up"} - own.keys():
-            wrong.setdefault("lack A or B", []).append(stem)
-        elif not (own["down"].is_floating_point() and own["up"].is_floating_point()):
-            wrong.setdefault("are of integers, which are no weights without their scales", []).append(stem)
-        elif (layer := next((m for m in candidates if m in shapes and fits(own["down"], own["up"], shapes[m])), None)) is None:
-            wrong.setdefault("have other shapes than their layer", []).append(stem)
-        elif layer in deltas:
-            wrong.setdefault("occur twice, under two names", []).append(stem)
         else:
-            down, up = (own[part].float() if own[part].element_size() == 1 else own[part] for part in ("down", "up"))  # float8
-            places[stem] = layer
-            deltas[layer] = (down, up, float(own["alpha"]) if "alpha" in own else default_alpha(layer, len(down)))
-    return Contents(path, metadata, tensors, parts, places, deltas, additions, wrong)
+            try:
+                add_differences(own, candidates, shapes, additions)
+                if own.keys() <= ADDITIONS.keys() | {"alpha"} and own.keys() & ADDITIONS.keys():
+                    places[stem] = candidates[0]
+                    continue
+                layer, delta = fitting(own, candidates, shapes, default_alpha)
+                if layer in deltas or layer in others:
+                    raise ValueError("occur twice, under two names")
+                places[stem] = layer
+                if isinstance(delta, tuple) and not adapter_kind(own):
+                    deltas[layer] = delta
+                else:
+                    others[layer] = delta
+            except ValueError as problem:
+                wrong.setdefault(str(problem), []).append(stem)
+    return Contents(path, metadata, tensors, parts, places, deltas, others, additions, wrong)
 
 
-def add_differences(own: dict[str, Tensor], modules: list[str], shapes: dict[str, torch.Size], additions: Deltas) -> bool:
-    """Puts the parts of a stem that are added to a parameter of one of `modules` into `additions`. Returns whether all fit."""
+def fitting(
+    own: dict[str, Tensor], modules: list[str], shapes: dict[str, torch.Size], default_alpha: Callable[[str, int | None], float]
+) -> tuple[str, Delta | Difference]:
+    """(module path, ΔW) of the first of `modules` that the parts of a stem fit. Raises ValueError with what is wrong."""
+    parts = {p: t.float() if t.element_size() == 1 else t for p, t in own.items() if p not in {"alpha", *ADDITIONS}}  # float8
+    if not all(tensor.is_floating_point() for tensor in parts.values()):
+        raise ValueError("are of integers, which are no weights without their scales")
+    if any(not tensor.numel() or (tensor.ndim < 2 and part not in MAGNITUDES) for part, tensor in parts.items()):
+        raise ValueError("have other shapes than their layer")
+    for layer in (module for module in modules if module in shapes):
+
+        def alpha(rank: int | None, layer: str = layer) -> float:
+            return float(own["alpha"]) if "alpha" in own and rank else default_alpha(layer, rank)
+
+        try:
+            delta = delta_of(parts, alpha, shapes[layer])
+        except KeyError as part:
+            name = part.args[0]
+            raise ValueError("lack A or B" if name in ("down", "up") else f"lack {name}") from None
+        except RuntimeError:
+            continue
+        if fits(*delta[:2], shapes[layer]) if isinstance(delta, tuple) else fits_weight(delta, shapes[layer]):
+            return layer, delta
+    raise ValueError("have other shapes than their layer")
+
+
+def add_differences(own: dict[str, Tensor], modules: list[str], shapes: dict[str, torch.Size], additions: Deltas) -> None:
+    """Puts the parts of a stem that are added to a parameter of one of `modules` into `additions`. Raises ValueError with what
+    is wrong.
+    """
     for part in own.keys() & ADDITIONS.keys():
         names = (f"{module}.{ADDITIONS[part]}" for module in modules)
         if (name := next((name for name in names if shapes.get(name) == own[part].shape), None)) is None:
-            return False
+            raise ValueError("have other shapes than their layer")
+        if name in additions:
+            raise ValueError("occur twice, under two names")
         additions[name] = (own[part].float().reshape(1, -1), torch.ones(1, 1), 1.0)
-    return True
 
 
 def read_lora(path: Path, shapes: dict[str, torch.Size]) -> Deltas:
@@ -316,13 +351,22 @@ def read_lora(path: Path, shapes: dict[str, torch.Size]) -> Deltas:
     `adapter_config.json` in the same folder; ComfyUI's and LyCORIS' prefixes. Linear layers and convolutions. α comes from
     its tensor, else from the metadata, else it is the rank; rsLoRA's factor α/√r is returned as α·√r, to be divided by r.
 
-    Raises UserError, in one line with counts and the first names, if the file is for another model or is no LoRA of plain
-    A and B, if a key belongs to no layer, or if A or B is missing.
+    Raises UserError, in one line with counts and the first names, if the file is for another model or is no LoRA of A and B,
+    if a key belongs to no layer, or if A or B is missing.
     """
+    changes = read_changes(path, shapes)
+    deltas = {name: delta for name, delta in changes.items() if isinstance(delta, tuple)}
+    if other := next((type(delta).__name__ for delta in changes.values() if not isinstance(delta, tuple)), None):
+        raise UserError(f"{path} is {other}, and this needs LoRA of plain A and B: scripts/convert_lora.py makes one of it")
+    return deltas
+
+
+def read_changes(path: Path, shapes: dict[str, torch.Size]) -> Changes:
+    """Reads a file as `read_lora`, also of LoHa, LoKr and DoRA."""
     contents = scan(path, shapes, read_tensors)
     parts = contents.parts
-    if kind := next(filter(None, map(unsupported_kind, parts.values())), None):
-        raise UserError(f"{path} is {kind}: only LoRA of plain A and B can be merged exactly")
+    if kind := next(filter(None, (adapter_kind(own, UNSUPPORTED) for own in parts.values())), None):
+        raise UserError(f"{path} is {kind}, which is not read: merge it into its model by the program that it is from")
     if not any(parts.values()):
         raise UserError(f"{path} is no LoRA: {f'{next(iter(parts))} is of a model' if parts else 'it holds no tensor'}")
     check_generation(path, parts, shapes)
@@ -330,7 +374,7 @@ def read_lora(path: Path, shapes: dict[str, torch.Size]) -> Deltas:
         problem, stems = next(iter(contents.wrong.items()))
         examples = ", ".join(" ".join([stem, *(str(list(t.shape)) for t in parts[stem].values())]) for stem in stems[:3])
         raise UserError(f"{path} does not fit the model: {len(stems)} of {len(parts)} modules {problem}, first {examples}")
-    return contents.deltas | contents.additions
+    return contents.deltas | contents.others | contents.additions
 
 
 def fits(down: Tensor, up: Tensor, shape: torch.Size) -> bool:
@@ -343,16 +387,16 @@ def fits(down: Tensor, up: Tensor, shape: torch.Size) -> bool:
 def check_generation(path: Path, parts: dict[str, dict[str, Tensor]], shapes: dict[str, torch.Size]) -> None:
     """Raises UserError if the LoRA's cross-attention reads text of another width than the model's: it is for another model."""
     ours = {shape[1] for module, shape in shapes.items() if module.endswith("attn2.to_k")}
-    downs = [own["down"] for stem, own in parts.items() if flat(stem).endswith("attn2_to_k") and "down" in own]
-    theirs = {down.shape[1] for down in downs if down.ndim > 1}
+    text = [own for stem, own in parts.items() if flat(stem).endswith("attn2_to_k")]
+    theirs = {own[part].shape[1] for own in text for part in ("down", "hada_w1_b") if part in own and own[part].ndim > 1}
     if ours and theirs and ours.isdisjoint(theirs):
         models = " and ".join(dict.fromkeys(GENERATIONS.get(channels, "another model") for channels in sorted(theirs)))
         found, needed = (" or ".join(map(str, sorted(channels))) for channels in (theirs, ours))
         raise UserError(f"{path} does not fit the model: it is for {models}, whose text has {found} channels, not {needed}")
 
 
-def scaling_rules(path: Path, metadata: dict[str, str]) -> Callable[[str, int], float]:
-    """A function (module path, rank) -> α, for modules without an alpha tensor.
+def scaling_rules(path: Path, metadata: dict[str, str]) -> Callable[[str, int | None], float]:
+    """A function (module path, rank) -> α, for modules without an alpha tensor; rank None, if a module does not show it: α/r.
 
     It follows PEFT's configuration, in the header or in the file `adapter_config.json`; without one α is the rank. Raises
     UserError if the configuration is unreadable, as the function does if a value in it is.
@@ -367,21 +411,28 @@ def scaling_rules(path: Path, metadata: dict[str, str]) -> Callable[[str, int], 
     except (ValueError, AttributeError, OSError) as error:
         raise UserError(f"{path}: its PEFT configuration is not readable: {error}") from None
 
-    def alpha(module: str, rank: int) -> float:
+    def alpha(module: str, rank: int | None) -> float:
         component, _, rest = module.partition(".")
-        if f"{component}.lora_alpha" not in config:
+        name = "lora_alpha" if any(key.endswith(".lora_alpha") for key in config) else "alpha"  # LoHa's and LoKr's
+        if f"{component}.{name}" not in config:
             component = ""  # PEFT's own file is of one component and does not name it
         short = rest.removeprefix("text_model.")
-        try:
-            value = config.get(f"{component}.lora_alpha", rank)
-            for pattern, other in (config.get(f"{component}.alpha_pattern") or {}).items():  # in PEFT the first match counts
+
+        def setting(key: str, patterns: str, default: float) -> float:
+            value = config.get(f"{component}.{key}", default)
+            for pattern, other in (config.get(f"{component}.{patterns}") or {}).items():  # in PEFT the first match counts
                 if any(re.match(rf"(.*\.)?({pattern})$", name) for name in (rest, short, f"text_model.{short}")):
                     value = other
                     break
             if not math.isfinite(float(value)):
-                raise ValueError(f"the alpha of {module} is {value}")
-            return float(value) * (rank**0.5 if config.get(f"{component}.use_rslora") else 1)
-        except (ValueError, TypeError, AttributeError, re.error) as error:
+                raise ValueError(f"the {key} of {module} is {value}")
+            return float(value)
+
+        try:
+            r = rank or setting("r", "rank_pattern", 1)
+            value = setting(name, "alpha_pattern", r) * (r**0.5 if config.get(f"{component}.use_rslora") else 1)
+            return value if rank else value / r
+        except (ValueError, TypeError, AttributeError, ArithmeticError, re.error) as error:
             raise UserError(f"{path}: its PEFT configuration is not usable: {error}") from None
 
     return alpha

@@ -122,6 +122,13 @@ def public_header(metadata: dict[str, str], layout: str) -> dict[str, str]:
     return A1111_HEADER | written | own | {"modelspec.implementation": IMPLEMENTATIONS[layout]}
 
 
+def rank_header(deltas: Deltas) -> dict[str, str]:
+    """Rank and α as kohya's scripts write them: "Dynamic" if not all layers have the same."""
+    ranks, alphas = {str(len(A)) for A, *_ in deltas.values()}, {str(alpha) for *_, alpha in deltas.values()}
+    found = {"ss_network_dim": ranks, "ss_network_alpha": alphas}
+    return {key: values.pop() if len(values) == 1 else "Dynamic" for key, values in found.items()}
+
+
 IMPLEMENTATIONS = {
     "kohya": "https://github.com/Stability-AI/generative-models",
     "diffusers": "https://github.com/huggingface/diffusers",

@@ -7,8 +7,9 @@ import torch
 from common.errors import UserError
 from common.files import sha256_of
 from lora import Adapter, merge_loras
-from lora_files.deltas import Deltas, delta_svd, parameter_shapes
-from lora_files.read import newest_lora, read_lora, with_strength
+from lora_files.decompose import delta_svd
+from lora_files.deltas import Deltas, parameter_shapes
+from lora_files.read import newest_lora, read_changes, read_lora, with_strength
 from model.load import Pipeline
 from model.sdxl import Denoiser
 from options.training import LineageConfig
@@ -22,7 +23,7 @@ class Lineage:
         shapes = parameter_shapes(self.denoiser)
         named = [with_strength(name, "--base-lora") for name in config.base_lora]
         files = [(newest_lora(path, "--base-lora"), strength) for path, strength in named]
-        self.base = [(read_lora(file, shapes), strength) for file, strength in files]
+        self.base = [(read_changes(file, shapes), strength) for file, strength in files]
         start = newest_lora(config.init_lora, "--init-lora") if config.init_lora else None
         self.start = read_lora(start, shapes) if start else {}
         merged = [f"{identity(file)}:{strength:g}" for file, strength in files]

@@ -53,7 +53,7 @@ from evaluation.examination import SEEDS, Examination
 from evaluation.subject import Subject, options_of
 from evaluation.verdict import StepFigures, figures, percent
 from lora_files.deltas import parameter_shapes
-from lora_files.read import newest_lora, read_lora, read_metadata, trained_on
+from lora_files.read import newest_lora, read_changes, read_metadata, trained_on
 from model.check import describe_model
 
 
@@ -112,7 +112,7 @@ def main(config: EvaluateConfig) -> None:
     model = config.model or trained_on(lora)
     source, trained = open_source(config.data or str(HELD_OUT)), config.trained and open_source(config.trained)
     subject = Subject(model, config.device)
-    deltas = read_lora(lora, parameter_shapes(subject.denoiser))
+    deltas = read_changes(lora, parameter_shapes(subject.denoiser))
     if source.fingerprint in (metadata.get("sdxl_lora.dataset"), trained and trained.fingerprint):
         print("these are the pictures that it was trained on: a good loss here may be learning by heart")
     print(f"{lora} on {source.samples} images of {config.data or 'the demo, kept out of training'}")

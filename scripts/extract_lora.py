@@ -12,7 +12,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -80,57 +80,18 @@ if __name__ == "__main__":
     COMMAND = parse_command("extract_lora.py", ExtractConfig, __doc__)
 
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
 from common.files import check_writable
 from common.progress import tqdm
 from lora_files.base_weights import Place, model_shapes, stored_weights
-from lora_files.deltas import Deltas, delta_svd, is_addition
+from lora_files.decompose import ChooseRank, Triplets, as_delta, delta_svd, smallest_rank, truncated_svd
+from lora_files.deltas import Deltas, is_addition
 from lora_files.names import diffusers_name
 from lora_files.read import read_lora, read_metadata
-from lora_files.write import write_lora
+from lora_files.write import rank_header, write_lora
 from memory import DTYPES, resolve_device
-
-# Decomposing.
-
-ChooseRank = Callable[[Tensor], int]  # all singular values [k], descending -> r, how many of them are kept
-Triplets = tuple[Tensor, Tensor, Tensor]  # U [out, r], S [k] with all singular values, Vh [r, in]
-
-
-def smallest_rank(S: Tensor, rank: int | None, error: float | None) -> int:
-    """How many singular values S [k] are kept: `rank`, or the fewest for a relative error of at most `error`."""
-    if error is None:
-        assert rank is not None
-        return min(rank, len(S))
-    tails = S.square().flip(0).cumsum(0).flip(0)  # Σσ² without the first 0, 1, 2, …; small before large, for accuracy
-    return int((tails > error**2 * tails[0]).sum())
-
-
-def truncated_svd(W: Tensor, choose_rank: ChooseRank) -> Triplets:
-    """The SVD of W [out, in], in float64 on its device, from the eigenvectors of the smaller Gram matrix W·Wᵀ or Wᵀ·W.
-
-    It takes 0.55 s for 1280 × 1280, 1.2 s for 10240 × 1280 and 0.87 s for 1280 × 5120 on one core; torch.linalg.svd in
-    float32 takes 0.61, 1.9 and 3.5 s. A Gram matrix loses half of the digits, of which float64 has twice as many as W.
-    torch.svd_lowrank takes 0.01 to 0.15 s, but misses the optimum where singular values fall slowly, as between two models.
-    """
-    W = W.double()
-    wide = W if len(W) <= W.shape[1] else W.T
-    squares, vectors = torch.linalg.eigh(wide @ wide.T)  # ascending
-    S = squares.flip(0).clamp_min(0).sqrt()
-    U = vectors.flip(1)[:, : choose_rank(S)]
-    Vh = F.normalize(U.T @ wide, dim=1)
-    return (U, S, Vh) if wide is W else (Vh.T, S, U.T)
-
-
-def as_delta(triplets: Triplets, shape: torch.Size) -> tuple[Tensor, Tensor, float]:
-    """-> (A [r, in, …], B [out, r, …], α = r) for a weight of `shape`, in float32 on the CPU. Both A and B get √σ."""
-    U, S, Vh = triplets
-    root = S[: len(Vh)].sqrt()
-    A, B = (root[:, None] * Vh).float().cpu(), (U * root).float().cpu()
-    return A.view(-1, *shape[1:]), B.view(*B.shape, *(1 for _ in shape[2:])), float(len(root))
-
 
 # Where ΔW comes from. Both classes have the `shapes` of the weights by module path and the `metadata` for the new file, and
 # read, measure and decompose one ΔW at a time, in a form of their own.
@@ -256,11 +217,6 @@ def table(layers: list[Layer]) -> Iterator[str]:
         yield f"{name:26} {len(members):6} {ranks:>9} {retained(members):9.2%}  {retained([worst]):.2%} {path}"
 
 
-def common(values: set[float]) -> str:
-    """The value that all layers have; for several "Dynamic", as kohya's scripts write it."""
-    return str(*values) if len(values) == 1 else "Dynamic"
-
-
 def main(config: ExtractConfig) -> None:
     if config.out.exists():
         raise UserError(f"{config.out} is there already: remove it or choose another name")
@@ -295,8 +251,7 @@ def main(config: ExtractConfig) -> None:
     origin: dict[str, object] = {"source": config.source.name, "base": config.base and config.base.name}
     origin |= {"rank": config.rank, "error": config.error}
     metadata = source.metadata | {
-        "ss_network_dim": common({layer.rank for layer in layers}),
-        "ss_network_alpha": common({alpha for *_, alpha in deltas.values()}),
+        **rank_header(deltas),
         "sdxl_lora.extracted": json.dumps({key: value for key, value in origin.items() if value is not None}),
     }
     dtype = DTYPES[config.save_dtype]

@@ -46,7 +46,8 @@ from common.files import check_writable, write_atomically
 from common.sheets import lettering, shorten
 from lora_files.base_weights import model_shapes
 from lora_files.compatibility import COMPONENT_LABELS, RULES, LoraFile, verdict
-from lora_files.deltas import delta_svd, is_addition
+from lora_files.decompose import delta_svd
+from lora_files.deltas import is_addition
 from lora_files.read import check_generation, layouts, newest_lora, scan, trained_on
 
 # The report.
@@ -81,7 +82,7 @@ def overview(file: LoraFile) -> Iterator[str]:
     except UserError as error:
         yield f"for          {str(error).rpartition(': it is for ')[2]}"
     for kind, number in Counter(file.kinds.values()).items():
-        yield f"kind         {kind} ({number} modules): no ΔW of plain A and B, so these have no norms below"
+        yield f"kind         {kind} ({number} modules): no plain A and B, so these have no norms below"
     try:
         config = json.loads(file.metadata["sdxl_lora.config"]).items()
         flags = [f"{key} {value}" for key, value in config if key in ("model", "targets", "rank", "alpha", "lr", "resolution")]

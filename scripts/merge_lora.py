@@ -25,7 +25,7 @@ class MergeConfig:
     out: Annotated[Path, tyro.conf.Positional]
     """The folder or checkpoint to write: of the same kind as the base."""
     lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A LoRA file of any tool; :0.8 after its name sets its strength. Repeat the flag to merge several."""
+    """A LoRA, LoHa, LoKr or DoRA file of any tool; :0.8 after its name sets its strength. Repeat the flag to merge several."""
 
     def __post_init__(self) -> None:
         if not self.lora:
@@ -37,7 +37,7 @@ if __name__ == "__main__":
 
 
 from lora_files.merge import base_shapes, merge_files
-from lora_files.read import read_lora, read_metadata, with_strength
+from lora_files.read import read_changes, read_metadata, with_strength
 
 
 def main(config: MergeConfig) -> None:
@@ -51,7 +51,7 @@ def main(config: MergeConfig) -> None:
     shapes = base_shapes(config.base)
     loras, sources = [], []
     for path, strength in map(with_strength, config.lora):
-        deltas = read_lora(path, shapes)
+        deltas = read_changes(path, shapes)
         loras.append((deltas, strength))
         sources.append({"file": path.name, "strength": strength, "hash": read_metadata(path).get("sshs_model_hash")})
     merge_files(config.base, config.out, loras, sources)

@@ -11,7 +11,8 @@ from test_scripts import parts_of
 from torch import Tensor, nn
 
 from lora import merge_lora
-from lora_files.deltas import Deltas, delta_svd, layer_shapes, mergeable_layers
+from lora_files.decompose import delta_svd
+from lora_files.deltas import Deltas, layer_shapes, mergeable_layers
 from lora_files.read import read_lora, read_metadata
 from lora_files.write import A1111_HEADER, serialise
 from model.checkpoint import checkpoint_of

@@ -19,7 +19,7 @@ import inspect_lora
 from lora import add_lora
 from lora_files.base_weights import model_shapes
 from lora_files.compatibility import COMPONENT_LABELS, RULES, LoraFile, verdict
-from lora_files.deltas import Deltas, add_delta, layer_shapes
+from lora_files.deltas import Deltas, add_delta, layer_shapes, parameter_shapes
 from lora_files.names import kohya_name
 from lora_files.read import layouts, scan
 from lora_files.write import adapter_metadata, serialise
@@ -157,7 +157,7 @@ def right_in_diffusers(plain, file, shapes) -> int:
     before, equal = weights(plain), 0
     for module, delta in scan(file, shapes).deltas.items():
         old, new = before[f"{module}.weight"], after[f"{module}.weight"]
-        ours = add_delta(old, delta, 1.0)
+        ours = add_delta(old, delta, 1.0, old)
         assert (ours - old).abs().max() > 1e-3
         equal += (ours - new).abs().max().item() < 1e-5
     return equal
@@ -246,22 +246,48 @@ def test_alpha_that_is_only_in_the_header(tiny_shapes, tmp_path):
     assert verdicts(file, tiny_shapes)["diffusers"] == "loads"
 
 
+def other_kinds(out: int, inner: int) -> dict[str, dict[str, tuple[int, ...]]]:
+    """{what a module of another kind is: {its keys: their shapes}} for a layer of this width."""
+    lora = {"lora_down.weight": (4, inner), "lora_up.weight": (out, 4)}
+    tucker = {"lora_down.weight": (4, out, 1, 1), "lora_up.weight": (out, 4, 1, 1), "lora_mid.weight": (4, 4, 3, 3)}
+    return {
+        "DoRA of inputs": lora | {"dora_scale": (1, inner)},
+        "DoRA of outputs": lora | {"dora_scale": (out, 1)},
+        "LoCon": tucker,
+        "LoHa": {f"hada_w{n}_{part}": (out, 4) if part == "a" else (4, inner) for n in "12" for part in "ab"},
+        "LoKr": {"lokr_w1": (2, 2), "lokr_w2": (out // 2, inner // 2)},
+        "OFT": {"oft_blocks": (8, 8, 8)},
+        "norm": {"w_norm": (out,), "b_norm": (out,)},
+    }
+
+
+def of_kind(shapes, kind: str) -> dict[str, torch.Tensor]:
+    """The tensors of a file of this kind, in the U-Net's middle block."""
+    pattern = {"LoCon": "conv1", "norm": "norm1"}.get(kind, r"attn1\.to_[qkv]")
+    layers = [match[1] for match in (re.fullmatch(rf"(unet\.mid_block.*{pattern})\.weight", name) for name in shapes) if match]
+    return {
+        f"{kohya_name(layer)}.{key}": torch.rand(size) + 0.5
+        for layer in layers
+        for key, size in other_kinds(shapes[f"{layer}.weight"][0], shapes[f"{layer}.weight"][-1])[kind].items()
+    }
+
+
 @pytest.mark.parametrize(
-    ("part", "shape", "kind", "loads"),
+    ("name", "kind", "loads"),
     [
-        ("dora_scale", (1, 64), "DoRA", "ComfyUI A1111 Forge"),
-        ("dora_scale", (64, 1), "DoRA", ""),
-        ("lora_mid.weight", (4, 4, 3, 3), "a LoCon with Tucker decomposition", "ComfyUI A1111 Forge"),
-        ("hada_w1_a", (64, 4), "LoHa", "ComfyUI A1111 Forge"),
-        ("lokr_w1", (8, 8), "LoKr", "ComfyUI A1111 Forge"),
-        ("oft_blocks", (8, 8, 8), "OFT", "ComfyUI A1111"),
+        ("DoRA of inputs", "DoRA", "ComfyUI A1111 Forge"),
+        ("DoRA of outputs", "DoRA", ""),
+        ("LoCon", "a LoCon with Tucker decomposition", "ComfyUI A1111 Forge"),
+        ("LoHa", "LoHa", "ComfyUI A1111 Forge"),
+        ("LoKr", "LoKr", "ComfyUI A1111 Forge"),
+        ("OFT", "OFT", "ComfyUI A1111"),
+        ("norm", "norm", "ComfyUI A1111 Forge"),
     ],
 )
-def test_other_kinds_of_adapters(tiny_shapes, tmp_path, part, shape, kind, loads):
-    deltas = random_deltas(tiny_shapes, r"^unet\.mid_block.*attn1")
-    extra = {f"{kohya_name(path)}.{part}": torch.ones(shape) for path in deltas}
-    save_file({**named(deltas, *KOHYA, True), **extra}, tmp_path / "x.safetensors")
-    for program, text in verdicts(tmp_path / "x.safetensors", tiny_shapes).items():
+def test_other_kinds_of_adapters(plain, tmp_path, name, kind, loads):
+    shapes = parameter_shapes(Denoiser(plain))
+    save_file(of_kind(shapes, name), tmp_path / "x.safetensors")
+    for program, text in verdicts(tmp_path / "x.safetensors", shapes).items():
         assert text.startswith("loads") == (program in loads), text
         assert text.startswith("loads") or re.search(rf"raises|of a kind|{kind}", text), text
         assert ("according to its source" in text) == (program in loads and kind != "DoRA"), text
@@ -269,8 +295,8 @@ def test_other_kinds_of_adapters(tiny_shapes, tmp_path, part, shape, kind, loads
 
 def test_dora_of_peft(tiny_shapes, tmp_path):
     deltas = random_deltas(tiny_shapes)
-    extra = {f"{key.removesuffix('.lora_A.weight')}.lora_magnitude_vector": torch.ones(8)
-             for key in named(deltas, *PEFT, False) if "lora_A" in key}  # fmt: skip
+    extra = {f"{key.removesuffix('.lora_B.weight')}.lora_magnitude_vector": torch.ones(len(B))
+             for key, B in named(deltas, *PEFT, False).items() if "lora_B" in key}  # fmt: skip
     save_file(named(deltas, *PEFT, False) | extra, tmp_path / "x.safetensors")
     found = verdicts(tmp_path / "x.safetensors", tiny_shapes)
     assert count(found["diffusers"], len(deltas)) == sum(path.startswith("unet.") for path in deltas)
@@ -279,12 +305,11 @@ def test_dora_of_peft(tiny_shapes, tmp_path):
     assert "of DoRA without dora_scale, which it adds as plain LoRA" in found["ComfyUI"]
 
 
-def test_another_kind_is_reported_without_norms(script, options, tiny_shapes, tmp_path):
-    deltas = random_deltas(tiny_shapes, r"^unet\.mid_block.*attn1")
-    tensors = {f"{kohya_name(path)}.hada_w1_a": torch.ones(4, 4) for path in deltas}
+def test_another_kind_is_reported_without_norms(script, options, plain, tmp_path):
+    tensors = of_kind(parameter_shapes(Denoiser(plain)), "LoHa")
     save_file(tensors, tmp_path / "x.safetensors")
     out, _ = script("scripts/inspect_lora.py", tmp_path / "x.safetensors", *options)
-    assert f"\nkind         LoHa ({len(deltas)} modules): no ΔW of plain A and B" in out
+    assert f"\nkind         LoHa ({len(tensors) // 4} modules): no plain A and B" in out
     assert re.search(r"^ComfyUI +loads: according to its source: this kind of adapter was not tried$", out, re.M)
     assert not re.search("^block|^lost", out, re.M)
     assert not (tmp_path / "x.png").exists()
