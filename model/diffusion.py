@@ -208,10 +208,10 @@ class Diffusion:
         about 1.
         """
         T, device = len(self.weights), self.weights.device
-        normal = torch.special.ndtri((torch.arange(500, device=device) + 0.5) / 500)
-        normal = normal / normal.std(correction=0) * self.deviation
+        normal = torch.special.ndtri((torch.arange(500) + 0.5) / 500)
+        normal = (normal / normal.std(correction=0) * self.deviation).to(device)
         losses = self.penalty(normal.expand(T, -1), torch.arange(T, device=device)).mean(dim=1)
-        return (losses * self.weights * self.timesteps.probabilities(T).to(losses)).sum().item()
+        return (losses * self.weights * self.timesteps.probabilities(T).float().to(device)).sum().item()
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Draws:
         """For latents of `shape` [B, 4, h, w]."""

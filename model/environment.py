@@ -31,10 +31,11 @@ def import_libraries() -> None:
     torch.compile = lambda function=None, **_: function or (lambda decorated: decorated)  # type: ignore[assignment]
     try:
         with suppress(ImportError):
-            importlib.import_module("bitsandbytes")
+            import bitsandbytes  # noqa: F401
     finally:
         torch.compile = compiler
-    _ = importlib.import_module("diffusers").StableDiffusionXLPipeline  # imports the rest of it
+    from diffusers import StableDiffusionXLPipeline  # noqa: F401  # imports the rest of it
+
     gc.freeze()
     gc.enable()
 

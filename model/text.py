@@ -67,7 +67,7 @@ class TokenInputs:
 
     def __call__(self, captions: list[str], encoded: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """-> (tokens [B, 2, 77·n],). `encoded` is ()."""
-        self.cut.update(len(rest) for _, rest in split_tokens(self.tokenizers[0], captions, self.max_tokens))
+        self.cut = self.cut + Counter(len(rest) for _, rest in split_tokens(self.tokenizers[0], captions, self.max_tokens))
         return (tokenize(self.tokenizers, captions, self.max_tokens),)
 
     def advice(self) -> str | None:

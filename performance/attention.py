@@ -144,7 +144,7 @@ def choose_attention(attention: str, shapes: Shapes, device: torch.device, dtype
     measured = torch.cuda.get_device_name(device), *versions, dtype, sorted(shapes.items())
     remembered = user_cache("attention") / sha256_of(repr(measured).encode())
     with suppress(OSError, UnicodeError):
-        name = remembered.read_text()
+        name = remembered.read_text("utf-8")
         if name in KERNELS and usable(name):
             return name
     candidates = [name for name in KERNELS if name != "sdpa" and usable(name)]  # sdpa only chooses one of the others

@@ -1,5 +1,7 @@
 """Does the base predict what its files say, ε or v? Measured before the first step: a wrong word there costs a whole run."""
 
+import copy
+
 import torch
 
 from common.errors import UserError
@@ -20,7 +22,10 @@ def measure_prediction(step: Step, stream: Stream, piece: int) -> dict[str, floa
     batch = next(iter(stream))
     if isinstance(batch, UserError):  # the data can no longer be read
         raise batch
+    text_inputs = step.model.text_inputs
+    step.model.text_inputs = copy.copy(text_inputs)  # which counts the captions that it has cut
     x = rows_of(step.inputs(batch, 0, 0), slice(0, piece))
+    step.model.text_inputs = text_inputs
     latents = step.model.encode(x.images, x.posterior_noise)
     errors = {"epsilon": 0.0, "v_prediction": 0.0}
     for share in MUCH_NOISE:

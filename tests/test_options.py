@@ -73,7 +73,7 @@ def test_every_option_of_training_has_a_resume_policy():
     assert set(policies.values()) == {"fixed", "free", "ask"}
     fixed = {name for name, policy in policies.items() if policy == "fixed"}
     lora = {"rank", "rank_pattern", "alpha", "rank_stabilised", "targets", "train_text_encoder"}
-    assert fixed == lora | {"base_lora", "init_lora", "model", "optimizer"}
+    assert fixed == lora | {"base_lora", "init_lora", "model", "optimizer", "prediction_type"}
 
 
 def test_no_two_options_have_one_flag():

@@ -418,7 +418,8 @@ def test_unreadable_data_ends_the_run_after_a_save(train, spoilt, tmp_path, monk
             raise UserError("--data: the server does not answer")
         return read_sample(source, n)
 
-    monkeypatch.setattr("run.examiner.Examiner.prepare", lambda examiner: None)  # which reads during set-up
+    monkeypatch.setattr("run.examiner.Examiner.prepare", lambda examiner: None)  # which read during set-up
+    monkeypatch.setattr("run.prediction.check_prediction", lambda *_: None)
     with monkeypatch.context() as broken:
         broken.setattr("dataset.sources.Source.read_sample", fail)
         out, err = train("--steps", 9, status=74)
@@ -813,7 +814,8 @@ def test_a_signal_ends_the_wait_for_data(train, tmp_path, monkeypatch, workers, 
         return choose(*arguments)
 
     monkeypatch.setattr("lora.Adapter.update_layers", end_step)
-    monkeypatch.setattr("run.examiner.Examiner.prepare", lambda examiner: None)  # it reads, too: see the next test
+    monkeypatch.setattr("run.examiner.Examiner.prepare", lambda examiner: None)  # they read, too: see the next test
+    monkeypatch.setattr("run.prediction.check_prediction", lambda *_: None)
     monkeypatch.setattr("data.choose_caption", stall)
     assert message in train(*options, status=75)[0]
     assert time.monotonic() - start < 40
@@ -823,7 +825,9 @@ def test_a_signal_ends_the_wait_for_data(train, tmp_path, monkeypatch, workers, 
     assert equal(weights(tmp_path / "out", 4), weights(tmp_path / "whole", 4))
 
 
-@pytest.mark.parametrize("place", ["run.examiner.picture_of", "run.validation.make_probes"])
+@pytest.mark.parametrize(
+    "place", ["run.examiner.picture_of", "run.validation.make_probes", "run.prediction.measure_prediction"]
+)
 def test_a_signal_ends_the_wait_for_pictures_to_measure_on(train, photos, monkeypatch, place):
     def stall(*_):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -878,7 +882,7 @@ def test_a_second_ctrl_c_ends_at_once():
 
 
 def test_a_signal_before_the_first_step_ends_the_run(train, monkeypatch):
-    monkeypatch.setattr("model.load.read_sdxl", lambda *args: os.kill(os.getpid(), signal.SIGUSR1) or time.sleep(60))
+    monkeypatch.setattr("model.load.read_sdxl", lambda *_, **__: os.kill(os.getpid(), signal.SIGUSR1) or time.sleep(60))
     out, err = train("--steps", 2, status=75)
     assert (out, err) == ("stopped by a signal before a step was made: nothing to save\n", "")
 

@@ -104,8 +104,8 @@ def test_a_run_that_learns_nothing_goes_on_with_warnings(train, monkeypatch):
     """The last layer of the U-Net is zero."""
     read = read_sdxl
 
-    def damaged(*args):
-        pipe = read(*args)
+    def damaged(*args, **options):
+        pipe = read(*args, **options)
         torch.nn.init.zeros_(pipe.unet.conv_out.weight)
         return pipe
 
