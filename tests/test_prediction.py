@@ -38,7 +38,8 @@ def demo():
         ids = time_ids(batch.original_size, batch.crop, batch.size)
         return StepInputs(latents, draws.noise, *draws, ids, (tokenize(denoiser.tokenizers, batch.captions),), None)
 
-    model = SimpleNamespace(name="demo", pipe=pipe, predicts="", encode=lambda latents, _: latents, denoiser=denoiser)
+    encode = lambda latents, _: latents  # noqa: E731
+    model = SimpleNamespace(name="demo", pipe=pipe, predicts="", encode=encode, denoiser=denoiser, text_inputs=None)
     return SimpleNamespace(model=model, diffusion=diffusion, inputs=inputs), stream
 
 
