@@ -125,6 +125,14 @@ def snr_of(alphas_cumprod: Tensor) -> Tensor:
     return alphas_cumprod / (1 - alphas_cumprod)
 
 
+WEIGHTINGS: dict[str, Callable[..., Tensor]] = {
+    "none": torch.ones_like,
+    "min-snr": lambda snr, gamma: (gamma / snr).clamp(max=1),
+    "soft-min-snr": lambda snr, gamma: gamma / (snr + gamma),
+    "debiased": torch.rsqrt,
+}
+
+
 def weights_of_timesteps(kind: str, values: tuple[float, ...], alphas_cumprod: Tensor, v_prediction: bool) -> Tensor:
     """[T] float64: what the loss is multiplied by. `alphas_cumprod`: [T] float64.
 
@@ -136,12 +144,7 @@ def weights_of_timesteps(kind: str, values: tuple[float, ...], alphas_cumprod: T
     same loss. kohya's scripts multiply so for min-snr, but weigh v by 1 / (SNR + 1) for debiased; OneTrainer leaves 1 / √SNR.
     """
     snr = snr_of(alphas_cumprod)
-    weights = {
-        "none": torch.ones_like(snr),
-        "min-snr": (values[0] / snr).clamp(max=1) if values else snr,
-        "soft-min-snr": values[0] / (snr + values[0]) if values else snr,
-        "debiased": snr.rsqrt(),
-    }[kind]
+    weights = WEIGHTINGS[kind](snr, *values)
     if v_prediction and kind != "none":
         weights = weights * alphas_cumprod
     return weights.nan_to_num(nan=0, posinf=0)
@@ -228,9 +231,11 @@ class Diffusion:
         return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """ε, or v = √ᾱ_t · ε − √(1 − ᾱ_t) · x_0 (Salimans and Ho 2022, arXiv:2202.00512)."""
-        if not self.v_prediction:
-            return noise
+        """ε or v."""
+        return self.velocity(latents, noise, timesteps) if self.v_prediction else noise
+
+    def velocity(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """v = √ᾱ_t · ε − √(1 − ᾱ_t) · x_0 (Salimans and Ho 2022, arXiv:2202.00512)."""
         alpha = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         return alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
 

@@ -31,11 +31,11 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
 
-def sdpa_by(backend: SDPBackend) -> Kernel:
-    """scaled_dot_product_attention, restricted to one of its kernels."""
+def sdpa_by(*order: SDPBackend) -> Kernel:
+    """scaled_dot_product_attention, by the first of these kernels that can."""
 
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(backend):
+        with sdpa_kernel(list(order), set_priority=len(order) > 1):
             return sdpa(q, k, v)
 
     return kernel
@@ -45,14 +45,8 @@ def drawing_kernel(device: torch.device) -> Kernel:
     """PyTorch's choice, but on Hopper and newer cuDNN's where it can. To time all kernels takes longer than a picture."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
         return sdpa
-    names = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
-    order = [getattr(SDPBackend, name) for name in names]
-
-    def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(order, set_priority=True):
-            return sdpa(q, k, v)
-
-    return kernel
+    by = SDPBackend
+    return sdpa_by(by.CUDNN_ATTENTION, by.FLASH_ATTENTION, by.EFFICIENT_ATTENTION, by.MATH)
 
 
 def xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from lora import Adapter
 from lora_files.read import read_metadata
 from lora_files.write import check_written, serialise
 from memory import DTYPES
-from options.training import CheckpointConfig, LoRAConfig
+from options.training import CheckpointConfig, DiffusionConfig, LoRAConfig
 from run.ending import Ending, RunFailed
 from run.header import file_stem, step_header
 from run.optimiser import Optimiser
@@ -107,7 +107,7 @@ class Checkpoints:
         if self.config.resume != "auto" or self.config.resume_override or "made" not in state:
             return False
         flags, step = state["made"]["flags"], state["run"]["step"]
-        changes = {name for name in changed(asdict(LoRAConfig()) | flags, self.made["flags"]) if self.policies[name] != "free"}
+        changes = {name for name in changed(known_options(flags), self.made["flags"]) if self.policies[name] != "free"}
         return step >= flags["steps"] and bool(changes) and ("data" in changes or step >= self.made["flags"]["steps"])
 
     def nothing_to_do(self, run: Run) -> Ending:
@@ -221,8 +221,7 @@ class Checkpoints:
         """
         if not {"lora", "layers", "optimizer", "scaler", "run", "made"} <= state.keys():
             raise UserError(f"--resume {path}: this is no state of train_lora.py")
-        before = asdict(LoRAConfig()) | state["made"]["flags"]  # of a state that knows less, as it was then
-        flags = changed(before, self.made["flags"], "--")
+        flags = changed(known_options(state["made"]["flags"]), self.made["flags"], "--")
         beyond = changed(state["made"]["beyond"], self.made["beyond"])
         fixed = [change for name, change in flags.items() if self.policies[name] == "fixed"]
         if not fixed and state["layers"] != list(self.adapter.modules):
@@ -257,6 +256,15 @@ def provenance(flags: dict[str, object], source: Source, world: int) -> dict:
     suite = hashlib.sha256(b"".join(path.read_bytes() for path in suite_sources()))
     beyond = {"processes": world, "torch": str(torch.__version__), "suite": suite.hexdigest()[:8]}
     return {"flags": flags | {"data": source.identity()}, "beyond": beyond}
+
+
+def known_options(flags: dict[str, Any]) -> dict[str, Any]:
+    """The options of a saved state. One that knows less of LoRA or of the objective had their defaults; --snr-gamma was the
+    name of a weighting.
+    """
+    gamma = flags.get("snr_gamma")
+    weighting = {"weighting": f"min-snr:{gamma:g}"} if gamma else {}
+    return asdict(LoRAConfig()) | asdict(DiffusionConfig()) | weighting | flags
 
 
 def changed(old: dict, new: dict, prefix: str = "") -> dict[str, str]:

@@ -10,6 +10,7 @@ from dataset.sources import Source
 from lora_files.write import without_folders
 from model.load import MODELS
 from model.prompts import Prompt, to_header
+from options.training import LoRAConfig
 
 MOST_TAGS = 200  # the commonest: a header is read whole before a file is listed
 TO_READ = 20_000  # captions of shards that are read for the tags
@@ -25,10 +26,11 @@ def run_header(flags: dict[str, Any], source: Source, prediction_type: str, prom
     `sdxl_lora.*`. `flags`: {option: value}; `prediction_type`: the scheduler's.
     """
     side = flags["resolution"]
+    lora = LoRAConfig(flags["rank"], alpha=flags["alpha"], rank_stabilised=flags.get("rank_stabilised", False))
     given = {key: flags.get(key) for key in ("author", "description", "license")} | {"trigger_phrase": flags.get("trigger")}
     header = {f"modelspec.{key}": str(value) for key, value in given.items() if value} | {
         "ss_network_dim": str(flags["rank"]),
-        "ss_network_alpha": str(flags["alpha"] * (flags["rank"] ** 0.5 if flags.get("rank_stabilised") else 1)),
+        "ss_network_alpha": str(lora.stored_alpha(lora.rank)),
         "ss_network_args": json.dumps({"targets": flags["targets"]}),
         "ss_resolution": f"({side}, {side})",
         "ss_num_train_images": str(source.samples),

@@ -30,10 +30,8 @@ def measure_prediction(step: Step, stream: Stream, piece: int) -> dict[str, floa
     errors = {"epsilon": 0.0, "v_prediction": 0.0}
     for share in MUCH_NOISE:
         t = torch.full_like(x.timesteps, int(share * len(diffusion.alphas_cumprod)))
-        alpha = diffusion.alphas_cumprod[t].view(-1, 1, 1, 1)
-        noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * x.noise
-        output = step.model.denoiser(noisy, t, x.text, x.time_ids).float()
-        targets = {"epsilon": x.noise, "v_prediction": alpha.sqrt() * x.noise - (1 - alpha).sqrt() * latents}
+        output = step.model.denoiser(diffusion.add_noise(latents, x.noise, t), t, x.text, x.time_ids).float()
+        targets = {"epsilon": x.noise, "v_prediction": diffusion.velocity(latents, x.noise, t)}
         for name, target in targets.items():
             errors[name] += ((output - target).square().mean() / target.square().mean()).item() / len(MUCH_NOISE)
     return errors

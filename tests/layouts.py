@@ -79,5 +79,4 @@ def write(file, deltas: Deltas, layout: str, suffix: str, alpha: bool, metadata=
 def make_header(config: dict, images: int, step: int) -> dict[str, str]:
     """The header of a file of a run with the options `config` on so many images."""
     source = SimpleNamespace(samples=images, fingerprint="", local_captions=lambda most: ["a house, red"])
-    config = config | {"alpha": config.get("alpha") or 8.0}  # as a run resolves it
     return run_header(config, source, "epsilon", []) | step_header(config.get("name"), step)

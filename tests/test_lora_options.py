@@ -2,6 +2,7 @@
 
 import copy
 import re
+from dataclasses import asdict
 
 import bitsandbytes
 import pytest
@@ -22,7 +23,8 @@ from lora_files.read import read_lora
 from lora_files.write import serialise
 from memory import plan_memory
 from model.sdxl import Denoiser
-from options.training import LoRAConfig, MemoryConfig, OptimiserConfig
+from options.training import DiffusionConfig, LoRAConfig, MemoryConfig, OptimiserConfig
+from run.checkpoints import changed, known_options
 from run.optimiser import NormLimit, Optimiser
 from run.state import load_state, save_state
 
@@ -104,6 +106,19 @@ def test_a_state_that_does_not_know_an_option_is_not_taken_for_one_with_it(train
     _, err = train("--steps", 2, "--alpha", 2, "--rank-stabilised", status=2)
     assert "does not fit: --rank-stabilised False -> True: change it back" in err
     train("--steps", 2, "--alpha", 2)
+
+
+@pytest.mark.parametrize("name", [*asdict(LoRAConfig()), *asdict(DiffusionConfig())])
+def test_any_option_of_lora_or_of_the_objective_that_a_state_does_not_know_had_its_default(name):
+    default = (asdict(LoRAConfig()) | asdict(DiffusionConfig()))[name]
+    assert changed(known_options({"steps": 3}), {"steps": 3, name: default}) == {}
+    assert changed(known_options({"steps": 3}), {"steps": 3, name: "another"}).keys() == {name}
+
+
+def test_a_state_with_the_old_name_of_min_snr_was_weighted():
+    assert changed(known_options({"snr_gamma": 5.0}), {"weighting": "none"}) == {"weighting": "weighting min-snr:5 -> none"}
+    assert changed(known_options({"snr_gamma": 5.0}), {"weighting": "min-snr:5"}) == {}
+    assert changed(known_options({"snr_gamma": None}), {"weighting": "none"}) == {}
 
 
 def test_ranks_by_layer_are_said_and_must_find_one(train, tmp_path):
