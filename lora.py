@@ -105,21 +105,34 @@ class LinearGroup:
 
     def __call__(self, x: Tensor, onto: Tensor | None = None) -> list[Tensor]:
         """x [..., in] -> the outputs [..., out] of every layer; of a single one, added to `onto`."""
-        return Products.apply(self, x, None, False, onto, self.edge())
+        return self.outputs(x, onto=onto)
 
     def gated(self, hg: Tensor, onto: Tensor) -> list[Tensor]:
         """The outputs for h · gelu(g), where hg [..., 2·in] is h beside g; added to `onto`."""
-        return Products.apply(self, hg, None, True, onto, self.edge())
+        return self.outputs(hg, gated=True, onto=onto)
 
     def normed(self, x: Tensor, norm: nn.LayerNorm) -> list[Tensor]:
         """[x for the residual connection around the layers, the outputs for the normed x]."""
         if not in_one_pass(x):
             return [x, *self(norm(x))]
-        return Products.apply(self, x, norm, False, None, self.edge())
+        return self.outputs(x, norm)
 
-    def edge(self) -> Tensor | None:
-        """What makes autograd differentiate a product whose input needs no gradient."""
-        return self.bands[0].layers[0].lora_A if self.bands else None
+    def outputs(
+        self, x: Tensor, norm: nn.LayerNorm | None = None, gated: bool = False, onto: Tensor | None = None
+    ) -> list[Tensor]:
+        """Tells autograd what it keeps before the products of W are computed: the recomputation of a checkpointed part ends
+        where its last tensor is kept, so it does without them where they come last.
+        """
+        read = down = edge = None
+        with torch.no_grad():
+            if self.bands:
+                read = read_by_products(x, norm, gated)
+                down = read @ self.A(x.dtype).T
+                edge = self.bands[0].layers[0].lora_A
+        *of_x, y = Products.apply(self, x, down, norm, gated, onto, edge)
+        with torch.no_grad():
+            self.multiply(y.detach(), read_by_products(x, norm, gated) if read is None else read, down, onto)
+        return [*of_x, *y.split(self.widths, dim=-1)]
 
     def parts(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """(columns, W, b) of every product."""
@@ -130,24 +143,19 @@ class LinearGroup:
         for layer in self.layers:
             yield slice(end, end := end + layer.out_features), dense_weight(layer), layer.bias
 
-    def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x [N, in] -> the outputs side by side [N, Σ out], x·Aᵀ [N, Σ r]. The branch is added in place."""
-        if len(self.widths) == 1 or self.stack is not None:
-            ((_, weight, bias),) = self.parts()
-            y = F.linear(x, weight, bias)
-        else:
-            y = x.new_empty(len(x), sum(self.widths))
-            for columns, weight, bias in self.parts():
+    def multiply(self, y: Tensor, x: Tensor, down: Tensor | None, onto: Tensor | None) -> None:
+        """Writes to y [..., Σ out] the outputs side by side. x [..., in], down = x·Aᵀ [..., Σ r], onto as y."""
+        y, x = y.flatten(0, -2), x.flatten(0, -2)
+        for columns, weight, bias in self.parts():
+            if bias is None:
                 torch.mm(x, weight.T, out=y[:, columns])
-                if bias is not None:
-                    y[:, columns] += bias
-        if not self.bands:
-            return y, None
-        down = x @ self.A(x.dtype).T
-        for band in self.bands:
-            branch, B, scale = band.split(down, band.rows), band.B(x.dtype), band.layers[0].scale
+            else:
+                torch.addmm(bias, x, weight.T, out=y[:, columns])
+        for band in self.bands if down is not None else ():
+            branch, B, scale = band.split(down.flatten(0, -2), band.rows), band.B(x.dtype), band.layers[0].scale
             band.split(y, band.columns).baddbmm_(branch, B.transpose(1, 2), alpha=scale)
-        return y, down
+        if onto is not None:
+            y += onto.reshape(y.shape)
 
     def A(self, dtype: torch.dtype) -> Tensor:
         """[Σ r, in]."""
@@ -189,36 +197,35 @@ class Products(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, group: LinearGroup, x: Tensor, norm: nn.LayerNorm | None, gated: bool, onto: Tensor | None, edge: Tensor | None
-    ):
+        ctx, group: LinearGroup, x: Tensor, down: Tensor | None, norm: nn.LayerNorm | None, gated: bool,
+        onto: Tensor | None, edge: Tensor | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """(x, if there is a norm; memory for the outputs side by side [..., Σ out]). `edge` makes autograd differentiate a
+        product whose input needs no gradient.
+        """
         ctx.group, ctx.norm, ctx.gated = group, norm, gated
-        read = read_by_products(x, norm, gated)
-        y, down = group.product(read.reshape(-1, read.shape[-1]))
-        if onto is not None:
-            y += onto.reshape(y.shape)
         ctx.save_for_backward(x if norm is not None or gated or group.bands else None, down)
-        outputs = [part.view(*x.shape[:-1], -1) for part in y.split(group.widths, dim=1)]
-        return tuple(outputs if norm is None else [x, *outputs])
+        y = x.new_empty(*x.shape[:-1], sum(group.widths))
+        return (y,) if norm is None else (x, y)
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         group, norm, (x, down), needs_x, needs_read = (
             ctx.group, ctx.norm, ctx.saved_tensors, ctx.needs_input_grad[1], bool(ctx.group.bands),
         )  # fmt: skip
-        of_outputs = grads if norm is None else grads[1:]
-        flat = [grad.reshape(-1, grad.shape[-1]) for grad in of_outputs]
-        grad_x, grad_down = group.gradients(flat[0] if len(flat) == 1 else torch.cat(flat, dim=1), down, needs_x)
+        *grad_of_x, grad_y = grads
+        grad_x, grad_down = group.gradients(grad_y.flatten(0, -2), None if down is None else down.flatten(0, -2), needs_x)
         if grad_x is not None:
-            grad_x = grad_x.view(*of_outputs[0].shape[:-1], -1)
+            grad_x = grad_x.view(*grad_y.shape[:-1], -1)
         if grad_x is None or (norm is None and not ctx.gated):
             read = read_by_products(x, norm, ctx.gated) if needs_read else x
         elif norm is not None:
-            grad_x, read = layer_norm_gradient(grad_x, grads[0], x, norm, needs_read)
+            grad_x, read = layer_norm_gradient(grad_x, *grad_of_x, x, norm, needs_read)
         else:
             grad_x, read = gate_gradient(grad_x, x, needs_read)
         if needs_read:
             group.add_gradient_of_A(grad_down, read.reshape(-1, read.shape[-1]))
-        return None, grad_x, None, None, (of_outputs[0] if ctx.needs_input_grad[4] else None), None
+        return None, grad_x, None, None, None, (grad_y if ctx.needs_input_grad[5] else None), None
 
 
 def read_by_products(x: Tensor, norm: nn.LayerNorm | None, gated: bool) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_lora import inputs, shake
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.errors import UserError
 from lora import add_lora
@@ -14,6 +15,7 @@ from options.training import LoRAConfig, MemoryConfig, resolve_precision
 from performance.adamw8bit import make_optimizer
 from performance.attention import sdpa
 from performance.checkpointing import block_names, checkpoint_blocks
+from performance.memory_plan import tensors
 
 CPU = torch.device("cpu")
 
@@ -62,6 +64,37 @@ def test_checkpointing_of_any_parts_gives_equal_bits(fast):
         assert torch.equal(plain, recomputed)
 
     check()
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operations that read a tensor."""
+
+    def __init__(self, tensor: torch.Tensor):
+        super().__init__()
+        self.pointer, self.count = tensor.data_ptr(), 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += not operation.is_view and any(t.data_ptr() == self.pointer for t in tensors((args, kwargs)))
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layer", ["attn1.to_out.0", "attn2.to_out.0", "ff.net.2"])
+def test_a_recomputation_ends_before_the_last_product(fast, layer):
+    """It makes what the part keeps, and the outputs of its last product are not among that."""
+    denoiser, _ = fast
+    block = "unet.mid_block.attentions.0.transformer_blocks.0."
+
+    def reads(weight: torch.Tensor) -> int:
+        with Reads(weight) as counted:
+            denoiser(**inputs()).sum().backward()
+        return counted.count
+
+    part = layer.partition(".")[0]
+    last = denoiser.get_submodule(block + layer).weight
+    first = denoiser.get_submodule(f"{block}norm{['attn1', 'attn2', 'ff'].index(part) + 1}").weight
+    plain = reads(last), reads(first)
+    checkpoint_blocks(denoiser, [block + part])
+    assert (reads(last), reads(first)) == (plain[0], plain[1] + 1)
 
 
 def test_a_checkpointed_step_keeps_less(fast):
