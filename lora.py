@@ -127,11 +127,12 @@ class LinearGroup:
         with torch.no_grad():
             if self.bands:
                 read = read_by_products(x, norm, gated)
-                down = read @ self.A(x.dtype).T
+                down = read.flatten(0, -2) @ self.A(x.dtype).T
                 edge = self.bands[0].layers[0].lora_A
         *of_x, y = Products.apply(self, x, down, norm, gated, onto, edge)
         with torch.no_grad():
-            self.multiply(y.detach(), read_by_products(x, norm, gated) if read is None else read, down, onto)
+            read = read_by_products(x, norm, gated) if read is None else read
+            self.multiply(y.detach().flatten(0, -2), read.flatten(0, -2), down, onto)
         return [*of_x, *y.split(self.widths, dim=-1)]
 
     def parts(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
@@ -144,16 +145,16 @@ class LinearGroup:
             yield slice(end, end := end + layer.out_features), dense_weight(layer), layer.bias
 
     def multiply(self, y: Tensor, x: Tensor, down: Tensor | None, onto: Tensor | None) -> None:
-        """Writes to y [..., Σ out] the outputs side by side. x [..., in], down = x·Aᵀ [..., Σ r], onto as y."""
-        y, x = y.flatten(0, -2), x.flatten(0, -2)
+        """x [N, in] -> y [N, Σ out], the outputs side by side. down = x·Aᵀ [N, Σ r] if there is LoRA; `onto` is added."""
         for columns, weight, bias in self.parts():
             if bias is None:
                 torch.mm(x, weight.T, out=y[:, columns])
             else:
                 torch.addmm(bias, x, weight.T, out=y[:, columns])
-        for band in self.bands if down is not None else ():
-            branch, B, scale = band.split(down.flatten(0, -2), band.rows), band.B(x.dtype), band.layers[0].scale
-            band.split(y, band.columns).baddbmm_(branch, B.transpose(1, 2), alpha=scale)
+        if down is not None:
+            for band in self.bands:
+                branch, B, scale = band.split(down, band.rows), band.B(x.dtype), band.layers[0].scale
+                band.split(y, band.columns).baddbmm_(branch, B.transpose(1, 2), alpha=scale)
         if onto is not None:
             y += onto.reshape(y.shape)
 
@@ -213,14 +214,14 @@ class Products(torch.autograd.Function):
         group, norm, (x, down), needs_x, needs_read = (
             ctx.group, ctx.norm, ctx.saved_tensors, ctx.needs_input_grad[1], bool(ctx.group.bands),
         )  # fmt: skip
-        *grad_of_x, grad_y = grads
-        grad_x, grad_down = group.gradients(grad_y.flatten(0, -2), None if down is None else down.flatten(0, -2), needs_x)
+        grad_y = grads[-1]
+        grad_x, grad_down = group.gradients(grad_y.flatten(0, -2), down, needs_x)
         if grad_x is not None:
             grad_x = grad_x.view(*grad_y.shape[:-1], -1)
         if grad_x is None or (norm is None and not ctx.gated):
             read = read_by_products(x, norm, ctx.gated) if needs_read else x
         elif norm is not None:
-            grad_x, read = layer_norm_gradient(grad_x, *grad_of_x, x, norm, needs_read)
+            grad_x, read = layer_norm_gradient(grad_x, grads[0], x, norm, needs_read)
         else:
             grad_x, read = gate_gradient(grad_x, x, needs_read)
         if needs_read:
