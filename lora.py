@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,26 +25,79 @@ from performance.adamw8bit import STATE_BLOCK, spread
 from performance.fused import add_product, gate, gate_gradient, in_one_pass, layer_norm, layer_norm_gradient
 
 
-class LoRALinear(nn.Linear):
-    """A linear layer with a low-rank branch. It shares weight and bias with its base layer.
+class RankDropout:
+    """Which ranks take part in this forward and backward pass, in each image (--rank-dropout), as kohya's rank_dropout. Those
+    that do are scaled up, so that the expected ΔW is the same.
 
-    y = x·Wᵀ + b + (α/r)·(x·Aᵀ)·Bᵀ. B starts at zero, so at first the output is that of the base, bit for bit. A base with a
-    packed weight (QuantisedLinear) has a method `dense()` that unpacks it.
+    What autograd and a CUDA graph see is one input of the step, [B, Σ r] of all layers: a function of its seed.
     """
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, generator: torch.Generator):
-        nn.Module.__init__(self)  # not nn.Linear's: it would allocate and fill a second weight
-        self.in_features, self.out_features = base.in_features, base.out_features
+    def __init__(self, share: float, ranks: int):
+        """`share`: of ranks that are left out, < 1; `ranks`: of all layers together."""
+        self.share, self.ranks = share, ranks
+        self.factors: Tensor | None = None  # while it holds: 0, or 1 / (1 - share)
+
+    def draw(self, batch: int, generator: torch.Generator) -> Tensor | None:
+        """[batch, ranks]; None, without a random number, where nothing is left out."""
+        if not self.share:
+            return None
+        kept = torch.rand(batch, self.ranks, generator=generator, device=generator.device) >= self.share
+        return kept / (1 - self.share)
+
+    @contextmanager
+    def __call__(self, factors: Tensor | None) -> Iterator[None]:
+        """Forward and backward pass inside, as checkpointed parts are computed again in the latter."""
+        self.factors = factors
+        try:
+            yield
+        finally:
+            self.factors = None
+
+    def of(self, places: list[slice], down: Tensor) -> Tensor:
+        """x·Aᵀ, or its gradient, [B·tokens, Σ r] or [B, Σ r, h, w] of the layers at `places` -> without the ranks left out."""
+        if self.factors is None:
+            return down
+        factors = torch.cat([self.factors[:, place] for place in places], dim=1).to(down.dtype)
+        if down.ndim == 4:
+            return down * factors[:, :, None, None]
+        return (down.unflatten(0, (len(factors), -1)) * factors[:, None]).flatten(0, 1)
+
+
+class LowRank:
+    """What LoRALinear and LoRAConv2d share: weight and bias of the base layer beside A and B. The class of the layer is another
+    parent.
+
+    B starts at zero, so at first the output is that of the base, bit for bit.
+    """
+
+    def share(self, base: Any, rank: int, alpha: float, generator: torch.Generator) -> None:
+        """A is [rank, in·kh·kw], B [out, rank]; kh·kw is 1 in a linear layer."""
+        nn.Module.__init__(self)  # type: ignore[arg-type]  # not its class's, which would allocate and fill a second weight
+        for name in type(base).__constants__:  # numbers of features or channels, kernel, stride, padding
+            setattr(self, name, getattr(base, name))
         self.weight, self.bias = base.weight, base.bias
-        self.unpack = getattr(base, "dense", None)
         self.alpha, self.scale = alpha, alpha / rank
-        bound = base.in_features**-0.5  # kaiming_uniform_(a=√5), as in the paper's code
-        A = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
+        convolution = isinstance(base, nn.Conv2d)
+        inputs, outputs = (base.weight[0].numel(), len(base.weight)) if convolution else (base.in_features, base.out_features)
+        bound = inputs**-0.5  # kaiming_uniform_(a=√5), as in the paper's code
+        A = torch.empty(rank, inputs).uniform_(-bound, bound, generator=generator)
         self.lora_A = nn.Parameter(A.to(base.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(outputs, rank, device=base.weight.device))
         for p in (self.lora_A, self.lora_B):
             p.grad = torch.zeros_like(p)
         self.grads: Any = (self.lora_A.grad, self.lora_B.grad)  # float32: the backward pass adds to them
+        self.dropout, self.place = RankDropout(0, 0), slice(0, rank)  # and where its ranks are among those of all layers
+
+
+class LoRALinear(LowRank, nn.Linear):
+    """A linear layer with a low-rank branch: y = x·Wᵀ + b + (α/r)·(x·Aᵀ)·Bᵀ.
+
+    A base with a packed weight (QuantisedLinear) has a method `dense()` that unpacks it.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, generator: torch.Generator):
+        self.share(base, rank, alpha, generator)
+        self.unpack = getattr(base, "dense", None)
         self.alone = LinearGroup([self])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -54,6 +107,54 @@ class LoRALinear(nn.Linear):
     def dense(self) -> Tensor:
         """The base weight [out, in], unpacked."""
         return self.unpack() if self.unpack else self.weight
+
+
+class LoRAConv2d(LowRank, nn.Conv2d):
+    """A convolution with a low-rank branch: A is a convolution with the kernel of the base and r outputs, B is 1 × 1 after it
+    (LoCon: Yeh et al. 2024, arXiv:2309.14859), as other programs train and read it.
+    """
+
+    def __init__(self, base: nn.Conv2d, rank: int, alpha: float, generator: torch.Generator):
+        self.share(base, rank, alpha, generator)
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """nn.Conv2d's, and that of layers which add another bias. x [B, in, h, w] -> [B, out, h', w']."""
+        return ConvolutionBranch.apply(self, super()._conv_forward(x, weight, bias), x, self.lora_A)
+
+    def kernels(self) -> tuple[Tensor, Tensor]:
+        """Views of A as [r, in, kh, kw], and of B as [out, r, 1, 1]."""
+        return self.lora_A.view(-1, *self.weight.shape[1:]), self.lora_B[:, :, None, None]
+
+
+class ConvolutionBranch(torch.autograd.Function):
+    """y + (α/r)·B·(A ∗ x). As in `Products`, the gradients of A and B are added to `grads`, in float32."""
+
+    @staticmethod
+    def forward(ctx, layer: LoRAConv2d, y: Tensor, x: Tensor, edge: Tensor) -> Tensor:
+        """`y` is overwritten. `edge` makes autograd differentiate where x needs no gradient."""
+        A, B = layer.kernels()
+        down = F.conv2d(x, A, None, layer.stride, layer.padding)
+        down = layer.dropout.of([layer.place], down)
+        ctx.layer = layer
+        ctx.save_for_backward(x, down)
+        ctx.mark_dirty(y)
+        return y.add_(F.conv2d(down, B), alpha=layer.scale)
+
+    @staticmethod
+    def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        layer, (x, down), none = ctx.layer, ctx.saved_tensors, (False, (0, 0), 1)
+        A, B = layer.kernels()
+        of_down = (grad_y * layer.scale, down, B, None, (1, 1), (0, 0), (1, 1), *none)
+        grad_down, grad_B, _ = torch.ops.aten.convolution_backward(*of_down, (True, True, False))
+        grad_down = layer.dropout.of([layer.place], grad_down)
+        of_x = (grad_down, x, A, None, layer.stride, layer.padding, (1, 1), *none)
+        grad_x, grad_A, _ = torch.ops.aten.convolution_backward(*of_x, (ctx.needs_input_grad[2], True, False))
+        for total, grad in zip(layer.grads, (grad_A, grad_B), strict=True):
+            total += grad.reshape(total.shape)
+        return None, grad_y, grad_x, None
+
+
+LowRankLayer = LoRALinear | LoRAConv2d
 
 
 @dataclass
@@ -127,7 +228,7 @@ class LinearGroup:
         with torch.no_grad():
             if self.bands:
                 read = read_by_products(x, norm, gated)
-                down = read.flatten(0, -2) @ self.A(x.dtype).T
+                down = self.dropped(read.flatten(0, -2) @ self.A(x.dtype).T)
                 edge = self.bands[0].layers[0].lora_A
         *of_x, y = Products.apply(self, x, down, norm, gated, onto, edge)
         with torch.no_grad():
@@ -158,6 +259,10 @@ class LinearGroup:
         if onto is not None:
             y += onto.reshape(y.shape)
 
+    def dropped(self, down: Tensor) -> Tensor:
+        """x·Aᵀ, or its gradient, [N, Σ r] -> without the ranks that are left out."""
+        return self.bands[0].layers[0].dropout.of([layer.place for band in self.bands for layer in band.layers], down)
+
     def A(self, dtype: torch.dtype) -> Tensor:
         """[Σ r, in]."""
         return torch.cat([layer.lora_A for band in self.bands for layer in band.layers]).to(dtype)
@@ -173,6 +278,7 @@ class LinearGroup:
                 torch.baddbmm(result, grad, B, beta=0, alpha=scale, out=result)
                 with sum_of([layer.grads[1] for layer in band.layers]) as total:
                     add_product(total.transpose(1, 2), band.split(down, band.rows), grad, scale)
+            grad_down = self.dropped(grad_down)
         grad_x = None
         for columns, weight, _ in self.parts() if with_x else ():
             grad = grad_y[:, columns]
@@ -266,7 +372,7 @@ def padded_size(count: int) -> int:
 
 
 class Adapter:
-    """All LoRALinear layers of a model: their weights in one flat float32 buffer `flat`, the gradients in another, `grad`.
+    """All layers of a model with LoRA: their weights in one flat float32 buffer `flat`, the gradients in another, `grad`.
 
     Zeroing, averaging over ranks, clipping and stepping are then one call each instead of two per layer. `groups` splits
     `flat` into one parameter per learning rate: "unet", and "text_encoder" for both encoders. A group without layers is absent.
@@ -280,9 +386,12 @@ class Adapter:
     Do not move the model to another device or dtype afterwards: its parameters would no longer be views of these buffers.
     """
 
-    def __init__(self, modules: dict[str, LoRALinear], dtype: torch.dtype, device: torch.device | None = None):
+    def __init__(
+        self, modules: dict[str, LowRankLayer], dtype: torch.dtype, device: torch.device | None = None, rank_dropout: float = 0
+    ):
         """`dtype`: of the base; `device`: that the base is, or will be, on."""
         self.modules = modules
+        self.dropout = RankDropout(rank_dropout, sum(len(m.lora_A) for m in modules.values()))
         text = {name: m for name, m in modules.items() if name.startswith("text_encoder")}
         unet = {name: m for name, m in modules.items() if name not in text}
         ordered = unet | text
@@ -294,8 +403,8 @@ class Adapter:
         self.padding = (~filled).nonzero().flatten().to(self.flat.device)  # indices in `flat`
         self.grad = torch.zeros_like(self.flat)
         self.low = self.flat.to(dtype, copy=True)
-        self.deltas: Deltas = {}  # {module path: (A, B, α)}: float32 views of the live weights
-        offset = 0
+        self.deltas: Deltas = {}  # {module path: (A, B, α)}: float32 views of the live weights, a convolution's in its shape
+        offset = rank = 0
         for name, m in ordered.items():
             masters, grads = [], []
             for p in (m.lora_A, m.lora_B):
@@ -307,7 +416,10 @@ class Adapter:
                 if dtype == torch.float32:
                     p.grad = grads[-1]
             m.grads = grads[0], grads[1]
-            self.deltas[name] = (masters[0], masters[1], m.alpha)
+            m.dropout, m.place = self.dropout, slice(rank, rank := rank + len(m.lora_A))
+            kernel = m.weight.shape[2:]
+            A, B = (masters[0].unflatten(1, (-1, *kernel)), masters[1][:, :, None, None]) if kernel else masters
+            self.deltas[name] = (A, B, m.alpha)
         unet_size = sum(sizes[: 2 * len(unet)])
         self.groups: dict[str, nn.Parameter] = {}
         for name, section in (("unet", slice(0, unet_size)), ("text_encoder", slice(unet_size, None))):
@@ -379,11 +491,23 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
+CONVOLUTIONS = r"^unet\..*\.(conv1|conv2|conv_shortcut|(down|up)samplers\.0\.conv)$"  # those of other programs
+
+
+def chosen(name: str, layer: nn.Module, config: LoRAConfig) -> bool:
+    """Whether `config` selects this layer."""
+    if isinstance(layer, nn.Conv2d):
+        return config.conv_rank is not None and bool(re.search(CONVOLUTIONS, name))
+    if not isinstance(layer, nn.Linear) or not re.search(config.pattern, name):
+        return False
+    return config.train_text_encoder or not name.startswith("text_encoder")
+
+
 def add_lora(
     model: nn.Module, config: LoRAConfig, unused: Iterable[str] = (), seed: int = 0, dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
 ) -> Adapter:  # fmt: skip
-    """Freezes `model` and replaces each linear layer that `config` selects with a LoRALinear, whose A and B are in `dtype`, on
+    """Freezes `model` and replaces each layer that `config` selects with one with LoRA, whose A and B are in `dtype`, on
     `device`; None: on that of the layer.
 
     Layers under the path prefixes `unused` are left out: nothing reads their output, so an adapter there would never get a
@@ -394,20 +518,21 @@ def add_lora(
     model.requires_grad_(False)
     generator = seed_generator(torch.Generator(), seed)
     linears = linear_layers(model)
-    modules = {}
-    for name, linear in linears.items():
-        text = name.startswith("text_encoder")
-        if not re.search(config.pattern, name) or name.startswith(tuple(unused)) or (text and not config.train_text_encoder):
+    convolutions = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    modules: dict[str, LowRankLayer] = {}
+    for name, layer in (linears | convolutions).items():
+        if not chosen(name, layer, config) or name.startswith(tuple(unused)):
             continue
         parent, _, child = name.rpartition(".")
-        rank = config.rank_of(name)
-        modules[name] = LoRALinear(linear, rank, config.stored_alpha(rank), generator)
+        convolution = name in convolutions
+        rank, kind = config.rank_of(name, convolution), cast(Any, LoRAConv2d if convolution else LoRALinear)
+        modules[name] = kind(layer, rank, config.stored_alpha(rank, convolution), generator)
         setattr(model.get_submodule(parent), child, modules[name])
-    if not modules:
+    if modules.keys() <= convolutions.keys():
         raise UserError(f"--targets {config.targets!r} matches none of {len(linears)} linear layers, e.g. {list(linears)[:3]}")
     check_patterns("--rank-pattern", config.rank_pattern, modules)
     check_patterns("--lr-pattern", config.lr_pattern, modules)
-    return Adapter(modules, dtype, device)
+    return Adapter(modules, dtype, device, config.rank_dropout)
 
 
 def check_patterns(flag: str, patterns: Iterable[str], names: Iterable[str]) -> None:

@@ -71,6 +71,7 @@ class StepInputs(NamedTuple):
     time_ids: Tensor  # [B, 6] float32: SDXL's size and crop conditioning
     text: tuple[Tensor, ...]  # (tokens [B, 2, 77·n],), or cached (context [B, 77, d1 + d2], pooled [B, d2])
     loss_weights: Tensor | None  # [B, 1, h, w] with --masked-loss
+    kept_ranks: Tensor | None  # [B, Σ r] with --rank-dropout
 
 
 class TrainStep:
@@ -108,14 +109,16 @@ class TrainStep:
         ids = to_device(time_ids(batch.original_size, batch.crop, batch.size), device)
         text = tuple(to_device(part, device) for part in self.model.text_inputs(batch.captions, batch.text))
         weights = None if batch.mask is None else to_device(weights_of_mask(batch.mask), device)
-        return StepInputs(images, posterior_noise, *draws, ids, text, weights)
+        kept_ranks = self.adapter.dropout.draw(shape[0], self.generator)
+        return StepInputs(images, posterior_noise, *draws, ids, text, weights, kept_ranks)
 
     def backward(self, x: StepInputs) -> Tensor:
         """Adds the share of these images to the gradient, and returns their share of the loss. Nothing here waits for the
         device, so that a CUDA graph can hold all of it.
         """
-        loss = self.losses(x).mean() / (self.samples / len(x.images))
-        self.scaler.scale(loss).backward()
+        with self.adapter.dropout(x.kept_ranks):
+            loss = self.losses(x).mean() / (self.samples / len(x.images))
+            self.scaler.scale(loss).backward()
         self.adapter.spoil_unless_finite(loss.detach())  # so that every rank sees it in the averaged gradient, and skips
         return loss.detach()
 

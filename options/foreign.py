@@ -10,6 +10,7 @@ SAME = {  # their name: the option here
     "caption_prefix": "trigger", "max_token_length": "max_tokens", "network_dim": "rank",
     "network_alpha": "alpha", "lora_alpha": "alpha", "use_rslora": "rank_stabilised", "rs_lora": "rank_stabilised",
     "scale_weight_norms": "max_norm", "loraplus_lr_ratio": "lora_plus", "learning_rate": "lr", "unet_lr": "lr",
+    "conv_dim": "conv_rank", "conv_alpha": "conv_alpha", "rank_dropout": "rank_dropout",
     "text_encoder_lr": "text_encoder_lr", "network_train_unet_only": "no_train_text_encoder",
     "optimizer_type": "optimizer", "optimizer": "optimizer",
     "use_8bit_adam": "optimizer", "lr_scheduler": "lr_schedule", "lr_warmup_steps": "warmup",
@@ -46,14 +47,14 @@ REASONS = {  # what is done here: their names
     "--loss is mse, l1, huber:δ or huber-snr:δ": "loss_type huber_c huber_schedule",
     "--prediction-type, which is measured": "v_parameterization",
     "read from the file of --model": "zero_terminal_snr",
-    "plain LoRA on linear layers, a new one: --targets chooses the layers":
-        "network_module network_args dim_from_weights LoRA_type LyCORIS_preset "
-        "conv_dim conv_alpha conv_dims conv_alphas constrain decompose_both factor rescaled train_norm train_on_input unit "
+    "plain LoRA, a new one: --targets and --conv-rank choose the layers":
+        "network_module network_args algo preset dim_from_weights LoRA_type LyCORIS_preset "
+        "conv_dims conv_alphas constrain decompose_both factor rescaled train_norm train_on_input unit "
         "use_cp use_scalar use_tucker block_lr_zero_threshold conv_block_dims conv_block_alphas",
     "learning rates of single blocks are --lr-pattern": "down_lr_weight mid_lr_weight up_lr_weight",
     "one ratio for all layers: --lora-plus": "loraplus_unet_lr_ratio loraplus_text_encoder_lr_ratio",
     "ranks of single blocks are --rank-pattern, and --alpha is that of all": "block_dims block_alphas",
-    "LoRA has no dropout": "network_dropout rank_dropout module_dropout rank_dropout_scale",
+    "ranks are left out, image by image: --rank-dropout": "network_dropout module_dropout rank_dropout_scale",
     "buckets have the area of --resolution": "bucket_no_upscale min_bucket_reso max_bucket_reso",
     "--flip is the only augmentation": "color_aug random_crop center_crop face_crop_aug_range",
     "captions are used as they are: --caption-dropout, --shuffle-tags":

@@ -62,6 +62,11 @@ class LoRAConfig(Options):
     """Scale α: ΔW = (α/r)·B·A. None: equal to --rank."""
     rank_stabilised: bool = option(False, resume="fixed")
     """ΔW = (α/√r)·B·A, so that a higher rank needs no other learning rate (rsLoRA, arXiv:2312.03732). Needs --alpha."""
+    conv_rank: int | None = option(None, at_least=1, resume="fixed")
+    """LoRA of this rank on the convolutions of the U-Net's residual blocks, down- and upsamplers, too (LoCon,
+    arXiv:2309.14859). None: on linear layers only."""
+    conv_alpha: float | None = option(None, above=0, resume="fixed")
+    """α of the convolutions. None: equal to --conv-rank."""
     targets: str = option("attention", resume="fixed")
     """Linear layers to train: 'attention', 'all' (attention, feed-forward, projections), 'style' or 'content' (attention in the
     block of the U-Net that holds it, as B-LoRA; none in the text encoders), or a regular expression."""
@@ -74,6 +79,8 @@ class LoRAConfig(Options):
     first that finds a layer counts."""
     max_norm: float | None = option(None, above=0)
     """Largest Frobenius norm of any ΔW; after a step that exceeds it, A and B of the layer shrink, e.g. 1. None: no limit."""
+    rank_dropout: float = option(0.0, at_least=0, at_most=0.9)
+    """Share of ranks that are left out in each image of a step, e.g. 0.1; the others count for more. Against overfitting."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,6 +88,8 @@ class LoRAConfig(Options):
             re.compile(self.pattern)
         except re.error as error:
             raise UserError(f"--targets {self.targets!r} is neither a preset nor a regular expression: {error}") from None
+        if self.conv_alpha is not None and self.conv_rank is None:
+            raise UserError("--conv-alpha does nothing without --conv-rank")
         if self.rank_stabilised and self.alpha is None:
             raise UserError("--rank-stabilised needs --alpha: one that followed the rank would undo it")
         for text in self.rank_pattern:
@@ -98,13 +107,15 @@ class LoRAConfig(Options):
         """Whether a step needs room for a copy of A and B: see run/optimiser.py."""
         return bool(self.lora_plus or self.lr_pattern or self.max_norm)
 
-    def rank_of(self, name: str) -> int:
+    def rank_of(self, name: str, convolution: bool = False) -> int:
         """Of the layer with this path."""
-        return int(first_match("--rank-pattern", self.rank_pattern, name, self.rank))
+        rank = self.conv_rank if convolution else self.rank
+        return int(first_match("--rank-pattern", self.rank_pattern, name, rank or 1))
 
-    def stored_alpha(self, rank: int) -> float:
+    def stored_alpha(self, rank: int, convolution: bool = False) -> float:
         """What a layer of this rank and its file have as α, whose ΔW is (α/r)·B·A for every reader."""
-        return self.resolved_alpha * (math.sqrt(rank) if self.rank_stabilised else 1)
+        alpha = (self.conv_alpha or self.conv_rank or 1) if convolution else self.resolved_alpha
+        return alpha * (math.sqrt(rank) if self.rank_stabilised else 1)
 
     @property
     def pattern(self) -> str:

@@ -123,7 +123,7 @@ def resnet_forward(self: Any, x: Tensor, temb: Tensor | None = None) -> Tensor:
         y = self.conv1(y)
     else:  # its bias is added with the embedded timestep: one pass over the pixels less
         offset = self.time_emb_proj(F.silu(temb)) + self.conv1.bias
-        y = F.conv2d(y, self.conv1.weight, padding=self.conv1.padding) + offset[:, :, None, None]
+        y = self.conv1._conv_forward(y, self.conv1.weight, None) + offset[:, :, None, None]
     y = self.conv2(group_normed(y, self.norm2, silu=True)[1])
     return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 

@@ -78,7 +78,7 @@ def begin_from(adapter: Adapter, deltas: Deltas) -> float:
             lost, total = lost + S[rank:].square().sum().item(), total + S.square().sum().item()
             A, B, alpha = root[:, None] * Vh[:rank], U[:, :rank] * root, len(root)
         scale = (alpha / len(A)) / (own_alpha / rank)
-        own_A[: len(A)] = A.flatten(1)
-        own_B[:, : len(A)] = scale * B.flatten(1).float()
+        own_A[: len(A)] = A.view(-1, *own_A.shape[1:])
+        own_B[:, : len(A)] = scale * B.view(*B.shape[:2], *own_B.shape[2:]).float()
     adapter.update_layers()
     return (lost / total) ** 0.5 if total else 0.0

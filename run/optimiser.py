@@ -156,9 +156,10 @@ class NormLimit:
             shapes[A.shape, B.shape, alpha].append(name)
         self.largest, self.blocks = largest, adapter.flat.view(-1, STATE_BLOCK)
         self.alike = []
-        for ((rank, _), _, alpha), names in shapes.items():
-            layers = [adapter.deltas[name] for name in names]
-            self.alike.append((abs(alpha) / rank, [A for A, _, _ in layers], [B for _, B, _ in layers]))
+        for ((rank, *_), _, alpha), names in shapes.items():
+            factors = zip(*(adapter.deltas[name][:2] for name in names), strict=True)
+            As, Bs = ([factor.flatten(1) for factor in of_layers] for of_layers in factors)
+            self.alike.append((abs(alpha) / rank, As, Bs))
         numbers = {name: i for i, name in enumerate(name for names in shapes.values() for name in names)}
         self.layers = by_block(adapter, [(numbers[name],) * 2 for name in adapter.deltas], torch.int64)
 

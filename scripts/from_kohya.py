@@ -49,7 +49,7 @@ VALUES: dict[str, dict[str, Any]] = {  # option here: {their value: the value he
     "no_train_text_encoder": {"True": False, "False": True},
 }
 ZERO_IS_OFF = ("input_perturbation", "save_every", "sample_every", "keep", "text_encoder_lr", "steps", "epochs", "lora_plus",
-               "max_norm")  # fmt: skip
+               "max_norm", "conv_rank", "conv_alpha", "rank_dropout")  # fmt: skip
 OBJECTIVE = {  # option here: their keys that it replaces
     "timesteps": ("min_timestep", "max_timestep"), "loss": ("loss_type", "huber_c", "huber_schedule"),
     "weighting": ("min_snr_gamma", "debiased_estimation_loss"),
@@ -57,18 +57,22 @@ OBJECTIVE = {  # option here: their keys that it replaces
 }  # fmt: skip
 LAST = ("unet_lr", "epoch", "save_every_n_steps")  # they win over learning_rate, lose to steps, win over epochs
 THEIR_DEFAULTS = {"alpha": 1.0, "bs": 1}  # which differ from those here
-NEEDS = {"keep_tags": ("shuffle_tags", False), "text_encoder_lr": ("train_text_encoder", True)}  # (another, its default)
+NEEDS = {"keep_tags": ("shuffle_tags", False), "text_encoder_lr": ("train_text_encoder", True),
+         "conv_alpha": ("conv_rank", None)}  # fmt: skip  # (another, its default)
 
 
 def settings(table: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """(key, value) of all tables in it, one after the other; additional parameters as if they were keys."""
+    """(key, value) of all tables in it, one after the other; additional parameters and network_args as if they were keys."""
     for key, value in table.items():
         if key == "image_dir" and table.get("num_repeats", 1) != 1:  # of this folder
             value = f"{value}:x{table['num_repeats']}"
         inner = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, dict)]
         for item in inner:
             yield from settings(item)
-        if not inner:
+        if key == "network_args":
+            pairs = [str(item).partition("=") for item in (value if isinstance(value, list) else shlex.split(str(value)))]
+            yield from ((name, text) for name, _, text in pairs)
+        elif not inner:
             yield key, value
         if key == "additional_parameters":
             for flag, following in pairwise([*shlex.split(str(value)), "--"]):
@@ -164,8 +168,10 @@ def settle(options: dict[str, Any], notes: dict[str, str]) -> None:
     """What depends on other settings, and what was left to kohya's own defaults."""
     if "rank" in options:
         options |= {name: value for name, value in THEIR_DEFAULTS.items() if name not in options}
+    if "conv_rank" in options:
+        options.setdefault("conv_alpha", 1.0)
     if "lycoris" in f"{notes.get('LoRA_type')} {notes.get('network_module')}".lower():
-        drop(options, notes, ("rank", "alpha"), "of another kind of layer: choose it for LoRA")
+        drop(options, notes, ("rank", "alpha", "conv_rank", "conv_alpha"), "of another kind of layer: choose it for LoRA")
     if any(notes.get(key, "not set") != "not set" for key in ("optimizer", "optimizer_type")):
         drop(options, notes, ("lr", "text_encoder_lr"), "of another optimizer: choose it for AdamW")
     for option, (other, default) in NEEDS.items():

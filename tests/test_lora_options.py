@@ -17,13 +17,15 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from data import Workload
-from lora import Adapter, add_lora, merge_lora
+from lora import Adapter, RankDropout, add_lora, merge_lora
 from lora_files.deltas import layer_shapes
 from lora_files.read import read_lora
 from lora_files.write import serialise
-from memory import plan_memory
+from memory import plan_memory, speed_up
 from model.sdxl import Denoiser
 from options.training import DiffusionConfig, LoRAConfig, MemoryConfig, OptimiserConfig
+from performance.attention import sdpa
+from performance.checkpointing import block_names, checkpoint_blocks
 from run.checkpoints import changed, known_options
 from run.optimiser import NormLimit, Optimiser
 from run.state import load_state, save_state
@@ -49,15 +51,24 @@ SCALES = {
         {"rank_pattern": ("text_encoder_2=1", ".=5"), "rank_stabilised": True},
         {"rank_pattern": {r"text_encoder_2\..*": 1, ".*": 5}, "use_rslora": True},
     ),
+    "convolutions": (
+        {"conv_rank": 2, "conv_alpha": 3, "rank_pattern": ("conv1=5",)},
+        {
+            "rank_pattern": {r".*\.conv1": 5, r".*(conv2|conv_shortcut|samplers\.0\.conv)": 2},
+            "alpha_pattern": {r".*(conv1|conv2|conv_shortcut|samplers\.0\.conv)": 3},
+        },
+    ),
 }
 
 
 @pytest.mark.parametrize(("ours", "theirs"), SCALES.values(), ids=SCALES)
-@pytest.mark.parametrize("layout", ["kohya", "diffusers"])
-def test_outputs_gradients_and_files_are_those_of_peft(denoiser, tmp_path, ours, theirs, layout):
+@pytest.mark.parametrize(("layout", "fast"), [("kohya", False), ("diffusers", True)])
+def test_outputs_gradients_and_files_are_those_of_peft(denoiser, tmp_path, ours, theirs, layout, fast):
     plain, base = copy.deepcopy(denoiser), copy.deepcopy(denoiser)
     adapter = add_lora(denoiser, LoRAConfig(rank=4, alpha=3, **ours), denoiser.unused)
     shake(adapter)
+    if fast:
+        speed_up(denoiser, sdpa)
     peft = with_peft(plain, adapter, r=4, lora_alpha=3, **theirs)
     output, wanted = denoiser(**inputs()), peft(**inputs())
     torch.testing.assert_close(output, wanted, atol=1e-5, rtol=0)
@@ -65,8 +76,8 @@ def test_outputs_gradients_and_files_are_those_of_peft(denoiser, tmp_path, ours,
     wanted.square().mean().backward()
     for name, module in adapter.modules.items():
         layer = peft.get_submodule(name)
-        torch.testing.assert_close(module.lora_A.grad, layer.lora_A.default.weight.grad, atol=1e-5, rtol=1e-3)
-        torch.testing.assert_close(module.lora_B.grad, layer.lora_B.default.weight.grad, atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(module.lora_A.grad, layer.lora_A.default.weight.grad.flatten(1), atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(module.lora_B.grad, layer.lora_B.default.weight.grad.flatten(1), atol=1e-5, rtol=1e-3)
 
     file = tmp_path / "lora.safetensors"
     file.write_bytes(serialise(adapter.deltas, {}, layout, torch.float32))
@@ -75,6 +86,59 @@ def test_outputs_gradients_and_files_are_those_of_peft(denoiser, tmp_path, ours,
         layer = peft.get_submodule(name)
         merged = layer.base_layer.weight + layer.get_delta_weight("default")
         torch.testing.assert_close(base.get_submodule(name).weight, merged, atol=1e-6, rtol=1e-5)
+
+
+# Dropout.
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_rank_that_is_left_out_is_as_if_its_B_were_0(denoiser, fast):
+    adapter = add_lora(denoiser, LoRAConfig(rank=3, targets="all", conv_rank=2, rank_dropout=0.4), denoiser.unused)
+    shake(adapter)
+    if fast:
+        speed_up(denoiser, sdpa)
+        checkpoint_blocks(denoiser, block_names(denoiser))
+    x = inputs(2)
+    factors = adapter.dropout.draw(2, torch.Generator().manual_seed(0))
+    flat, low = adapter.flat.clone(), {}
+    with adapter.dropout(factors):
+        output = denoiser(**x)
+        output.square().sum().backward()
+    together = {name: [g.clone() for g in m.grads] for name, m in adapter.modules.items()}
+    for image, of_image in enumerate(factors):
+        one = {
+            name: (value[0][image : image + 1],) if name == "text" else value[image : image + 1] for name, value in x.items()
+        }
+        adapter.load(flat)
+        for m in adapter.modules.values():
+            m.lora_B.data *= of_image[m.place]
+        alone = denoiser(**one)
+        torch.testing.assert_close(output[image : image + 1], alone, atol=1e-5, rtol=1e-5)
+        alone.square().sum().backward()
+        for name, m in adapter.modules.items():
+            A, B = low.setdefault(name, [torch.zeros_like(g) for g in m.grads])
+            A += m.grads[0]
+            B += m.grads[1] * of_image[m.place]
+    for name, grads in together.items():
+        for ours, wanted in zip(grads, low[name], strict=True):
+            torch.testing.assert_close(ours, wanted, atol=1e-4, rtol=1e-3)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(0.01, 0.9), st.integers(0, 2**63 - 1))
+def test_ranks_are_left_out_as_often_as_asked(share, seed):
+    dropout = RankDropout(share, 20_000)
+    factors = dropout.draw(2, torch.Generator().manual_seed(seed))
+    assert torch.equal(factors, dropout.draw(2, torch.Generator().manual_seed(seed)))
+    assert factors.unique().tolist() == pytest.approx([0, 1 / (1 - share)])
+    assert (factors == 0).float().mean().item() == pytest.approx(share, abs=0.02)
+    assert not torch.equal(factors[0], factors[1])
+
+
+def test_without_dropout_no_number_is_drawn(denoiser):
+    generator = torch.Generator().manual_seed(0)
+    assert RankDropout(0.0, 5).draw(2, generator) is None
+    assert torch.equal(generator.get_state(), torch.Generator().manual_seed(0).get_state())
 
 
 @pytest.mark.parametrize(
@@ -90,6 +154,8 @@ def test_outputs_gradients_and_files_are_those_of_peft(denoiser, tmp_path, ours,
         ({"lr_pattern": ("attn2=-1",)}, "--lr-pattern 'attn2=-1': a regular expression stands before the ="),
         ({"lora_plus": 0.0}, "--lora-plus must be above 0"),
         ({"max_norm": 0.0}, "--max-norm must be above 0"),
+        ({"conv_alpha": 1.0}, "--conv-alpha does nothing without --conv-rank"),
+        ({"rank_dropout": 1.0}, "--rank-dropout must lie in 0…0.9"),
     ],
 )
 def test_what_cannot_be_meant(options, message):
@@ -273,20 +339,27 @@ def test_a_step_with_them_does_not_wait_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
+CONVOLUTION = "lora_unet_middle_block_0_in_layers_2.lora_down.weight"
+
+
 def test_a_run_with_options_of_updates_resumes_bit_for_bit(train, tmp_path):
     options = ["--lora-plus", 8, "--lr-pattern", "attn2=0.5", "text_encoder=2", "--lr", 1e-2, "--precision", "fp16"]
-    options += ["--max-norm", 0.05]
+    options += ["--max-norm", 0.05, "--conv-rank", 3, "--rank-dropout", 0.3]
     out, _ = train("--steps", 4, *options)
     assert "learning rate 0.01, text encoders 0.01, of B 8 times as much" in out
     train("--steps", 2, *options, "--out", tmp_path / "parts")
     train("--steps", 4, *options, "--out", tmp_path / "parts")
     whole, parts = (load_state(next((tmp_path / name).glob("state-*")))["lora"] for name in ("out", "parts"))
     assert torch.equal(whole, parts)
-    train("--steps", 4, "--lr", 1e-2, "--precision", "fp16", "--out", tmp_path / "without")
-    assert not torch.equal(whole, load_state(next((tmp_path / "without").glob("state-*")))["lora"])
-    _, err = train("--steps", 5, "--lr", 1e-2, "--precision", "fp16", status=2)
+    assert load_file(tmp_path / "out/pytorch_lora_weights_4.safetensors")[CONVOLUTION].shape == (3, 64, 3, 3)
+    begun = ["--init-lora", tmp_path / "out", "--conv-rank", 2, "--lr", 0, "--out", tmp_path / "begun"]
+    out, _ = train("--steps", 1, "--rank", 2, *begun)
+    assert "of higher rank" in out
+    file = tmp_path / "begun/pytorch_lora_weights_1.safetensors"
+    assert load_file(file)[CONVOLUTION].shape == (2, 64, 3, 3)
+    _, err = train("--steps", 5, "--lr", 1e-2, "--precision", "fp16", "--conv-rank", 3, status=2)
     changes = "--lora-plus 8.0 -> None, --lr-pattern ('attn2=0.5', 'text_encoder=2') -> (), --max-norm 0.05 -> None"
-    assert f"is of another run: {changes}: change it back" in err
+    assert f"is of another run: {changes}, --rank-dropout 0.3 -> 0.0: change it back" in err
     _, err = train("--lr-pattern", "attn3=4", "--out", tmp_path / "b", status=2)
     assert "--lr-pattern 'attn3=4' finds none of the trained layers, e.g. unet.down_blocks" in err
 
