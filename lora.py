@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, cast
 
@@ -87,18 +88,47 @@ class LowRank:
             p.grad = torch.zeros_like(p)
         self.grads: Any = (self.lora_A.grad, self.lora_B.grad)  # float32: the backward pass adds to them
         self.dropout, self.place = RankDropout(0, 0), slice(0, rank)  # and where its ranks are among those of all layers
+        self.magnitude: Tensor | None = None  # with DoRA
+
+    def trained(self) -> Iterator[Tensor]:
+        """A, B, and with DoRA the magnitude."""
+        yield self.lora_A
+        yield self.lora_B
+        if self.magnitude is not None:
+            yield self.magnitude
 
 
 class LoRALinear(LowRank, nn.Linear):
     """A linear layer with a low-rank branch: y = x·Wᵀ + b + (α/r)·(x·Aᵀ)·Bᵀ.
 
+    With DoRA (Liu et al. 2024, arXiv:2402.09353) every row of V = W + (α/r)·B·A gets a length of its own, `magnitude`, which is
+    trained, and at first that of W: y = (magnitude/‖V‖)·(x·Vᵀ) + b. As in the paper ‖V‖ is taken for constant in the gradient.
+
     A base with a packed weight (QuantisedLinear) has a method `dense()` that unpacks it.
     """
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, generator: torch.Generator):
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, generator: torch.Generator, dora: bool = False):
         self.share(base, rank, alpha, generator)
         self.unpack = getattr(base, "dense", None)
+        if dora:
+            self.magnitude = self.lengths()
+            self.grads = (*self.grads, torch.zeros_like(self.magnitude))
         self.alone = LinearGroup([self])
+
+    @torch.no_grad()
+    def lengths(self) -> Tensor:
+        """‖V‖ of every row, [out] float32."""
+        W = self.dense()
+        V = torch.addmm(W, self.lora_B.to(W), self.lora_A.to(W), alpha=self.scale)
+        return torch.linalg.vector_norm(V, dim=1, dtype=torch.float32)
+
+    def scale_change(self, strength: float) -> None:
+        """With DoRA: makes the layer that of W + strength·ΔW."""
+        magnitude = cast(Tensor, self.magnitude)
+        gain = magnitude / self.lengths()
+        of_W = 1 - strength + strength * gain  # W + strength·ΔW = of_W·W + strength·gain·(V - W)
+        self.lora_B.data *= (strength * gain / of_W)[:, None]
+        magnitude.copy_(of_W * self.lengths())
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
@@ -185,6 +215,7 @@ class LinearGroup:
         """The stack is made on `device`, which the layers need not be on yet: moved first, they would leave gaps there."""
         self.layers, self.widths = layers, [layer.out_features for layer in layers]
         self.bands: list[Band] = []
+        self.has_lengths = any(getattr(layer, "magnitude", None) is not None for layer in layers)  # DoRA
         column = row = 0
         for layer in layers:
             columns = slice(column, column := column + layer.out_features)
@@ -230,10 +261,14 @@ class LinearGroup:
                 read = read_by_products(x, norm, gated)
                 down = self.dropped(read.flatten(0, -2) @ self.A(x.dtype).T)
                 edge = self.bands[0].layers[0].lora_A
-        *of_x, y = Products.apply(self, x, down, norm, gated, onto, edge)
+            lengths = self.lengths()
+        *of_x, y = Products.apply(self, x, down, lengths, norm, gated, onto, edge)
         with torch.no_grad():
-            read = read_by_products(x, norm, gated) if read is None else read
-            self.multiply(y.detach().flatten(0, -2), read.flatten(0, -2), down, onto)
+            read, rows = read_by_products(x, norm, gated) if read is None else read, y.detach().flatten(0, -2)
+            self.multiply(rows, read.flatten(0, -2), down, with_bias=not self.has_lengths)
+            self.bring_to_length(rows, lengths)
+            if onto is not None:
+                rows += onto.reshape(rows.shape)
         return [*of_x, *y.split(self.widths, dim=-1)]
 
     def parts(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
@@ -245,10 +280,10 @@ class LinearGroup:
         for layer in self.layers:
             yield slice(end, end := end + layer.out_features), dense_weight(layer), layer.bias
 
-    def multiply(self, y: Tensor, x: Tensor, down: Tensor | None, onto: Tensor | None) -> None:
-        """x [N, in] -> y [N, Σ out], the outputs side by side. down = x·Aᵀ [N, Σ r] if there is LoRA; `onto` is added."""
+    def multiply(self, y: Tensor, x: Tensor, down: Tensor | None, with_bias: bool) -> None:
+        """x [N, in] -> y [N, Σ out], the outputs side by side. down = x·Aᵀ [N, Σ r] if there is LoRA."""
         for columns, weight, bias in self.parts():
-            if bias is None:
+            if bias is None or not with_bias:
                 torch.mm(x, weight.T, out=y[:, columns])
             else:
                 torch.addmm(bias, x, weight.T, out=y[:, columns])
@@ -256,8 +291,37 @@ class LinearGroup:
             for band in self.bands:
                 branch, B, scale = band.split(down, band.rows), band.B(x.dtype), band.layers[0].scale
                 band.split(y, band.columns).baddbmm_(branch, B.transpose(1, 2), alpha=scale)
-        if onto is not None:
-            y += onto.reshape(y.shape)
+
+    def lengths(self) -> list[Tensor]:
+        """‖V‖ of every layer with DoRA."""
+        return [layer.lengths() for band in self.bands for layer in band.layers] if self.has_lengths else []
+
+    def with_lengths(self, y: Tensor, lengths: list[Tensor]) -> Iterator[tuple[nn.Linear, Tensor, Any]]:
+        """(layer, its columns of y [N, Σ out], its ‖V‖ or None) with DoRA."""
+        found = iter(lengths)
+        if self.has_lengths:
+            for layer, columns in zip(self.layers, y.split(self.widths, dim=1), strict=True):
+                yield layer, columns, next(found) if isinstance(layer, LoRALinear) else None
+
+    def bring_to_length(self, y: Tensor, lengths: list[Tensor]) -> None:
+        """y [N, Σ out] without bias -> (magnitude/‖V‖)·y + b, in place; in float32, as y may be in half precision."""
+        for layer, columns, length in self.with_lengths(y, lengths):
+            if length is not None:
+                torch.mul(columns, cast(LoRALinear, layer).magnitude / length, out=columns)
+            if layer.bias is not None:
+                columns += layer.bias
+
+    def gradient_of_directions(self, grad_y: Tensor, x: Tensor, down: Tensor, lengths: list[Tensor]) -> Tensor:
+        """grad_y [N, Σ out] -> the gradient of x·Vᵀ; adds those of the magnitudes. x·Vᵀ is computed again, not kept."""
+        product, result = torch.empty_like(grad_y), grad_y.clone()
+        self.multiply(product, x, down, with_bias=False)
+        both = zip(self.with_lengths(product, lengths), result.split(self.widths, dim=1), strict=True)
+        for (layer, columns, length), grad in both:
+            if length is not None:
+                own = cast(LoRALinear, layer)
+                own.grads[2].add_((grad.float() * columns).sum(dim=0) / length)
+                torch.mul(grad, own.magnitude / length, out=grad)
+        return result
 
     def dropped(self, down: Tensor) -> Tensor:
         """x·Aᵀ, or its gradient, [N, Σ r] -> without the ranks that are left out."""
@@ -304,13 +368,13 @@ class Products(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, group: LinearGroup, x: Tensor, down: Tensor | None, norm: nn.LayerNorm | None, gated: bool,
+        ctx, group: LinearGroup, x: Tensor, down: Tensor | None, lengths: list[Tensor], norm: nn.LayerNorm | None, gated: bool,
         onto: Tensor | None, edge: Tensor | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """(x, if there is a norm; memory for the outputs side by side [..., Σ out]). `edge` makes autograd differentiate a
         product whose input needs no gradient.
         """
-        ctx.group, ctx.norm, ctx.gated = group, norm, gated
+        ctx.group, ctx.norm, ctx.gated, ctx.lengths = group, norm, gated, lengths
         ctx.save_for_backward(x if norm is not None or gated or group.bands else None, down)
         y = x.new_empty(*x.shape[:-1], sum(group.widths))
         return (y,) if norm is None else (x, y)
@@ -321,7 +385,11 @@ class Products(torch.autograd.Function):
             ctx.group, ctx.norm, ctx.saved_tensors, ctx.needs_input_grad[1], bool(ctx.group.bands),
         )  # fmt: skip
         grad_y = grads[-1]
-        grad_x, grad_down = group.gradients(grad_y.flatten(0, -2), down, needs_x)
+        of_products = grad_y.flatten(0, -2)
+        if ctx.lengths:
+            read = read_by_products(x, norm, ctx.gated).flatten(0, -2)
+            of_products = group.gradient_of_directions(of_products, read, down, ctx.lengths)
+        grad_x, grad_down = group.gradients(of_products, down, needs_x)
         if grad_x is not None:
             grad_x = grad_x.view(*grad_y.shape[:-1], -1)
         if grad_x is None or (norm is None and not ctx.gated):
@@ -332,7 +400,7 @@ class Products(torch.autograd.Function):
             grad_x, read = gate_gradient(grad_x, x, needs_read)
         if needs_read:
             group.add_gradient_of_A(grad_down, read.reshape(-1, read.shape[-1]))
-        return None, grad_x, None, None, None, (grad_y if ctx.needs_input_grad[5] else None), None
+        return None, grad_x, None, None, None, None, (grad_y if ctx.needs_input_grad[6] else None), None
 
 
 def read_by_products(x: Tensor, norm: nn.LayerNorm | None, gated: bool) -> Tensor:
@@ -395,7 +463,8 @@ class Adapter:
         text = {name: m for name, m in modules.items() if name.startswith("text_encoder")}
         unet = {name: m for name, m in modules.items() if name not in text}
         ordered = unet | text
-        factors = [p.detach().flatten() for m in ordered.values() for p in (m.lora_A, m.lora_B)]
+        trained = [(name, m, part) for name, m in ordered.items() for part in m.trained()]
+        factors = [part.detach().flatten() for *_, part in trained]
         factors = [factor.to(device or factors[0].device) for factor in factors]  # layers of a packed base are there already
         sizes = [padded_size(len(f)) for f in factors]
         self.flat = torch.cat([F.pad(f, (0, size - len(f))) for f, size in zip(factors, sizes, strict=True)])
@@ -403,24 +472,26 @@ class Adapter:
         self.padding = (~filled).nonzero().flatten().to(self.flat.device)  # indices in `flat`
         self.grad = torch.zeros_like(self.flat)
         self.low = self.flat.to(dtype, copy=True)
+        self.masters: dict[str, list[Tensor]] = {name: [] for name in ordered}  # A, B, and with DoRA the magnitude, in `flat`
+        offset = 0
+        for (name, m, part), size in zip(trained, sizes, strict=True):
+            section, offset = slice(offset, offset + part.numel()), offset + size
+            own, grad = self.flat[section].view(part.shape), self.grad[section].view(part.shape)
+            m.grads = (*m.grads[: len(self.masters[name])], grad)
+            self.masters[name].append(own)
+            if part is m.magnitude:
+                m.magnitude = own.clone()
+            else:
+                part.data, part.grad = self.low[section].view(part.shape), grad if dtype == torch.float32 else None
         self.deltas: Deltas = {}  # {module path: (A, B, α)}: float32 views of the live weights, a convolution's in its shape
-        offset = rank = 0
+        rank = 0
         for name, m in ordered.items():
-            masters, grads = [], []
-            for p in (m.lora_A, m.lora_B):
-                section, shape = slice(offset, offset + p.numel()), p.shape
-                offset += padded_size(p.numel())
-                masters.append(self.flat[section].view(shape))
-                grads.append(self.grad[section].view(shape))
-                p.data, p.grad = self.low[section].view(shape), None
-                if dtype == torch.float32:
-                    p.grad = grads[-1]
-            m.grads = grads[0], grads[1]
-            m.dropout, m.place = self.dropout, slice(rank, rank := rank + len(m.lora_A))
+            A, B, *_ = self.masters[name]
             kernel = m.weight.shape[2:]
-            A, B = (masters[0].unflatten(1, (-1, *kernel)), masters[1][:, :, None, None]) if kernel else masters
-            self.deltas[name] = (A, B, m.alpha)
-        unet_size = sum(sizes[: 2 * len(unet)])
+            self.deltas[name] = (A.unflatten(1, (-1, *kernel)), B[:, :, None, None], m.alpha) if kernel else (A, B, m.alpha)
+            m.dropout, m.place = self.dropout, slice(rank, rank := rank + len(A))
+        self.magnitudes = {name: own[2] for name, own in self.masters.items() if len(own) > 2}
+        unet_size = sum(size for (name, *_), size in zip(trained, sizes, strict=True) if name in unet)
         self.groups: dict[str, nn.Parameter] = {}
         for name, section in (("unet", slice(0, unet_size)), ("text_encoder", slice(unet_size, None))):
             if self.flat[section].numel():
@@ -470,6 +541,8 @@ class Adapter:
         """
         self.flat.index_fill_(0, self.padding, 0)
         self.low.copy_(self.flat)
+        for name, magnitude in self.magnitudes.items():
+            cast(Tensor, self.modules[name].magnitude).copy_(magnitude)
         self.grad.zero_()
 
     @contextmanager
@@ -479,11 +552,18 @@ class Adapter:
         B is scaled in place, so that a CUDA graph recorded at one strength computes with another.
         """
         before = self.low.clone()
-        torch._foreach_mul_([m.lora_B.data for m in self.modules.values()], strength)
+        magnitudes = {name: cast(Tensor, self.modules[name].magnitude) for name in self.magnitudes}
+        kept = {name: magnitude.clone() for name, magnitude in magnitudes.items()}
+        if plain := [m.lora_B.data for name, m in self.modules.items() if name not in magnitudes]:
+            torch._foreach_mul_(plain, strength)
+        for name in magnitudes:
+            cast(LoRALinear, self.modules[name]).scale_change(strength)
         try:
             yield
         finally:
             self.low.copy_(before)
+            for name, magnitude in kept.items():
+                magnitudes[name].copy_(magnitude)
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -525,7 +605,8 @@ def add_lora(
             continue
         parent, _, child = name.rpartition(".")
         convolution = name in convolutions
-        rank, kind = config.rank_of(name, convolution), cast(Any, LoRAConv2d if convolution else LoRALinear)
+        rank = config.rank_of(name, convolution)
+        kind = cast(Any, LoRAConv2d if convolution else partial(LoRALinear, dora=config.dora))
         modules[name] = kind(layer, rank, config.stored_alpha(rank, convolution), generator)
         setattr(model.get_submodule(parent), child, modules[name])
     if modules.keys() <= convolutions.keys():

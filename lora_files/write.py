@@ -4,9 +4,11 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors.torch import save
@@ -15,9 +17,10 @@ from torch import Tensor
 from common.errors import UserError
 from common.files import write_atomically
 from common.safetensors_files import encode_header
-from lora_files.deltas import Deltas
+from lora_files.deltas import Changes, Deltas
+from lora_files.kinds import DoRA
 from lora_files.names import diffusers_name, kohya_name
-from lora_files.read import NOT_COPIED, read_lora
+from lora_files.read import NOT_COPIED, read_changes
 
 
 def with_one_alpha(deltas: Deltas) -> Deltas:
@@ -33,7 +36,7 @@ def with_one_alpha(deltas: Deltas) -> Deltas:
     return rescaled
 
 
-def adapter_metadata(deltas: Deltas) -> dict[str, str]:
+def adapter_metadata(deltas: Deltas, dora: bool) -> dict[str, str]:
     """PEFT's configuration of each component, as the metadata `lora_adapter_metadata`.
 
     Every version of diffusers that knows this key reads it in this form: flat keys, every field, full module names.
@@ -48,21 +51,26 @@ def adapter_metadata(deltas: Deltas) -> dict[str, str]:
         config = {"r": len(A), "lora_alpha": alpha, "target_modules": list(modules), "bias": "none"}
         config["rank_pattern"] = {name: len(a) for name, (a, *_) in modules.items() if len(a) != len(A)}
         config["alpha_pattern"] = {name: other for name, (*_, other) in modules.items() if other != alpha}
-        config |= dict.fromkeys(("use_dora", "use_rslora", "lora_bias"), False)
+        config |= {"use_dora": dora, "use_rslora": False, "lora_bias": False}
         metadata |= {f"{component}.{key}": value for key, value in config.items()}
     return {"lora_adapter_metadata": json.dumps(metadata)}
 
 
-def serialise(deltas: Deltas, metadata: dict[str, str], layout: str = "kohya", dtype: torch.dtype = torch.float16) -> bytes:
+def serialise(
+    deltas: Deltas, metadata: dict[str, str], layout: str = "kohya", dtype: torch.dtype = torch.float16,
+    magnitudes: Mapping[str, Tensor] = MappingProxyType({}),
+) -> bytes:  # fmt: skip
     """The bytes of a .safetensors file with the weights in `dtype`, and `metadata` with what `public_header` adds to it.
 
     'kohya': every module has a 0-dim float32 alpha, the same in all modules of a component. 'diffusers': the alphas are in
-    the metadata. Raises UserError, which names the tensor, if a value is not finite in `dtype`.
+    the metadata. `magnitudes`: of DoRA, {module path: [out]}; they stay float32, as what was learned is a small part of them.
+
+    Raises UserError, which names the tensor, if a value is not finite in `dtype`.
     """
     tensors: dict[str, Tensor] = {}
     metadata = public_header(metadata, layout)
     if layout == "diffusers":
-        metadata = {**metadata, **adapter_metadata(deltas)}
+        metadata = {**metadata, **adapter_metadata(deltas, bool(magnitudes))}
         for path, (A, B, _) in deltas.items():
             name = diffusers_name(path)
             tensors |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
@@ -71,7 +79,11 @@ def serialise(deltas: Deltas, metadata: dict[str, str], layout: str = "kohya", d
             name = kohya_name(path)
             tensors |= {f"{name}.lora_down.weight": A, f"{name}.lora_up.weight": B}
             tensors[f"{name}.alpha"] = torch.tensor(float(alpha))
+    exact = {f"{diffusers_name(path)}.lora_magnitude_vector": m for path, m in magnitudes.items()}
+    if layout != "diffusers":
+        exact = {f"{kohya_name(path)}.dora_scale": m[:, None] for path, m in magnitudes.items()}
     tensors = {key: t.to("cpu", t.dtype if t.ndim == 0 else dtype).contiguous() for key, t in tensors.items()}
+    tensors |= {key: t.to("cpu", torch.float32).contiguous() for key, t in exact.items()}
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise UserError(f"{key} is not finite in {str(dtype).removeprefix('torch.')}, so no file was written")
@@ -80,6 +92,19 @@ def serialise(deltas: Deltas, metadata: dict[str, str], layout: str = "kohya", d
     digest = hashlib.sha256(data[start:]).hexdigest()  # of the tensor bytes only, as other tools compute it
     metadata |= {"sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}
     return encode_header({"__metadata__": metadata} | json.loads(data[8:start])) + data[start:]
+
+
+def plain_parts(changes: Changes) -> tuple[Deltas, dict[str, Tensor]]:
+    """(A, B and α, also of DoRA; DoRA's magnitudes) of what is such. {module path: …}."""
+    deltas, magnitudes = Deltas(), {}
+    for name, change in changes.items():
+        if isinstance(change, tuple):
+            deltas[name] = change
+        elif isinstance(change, DoRA):
+            ((B, A, _),) = change.direction.halves
+            if A is not None:
+                deltas[name], magnitudes[name] = (A, B, change.direction.scale * len(A)), change.magnitude
+    return deltas, magnitudes
 
 
 def largest_difference(read_back: Deltas, live: Deltas) -> float:
@@ -142,12 +167,20 @@ A1111_HEADER = {  # without these A1111 and Forge think that a file is for Stabl
 }
 
 
-def check_written(path: Path, shapes: dict[str, torch.Size], live: Deltas, dtype: torch.dtype, otherwise: str) -> float:
+def check_written(
+    path: Path, shapes: dict[str, torch.Size], live: Deltas, dtype: torch.dtype, otherwise: str,
+    magnitudes: Mapping[str, Tensor] = MappingProxyType({}),
+) -> float:  # fmt: skip
     """Reads a written file as any other, and returns its largest difference from the weights `live`.
 
-    Raises UserError if that is more than rounding to `dtype` explains. `otherwise` ends its message: what becomes of the file.
+    Raises UserError if that is more than rounding to `dtype` explains, or if DoRA's `magnitudes` are not what they are here.
+    `otherwise` ends its message: what becomes of the file.
     """
-    difference = largest_difference(read_lora(path, shapes), live)
+    read_back, lengths = plain_parts(read_changes(path, shapes))
+    difference = largest_difference(read_back, live)
+    same = all(torch.equal(lengths[name].flatten(), m.float().cpu()) for name, m in magnitudes.items() if name in lengths)
+    if lengths.keys() != magnitudes.keys() or not same:
+        difference = math.inf
     largest = torch.stack([factor.abs().max().float() for A, B, _ in live.values() for factor in (A, B)]).max().item()
     if not difference <= torch.finfo(dtype).eps * largest:
         raise UserError(f"the LoRA file read back differs from the weights by {difference:.3g}, so {otherwise}")

@@ -67,6 +67,9 @@ class LoRAConfig(Options):
     arXiv:2309.14859). None: on linear layers only."""
     conv_alpha: float | None = option(None, above=0, resume="fixed")
     """α of the convolutions. None: equal to --conv-rank."""
+    dora: bool = option(False, resume="fixed")
+    """Train the length of every row of W + ΔW apart from its direction (DoRA, arXiv:2402.09353): slower, and read by fewer
+    programs."""
     targets: str = option("attention", resume="fixed")
     """Linear layers to train: 'attention', 'all' (attention, feed-forward, projections), 'style' or 'content' (attention in the
     block of the U-Net that holds it, as B-LoRA; none in the text encoders), or a regular expression."""
@@ -90,6 +93,8 @@ class LoRAConfig(Options):
             raise UserError(f"--targets {self.targets!r} is neither a preset nor a regular expression: {error}") from None
         if self.conv_alpha is not None and self.conv_rank is None:
             raise UserError("--conv-alpha does nothing without --conv-rank")
+        if self.dora and (self.conv_rank or self.max_norm):
+            raise UserError(f"--dora is for linear layers: without {'--conv-rank' if self.conv_rank else '--max-norm'}")
         if self.rank_stabilised and self.alpha is None:
             raise UserError("--rank-stabilised needs --alpha: one that followed the rank would undo it")
         for text in self.rank_pattern:

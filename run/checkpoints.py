@@ -156,9 +156,10 @@ class Checkpoints:
         """Name and content of each LoRA file at `step`."""
         name = self.config.name
         header = self.header() | step_header(name, step)
-        deltas, dtype = self.adapter.deltas, DTYPES[self.config.save_dtype]
+        live, dtype = self.adapter, DTYPES[self.config.save_dtype]
         for layout, suffix in LAYOUT_SUFFIXES[self.config.format].items():
-            yield f"{file_stem(name, step)}{suffix}.safetensors", serialise(deltas, header, layout, dtype)
+            content = serialise(live.deltas, header, layout, dtype, live.magnitudes)
+            yield f"{file_stem(name, step)}{suffix}.safetensors", content
 
     def describe_file(self, step: int) -> str:
         """Name and size that the LoRA file will have."""
@@ -170,8 +171,7 @@ class Checkpoints:
 
     def check_ranks(self, run: Run) -> None:
         """Raises RunFailed if the ranks no longer hold the same LoRA."""
-        weights = {name: (A, B) for name, (A, B, _) in self.adapter.deltas.items()}
-        if name := self.ranks.first_difference(weights):
+        if name := self.ranks.first_difference(self.adapter.masters):
             raise RunFailed(
                 f"step {run.step}: the ranks no longer hold the same LoRA, {name} is the first that differs: not saved"
             )
@@ -198,7 +198,8 @@ class Checkpoints:
         dtype, consequence = DTYPES[self.config.save_dtype], "the last one was kept"
 
         def check(written: Path) -> None:
-            errors.append(check_written(written, self.shapes, self.adapter.deltas, dtype, consequence))
+            live = self.adapter
+            errors.append(check_written(written, self.shapes, live.deltas, dtype, consequence, live.magnitudes))
 
         for name, content in files.items():
             write_atomically(out / name, content, check)

@@ -113,18 +113,19 @@ class Optimiser:
 # What may be done to a step beside AdamW: on the device, to the whole buffer at once, without a state.
 
 
-def by_block(adapter: Adapter, values: list[tuple[float, float]], dtype: torch.dtype) -> Tensor:
-    """(value for A, value for B) of every layer -> that of each STATE_BLOCK of `adapter.flat`, none of which holds two of them,
-    [blocks, 1].
+def by_block(adapter: Adapter, value: Callable[[str, int], float], dtype: torch.dtype) -> Tensor:
+    """`value` (path of a layer; 0 for A, 1 for B, 2 for DoRA's magnitude) of each STATE_BLOCK of `adapter.flat`, none of which
+    holds two of them, [blocks, 1].
     """
-    factors = [factor for A, B, _ in adapter.deltas.values() for factor in (A, B)]
-    counts = torch.tensor([padded_size(factor.numel()) // STATE_BLOCK for factor in factors])
-    flat = torch.tensor([value for pair in values for value in pair], dtype=dtype)
-    return flat.repeat_interleave(counts)[:, None].to(adapter.flat.device)
+    parts = [(name, n, part) for name, own in adapter.masters.items() for n, part in enumerate(own)]
+    counts = torch.tensor([padded_size(part.numel()) // STATE_BLOCK for *_, part in parts])
+    values = torch.tensor([value(name, n) for name, n, _ in parts], dtype=dtype)
+    return values.repeat_interleave(counts)[:, None].to(adapter.flat.device)
 
 
 class PartRates:
-    """Learning rates of single layers (--lr-pattern), and of every B (--lora-plus), as multiples of those of their group.
+    """Learning rates of single layers (--lr-pattern), and of every B (--lora-plus; with DoRA of the magnitudes, too, as PEFT
+    has it), as multiples of those of their group.
 
     AdamW's change is proportional to its learning rate, weight decay included: inside this context every weight is changed by
     the rate of its group, and at its end it is moved along the same line by its own. So the order of the buffer, the states and
@@ -132,9 +133,10 @@ class PartRates:
     """
 
     def __init__(self, adapter: Adapter, config: LoRAConfig):
-        rates = [first_match("--lr-pattern", config.lr_pattern, name, 1.0) for name in adapter.deltas]
+        rates = {name: first_match("--lr-pattern", config.lr_pattern, name, 1.0) for name in adapter.deltas}
+        of_part = [1.0, config.lora_plus or 1.0, config.lora_plus or 1.0]
         self.blocks = adapter.flat.view(-1, STATE_BLOCK)
-        self.multiples = by_block(adapter, [(rate, rate * (config.lora_plus or 1.0)) for rate in rates], torch.float32)
+        self.multiples = by_block(adapter, lambda name, n: rates[name] * of_part[n], torch.float32)
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
@@ -161,7 +163,7 @@ class NormLimit:
             As, Bs = ([factor.flatten(1) for factor in of_layers] for of_layers in factors)
             self.alike.append((abs(alpha) / rank, As, Bs))
         numbers = {name: i for i, name in enumerate(name for names in shapes.values() for name in names)}
-        self.layers = by_block(adapter, [(numbers[name],) * 2 for name in adapter.deltas], torch.int64)
+        self.layers = by_block(adapter, lambda name, _: numbers[name], torch.int64)
 
     def norms(self) -> Tensor:
         """‖ΔW‖ of every layer, [layers] float32 on the device, in the order of `alike`."""

@@ -5,7 +5,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -121,7 +121,7 @@ class Ranks:
         """The names of all ranks together."""
         return set().union(*self.gather(names))
 
-    def first_difference(self, parts: Mapping[str, tuple[Tensor, ...]]) -> str | None:
+    def first_difference(self, parts: Mapping[str, Sequence[Tensor]]) -> str | None:
         """The first part whose tensors are not the same on all ranks, bit for bit. Copies them to the host."""
         if self.world == 1:
             return None
@@ -129,7 +129,7 @@ class Ranks:
         return next((name for name, *of_ranks in zip(parts, *digests, strict=True) if len(set(of_ranks)) > 1), None)
 
 
-def digest(tensors: tuple[Tensor, ...]) -> bytes:
+def digest(tensors: Sequence[Tensor]) -> bytes:
     """Eight bytes that differ if one bit of the tensors does."""
     return hashlib.sha256(b"".join(t.detach().cpu().numpy().tobytes() for t in tensors)).digest()[:8]
 

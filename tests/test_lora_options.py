@@ -19,7 +19,7 @@ from common.errors import UserError
 from data import Workload
 from lora import Adapter, RankDropout, add_lora, merge_lora
 from lora_files.deltas import layer_shapes
-from lora_files.read import read_lora
+from lora_files.read import read_changes
 from lora_files.write import serialise
 from memory import plan_memory, speed_up
 from model.sdxl import Denoiser
@@ -41,6 +41,9 @@ def with_peft(denoiser, adapter: Adapter, **config):
             assert theirs.shape == ours.shape, name
             theirs.data.copy_(ours)
             theirs.requires_grad_(True)
+        if name in adapter.magnitudes:
+            layer.lora_magnitude_vector.default.weight.data.copy_(adapter.magnitudes[name])
+            layer.lora_magnitude_vector.default.weight.requires_grad_(True)
     return model
 
 
@@ -50,6 +53,11 @@ SCALES = {
     "both": (
         {"rank_pattern": ("text_encoder_2=1", ".=5"), "rank_stabilised": True},
         {"rank_pattern": {r"text_encoder_2\..*": 1, ".*": 5}, "use_rslora": True},
+    ),
+    "dora": ({"dora": True}, {"use_dora": True}),
+    "dora, ranks by layer": (
+        {"dora": True, "rank_pattern": ("attn2=6",)},
+        {"use_dora": True, "rank_pattern": {".*attn2.*": 6}},
     ),
     "convolutions": (
         {"conv_rank": 2, "conv_alpha": 3, "rank_pattern": ("conv1=5",)},
@@ -78,14 +86,63 @@ def test_outputs_gradients_and_files_are_those_of_peft(denoiser, tmp_path, ours,
         layer = peft.get_submodule(name)
         torch.testing.assert_close(module.lora_A.grad, layer.lora_A.default.weight.grad.flatten(1), atol=1e-5, rtol=1e-3)
         torch.testing.assert_close(module.lora_B.grad, layer.lora_B.default.weight.grad.flatten(1), atol=1e-5, rtol=1e-3)
+        if name in adapter.magnitudes:
+            wanted_grad = layer.lora_magnitude_vector.default.weight.grad
+            torch.testing.assert_close(module.grads[2], wanted_grad, atol=1e-5, rtol=1e-3)
 
     file = tmp_path / "lora.safetensors"
-    file.write_bytes(serialise(adapter.deltas, {}, layout, torch.float32))
-    merge_lora(base, read_lora(file, layer_shapes(base)))
+    file.write_bytes(serialise(adapter.deltas, {}, layout, torch.float32, adapter.magnitudes))
+    merge_lora(base, read_changes(file, layer_shapes(base)))
     for name in adapter.modules:
         layer = peft.get_submodule(name)
-        merged = layer.base_layer.weight + layer.get_delta_weight("default")
+        if name not in adapter.magnitudes:
+            merged = layer.base_layer.weight + layer.get_delta_weight("default")
+        else:
+            layer.merge()
+            merged = layer.base_layer.weight
         torch.testing.assert_close(base.get_submodule(name).weight, merged, atol=1e-6, rtol=1e-5)
+
+
+# DoRA.
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_dora_begins_as_the_base_and_scales_between_it_and_the_lora(denoiser, fast):
+    base = copy.deepcopy(denoiser)
+    adapter = add_lora(denoiser, LoRAConfig(rank=3, dora=True, targets="all"), denoiser.unused)
+    if fast:
+        speed_up(denoiser, sdpa)
+        checkpoint_blocks(denoiser, block_names(denoiser))
+    with torch.no_grad():
+        torch.testing.assert_close(denoiser(**inputs()), base(**inputs()), atol=1e-5, rtol=0)
+        at_first = {name: magnitude.clone() for name, magnitude in adapter.magnitudes.items()}
+        shake(adapter)
+        for name, magnitude in adapter.magnitudes.items():
+            magnitude.uniform_(0.5, 1.5).mul_(at_first[name])
+        adapter.update_layers()
+        whole = denoiser(**inputs())
+        for strength in (0.0, 0.3, 1.0, 1.7):
+            changed = copy.deepcopy(base)
+            for name, m in adapter.modules.items():
+                W, V = m.weight, m.weight + m.scale * m.lora_B @ m.lora_A
+                target = adapter.magnitudes[name][:, None] * V / V.norm(dim=1, keepdim=True)
+                changed.get_submodule(name).weight.data = W + strength * (target - W)
+            with adapter.scaled(strength):
+                torch.testing.assert_close(denoiser(**inputs()), changed(**inputs()), atol=2e-5, rtol=1e-4)
+        assert torch.equal(denoiser(**inputs()), whole)
+
+
+def test_a_run_with_dora_resumes_bit_for_bit_and_its_file_is_read(train, script, tmp_path):
+    options = ["--dora", "--precision", "fp16", "--base-precision", "int8", "--lora-plus", 4, "--lr", 1e-2, "--format", "both"]
+    train("--steps", 3, *options)
+    train("--steps", 1, *options, "--out", tmp_path / "parts")
+    train("--steps", 3, *options, "--out", tmp_path / "parts")
+    whole, parts = (load_state(next((tmp_path / name).glob("state-*")))["lora"] for name in ("out", "parts"))
+    assert torch.equal(whole, parts)
+    kohya, diffusers = (load_file(tmp_path / f"out/pytorch_lora_weights_3{end}.safetensors") for end in ("", "_diffusers"))
+    scales = {key: t for key, t in kohya.items() if key.endswith(".dora_scale")}
+    assert len(scales) == sum(key.endswith(".lora_magnitude_vector") for key in diffusers) == len(kohya) / 4
+    assert all(t.shape[1:] == (1,) and t.dtype == torch.float32 for t in scales.values())
 
 
 # Dropout.
@@ -154,6 +211,8 @@ def test_without_dropout_no_number_is_drawn(denoiser):
         ({"lr_pattern": ("attn2=-1",)}, "--lr-pattern 'attn2=-1': a regular expression stands before the ="),
         ({"lora_plus": 0.0}, "--lora-plus must be above 0"),
         ({"max_norm": 0.0}, "--max-norm must be above 0"),
+        ({"dora": True, "conv_rank": 2}, "--dora is for linear layers: without --conv-rank"),
+        ({"dora": True, "max_norm": 1.0}, "--dora is for linear layers: without --max-norm"),
         ({"conv_alpha": 1.0}, "--conv-alpha does nothing without --conv-rank"),
         ({"rank_dropout": 1.0}, "--rank-dropout must lie in 0…0.9"),
     ],
