@@ -259,8 +259,8 @@ def provenance(flags: dict[str, object], source: Source, world: int) -> dict:
 
 
 def known_options(flags: dict[str, Any]) -> dict[str, Any]:
-    """The options of a saved state. One that knows less of LoRA, of the objective or of the prior had their defaults; --snr-gamma was the
-    name of a weighting.
+    """The options of a saved state. One that knows less of LoRA, the objective or the prior had their defaults; --snr-gamma was
+    the name of a weighting.
     """
     gamma = flags.get("snr_gamma")
     weighting = {"weighting": f"min-snr:{gamma:g}"} if gamma else {}

@@ -26,8 +26,8 @@ def counting_graphs(workload: Workload, config: PriorConfig) -> Workload:
 
 
 class Prior:
-    """The first k images of a batch get captions without the trigger, and for a target what the base predicts for those from the
-    same latents. The base: without LoRA, with what --base-lora merged.
+    """The first k images of a batch get captions without the trigger, and for a target what the base predicts for those from
+    the same latents. The base: without LoRA, with what --base-lora merged.
 
     k is share · B on average, and never further than 1 from it; which images come first is random already. So the base computes
     only what is needed. With a share of 0 k is 0, and nothing changes.

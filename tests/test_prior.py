@@ -132,7 +132,7 @@ def test_a_mask_counts_only_where_the_picture_is_learned():
 
 def test_cached_text_has_the_empty_caption_but_no_others():
     prior_of(text_encoder=None, prior_share=0.5)
-    with pytest.raises(UserError, match="this text was encoded already, by cache_latents.py --text; without --prior-prompts"):
+    with pytest.raises(UserError, match=r"this text was encoded already, by cache_latents\.py --text; without --prior"):
         prior_of(text_encoder=None, prior_share=0.5, prior_prompts=("a",))
 
 
