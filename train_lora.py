@@ -37,7 +37,7 @@ from data import Batch, Loader, Stream, open_data
 from lora import Adapter, add_lora
 from lora_files.deltas import layer_shapes
 from memory import DTYPES, apply_plan, limit_memory, note_if_out_of_memory, plan_memory, resolve_device, to_device
-from model.diffusion import Diffusion, weights_of_mask
+from model.diffusion import Diffusion
 from model.load import native_resolution, read_sdxl
 from model.sdxl import time_ids
 from performance.cuda_graph import GraphedStep
@@ -52,6 +52,7 @@ from run.held_out import hold_out
 from run.lineage import Lineage
 from run.optimiser import Optimiser
 from run.prediction import check_prediction
+from run.prior import Prior, counting_graphs
 from run.ranks import join_ranks, leave_ranks
 from run.record import RunRecord
 from run.report import LOG_EVERY, Report
@@ -70,8 +71,9 @@ class StepInputs(NamedTuple):
     timesteps: Tensor  # [B] int64
     time_ids: Tensor  # [B, 6] float32: SDXL's size and crop conditioning
     text: tuple[Tensor, ...]  # (tokens [B, 2, 77·n],), or cached (context [B, 77, d1 + d2], pooled [B, d2])
-    loss_weights: Tensor | None  # [B, 1, h, w] with --masked-loss
+    loss_weights: Tensor | None  # [B, 1, h, w] with --masked-loss, [B, 1, 1, 1] with --prior-share
     kept_ranks: Tensor | None  # [B, Σ r] with --rank-dropout
+    prior: Tensor  # [k], only its length counts: the first k images learn what the base predicts (--prior-share)
 
 
 class TrainStep:
@@ -83,6 +85,7 @@ class TrainStep:
         self.diffusion = Diffusion(config.diffusion, scheduler.alphas_cumprod, scheduler.config.prediction_type, model.device)
         self.samples = config.dataset.bs * config.grad_accum  # of a step, on this rank
         self.seed, self.rank, self.generator = config.seed, rank, torch.Generator(model.device)
+        self.prior = Prior(config.prior, config.captions, config.seed, rank, model, adapter)
         self.graphed = GraphedStep(self.backward, [adapter.grad], config.memory.cuda_graph, model.device)
 
     def gradient(self, batches: list[Batch], step: int, piece: int) -> Tensor:
@@ -107,10 +110,10 @@ class TrainStep:
         draws = self.diffusion.draw(shape, self.generator)
         images = to_device(batch.images, device)
         ids = to_device(time_ids(batch.original_size, batch.crop, batch.size), device)
-        text = tuple(to_device(part, device) for part in self.model.text_inputs(batch.captions, batch.text))
-        weights = None if batch.mask is None else to_device(weights_of_mask(batch.mask), device)
+        captions, weights, prior = self.prior.rows(batch, step, index)
+        text = tuple(to_device(part, device) for part in self.model.text_inputs(captions, batch.text))
         kept_ranks = self.adapter.dropout.draw(shape[0], self.generator)
-        return StepInputs(images, posterior_noise, *draws, ids, text, weights, kept_ranks)
+        return StepInputs(images, posterior_noise, *draws, ids, text, weights, kept_ranks, prior)
 
     def backward(self, x: StepInputs) -> Tensor:
         """Adds the share of these images to the gradient, and returns their share of the loss. Nothing here waits for the
@@ -126,8 +129,9 @@ class TrainStep:
         """The loss of each image, [B] float32."""
         latents = self.model.encode(x.images, x.posterior_noise)
         noisy = self.diffusion.add_noise(latents, x.added_noise, x.timesteps)
+        target = self.prior.target(self.diffusion.target(latents, x.noise, x.timesteps), noisy, x)
         prediction = self.model.denoiser(noisy, x.timesteps, x.text, x.time_ids)
-        return self.diffusion.loss(prediction, latents, x.noise, x.timesteps, x.loss_weights)
+        return self.diffusion.loss_towards(target, prediction, x.timesteps, x.loss_weights)
 
 
 def main(config: TrainConfig) -> Ending:
@@ -155,7 +159,7 @@ def main(config: TrainConfig) -> Ending:
     config = config.in_steps(source.epoch, ranks.world)
     stream.first_decodable(stream.bucket[0])  # raises UserError if no image can be decoded
     budget = ranks.min(limit_memory(config.memory.vram_gb, device))
-    plan = plan_memory(pipe, config.lora, config.memory, stream.workload, device, budget)
+    plan = plan_memory(pipe, config.lora, config.memory, counting_graphs(stream.workload, config.prior), device, budget)
 
     # Model on the device, from the inside out: the base, LoRA in place of linear layers, fast layers, checkpointing.
     model = TrainingModel(pipe, config.model, source, config.captions, stream.workload, plan, device)

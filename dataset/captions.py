@@ -33,6 +33,11 @@ def with_trigger(caption: str, config: CaptionConfig) -> str:
     return trigger + ("" if joined else ", " if config.shuffle_tags else " ") + caption
 
 
+def without_trigger(caption: str, config: CaptionConfig) -> str:
+    """What `with_trigger` was given."""
+    return caption.removeprefix(with_trigger("", config))
+
+
 def caption_of_name(stem: str) -> str:
     """'old_town-hall (3)' -> 'old town hall': words without the number at the end."""
     return re.sub(r"[\W_]+", " ", re.sub(r"[\W_]*\d*\W*$", "", stem)).strip()

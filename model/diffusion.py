@@ -246,7 +246,11 @@ class Diffusion:
 
         With the `weights_of_mask` of a loss mask it is Σ mask · error² / (Σ mask · channels), for --loss mse.
         """
-        error = self.penalty(prediction.float() - self.target(latents, noise, timesteps), timesteps)
+        return self.loss_towards(self.target(latents, noise, timesteps), prediction, timesteps, weights)
+
+    def loss_towards(self, target: Tensor, prediction: Tensor, timesteps: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The loss of each sample, [B] float32, where `target` [B, 4, h, w] is what should have been predicted."""
+        error = self.penalty(prediction.float() - target, timesteps)
         if weights is not None:
             error = error * weights
         return error.mean(dim=(1, 2, 3)) * self.weights[timesteps]

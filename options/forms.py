@@ -72,6 +72,17 @@ def weights_in(file: Path) -> str:
     return "weights:" + ",".join(f"{weight:.9g}" for weight in weights)
 
 
+def lines_in(flag: str, file: Path) -> tuple[str, ...]:
+    """The lines of a text file that are not empty. Raises UserError if there are none."""
+    try:
+        lines = tuple(line.strip() for line in read_text(file.read_bytes()).splitlines() if line.strip())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} {file} cannot be read: {error}") from None
+    if not lines:
+        raise UserError(f"{flag} {file} holds no text")
+    return lines
+
+
 def numbers_of(text: str) -> tuple[float, ...]:
     """() if they are not finite numbers, separated by commas or spaces."""
     try:

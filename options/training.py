@@ -13,7 +13,7 @@ import tyro
 
 from common.errors import UserError
 from common.options import MAX_SEED, Options, option
-from options.forms import Form, read_form, read_timesteps, weights_in
+from options.forms import Form, lines_in, read_form, read_timesteps, weights_in
 
 if TYPE_CHECKING:
     import torch
@@ -239,6 +239,25 @@ class DiffusionConfig(Options):
 
 
 @dataclass(frozen=True)
+class PriorConfig(Options):
+    """What keeps captions without the trigger as the base has them."""
+
+    prior_share: float = option(0.0, at_least=0, at_most=0.9)
+    """Share of a batch that learns the base's own prediction, for captions without the trigger: e.g. 0.25. 0: none."""
+    prior_weight: float = option(1.0, above=0)
+    """What the loss of these images is multiplied by."""
+    prior_prompts: tuple[str, ...] = option((), text=True)
+    """Their captions: texts, or one .txt file with one on each line. None given: their own without the --trigger."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.prior_share and (self.prior_prompts or self.prior_weight != 1):
+            raise UserError("--prior-weight and --prior-prompts do nothing without --prior-share")
+        if len(self.prior_prompts) == 1 and self.prior_prompts[0].endswith(".txt"):
+            object.__setattr__(self, "prior_prompts", lines_in("--prior-prompts", Path(self.prior_prompts[0])))
+
+
+@dataclass(frozen=True)
 class MemoryConfig(Options):
     vram_gb: float | None = option(None, above=0, at_most=10_000, resume="free")
     """GiB of the GPU that this process may take, CUDA's own included: planned for and enforced. None, or more than is free:
@@ -419,6 +438,7 @@ class TrainConfig(Options):
     captions: CaptionConfig = CaptionConfig()
     caption_files: CaptionFilesConfig = CaptionFilesConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
+    prior: PriorConfig = PriorConfig()
     memory: MemoryConfig = MemoryConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
     optimiser: OptimiserConfig = OptimiserConfig()
@@ -444,6 +464,13 @@ class TrainConfig(Options):
         super().__post_init__()
         if self.epochs is None and self.optimiser.warmup > self.steps:
             raise UserError(f"--warmup {self.optimiser.warmup} is longer than --steps {self.steps}")
+        trigger = self.captions.trigger.strip().lower()
+        if self.prior.prior_share and not (self.prior.prior_prompts or trigger):
+            raise UserError(
+                "--prior-share needs a --trigger, so that captions without it keep their pictures; or --prior-prompts"
+            )
+        if called := [text for text in self.prior.prior_prompts if trigger and trigger in text.lower()]:
+            raise UserError(f"--prior-prompts {called[0]!r} holds the --trigger, whose pictures are to change: leave it away")
 
     def resolved(self, device: "torch.device") -> "TrainConfig":
         """With values for alpha, learning rates and precision, which are saved with the run. Raises UserError."""

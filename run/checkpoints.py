@@ -20,7 +20,7 @@ from lora import Adapter
 from lora_files.read import read_metadata
 from lora_files.write import check_written, serialise
 from memory import DTYPES
-from options.training import CheckpointConfig, DiffusionConfig, LoRAConfig
+from options.training import CheckpointConfig, DiffusionConfig, LoRAConfig, PriorConfig
 from run.ending import Ending, RunFailed
 from run.header import file_stem, step_header
 from run.optimiser import Optimiser
@@ -260,12 +260,12 @@ def provenance(flags: dict[str, object], source: Source, world: int) -> dict:
 
 
 def known_options(flags: dict[str, Any]) -> dict[str, Any]:
-    """The options of a saved state. One that knows less of LoRA or of the objective had their defaults; --snr-gamma was the
-    name of a weighting.
+    """The options of a saved state. One that knows less of LoRA, the objective or the prior had their defaults; --snr-gamma was
+    the name of a weighting.
     """
     gamma = flags.get("snr_gamma")
     weighting = {"weighting": f"min-snr:{gamma:g}"} if gamma else {}
-    return asdict(LoRAConfig()) | asdict(DiffusionConfig()) | weighting | flags
+    return asdict(LoRAConfig()) | asdict(DiffusionConfig()) | asdict(PriorConfig()) | weighting | flags
 
 
 def changed(old: dict, new: dict, prefix: str = "") -> dict[str, str]:

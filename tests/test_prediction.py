@@ -36,7 +36,8 @@ def demo():
         latents = sample_latents(vae, encode_pixels(vae, normalise(batch.images)), torch.zeros(()))
         draws = diffusion.draw(latents.shape, torch.Generator().manual_seed(0))
         ids = time_ids(batch.original_size, batch.crop, batch.size)
-        return StepInputs(latents, draws.noise, *draws, ids, (tokenize(denoiser.tokenizers, batch.captions),), None, None)
+        tokens = tokenize(denoiser.tokenizers, batch.captions)
+        return StepInputs(latents, draws.noise, *draws, ids, (tokens,), None, None, torch.empty(0))
 
     encode = lambda latents, _: latents  # noqa: E731
     model = SimpleNamespace(name="demo", pipe=pipe, predicts="", encode=encode, denoiser=denoiser, text_inputs=None)
