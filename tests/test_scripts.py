@@ -387,3 +387,19 @@ def test_a_folder_to_give_away(train, script, tmp_path, pictures):
     assert "is there already and not an empty folder" in err
     _, err = script("scripts/share.py", tmp_path / "nothing", "--out", tmp_path / "x", status=2)
     assert "nothing: no such file or folder" in err
+
+
+def test_variants_are_compared_by_the_plain_error_of_the_held_out_pictures(script, tmp_path):
+    """Drives the runs themselves; the demo is measured before and after, not by what a run minimised."""
+    options = ("--variants", "huber", "--steps", 2, "--timesteps", 5, "--device", "cpu", "--out", tmp_path / "compare")
+    out, _ = script("scripts/dev/compare_options.py", *options)
+    rows = json.loads((tmp_path / "compare/table.json").read_text())["rows"]
+    assert list(rows) == ["base", "default", "huber"]
+    base, default = rows["base"]["losses"], rows["default"]["losses"]
+    assert base[0] == pytest.approx(sum(base[1:]) / 5)
+    assert default[0] < base[0]
+    lowered = (base[0] - rows["huber"]["losses"][0]) / (base[0] - default[0]) - 1
+    assert rows["huber"]["compared"][0][0] == pytest.approx(lowered, rel=1e-3)
+    assert (tmp_path / "compare/table.md").read_text().strip() in out
+    _, err = script("scripts/dev/compare_options.py", "--variants", "nonsense", status=2)
+    assert err.startswith("compare_options.py: --variants nonsense: choose from default")

@@ -45,6 +45,8 @@ VARIANTS = {  # {name: flags}
     "max-norm": "--max-norm 1",
     "convolutions": "--conv-rank 4",
     "rank-dropout": "--rank-dropout 0.1",
+    "dora": "--dora",
+    "prior": "--trigger nrt --prior-share 0.25",
 }
 
 
@@ -54,6 +56,8 @@ class CompareConfig(Options):
     """Which ones to compare with the default."""
     steps: int = option(150, at_least=1)
     """Optimiser steps of every run."""
+    timesteps: int = option(20, at_least=5, multiple_of=5)
+    """At how many every picture is measured."""
     out: Path = Path("runs/compare")
     """Folder for the runs and the table."""
     device: str = "auto"
@@ -90,8 +94,8 @@ from lora_files.deltas import parameter_shapes
 from lora_files.read import read_changes
 from run.log import TAGS, markdown_table
 
-SPREAD, BANDS_SHOWN = 20, 5  # timesteps at which each picture is measured, and bands of them in the table
-COLUMNS = [
+BANDS_SHOWN = 5  # bands of timesteps in the table
+TABLE_HEAD = [
     "",
     "all",
     *(f"{1000 * n // BANDS_SHOWN}–{1000 * (n + 1) // BANDS_SHOWN - 1}" for n in range(BANDS_SHOWN)),
@@ -144,7 +148,7 @@ def row_of(name: str, result: dict) -> list[str]:
     """A row of the table. The base's and the default's show losses, the others what they changed."""
     title = f"`{VARIANTS[name]}`" if VARIANTS.get(name) else name
     if "failed" in result:
-        return [title, result["failed"].replace("|", r"\|"), *[""] * (len(COLUMNS) - 2)]
+        return [title, result["failed"].replace("|", r"\|"), *[""] * (len(TABLE_HEAD) - 2)]
     cells = [f"{loss:.4f}" for loss in result["losses"]]
     if "compared" in result:
         cells = [f"{100 * share[0]:+.0f} %" if share else "–" for share in result["compared"]]
@@ -155,10 +159,10 @@ def row_of(name: str, result: dict) -> list[str]:
 
 def write_results(config: CompareConfig, results: dict[str, dict], title: str) -> str:
     """Writes table.json and table.md, and returns the latter."""
-    text = f"{title}\n\n{markdown_table([COLUMNS, *(row_of(name, result) for name, result in results.items())])}\n"
+    text = f"{title}\n\n{markdown_table([TABLE_HEAD, *(row_of(name, result) for name, result in results.items())])}\n"
     (config.out / "table.md").write_text(text, encoding="utf-8")
     content = json.dumps(
-        {"title": title, "columns": COLUMNS[1 : 2 + BANDS_SHOWN], "rows": results}, indent=1, ensure_ascii=False
+        {"title": title, "columns": TABLE_HEAD[1 : 2 + BANDS_SHOWN], "rows": results}, indent=1, ensure_ascii=False
     )
     (config.out / "table.json").write_text(content, encoding="utf-8")
     return text
@@ -167,8 +171,8 @@ def write_results(config: CompareConfig, results: dict[str, dict], title: str) -
 def main(config: CompareConfig) -> None:
     config.out.mkdir(parents=True, exist_ok=True)
     subject, held_out = Subject("demo", config.device), open_source(str(HELD_OUT))
-    probes = subject.probes(subject.stream(held_out, {}), range(held_out.samples), SPREAD)
-    title = f"{config.steps} steps, {len(probes)} held-out pictures × {SPREAD} timesteps, {subject.device.type}, "
+    probes = subject.probes(subject.stream(held_out, {}), range(held_out.samples), config.timesteps)
+    title = f"{config.steps} steps, {len(probes)} held-out pictures × {config.timesteps} timesteps, {subject.device.type}, "
     title += f"torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
     losses = {"base": in_columns(subject, probes, "base")}
     results: dict[str, dict] = {"base": {"losses": losses["base"].mean(axis=0).tolist()}}
