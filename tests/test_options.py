@@ -72,7 +72,17 @@ def test_every_option_of_training_has_a_resume_policy():
     assert len(policies) > 45
     assert set(policies.values()) == {"fixed", "free", "ask"}
     fixed = {name for name, policy in policies.items() if policy == "fixed"}
-    lora = {"rank", "rank_pattern", "alpha", "rank_stabilised", "conv_rank", "conv_alpha", "targets", "train_text_encoder"}
+    lora = {
+        "rank",
+        "rank_pattern",
+        "alpha",
+        "rank_stabilised",
+        "conv_rank",
+        "conv_alpha",
+        "dora",
+        "targets",
+        "train_text_encoder",
+    }
     assert fixed == lora | {"base_lora", "init_lora", "model", "optimizer", "prediction_type"}
 
 
