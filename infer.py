@@ -53,6 +53,9 @@ class InferConfig:
     """Denoising steps."""
     guidance: tuple[float, ...] = option((5.0,), at_least=0)
     """Classifier-free guidance scale; 1 is without."""
+    guidance_rescale: float = option(0.0, at_least=0, at_most=1)
+    """How far guidance keeps the contrast of the prediction without it (Lin et al. 2023, arXiv:2305.08891); 0.7 suits a model
+    of zero terminal SNR."""
     scale: tuple[float, ...] = (1.0,)
     """Strength of all LoRA together: W + scale·ΔW. Several: a column of pictures for each."""
     grid: tuple[Axis, Axis] | None = None
@@ -64,6 +67,8 @@ class InferConfig:
     """Folder for the pictures: 1-base.png, 1-lora.png …; side by side 1.png, 2.png, … and all of them compare.png."""
     save_merged: Path | None = None
     """Where to write the merged model: a diffusers folder, or x.safetensors, a checkpoint in one file; for one --scale only."""
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
+    """What the model predicts. auto: as its files say."""
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     """auto: fp16 on CUDA, fp32 on CPU. The VAE is never fp16."""
     device: str = "auto"
@@ -150,7 +155,8 @@ def plan_table(
         axis = next(axis for axis in config.axes if axis in ("lora", "scale"))
         axes[axis].insert(0, ("base", {"loras": (), "strength": 0.0}))
     flags: dict[str, Any] = {"seed": config.seed[0], "steps": config.steps[0], "guidance": config.guidance[0]}
-    defaults = Prompt("", negative=config.negative, strength=config.scale[0], **flags, **size)
+    flags |= {"negative": config.negative, "guidance_rescale": config.guidance_rescale, "strength": config.scale[0]}
+    defaults = Prompt("", **flags, **size)
     cells: list[list[Drawing]] = [[] for _ in rows]
     for (_, row), drawings in zip(rows, cells, strict=True):
         for _, column in columns:
@@ -209,7 +215,7 @@ def main(config: InferConfig) -> None:
         raise UserError(f"--prompts has {len(prompts)} texts: give one, or name prompt in --grid")
     for file, _ in files:
         read_tensors(file)  # a file that is damaged shows before the model is loaded
-    pipe = load_sdxl(model, DTYPES[precision], device)
+    pipe = load_sdxl(model, DTYPES[precision], device, config.prediction_type)
     loras = read_loras(config, files, Denoiser(pipe))
     if config.save_merged:
         check_empty("--save-merged", config.save_merged)

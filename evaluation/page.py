@@ -138,7 +138,7 @@ def table_of_pictures(record: dict, verdict: Verdict, out: Path) -> tuple[list[d
 def prompt_options(prompt: dict) -> str:
     """'seed 2 · 1024 × 1024 · 20 steps · guidance 5 · strength 0.8 · without: blurry', of that what is known."""
     words = {"seed": "seed {}", "width": "{} × " + str(prompt.get("height")), "steps": "{} steps", "guidance": "guidance {:g}"}
-    words |= {"strength": "strength {:g}", "negative": "without: {}"}
+    words |= {"guidance_rescale": "rescaled {:g}", "strength": "strength {:g}", "negative": "without: {}"}
     return " · ".join(text.format(prompt[key]) for key, text in words.items() if prompt.get(key) is not None)
 
 

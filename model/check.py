@@ -39,7 +39,7 @@ def agreed_prediction(model: str, statements: Mapping[str, str | None]) -> str:
     agreed = {PREDICTIONS[str(said)] for said in statements.values()} or {"epsilon"}
     if len(agreed) > 1:
         contradiction = ", ".join(f"{place} says {said}" for place, said in statements.items())
-        hint = "train_lora.py --prediction-type decides"
+        hint = "--prediction-type of train_lora.py and infer.py decides"
         raise UserError(f"--model {model} contradicts itself about what it predicts: {contradiction}; {hint}")
     return agreed.pop()
 

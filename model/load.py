@@ -40,9 +40,9 @@ for library in (diffusers_logging, transformers_logging):  # what is wrong with 
     library.disable_progress_bar()
 
 
-def load_sdxl(model: str, dtype: torch.dtype, device: torch.device) -> Pipeline:
+def load_sdxl(model: str, dtype: torch.dtype, device: torch.device, prediction: str = "auto") -> Pipeline:
     """Like `read_sdxl`, then moved to `device`; the VAE in `vae_dtype`."""
-    pipe = read_sdxl(model, dtype)
+    pipe = read_sdxl(model, dtype, prediction=prediction)
     pipe.to(device)
     pipe.vae.to(vae_dtype(device))
     return pipe

@@ -15,8 +15,9 @@ from common.text import NO_TEXT, read_text
 DEMO_PROMPTS = ROOT / "assets/demo/prompts.txt"
 NARUTO_PROMPTS = ["Naruto Uzumaki eating ramen", "Bill Gates in Naruto style", "A boy with blue eyes in Naruto style"]
 NEUTRAL_PROMPTS = ["a cat on a roof", "a woman with red hair in a garden", "a house by a lake"]  # for a style of one's own
-LINE_OPTIONS = {  # as kohya's scripts read them
-    "n": "negative", "w": "width", "h": "height", "d": "seed", "s": "steps", "l": "guidance", "am": "strength",
+LINE_OPTIONS = {  # as kohya's scripts read them, but for --rescale, which they do not have
+    "n": "negative", "w": "width", "h": "height", "d": "seed", "s": "steps", "l": "guidance", "rescale": "guidance_rescale",
+    "am": "strength",
 }  # fmt: skip
 OTHER_SYNTAX = re.compile(  # of A1111's prompts and what it writes below a picture, of ComfyUI and of wildcards
     r"<(?:lora|lyco|hypernet):[^>]*>|[(\[][^()\[\]]*(?::\s*-?\d*\.\d+|[^\d\s]\s*:\s*-?\d+)\s*[)\]]"
@@ -41,6 +42,7 @@ class Prompt:
     height: int | None = option(None, multiple_of=8, at_least=64, at_most=4096)
     steps: int | None = option(None, at_least=1, at_most=1000)
     guidance: float | None = option(None, at_least=0)
+    guidance_rescale: float | None = option(None, at_least=0, at_most=1)
     strength: float | None = option(None, at_least=-100, at_most=100)
     """Of the LoRA: W + strength·ΔW."""
 
@@ -53,7 +55,7 @@ class Prompt:
         return Prompt(**{**asdict(defaults), "seed": seed, **self.given()})
 
 
-TYPES = {"text": str, "negative": str, "guidance": float, "strength": float}  # int for the others
+TYPES = {"text": str, "negative": str, "guidance": float, "guidance_rescale": float, "strength": float}  # int for the others
 WORDS = {str: "a text", int: "a whole number", float: "a number"}
 
 
@@ -178,6 +180,8 @@ def generation_parameters(prompt: Prompt, scheduler: object, model: str, loras: 
     sampler = SAMPLER_NAMES.get(type(scheduler).__name__, type(scheduler).__name__)
     settings = {"Steps": prompt.steps, "Sampler": sampler, "CFG scale": f"{prompt.guidance:g}", "Seed": prompt.seed}
     settings |= {"Size": f"{prompt.width}x{prompt.height}", "Model": re.split(r"[/\\]", model.rstrip("/\\"))[-1]}
+    if prompt.guidance_rescale:
+        settings["CFG Rescale"] = f"{prompt.guidance_rescale:g}"
     if hashes := ", ".join(f"{name}: {digest}" for name, (_, digest) in loras.items() if digest):
         settings["Lora hashes"] = hashes
     texts = {name: str(value) for name, value in settings.items()}

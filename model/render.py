@@ -61,7 +61,7 @@ class Renderer:
         alike = defaultdict(list)
         for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
             chunks = text["prompt_embeds"].shape[1]
-            alike[prompt.width, prompt.height, prompt.steps, prompt.guidance, chunks].append(i)
+            alike[prompt.width, prompt.height, prompt.steps, prompt.guidance, prompt.guidance_rescale, chunks].append(i)
         with tqdm(total=len(prompts), desc=label, unit="img", leave=False, disable=not label) as bar:
             for numbers in alike.values():
                 while numbers:
@@ -137,11 +137,8 @@ class Renderer:
         for t, on_device in zip(timesteps, timesteps.float().to(self.device), strict=True):
             noisy = scheduler.scale_model_input(torch.cat([latents] * len(kinds)), t)
             prediction = predict((noisy, on_device, (context, pooled), ids))
-            if guidance > 1:
-                negative, positive = prediction.chunk(2)
-                prediction = negative + guidance * (positive - negative)
-            else:
-                prediction = prediction.clone()  # a scheduler may keep it, and the graph overwrites it
+            # Without guidance a copy: a scheduler may keep it, and the graph overwrites it.
+            prediction = guided(prediction, guidance, first.guidance_rescale or 0) if guidance > 1 else prediction.clone()
             latents = scheduler.step(prediction, t, latents, **options, return_dict=False)[0].to(context.dtype)
         return latents
 
@@ -158,6 +155,20 @@ class Renderer:
         """Gives the memory of the graphs back."""
         self.calls.clear()
         self.graphed.release()
+
+
+def guided(prediction: Tensor, guidance: float, rescale: float) -> Tensor:
+    """Classifier-free guidance of predictions [2·B, 4, h, w], first those of the negative prompts -> [B, 4, h, w].
+
+    By `rescale`, φ in 0..1, it is mixed with itself at the standard deviation that the prediction of the prompt has, picture by
+    picture, which guidance enlarges (Lin et al. 2023, arXiv:2305.08891, section 3.4).
+    """
+    negative, positive = prediction.chunk(2)
+    mixed = negative + guidance * (positive - negative)
+    if not rescale:
+        return mixed
+    deviation, wanted = (x.std(dim=(1, 2, 3), keepdim=True) for x in (mixed, positive))
+    return rescale * (mixed * (wanted / deviation)) + (1 - rescale) * mixed
 
 
 def pixels_at_once(prompt: Prompt) -> tuple[int, int]:

@@ -196,6 +196,19 @@ def test_samplers(script, lora, tmp_path, sampler):
     assert np.asarray(Image.open(tmp_path / "i/1.png")).std() > 1
 
 
+def test_guidance_rescale_and_prediction_type_change_the_picture(script, lora, tmp_path):
+    """A picture says its rescale; what a line says comes before the flag."""
+    options = ["--lora", lora, "--steps", 2, "--prompts"]
+    script("infer.py", *options, "a", "a --rescale 0", "--guidance-rescale", 0.7, "--out", tmp_path / "rescaled")
+    script("infer.py", *options, "a", "--out", tmp_path / "plain")
+    out, _ = script("infer.py", *options, "a", "--prediction-type", "v_prediction", "--out", tmp_path / "v")
+    assert "predicts v, " in out
+    files = ("plain/1.png", "rescaled/1.png", "v/1.png")
+    assert len({(tmp_path / name).read_bytes() for name in files}) == 3
+    texts = [Image.open(tmp_path / f"rescaled/{n}.png").info["parameters"] for n in (1, 2)]
+    assert [("CFG Rescale: 0.7" in text) for text in texts] == [True, False]
+
+
 def test_prompts_from_a_file_and_negative_prompt(script, lora, tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat\n\ntwo dogs\n")
     options = ["--lora", lora, "--steps", 2, "--prompts", tmp_path / "prompts.txt"]

@@ -53,6 +53,7 @@ def renderer(pipe, denoiser):
 def of_diffusers(pipe, denoiser, prompt: Prompt) -> torch.Tensor:
     """The latents that diffusers' own pipeline makes of a prompt."""
     options = {"num_inference_steps": prompt.steps, "guidance_scale": prompt.guidance, "output_type": "latent"}
+    options["guidance_rescale"] = prompt.guidance_rescale or 0.0
     generator = torch.Generator().manual_seed(prompt.seed)
     texts = denoiser.describe(prompt.text, prompt.negative)
     return pipe(**texts, **options, height=prompt.height, width=prompt.width, generator=generator).images
@@ -70,7 +71,7 @@ def test_a_picture_depends_on_its_own_seed_only(renderer):
 
 @pytest.mark.parametrize("name", ["default", *SAMPLERS])
 def test_denoising_is_that_of_diffusers_bit_for_bit(pipe, denoiser, renderer, name):
-    """With and without guidance and negative prompt, ε and v, schedules that end at zero SNR, sizes that are not square."""
+    """With and without guidance, its rescale and a negative prompt, ε and v, zero terminal SNR, sizes that are not square."""
     speed_up(denoiser, KERNELS["sdpa"])
     kind = type(pipe.scheduler) if name == "default" else SAMPLERS[name]
     for prediction, zero_snr in (("epsilon", False), ("v_prediction", False), ("v_prediction", True)):
@@ -78,10 +79,10 @@ def test_denoising_is_that_of_diffusers_bit_for_bit(pipe, denoiser, renderer, na
         if zero_snr:
             changes["timestep_spacing"] = "trailing"
         pipe.scheduler = kind.from_config(pipe.scheduler.config, **changes)
-        for guidance, negative in ((5.0, "bad"), (7.3, None), (1.0, None)):
-            prompt = Prompt("a cat", negative, seed=7, width=72, height=104, steps=4, guidance=guidance)
+        for guidance, negative, rescale in ((5.0, "bad", None), (7.3, None, 0.7), (1.0, None, 1.0), (5.0, "bad", 1.0)):
+            prompt = Prompt("a cat", negative, 7, 72, 104, steps=4, guidance=guidance, guidance_rescale=rescale)
             ours = renderer.denoise([prompt], [denoiser.describe(prompt.text, prompt.negative)])
-            assert torch.equal(ours, of_diffusers(pipe, denoiser, prompt)), (prediction, zero_snr, guidance)
+            assert torch.equal(ours, of_diffusers(pipe, denoiser, prompt)), (prediction, zero_snr, guidance, rescale)
             assert ours.isfinite().all()
 
 
@@ -89,7 +90,7 @@ def test_denoising_is_that_of_diffusers_bit_for_bit(pipe, denoiser, renderer, na
 def test_prompts_at_once_equal_one_by_one_to_rounding(pipe, denoiser, renderer, name):
     pipe.scheduler = SAMPLERS[name].from_config(pipe.scheduler.config)
     for guidance in (1.0, 5.0):
-        prompts = filled("a", "b", "c", steps=4, guidance=guidance)
+        prompts = filled("a", "b", "c", steps=4, guidance=guidance, guidance_rescale=0.7)
         texts = [denoiser.describe(prompt.text, prompt.negative) for prompt in prompts]
         alone = torch.cat([renderer.denoise([prompt], [text]) for prompt, text in zip(prompts, texts, strict=True)])
         assert (alone[0] - alone[1]).abs().max() > 0.1
@@ -98,7 +99,7 @@ def test_prompts_at_once_equal_one_by_one_to_rounding(pipe, denoiser, renderer, 
 
 def test_prompts_that_differ_are_not_drawn_together(denoiser, renderer, monkeypatch):
     """Every picture is in its own place, whatever is drawn with what; and what is alike is drawn together, in even parts."""
-    settings = [{"width": 96}, {}, {"steps": 3}, {"guidance": 1.0}, {"negative": "x"}]
+    settings = [{"width": 96}, {}, {"steps": 3}, {"guidance": 1.0}, {"negative": "x"}, {"guidance_rescale": 0.7}]
     prompts = [*filled(*"abc"), *(Prompt(f"d{i}", **own).filled(i, DEFAULTS) for i, own in enumerate(settings))]
     prompts.append(filled("long " * 80)[0])
     alone = renderer.draw(prompts)
@@ -108,7 +109,7 @@ def test_prompts_that_differ_are_not_drawn_together(denoiser, renderer, monkeypa
     )
     monkeypatch.setattr(renderer, "most", dict.fromkeys(product((64 * 64, 2 * 64 * 64, 2 * 96 * 64), (64 * 64, 96 * 64)), 4))
     together = renderer.draw(prompts)
-    assert batches == [["a", "b", "c"], ["d1", "d4"], ["d0"], ["d2"], ["d3"], ["lo"]]
+    assert batches == [["a", "b", "c"], ["d1", "d4"], ["d0"], ["d2"], ["d3"], ["d5"], ["lo"]]
     for one, other in zip(alone, together, strict=True):
         assert one.size == other.size
         assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1

@@ -26,7 +26,8 @@ TEXTS = WORDS.map(" ".join).filter(lambda text: not text.startswith("#"))
 SIZES = st.integers(8, 512).map(lambda n: 8 * n)
 PROMPTS = st.builds(
     Prompt, TEXTS, st.none() | TEXTS, st.none() | st.integers(0, MAX_SEED), st.none() | SIZES, st.none() | SIZES,
-    st.none() | st.integers(1, 1000), st.none() | st.floats(0, 30), st.none() | st.floats(-2, 2),
+    st.none() | st.integers(1, 1000), st.none() | st.floats(0, 30), st.none() | st.floats(0, 1),
+    st.none() | st.floats(-2, 2),
 )  # fmt: skip
 
 
@@ -66,10 +67,11 @@ def test_a_file_of_lines_of_toml_and_a_header_say_the_same(tmp_path_factory, pro
         ("a --s 0", "steps must lie in 1…1000, not 0"),
         ("a --l nan", "guidance must be at least 0, not nan"),
         ("a --l 7,5", "guidance is a number, not '7,5'"),
+        ("a --rescale 1.1", "guidance_rescale must lie in 0…1, not 1.1"),
         ("a --am inf", "strength must lie in -100…100, not inf"),
         ("a --w", "width is a whole number, not ''"),
         ("a --w 64 --w 64", "--w is given twice"),
-        ("a --ss euler", "--ss is no option of a prompt: --n, --w, --h, --d, --s, --l, --am are"),
+        ("a --ss euler", "--ss is no option of a prompt: --n, --w, --h, --d, --s, --l, --rescale, --am are"),
         ("a --n (red:1.2)", "(red:1.2) is not read"),
         ("a" * 10001, "more than 10000 characters"),
     ],
@@ -138,5 +140,6 @@ def test_a1111_reads_what_a_picture_was_drawn_from(prompt, model):
     assert read["negative"] == (prompt.negative or "")
     assert (read["Steps"], read["Seed"]) == (str(prompt.steps), str(prompt.seed))
     assert math.isclose(float(read["CFG scale"]), prompt.guidance, rel_tol=1e-5)
+    assert float(read.get("CFG Rescale", 0)) == pytest.approx(prompt.guidance_rescale or 0, rel=1e-5)
     assert read["Size"] == f"{prompt.width}x{prompt.height}"
     assert (read["Model"], read["Lora hashes"]) == (model, "x, y: 0123")

@@ -917,11 +917,19 @@ def test_a_slurm_job_is_requeued_if_a_signal_stopped_it(tmp_path, status, requeu
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("base", ["fp16", "nf4"])
-def test_a_run_on_a_gpu_is_the_same_with_and_without_a_graph(train, latents, tmp_path, base):
+@pytest.mark.parametrize(
+    ("base", "more"),
+    [
+        ("fp16", []),
+        ("nf4", []),
+        ("fp16", ["--conv-rank", 2, "--rank-dropout", 0.2]),
+        ("nf4", ["--dora", "--trigger", "nrt", "--prior-share", 0.5]),
+    ],
+)
+def test_a_run_on_a_gpu_is_the_same_with_and_without_a_graph(train, latents, tmp_path, base, more):
     """Pictures at every save release the graph's memory and move the VAE to the GPU and back."""
     options = ["--device", "cuda", "--data", latents, "--steps", 7, "--save-every", 3, "--base-precision", base, "--workers", 2]
-    options += ["--pictures"]
+    options += ["--pictures", *more]
     out, _ = train(*options, "--cuda-graph", "on", "--log-dir", tmp_path / "graph")
     assert "CUDA graph" in out
     train(*options, "--cuda-graph", "off", "--out", tmp_path / "eager", "--log-dir", tmp_path / "launched")
