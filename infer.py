@@ -156,7 +156,7 @@ def plan_table(
         axes[axis].insert(0, ("base", {"loras": (), "strength": 0.0}))
     flags: dict[str, Any] = {"seed": config.seed[0], "steps": config.steps[0], "guidance": config.guidance[0]}
     flags |= {"negative": config.negative, "guidance_rescale": config.guidance_rescale, "strength": config.scale[0]}
-    defaults = Prompt("", **flags, **size)
+    defaults = Prompt("", **(flags | size))
     cells: list[list[Drawing]] = [[] for _ in rows]
     for (_, row), drawings in zip(rows, cells, strict=True):
         for _, column in columns:

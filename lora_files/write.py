@@ -36,7 +36,7 @@ def with_one_alpha(deltas: Deltas) -> Deltas:
     return rescaled
 
 
-def adapter_metadata(deltas: Deltas, dora: bool) -> dict[str, str]:
+def adapter_metadata(deltas: Deltas, dora: bool = False) -> dict[str, str]:
     """PEFT's configuration of each component, as the metadata `lora_adapter_metadata`.
 
     Every version of diffusers that knows this key reads it in this form: flat keys, every field, full module names.

@@ -45,9 +45,10 @@ from PIL import Image, ImageDraw, ImageFont
 from common.files import check_writable, write_atomically
 from common.sheets import lettering, shorten
 from lora_files.base_weights import model_shapes
-from lora_files.compatibility import COMPONENT_LABELS, RULES, LoraFile, verdict
+from lora_files.compatibility import ADDED, COMPONENT_LABELS, RULES, LoraFile, verdict
 from lora_files.decompose import delta_svd
 from lora_files.deltas import is_addition
+from lora_files.kinds import Delta, Difference, DoRA
 from lora_files.read import check_generation, layouts, newest_lora, scan, trained_on
 
 # The report.
@@ -82,7 +83,7 @@ def overview(file: LoraFile) -> Iterator[str]:
     except UserError as error:
         yield f"for          {str(error).rpartition(': it is for ')[2]}"
     for kind, number in Counter(file.kinds.values()).items():
-        yield f"kind         {kind} ({number} modules): no plain A and B, so these have no norms below"
+        yield f"kind         {kind} ({number} modules){NO_NORMS.get(kind, '')}"
     try:
         config = json.loads(file.metadata["sdxl_lora.config"]).items()
         flags = [f"{key} {value}" for key, value in config if key in ("model", "targets", "rank", "alpha", "lr", "resolution")]
@@ -129,6 +130,25 @@ class Block:
     """The largest of any ΔW."""
 
 
+NO_NORMS = {
+    "DoRA": ": what it changes depends on the weights of a model, so these have no norms below",
+    ADDED: ": these have no norms below",
+}
+
+
+def measure_change(change: Delta | Difference, shape: torch.Size) -> tuple[float, float]:
+    """Frobenius and spectral norm of ΔW; the latter to three digits if it is no A and B, as all singular values
+    would take a second for each layer. 0 if it is not finite.
+    """
+    if isinstance(change, tuple):
+        values = delta_svd(change)[1]
+        return values.norm().item(), values[0].item()
+    matrix = change.of(torch.zeros(shape)).flatten(1)
+    if not matrix.isfinite().all():
+        return 0.0, 0.0
+    return matrix.norm().item(), torch.svd_lowrank(matrix, q=min(8, *matrix.shape), niter=6)[1][0].item()
+
+
 def measure_layers(file: LoraFile) -> dict[str, Block]:
     """{name of the block: norms of its ΔW}, in the order in which data flows, without modules that are not finite."""
 
@@ -137,13 +157,13 @@ def measure_layers(file: LoraFile) -> dict[str, Block]:
         return list(COMPONENT_LABELS).index(component), FLOW.index(part) if part in FLOW else -1
 
     blocks: dict[str, Block] = {}
-    for module in sorted((m for m in file.shapes if m in file.deltas and m not in file.not_finite), key=position):
+    changes = file.deltas | {name: change for name, change in file.others.items() if not isinstance(change, DoRA)}
+    for module in sorted((m for m in file.shapes if m in changes and m not in file.not_finite), key=position):
         match = BLOCK.match(module)
         block = blocks.setdefault(re.sub(r"(\.text_model)?\.encoder\.", ".", match[0]) if match else module, Block())
-        values = delta_svd(file.deltas[module])[1]
+        frobenius, spectral = measure_change(changes[module], file.shapes[module])
         block.modules += 1
-        block.frobenius = math.hypot(block.frobenius, values.norm().item())
-        block.spectral = max(block.spectral, values[0].item())
+        block.frobenius, block.spectral = math.hypot(block.frobenius, frobenius), max(block.spectral, spectral)
     return blocks
 
 

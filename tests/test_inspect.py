@@ -7,6 +7,8 @@ import pytest
 import test_interop
 import torch
 from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from layouts import make_header, named
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -20,6 +22,7 @@ from lora import add_lora
 from lora_files.base_weights import model_shapes
 from lora_files.compatibility import COMPONENT_LABELS, RULES, LoraFile, verdict
 from lora_files.deltas import Deltas, add_delta, layer_shapes, parameter_shapes
+from lora_files.kinds import Factors, Joined, LoHa, LoKr
 from lora_files.names import kohya_name
 from lora_files.read import layouts, scan
 from lora_files.write import adapter_metadata, serialise
@@ -305,14 +308,15 @@ def test_dora_of_peft(tiny_shapes, tmp_path):
     assert "of DoRA without dora_scale, which it adds as plain LoRA" in found["ComfyUI"]
 
 
-def test_another_kind_is_reported_without_norms(script, options, plain, tmp_path):
+def test_another_kind_is_reported_with_norms(script, options, plain, tmp_path):
     tensors = of_kind(parameter_shapes(Denoiser(plain)), "LoHa")
     save_file(tensors, tmp_path / "x.safetensors")
     out, _ = script("scripts/inspect_lora.py", tmp_path / "x.safetensors", *options)
-    assert f"\nkind         LoHa ({len(tensors) // 4} modules): no plain A and B" in out
+    assert f"\nkind         LoHa ({len(tensors) // 4} modules)\n" in out
+    assert "\nblock  " in out
     assert re.search(r"^ComfyUI +loads: according to its source: this kind of adapter was not tried$", out, re.M)
-    assert not re.search("^block|^lost", out, re.M)
-    assert not (tmp_path / "x.png").exists()
+    assert not re.search("^lost", out, re.M)
+    assert (tmp_path / "x.png").exists()
 
 
 @pytest.fixture
@@ -466,3 +470,22 @@ def test_mistakes(script, options, tmp_path):
     _, err = script("scripts/inspect_lora.py", file, "--picture", file / "x.png", status=2)
     assert err == f"inspect_lora.py: --picture {file} cannot be written: File exists\n"
     assert not (tmp_path / "x.png").exists()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 3), st.sampled_from(["LoHa", "LoKr", "whole"]), st.integers(0, 99))
+def test_norms_of_other_kinds_are_those_of_their_change(rank, kind, seed):
+    g = torch.Generator().manual_seed(seed)
+
+    def factors(out: int, inner: int) -> Factors:
+        return Factors(torch.randn(out, rank, generator=g), torch.randn(rank, inner, generator=g))
+
+    change = {
+        "LoHa": lambda: LoHa((factors(12, 20), factors(12, 20)), 0.5),
+        "LoKr": lambda: LoKr((Factors(torch.randn(3, 4, generator=g)), factors(4, 5)), 0.5),
+        "whole": lambda: Joined((Factors(torch.randn(12, 20, generator=g)),), 1.0),
+    }[kind]()
+    matrix = change.of(torch.zeros(12, 20))
+    frobenius, spectral = inspect_lora.measure_change(change, matrix.shape)
+    assert frobenius == pytest.approx(matrix.norm().item(), rel=1e-5)
+    assert spectral == pytest.approx(torch.linalg.matrix_norm(matrix, 2).item(), rel=5e-3)
