@@ -13,6 +13,7 @@ from model.prompts import Prompt, to_header
 from options.training import LoRAConfig
 
 MOST_TAGS = 200  # the commonest: a header is read whole before a file is listed
+NETWORK_ARGS = {"conv_rank": "conv_dim", "conv_alpha": "conv_alpha", "rank_dropout": "rank_dropout"}  # kohya's names
 TO_READ = 20_000  # captions of shards that are read for the tags
 
 
@@ -27,11 +28,12 @@ def run_header(flags: dict[str, Any], source: Source, prediction_type: str, prom
     """
     side = flags["resolution"]
     lora = LoRAConfig(flags["rank"], alpha=flags["alpha"], rank_stabilised=flags.get("rank_stabilised", False))
+    network_args = {theirs: str(flags[own]) for own, theirs in NETWORK_ARGS.items() if flags.get(own)}
     given = {key: flags.get(key) for key in ("author", "description", "license")} | {"trigger_phrase": flags.get("trigger")}
     header = {f"modelspec.{key}": str(value) for key, value in given.items() if value} | {
         "ss_network_dim": str(flags["rank"]),
         "ss_network_alpha": str(lora.stored_alpha(lora.rank)),
-        "ss_network_args": json.dumps({"targets": flags["targets"]}),
+        "ss_network_args": json.dumps({"targets": flags["targets"]} | network_args),
         "ss_resolution": f"({side}, {side})",
         "ss_num_train_images": str(source.samples),
         "modelspec.resolution": f"{side}x{side}",
