@@ -545,6 +545,12 @@ class Adapter:
             cast(Tensor, self.modules[name].magnitude).copy_(magnitude)
         self.grad.zero_()
 
+    def keep_lengths(self) -> None:
+        """With DoRA: makes every layer that of W + (α/r)·B·A, as without it."""
+        for name, magnitude in self.magnitudes.items():
+            magnitude.copy_(cast(LoRALinear, self.modules[name]).lengths())
+        self.update_layers()
+
     @contextmanager
     def scaled(self, strength: float) -> Iterator[None]:
         """Inside this context the model computes with W + strength·ΔW; with a strength of 0 as without LoRA.

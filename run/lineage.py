@@ -81,4 +81,5 @@ def begin_from(adapter: Adapter, deltas: Deltas) -> float:
         own_A[: len(A)] = A.view(-1, *own_A.shape[1:])
         own_B[:, : len(A)] = scale * B.view(*B.shape[:2], *own_B.shape[2:]).float()
     adapter.update_layers()
+    adapter.keep_lengths()
     return (lost / total) ** 0.5 if total else 0.0

@@ -69,10 +69,10 @@ def synthetic(seed: int) -> Costs:
 # The dry run, against real tensors.
 
 
-@pytest.mark.parametrize("side", [8, (8, 16)])
-def test_kept_is_what_autograd_saves_on_the_cpu(denoiser, side, without_triton):
-    costs = meta_costs(denoiser, 2, side)
-    add_lora(denoiser, LoRAConfig(), denoiser.unused)
+@pytest.mark.parametrize(("side", "lora"), [(8, {}), ((8, 16), {}), (8, {"conv_rank": 4}), (8, {"dora": True})])
+def test_kept_is_what_autograd_saves_on_the_cpu(denoiser, side, lora, without_triton):
+    costs = meta_costs(denoiser, 2, side, **lora)
+    add_lora(denoiser, LoRAConfig(**lora), denoiser.unused)
     speed_up(denoiser, fused_on_cpu)
     weights = {t.untyped_storage().data_ptr() for t in (*denoiser.parameters(), *denoiser.buffers())}
     saved = []

@@ -70,6 +70,7 @@ def test_the_first_loss_is_that_of_the_merged_model(train, script, tiny_model, l
     assert abs(merged - base) > 1e-4  # the file changes something
     assert first_loss("going-on", "--init-lora", lora) == pytest.approx(merged, rel=1e-5)
     assert first_loss("higher-rank", "--init-lora", lora, "--rank", 5) == pytest.approx(merged, rel=1e-5)
+    assert first_loss("with-lengths", "--init-lora", lora, "--dora") == pytest.approx(merged, rel=1e-5)
     assert first_loss("on-base", "--base-lora", lora) == pytest.approx(merged, rel=1e-5)
     halves = first_loss("both", "--base-lora", f"{lora}:0.5", "--base-lora", f"{lora}:0.25", "--init-lora", lora)
     assert abs(halves - merged) > 1e-5
