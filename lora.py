@@ -48,11 +48,11 @@ class RankDropout:
     @contextmanager
     def __call__(self, factors: Tensor | None) -> Iterator[None]:
         """Forward and backward pass inside, as checkpointed parts are computed again in the latter."""
-        self.factors = factors
+        before, self.factors = self.factors, factors
         try:
             yield
         finally:
-            self.factors = None
+            self.factors = before
 
     def of(self, places: list[slice], down: Tensor) -> Tensor:
         """x·Aᵀ, or its gradient, [B·tokens, Σ r] or [B, Σ r, h, w] of the layers at `places` -> without the ranks left out."""

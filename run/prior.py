@@ -68,6 +68,6 @@ class Prior:
         k = len(x.prior)
         if not k:
             return target
-        with torch.no_grad(), self.adapter.scaled(0):
+        with torch.no_grad(), self.adapter.scaled(0), self.adapter.dropout(None):
             of_base = self.model.denoiser(noisy[:k], x.timesteps[:k], tuple(part[:k] for part in x.text), x.time_ids[:k])
         return torch.cat([of_base.float(), target[k:]])

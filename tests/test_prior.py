@@ -2,7 +2,8 @@
 
 import dataclasses
 from collections import Counter
-from types import SimpleNamespace
+from collections.abc import Mapping
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def batch_of(size: int, mask: torch.Tensor | None = None) -> Batch:
 def make_step(pipe):
     """make_step(prior_share=…) -> a TrainStep of the tiny model, whose B are 0."""
 
-    def make(size: int = SIZE, **options) -> TrainStep:
+    def make(size: int = SIZE, lora: Mapping = MappingProxyType({}), **options) -> TrainStep:
         config = TrainConfig(
             prior=PriorConfig(**options),
             captions=CaptionConfig(trigger="nrt"),
@@ -47,7 +48,7 @@ def make_step(pipe):
         work = Workload(size, 64, 1, 1, False, False)
         plan = SimpleNamespace(base="fp32", whole_vae=True)
         model = TrainingModel(pipe, "tiny", Source([], [], ""), CaptionConfig(), work, plan, CPU)
-        adapter = add_lora(model.denoiser, LoRAConfig(rank=2), model.denoiser.unused)
+        adapter = add_lora(model.denoiser, LoRAConfig(rank=2, **lora), model.denoiser.unused)
         config = dataclasses.replace(config, memory=config.memory.resolved(CPU))
         return TrainStep(config, model, adapter, torch.amp.GradScaler("cpu", enabled=False), rank=0)
 
@@ -92,6 +93,21 @@ def test_the_gradient_is_that_of_the_bases_own_prediction(make_step):
     assert torch.equal(step.adapter.low, kept)
     pieces = [step.losses(rows_of(x, slice(begin, begin + 3))) for begin in range(0, SIZE, 3)]
     torch.testing.assert_close(torch.cat(pieces), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_ranks_that_are_left_out_do_not_touch_the_base(make_step):
+    """It computes fewer images than there are factors for."""
+    step = make_step(size=3, lora={"rank_dropout": 0.5}, prior_share=0.4)
+    x = next(x for number in range(9) if len((x := step.inputs(batch_of(3), number, 0)).prior) == 1)
+    assert x.kept_ranks.shape == (3, step.adapter.dropout.ranks)
+    plain = step.losses(x)
+    with step.adapter.dropout(x.kept_ranks):
+        torch.testing.assert_close(step.losses(x), plain)  # B is 0
+        shake(step.adapter)
+        loss = step.losses(x)
+    assert not torch.allclose(step.losses(x), loss)
+    step.backward(x)
+    assert step.adapter.dropout.factors is None
 
 
 def prior_of(seed: int = 0, rank: int = 0, text_encoder: object = True, **options) -> Prior:

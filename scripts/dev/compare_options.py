@@ -46,7 +46,6 @@ VARIANTS = {  # {name: flags}
     "convolutions": "--conv-rank 4",
     "rank-dropout": "--rank-dropout 0.1",
     "dora": "--dora",
-    "prior": "--trigger nrt --prior-share 0.25",
 }
 
 
