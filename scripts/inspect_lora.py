@@ -43,9 +43,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from common.files import check_writable, write_atomically
+from common.progress import tqdm
 from common.sheets import lettering, shorten
 from lora_files.base_weights import model_shapes
-from lora_files.compatibility import ADDED, COMPONENT_LABELS, RULES, LoraFile, verdict
+from lora_files.compatibility import COMPONENT_LABELS, RULES, LoraFile, verdict
 from lora_files.decompose import delta_svd
 from lora_files.deltas import is_addition
 from lora_files.kinds import Delta, Difference, DoRA
@@ -130,23 +131,26 @@ class Block:
     """The largest of any ΔW."""
 
 
-NO_NORMS = {
-    "DoRA": ": what it changes depends on the weights of a model, so these have no norms below",
-    ADDED: ": these have no norms below",
-}
+NO_NORMS = {"DoRA": ": what it changes depends on the weights of a model, so these have no norms below"}
 
 
-def measure_change(change: Delta | Difference, shape: torch.Size) -> tuple[float, float]:
-    """Frobenius and spectral norm of ΔW; the latter to three digits if it is no A and B, as all singular values
-    would take a second for each layer. 0 if it is not finite.
+def measure_change(change: Delta | Difference, shape: torch.Size) -> tuple[float, float] | None:
+    """Frobenius and spectral norm of ΔW, of a weight of `shape`; None if it is not finite. A vector's are its length.
+
+    A whole matrix's spectral norm is from its Gram matrix in float64: 0.5 s for 1280 × 1280 on two cores.
     """
-    if isinstance(change, tuple):
+    if isinstance(change, tuple) and change[1].numel() > 1:
         values = delta_svd(change)[1]
         return values.norm().item(), values[0].item()
-    matrix = change.of(torch.zeros(shape)).flatten(1)
-    if not matrix.isfinite().all():
-        return 0.0, 0.0
-    return matrix.norm().item(), torch.svd_lowrank(matrix, q=min(8, *matrix.shape), niter=6)[1][0].item()
+    if isinstance(change, tuple):  # what is added to a parameter, as one row
+        whole = change[0].float() * change[1].float().reshape(()) * change[2]
+    else:
+        whole = change.of(torch.zeros(shape))
+    if not whole.isfinite().all():
+        return None
+    matrix = whole.reshape(shape[0] if len(shape) > 1 else 1, -1).double()
+    wide = matrix if len(matrix) <= matrix.shape[1] else matrix.T
+    return matrix.norm().item(), torch.linalg.eigvalsh(wide @ wide.T)[-1].clamp_min(0).sqrt().item()
 
 
 def measure_layers(file: LoraFile) -> dict[str, Block]:
@@ -157,13 +161,16 @@ def measure_layers(file: LoraFile) -> dict[str, Block]:
         return list(COMPONENT_LABELS).index(component), FLOW.index(part) if part in FLOW else -1
 
     blocks: dict[str, Block] = {}
-    changes = file.deltas | {name: change for name, change in file.others.items() if not isinstance(change, DoRA)}
-    for module in sorted((m for m in file.shapes if m in changes and m not in file.not_finite), key=position):
+    others = {name: change for name, change in file.others.items() if not isinstance(change, DoRA)}
+    changes = file.deltas | others | file.additions
+    found = sorted((m for m in file.shapes if m in changes and m not in file.not_finite), key=position)
+    for module in tqdm(found, unit="module", leave=False):
         match = BLOCK.match(module)
         block = blocks.setdefault(re.sub(r"(\.text_model)?\.encoder\.", ".", match[0]) if match else module, Block())
-        frobenius, spectral = measure_change(changes[module], file.shapes[module])
-        block.modules += 1
-        block.frobenius, block.spectral = math.hypot(block.frobenius, frobenius), max(block.spectral, spectral)
+        if measured := measure_change(changes[module], file.shapes[module]):
+            block.modules += 1
+            block.frobenius = math.hypot(block.frobenius, measured[0])
+            block.spectral = max(block.spectral, measured[1])
     return blocks
 
 
