@@ -473,12 +473,13 @@ class Adapter:
         self.grad = torch.zeros_like(self.flat)
         self.low = self.flat.to(dtype, copy=True)
         self.masters: dict[str, list[Tensor]] = {name: [] for name in ordered}  # A, B, and with DoRA the magnitude, in `flat`
+        grads: dict[str, list[Tensor]] = {name: [] for name in ordered}  # of the same, in `grad`
         offset = 0
         for (name, m, part), size in zip(trained, sizes, strict=True):
             section, offset = slice(offset, offset + part.numel()), offset + size
             own, grad = self.flat[section].view(part.shape), self.grad[section].view(part.shape)
-            m.grads = (*m.grads[: len(self.masters[name])], grad)
             self.masters[name].append(own)
+            grads[name].append(grad)
             if part is m.magnitude:
                 m.magnitude = own.clone()
             else:
@@ -489,8 +490,9 @@ class Adapter:
             A, B, *_ = self.masters[name]
             kernel = m.weight.shape[2:]
             self.deltas[name] = (A.unflatten(1, (-1, *kernel)), B[:, :, None, None], m.alpha) if kernel else (A, B, m.alpha)
-            m.dropout, m.place = self.dropout, slice(rank, rank := rank + len(A))
+            m.grads, m.dropout, m.place = tuple(grads[name]), self.dropout, slice(rank, rank := rank + len(A))
         self.magnitudes = {name: own[2] for name, own in self.masters.items() if len(own) > 2}
+        self.decomposed = [cast(LoRALinear, self.modules[name]) for name in self.magnitudes]  # those with DoRA
         unet_size = sum(size for (name, *_), size in zip(trained, sizes, strict=True) if name in unet)
         self.groups: dict[str, nn.Parameter] = {}
         for name, section in (("unet", slice(0, unet_size)), ("text_encoder", slice(unet_size, None))):
@@ -541,14 +543,14 @@ class Adapter:
         """
         self.flat.index_fill_(0, self.padding, 0)
         self.low.copy_(self.flat)
-        for name, magnitude in self.magnitudes.items():
-            cast(Tensor, self.modules[name].magnitude).copy_(magnitude)
+        for m, magnitude in zip(self.decomposed, self.magnitudes.values(), strict=True):
+            cast(Tensor, m.magnitude).copy_(magnitude)
         self.grad.zero_()
 
     def keep_lengths(self) -> None:
         """With DoRA: makes every layer that of W + (α/r)·B·A, as without it."""
-        for name, magnitude in self.magnitudes.items():
-            magnitude.copy_(cast(LoRALinear, self.modules[name]).lengths())
+        for m, magnitude in zip(self.decomposed, self.magnitudes.values(), strict=True):
+            magnitude.copy_(m.lengths())
         self.update_layers()
 
     @contextmanager
@@ -558,18 +560,17 @@ class Adapter:
         B is scaled in place, so that a CUDA graph recorded at one strength computes with another.
         """
         before = self.low.clone()
-        magnitudes = {name: cast(Tensor, self.modules[name].magnitude) for name in self.magnitudes}
-        kept = {name: magnitude.clone() for name, magnitude in magnitudes.items()}
-        if plain := [m.lora_B.data for name, m in self.modules.items() if name not in magnitudes]:
-            torch._foreach_mul_(plain, strength)
-        for name in magnitudes:
-            cast(LoRALinear, self.modules[name]).scale_change(strength)
+        lengths = [cast(Tensor, m.magnitude).clone() for m in self.decomposed]
+        if not self.decomposed:  # DoRA is on all layers or on none
+            torch._foreach_mul_([m.lora_B.data for m in self.modules.values()], strength)
+        for m in self.decomposed:
+            m.scale_change(strength)
         try:
             yield
         finally:
             self.low.copy_(before)
-            for name, magnitude in kept.items():
-                magnitudes[name].copy_(magnitude)
+            for m, length in zip(self.decomposed, lengths, strict=True):
+                cast(Tensor, m.magnitude).copy_(length)
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -580,13 +581,11 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 CONVOLUTIONS = r"^unet\..*\.(conv1|conv2|conv_shortcut|(down|up)samplers\.0\.conv)$"  # those of other programs
 
 
-def chosen(name: str, layer: nn.Module, config: LoRAConfig) -> bool:
-    """Whether `config` selects this layer."""
-    if isinstance(layer, nn.Conv2d):
+def chosen(name: str, convolution: bool, config: LoRAConfig) -> bool:
+    """Whether `config` selects this layer, which is linear or a convolution."""
+    if convolution:
         return config.conv_rank is not None and bool(re.search(CONVOLUTIONS, name))
-    if not isinstance(layer, nn.Linear) or not re.search(config.pattern, name):
-        return False
-    return config.train_text_encoder or not name.startswith("text_encoder")
+    return bool(re.search(config.pattern, name)) and (config.train_text_encoder or not name.startswith("text_encoder"))
 
 
 def add_lora(
@@ -607,10 +606,10 @@ def add_lora(
     convolutions = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     modules: dict[str, LowRankLayer] = {}
     for name, layer in (linears | convolutions).items():
-        if not chosen(name, layer, config) or name.startswith(tuple(unused)):
+        convolution = name in convolutions
+        if not chosen(name, convolution, config) or name.startswith(tuple(unused)):
             continue
         parent, _, child = name.rpartition(".")
-        convolution = name in convolutions
         rank = config.rank_of(name, convolution)
         kind = cast(Any, LoRAConv2d if convolution else partial(LoRALinear, dora=config.dora))
         modules[name] = kind(layer, rank, config.stored_alpha(rank, convolution), generator)

@@ -178,8 +178,8 @@ def check_written(
     """
     read_back, lengths = plain_parts(read_changes(path, shapes))
     difference = largest_difference(read_back, live)
-    same = all(torch.equal(lengths[name].flatten(), m.float().cpu()) for name, m in magnitudes.items() if name in lengths)
-    if lengths.keys() != magnitudes.keys() or not same:
+    kept = {name: magnitude.flatten() for name, magnitude in lengths.items()}
+    if kept.keys() != magnitudes.keys() or not all(torch.equal(kept[name], m.cpu()) for name, m in magnitudes.items()):
         difference = math.inf
     largest = torch.stack([factor.abs().max().float() for A, B, _ in live.values() for factor in (A, B)]).max().item()
     if not difference <= torch.finfo(dtype).eps * largest:

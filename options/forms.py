@@ -63,10 +63,7 @@ def read_timesteps(text: str) -> Form:
 
 def weights_in(file: Path) -> str:
     """The weights in a text file, which may stand in lines, as `weights:…`. Raises UserError if it cannot be read."""
-    try:
-        weights = numbers_of(read_text(file.read_bytes()))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--timesteps {file} cannot be read: {error}") from None
+    weights = numbers_of(text_in("--timesteps", file))
     if not weights:
         raise UserError(f"--timesteps {file} does not hold numbers, and nothing else")
     return "weights:" + ",".join(f"{weight:.9g}" for weight in weights)
@@ -74,13 +71,18 @@ def weights_in(file: Path) -> str:
 
 def lines_in(flag: str, file: Path) -> tuple[str, ...]:
     """The lines of a text file that are not empty. Raises UserError if there are none."""
-    try:
-        lines = tuple(line.strip() for line in read_text(file.read_bytes()).splitlines() if line.strip())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{flag} {file} cannot be read: {error}") from None
+    lines = tuple(line.strip() for line in text_in(flag, file).splitlines() if line.strip())
     if not lines:
         raise UserError(f"{flag} {file} holds no text")
     return lines
+
+
+def text_in(flag: str, file: Path) -> str:
+    """Raises UserError if the file cannot be read, or is no text."""
+    try:
+        return read_text(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} {file} cannot be read: {error}") from None
 
 
 def numbers_of(text: str) -> tuple[float, ...]:

@@ -56,7 +56,7 @@ OBJECTIVE = {  # option here: their keys that it replaces
     "noise": ("noise_offset", "multires_noise_iterations", "multires_noise_discount"),
 }  # fmt: skip
 LAST = ("unet_lr", "epoch", "save_every_n_steps")  # they win over learning_rate, lose to steps, win over epochs
-THEIR_DEFAULTS = {"alpha": 1.0, "bs": 1}  # which differ from those here
+THEIR_DEFAULTS = {"rank": {"alpha": 1.0, "bs": 1}, "conv_rank": {"conv_alpha": 1.0}}  # {option: of others, beside it}
 NEEDS = {"keep_tags": ("shuffle_tags", False), "text_encoder_lr": ("train_text_encoder", True),
          "conv_alpha": ("conv_rank", None)}  # fmt: skip  # (another, its default)
 
@@ -70,8 +70,9 @@ def settings(table: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         for item in inner:
             yield from settings(item)
         if key == "network_args":
-            pairs = [str(item).partition("=") for item in (value if isinstance(value, list) else shlex.split(str(value)))]
-            yield from ((name, text) for name, _, text in pairs)
+            for pair in value if isinstance(value, list) else shlex.split(str(value)):
+                name, _, text = str(pair).partition("=")
+                yield name, text
         elif not inner:
             yield key, value
         if key == "additional_parameters":
@@ -166,10 +167,9 @@ def add_objective(options: dict[str, Any], notes: dict[str, str], theirs: dict[s
 
 def settle(options: dict[str, Any], notes: dict[str, str]) -> None:
     """What depends on other settings, and what was left to kohya's own defaults."""
-    if "rank" in options:
-        options |= {name: value for name, value in THEIR_DEFAULTS.items() if name not in options}
-    if "conv_rank" in options:
-        options.setdefault("conv_alpha", 1.0)
+    for option, defaults in THEIR_DEFAULTS.items():
+        if option in options:
+            options |= {name: value for name, value in defaults.items() if name not in options}
     if "lycoris" in f"{notes.get('LoRA_type')} {notes.get('network_module')}".lower():
         drop(options, notes, ("rank", "alpha", "conv_rank", "conv_alpha"), "of another kind of layer: choose it for LoRA")
     if any(notes.get(key, "not set") != "not set" for key in ("optimizer", "optimizer_type")):
