@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from common import system
 from common.errors import UserError, warn
 from data import Workload
-from lora import LinearGroup, add_lora
+from lora import add_lora
 from model.load import Pipeline
 from model.sdxl import Denoiser, blueprint, text_shapes
 from model.text import most_chunks
@@ -27,6 +27,7 @@ from performance.adamw8bit import bytes_per_trained
 from performance.attention import KERNELS, Kernel, Shapes, choose_attention
 from performance.checkpointing import block_names, checkpoint_blocks
 from performance.layers import use_fast_layers
+from performance.linear_group import LinearGroup
 from performance.memory_plan import ANOTHER_SHAPE, Costs, GiB, Plan, dry_run, make_plan, stand_in_kernel
 from performance.quantise import PACKED_BASES, packed_bytes, quantisable
 

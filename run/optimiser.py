@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora import Adapter, padded_size, stacked
+from lora import Adapter, padded_size
 from options.training import LoRAConfig, OptimiserConfig, first_match
 from performance.adamw8bit import STATE_BLOCK, make_optimizer, pad_state, update_scale
+from performance.linear_group import stacked
 
 MAX_GRAD_NORM = 1.0
 

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from test_lora import shake
 from torch import Tensor, nn
 
-from lora import LinearGroup, add_lora
+from lora import add_lora
 from options.training import LoRAConfig
 from performance import fused
 from performance.attention import sdpa
 from performance.layers import use_fast_layers
+from performance.linear_group import LinearGroup
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from test_lora import inputs, shake
 from torch import Tensor, nn
 
-from lora import Adapter, LinearGroup, LoRALinear, add_lora, dense_weight, merge_lora, stacked, sum_of
+from lora import Adapter, LoRALinear, add_lora, merge_lora
 from options.training import LoRAConfig
+from performance.linear_group import LinearGroup, dense_weight, stacked, sum_of
 from performance.quantise import QuantisedLinear
 
 CPU = torch.device("cpu")

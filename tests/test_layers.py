@@ -6,13 +6,14 @@ from test_lora import inputs, shake
 from torch import Tensor, nn
 
 from common.errors import UserError
-from lora import Adapter, LinearGroup, add_lora
+from lora import Adapter, add_lora
 from memory import speed_up
 from model.sdxl import Denoiser
 from options.training import LoRAConfig
 from performance import attention
 from performance.attention import Shapes, sdpa
 from performance.layers import use_fast_layers
+from performance.linear_group import LinearGroup
 from performance.quantise import quantise_base
 
 CPU = torch.device("cpu")

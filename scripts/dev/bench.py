@@ -71,6 +71,7 @@ MIXED = ("--data", "{work}/mixed")
 READY = ("--data", "{work}/ready", "--no-buckets", "--no-train-text-encoder")
 IMAGES = ("--data", "{work}/photos")
 RECIPE = ("--rank", "8", "--bs", "3", "--precision", "fp16", "--optimizer", "adamw8bit")
+WITH_PRIOR = ("--prior-share", "0.25", "--trigger", "style")
 KOHYA = (*RECIPE, "--targets", "all")
 ROWS = {
     "recipe": ("the recipe, latents cached, cap 16 GiB", (*RECIPE, *LATENT_DATA, "--vram-gb", "16")),
@@ -86,6 +87,12 @@ ROWS = {
     "free-8": ("no cap, batch 8", (*RECIPE, "--bs", "8", *LATENT_DATA)),
     "free-images": ("no cap, images encoded in the loop", (*RECIPE, *IMAGES)),
     "eager": ("no cap, no CUDA graph", (*RECIPE, *LATENT_DATA, "--cuda-graph", "off")),
+    "dora": ("--dora, cap 16 GiB", (*RECIPE, *LATENT_DATA, "--vram-gb", "16", "--dora")),
+    "conv": ("--conv-rank 8, cap 16 GiB", (*RECIPE, *LATENT_DATA, "--vram-gb", "16", "--conv-rank", "8")),
+    "rank-dropout": ("--rank-dropout 0.1, cap 16 GiB", (*RECIPE, *LATENT_DATA, "--vram-gb", "16", "--rank-dropout", "0.1")),
+    "max-norm": ("--max-norm 1, cap 16 GiB", (*RECIPE, *LATENT_DATA, "--vram-gb", "16", "--max-norm", "1")),
+    "lora-plus": ("--lora-plus 16, cap 16 GiB", (*RECIPE, *LATENT_DATA, "--vram-gb", "16", "--lora-plus", "16")),
+    "prior": ("--prior-share 0.25, cap 16 GiB", (*RECIPE, *LATENT_DATA, *WITH_PRIOR, "--vram-gb", "16")),
 }  # fmt: skip
 
 
