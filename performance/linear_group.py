@@ -97,7 +97,7 @@ class LinearGroup:
             self.bring_to_length(rows, lengths)
             if onto is not None:
                 rows += onto.reshape(rows.shape)
-        return [*of_x, *y.split(self.widths, dim=-1)]
+        return [*of_x, *(y.split(self.widths, dim=-1) if len(self.widths) > 1 else [y])]  # split's gradient is a copy
 
     def parts(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """(columns, W, b) of every product."""
