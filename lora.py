@@ -7,8 +7,9 @@ Outside of a model an adapter is a `Deltas`: {module path: (A, B, α)}. performa
 the linear layers.
 """
 
+import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -246,11 +247,29 @@ class Adapter:
         self.magnitudes = {name: own[2] for name, own in self.masters.items() if len(own) > 2}
         self.decomposed = [cast(LoRALinear, self.modules[name]) for name in self.magnitudes]  # those with DoRA
         unet_size = sum(size for (name, *_), size in zip(trained, sizes, strict=True) if name in unet)
+        self.on_freeze: list[Callable[[], None]] = []
+        self.in_use: Callable[[], dict[str, Tensor | None]] = lambda: {"": None}  # see run/optimiser.py
         self.groups: dict[str, nn.Parameter] = {}
         for name, section in (("unet", slice(0, unet_size)), ("text_encoder", slice(unet_size, None))):
             if self.flat[section].numel():
                 self.groups[name] = nn.Parameter(self.flat[section])
                 self.groups[name].grad = self.grad[section]
+
+    def parameters(self, of_matrices: bool) -> dict[str, list[nn.Parameter]]:
+        """{group: what an optimiser is to train}, views of the buffers: the whole group, or every A and B, and with DoRA the
+        magnitudes, by itself.
+        """
+        views = [(name, p.data, p.grad) for name, p in self.groups.items()]
+        if of_matrices:
+            views = [
+                ("text_encoder" if name.startswith("text_encoder") else "unet", master, grad)
+                for name, own in self.masters.items() for master, grad in zip(own, self.modules[name].grads, strict=True)
+            ]  # fmt: skip
+        found: dict[str, list[nn.Parameter]] = {name: [] for name in self.groups}
+        for name, values, grad in views:
+            found[name].append(nn.Parameter(values))
+            found[name][-1].grad = grad
+        return found
 
     def load(self, flat: Tensor) -> None:
         """Takes `flat` from a saved state, on the CPU. One of an older commit has no padding."""
@@ -275,10 +294,22 @@ class Adapter:
         self.grad[0] += 0 * loss
 
     def clip(self, largest: float) -> Tensor:
-        """Scales `grad` down to an L2 norm of at most `largest`. Returns each group's norm before: [groups], on the device."""
+        """Scales `grad` down to an L2 norm of at most `largest`, unless that is 0. Returns each group's norm before:
+        [groups], on the device.
+        """
         norms = torch.stack([p.grad.norm() for p in self.groups.values() if p.grad is not None])
-        torch.nn.utils.clip_grads_with_norm_(self.groups.values(), largest, norms.norm())
+        torch.nn.utils.clip_grads_with_norm_(self.groups.values(), largest or math.inf, norms.norm())
         return norms
+
+    def freeze(self, names: Collection[str]) -> None:
+        """Trains the layers below these names, as "text_encoder_2", no further: autograd passes them by. `on_freeze` is called,
+        as a CUDA graph does not know of it.
+        """
+        for name, m in self.modules.items():
+            if name.partition(".")[0] in names:
+                m.requires_grad_(False)
+        for call in self.on_freeze:
+            call()
 
     def checksum(self) -> int:
         """Sum of all weights' bits, read as int32: it differs if a single weight does. The host waits for the device."""
@@ -304,6 +335,21 @@ class Adapter:
         for m, magnitude in zip(self.decomposed, self.magnitudes.values(), strict=True):
             magnitude.copy_(m.lengths())
         self.update_layers()
+
+    @contextmanager
+    def holding(self, weights: Tensor | None) -> Iterator[None]:
+        """Inside this context the LoRA has other weights, of the shape of `flat`. None: its own. Between steps only."""
+        if weights is None:
+            yield
+            return
+        before = self.flat.clone()
+        self.flat.copy_(weights)
+        self.update_layers()
+        try:
+            yield
+        finally:
+            self.flat.copy_(before)
+            self.update_layers()
 
     @contextmanager
     def scaled(self, strength: float) -> Iterator[None]:

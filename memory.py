@@ -23,12 +23,12 @@ from model.sdxl import Denoiser, blueprint, text_shapes
 from model.text import most_chunks
 from model.vae import ENCODING, vae_dtype
 from options.training import LoRAConfig, MemoryConfig
-from performance.adamw8bit import bytes_per_trained
 from performance.attention import KERNELS, Kernel, Shapes, choose_attention
 from performance.checkpointing import block_names, checkpoint_blocks
 from performance.layers import use_fast_layers
 from performance.linear_group import LinearGroup
 from performance.memory_plan import ANOTHER_SHAPE, Costs, GiB, Plan, dry_run, make_plan, stand_in_kernel
+from performance.optimizers import bytes_per_trained
 from performance.quantise import PACKED_BASES, packed_bytes, quantisable
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -168,7 +168,7 @@ def plan_memory(
     linears = quantisable(denoiser).values()
     saved = {base: sum(m.weight.nbytes - packed_bytes(m, base) for m in linears) for base in PACKED_BASES}
     adapter = add_lora(denoiser, lora, denoiser.unused, dtype=DTYPES[memory.precision])
-    trained = adapter.flat.numel() * bytes_per_trained(memory.optimizer, DTYPES[memory.precision], lora.copies_weights)
+    trained = int(adapter.flat.numel() * bytes_per_trained(memory.optimizer, DTYPES[memory.precision], lora.copies_weights))
     speed_up(denoiser, stand_in_kernel, torch.device("meta"))
     text = text_shapes(denoiser, workload.batch, most_chunks(75 * workload.chunks))
     fixed = {base: unpacked - saved.get(base, 0) + trained for base in possible_bases(memory, device)}

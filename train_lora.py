@@ -166,7 +166,7 @@ def main(config: TrainConfig) -> Ending:
     adapter = add_lora(model.denoiser, config.lora, model.denoiser.unused, config.seed, dtype, device)
     lineage.begin(adapter)
     attention = apply_plan(model.denoiser, plan, config.memory, device)
-    optimiser = Optimiser(config.optimiser, config.lora, config.memory.optimizer, adapter, config.steps, dtype)
+    optimiser = Optimiser(config, adapter, ranks.world, dtype)
     train_step = TrainStep(config, model, adapter, optimiser.scaler, ranks.rank)
     accumulate = Accumulation(train_step, plan.micro, plan.oom_advice)
 

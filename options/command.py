@@ -185,7 +185,8 @@ def read_file(file: str, known: dict[str, Field]) -> dict[str, Any]:
             raise UserError(f"{file}: {key}: {what_is_meant(name, known, str)}")
         if problem := wrong_type(known[name].type, value):
             raise UserError(f"{file}: {key} = {value!r} must be {problem}")
-        if get_origin(known[name].type) is tuple and any(str(item).startswith("-") for item in value):
+        several = value if isinstance(value, list) else [value]
+        if get_origin(known[name].type) is tuple and any(str(item).startswith("-") for item in several):
             raise UserError(f"{file}: {key}: none of its texts may begin with -")
         values[name] = value
     return values

@@ -14,6 +14,8 @@ SAME = {  # their name: the option here
     "text_encoder_lr": "text_encoder_lr", "network_train_unet_only": "no_train_text_encoder",
     "optimizer_type": "optimizer", "optimizer": "optimizer",
     "use_8bit_adam": "optimizer", "lr_scheduler": "lr_schedule", "lr_warmup_steps": "warmup",
+    "lr_scheduler_min_lr_ratio": "min_lr", "max_grad_norm": "clip", "optimizer_args": "optimizer_args",
+    "adam_epsilon": "eps", "adam_weight_decay": "weight_decay",
     "max_train_steps": "steps", "epoch": "epochs", "max_train_epochs": "epochs", "num_train_epochs": "epochs",
     "caption_extension": "caption_extension", "class_tokens": "caption", "instance_prompt": "caption",
     "network_weights": "init_lora", "lora_network_weights": "init_lora", "base_weights": "base_lora",
@@ -33,11 +35,11 @@ REASONS = {  # what is done here: their names
     "the repeats of a folder are --data folder:x3": "num_repeats",
     "no regularisation images: add them to --data with a share, pictures/:3":
         "dataset_repeats prior_loss_weight reg_data_dir is_reg with_prior_preservation",
-    "a percentage: --warmup is in steps": "lr_warmup",
-    "--lr-schedule has constant, cosine and linear, without settings":
-        "lr_scheduler_num_cycles lr_scheduler_power lr_scheduler_args lr_scheduler_type lr_num_cycles lr_power",
-    "AdamW has no further settings here": "optimizer_args adam_beta1 adam_beta2 adam_epsilon adam_weight_decay",
-    "the gradient is always clipped to norm 1": "max_grad_norm",
+    "a percentage: --warmup is in steps, or a share as 0.05": "lr_warmup",
+    "--lr-schedule is constant, linear, cosine, cosine-restarts:N, rex or wsd:SHARE":
+        "lr_scheduler_num_cycles lr_scheduler_power lr_scheduler_args lr_scheduler_type lr_num_cycles lr_power "
+        "lr_scheduler_timescale lr_decay_steps",
+    "--betas are both at once": "adam_beta1 adam_beta2",
     "--noise is offset:x or pyramid:LEVELS,DECAY":
         "noise_offset noise_offset_type multires_noise_iterations multires_noise_discount",
     "the strength of --noise is the same in every step": "adaptive_noise_scale noise_offset_random_strength",
@@ -67,7 +69,7 @@ REASONS = {  # what is done here: their names
         "cache_text_encoder_outputs_to_disk",
     "the VAE is that of --model": "vae pretrained_vae_model_name_or_path",
     "pictures are drawn at every save": "sample_every_n_epochs validation_epochs sample_sampler",
-    "text encoders are trained all the time or not at all: --no-train-text-encoder":
+    "--text-encoder-until is a share of the run, as 0.6":
         "stop_text_encoder_training stop_text_encoder_training_pct",
     "states of another program cannot be resumed": "resume",
     "torchrun starts the processes": "multi_gpu num_processes num_machines gpu_ids",

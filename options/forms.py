@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import UserError
+from common.options import flag_of
 from common.text import read_text
 
 FORMS = {
@@ -13,10 +14,12 @@ FORMS = {
     "loss": ("mse", "l1", "huber:δ", "huber-snr:δ"),
     "weighting": ("none", "min-snr:γ", "soft-min-snr:γ", "debiased"),
     "noise": ("plain", "offset:x", "pyramid:LEVELS,DECAY"),
+    "lr_schedule": ("constant", "linear", "cosine", "cosine-restarts:N", "rex", "wsd:SHARE"),
 }
 LIMITS = {  # between these, not at them; whether it is a whole number
     "δ": (0, math.inf, False), "γ": (0, math.inf, False), "µ": (-math.inf, math.inf, False), "σ": (0, math.inf, False),
     "x": (0, 2, False), "LEVELS": (0, 13, True), "DECAY": (0, 1, False),
+    "N": (0, math.inf, True), "SHARE": (0, 1, False),
 }  # fmt: skip
 
 
@@ -38,8 +41,8 @@ def read_form(option: str, text: str) -> Form:
             ):
                 return Form(kind, values)
             limits = [f"{part} between {LIMITS[part][0]:g} and {LIMITS[part][1]:g}" for part in parts]
-            raise UserError(f"--{option} {text}: it is {form}, with {', '.join(limits)}")
-    raise UserError(f"--{option} {text}: choose from {', '.join(FORMS[option])}")
+            raise UserError(f"{flag_of(option)} {text}: it is {form}, with {', '.join(limits)}")
+    raise UserError(f"{flag_of(option)} {text}: choose from {', '.join(FORMS[option])}")
 
 
 def within_limits(value: float, above: float, below: float, whole: bool) -> bool:

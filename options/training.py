@@ -14,6 +14,7 @@ import tyro
 from common.errors import UserError
 from common.options import MAX_SEED, Options, option
 from options.forms import Form, lines_in, read_form, read_timesteps, weights_in
+from options.optimiser import OptimiserConfig, check_optimizer
 
 if TYPE_CHECKING:
     import torch
@@ -268,8 +269,9 @@ class MemoryConfig(Options):
     """What the frozen linear layers are stored in. auto: --precision, or fewer bits if the budget asks for it."""
     checkpointing: Literal["auto", "all", "none"] = option("auto", resume="free")
     """Blocks that recompute their activations in the backward pass instead of keeping them. auto: as few as fit."""
-    optimizer: Literal["adamw8bit", "adamw"] = option("adamw8bit", resume="fixed")
-    """AdamW with 8-bit states (bitsandbytes), or torch's fused one with 32-bit states, which is always taken on MPS."""
+    optimizer: str = option("adamw8bit", resume="fixed")
+    """adamw8bit (AdamW with 8-bit states), adamw, lion8bit, adafactor, prodigy, schedulefree, or the class of another one, as
+    torch.optim.Muon. On MPS adamw takes the place of adamw8bit."""
     attention: Literal["auto", "cudnn", "flash", "efficient", "xformers", "sdpa"] = option("auto", resume="free")
     """Attention kernel of the U-Net. auto: the fastest here. sdpa: PyTorch's choice."""
     cuda_graph: Literal["auto", "on", "off"] = option("auto", resume="free")
@@ -279,11 +281,13 @@ class MemoryConfig(Options):
         super().__post_init__()
         if self.base_precision in UNPACKED and self.precision not in ("auto", self.base_precision):
             raise UserError(f"--base-precision {self.base_precision} contradicts --precision {self.precision}: leave one away")
+        check_optimizer(self.optimizer)
 
     def resolved(self, device: "torch.device") -> "MemoryConfig":
         """With the precision that it means on `device`, that of an unpacked base if one is named, and the optimiser there."""
         precision = self.base_precision if self.base_precision in UNPACKED else self.precision
-        optimizer = "adamw" if device.type == "mps" else self.optimizer  # bitsandbytes has no 8-bit one there
+        no_8bit = device.type == "mps" and self.optimizer == "adamw8bit"  # bitsandbytes has none there
+        optimizer = "adamw" if no_8bit else self.optimizer
         return replace(self, precision=resolve_precision(precision, device), optimizer=optimizer)  # type: ignore[arg-type]
 
 
@@ -338,23 +342,6 @@ class CheckpointConfig(Options):
         if not number or float(number[1]) <= 0 or not (number[2] or number[1].isdecimal()):
             raise UserError(f"--save-every {self.save_every}: a number of steps from 1 up, or of epochs: 0.5epoch, 2epochs")
         return math.ceil(float(number[1]) * per_epoch) if number[2] else int(number[1])
-
-
-@dataclass(frozen=True)
-class OptimiserConfig(Options):
-    lr: float | None = option(None, at_least=0)
-    """Learning rate. None: 1e-4; for the bundled model, which is 16 times narrower than SDXL, 2e-3."""
-    text_encoder_lr: float | None = option(None, at_least=0)
-    """Learning rate of both text encoders. None: that of --lr."""
-    lr_schedule: Literal["constant", "cosine", "linear"] = option("constant")
-    """After the warm-up: constant, or falling towards zero, which it would reach one step after the last."""
-    warmup: int = option(0, at_least=0)
-    """Steps over which the learning rate rises: it begins at 1/(WARMUP + 1) of its value."""
-
-    def resolved(self, model: str) -> "OptimiserConfig":
-        """With the learning rates that it means for --model."""
-        lr = (2e-3 if model == "demo" else 1e-4) if self.lr is None else self.lr
-        return replace(self, lr=lr, text_encoder_lr=lr if self.text_encoder_lr is None else self.text_encoder_lr)
 
 
 @dataclass(frozen=True)
@@ -462,8 +449,9 @@ class TrainConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.epochs is None and self.optimiser.warmup > self.steps:
-            raise UserError(f"--warmup {self.optimiser.warmup} is longer than --steps {self.steps}")
+        if self.epochs is None:
+            self.optimiser.check_length(self.steps, f"--steps {self.steps}")
+        self.optimiser.check_combination(self.memory.optimizer, self.lora.copies_weights)
         trigger = self.captions.trigger.strip().lower()
         if self.prior.prior_share and not (self.prior.prior_prompts or trigger):
             raise UserError(
@@ -474,19 +462,21 @@ class TrainConfig(Options):
 
     def resolved(self, device: "torch.device") -> "TrainConfig":
         """With values for alpha, learning rates and precision, which are saved with the run. Raises UserError."""
-        lora, optimiser = replace(self.lora, alpha=self.lora.resolved_alpha), self.optimiser.resolved(self.model)
+        lora = replace(self.lora, alpha=self.lora.resolved_alpha)
+        optimiser = self.optimiser.resolved(self.model, self.memory.optimizer)
         cause = f"--targets {self.lora.targets}" if self.lora.targets in UNET_ONLY else "--no-train-text-encoder"
         lora = replace(lora, train_text_encoder=lora.train_text_encoder and lora.targets not in UNET_ONLY)
-        if self.optimiser.text_encoder_lr not in (None, optimiser.lr) and not lora.train_text_encoder:
+        if any(self.optimiser.text_encoder_lr) and not lora.train_text_encoder:
             raise UserError(f"--text-encoder-lr does nothing with {cause}")
+        lora = replace(lora, train_text_encoder=lora.train_text_encoder and any(optimiser.text_encoder_lr))
+        optimiser = optimiser if lora.train_text_encoder else replace(optimiser, text_encoder_lr=(0.0,))
         return replace(self, lora=lora, optimiser=optimiser, memory=self.memory.resolved(device))
 
     def in_steps(self, epoch: int, processes: int) -> "TrainConfig":
         """With --steps and --save-every in optimiser steps; an epoch has `epoch` samples. Raises UserError."""
         per_epoch = epoch / (self.dataset.bs * self.grad_accum * processes)
         steps = math.ceil(self.epochs * per_epoch) if self.epochs else self.steps
-        if self.optimiser.warmup > steps:
-            raise UserError(f"--warmup {self.optimiser.warmup} is longer than the run of {steps} steps")
+        self.optimiser.check_length(steps, f"the run of {steps} steps")
         between = self.checkpoints.steps_between_saves(per_epoch)
         return replace(self, steps=steps, checkpoints=replace(self.checkpoints, save_every=between))
 

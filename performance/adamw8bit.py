@@ -1,34 +1,16 @@
-"""AdamW with 8-bit or 32-bit states, and the update of the loss scale."""
+"""AdamW with 8-bit states, and the update of the loss scale."""
+
+from functools import cache
 
 import torch
 from torch import Tensor
 
 STATE_BLOCK = 256  # values that share a scale in bitsandbytes' 8-bit states
 
-# Optimiser.
 
-
-class SkippingAdamW(torch.optim.AdamW):
-    """For MPS, whose fused kernel takes `found_inf` but does not read it: the host does, and waits for it."""
-
-    found_inf: Tensor
-
-    def step(self) -> None:  # type: ignore[override]
-        if not self.found_inf.item():
-            super().step()
-
-
-def make_optimizer(name: str, groups: list[dict]) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) with weight decay 0.01 over flat parameters.
-
-    `name`: "adamw" or "adamw8bit". Both follow GradScaler's protocol for fused optimisers. An ordinary optimiser's step is
-    skipped by the host: GradScaler reads whether a gradient overflowed with .item(), for which the host waits in every step.
-    One with `_step_supports_amp_scaling = True` is always called, and does what the flag says by itself, on the device: it
-    finds it in its attribute `found_inf`, a float32 scalar that is 0, or above 0 if the step must change nothing. GradScaler
-    sets this attribute before `step()` and deletes it afterwards; if the scaler is disabled, the caller may set it.
-    """
-    if name == "adamw":
-        return (SkippingAdamW if groups[0]["params"][0].is_mps else torch.optim.AdamW)(groups, weight_decay=0.01, fused=True)
+@cache
+def adamw8bit() -> type[torch.optim.Optimizer]:
+    """AdamW with 8-bit states. A function, because importing bitsandbytes takes seconds."""
     import bitsandbytes
 
     class AdamW8bit(bitsandbytes.optim.AdamW8bit):
@@ -65,6 +47,8 @@ def make_optimizer(name: str, groups: list[dict]) -> torch.optim.Optimizer:
             found_inf: Tensor | None = getattr(self, "found_inf", None)
             for i, group in enumerate(self.param_groups):
                 for j, p in enumerate(group["params"]):
+                    if p.grad is None:
+                        continue
                     if not self.state[p]:
                         self.init_state(group, p, i, j)
                     changed = [p, *(self.state[p][name] for name in ("state1", "state2", "absmax1", "absmax2"))]
@@ -77,7 +61,7 @@ def make_optimizer(name: str, groups: list[dict]) -> torch.optim.Optimizer:
                 on_host = found_inf.to("cpu", non_blocking=True, copy=True)
                 self.last_skipped = on_host, torch.cuda.current_stream().record_event() if found_inf.is_cuda else None
 
-    return AdamW8bit(groups, weight_decay=0.01, min_8bit_size=0)
+    return AdamW8bit
 
 
 def spread(packed: Tensor, filled: Tensor) -> Tensor:
@@ -121,13 +105,3 @@ def update_scale(scaler: torch.amp.GradScaler, loss: Tensor) -> None:
     scale_before = scaler.scale(one)  # 1 × scale: the scale as a tensor, which GradScaler gives only as a number of the host
     scaler.update()
     scaler.update(torch.where(loss.isfinite(), scaler.scale(one), scale_before))
-
-
-def bytes_per_trained(optimizer: str, dtype: torch.dtype, copied: bool = False) -> int:
-    """Bytes of memory per trained parameter, for everything but activations. `dtype`: of the base and the activations;
-    `copied`: a step copies the weights.
-    """
-    parameter, gradient = 4, 4  # float32
-    low_precision = dtype.itemsize  # the copy that the layers compute with, see lora.Adapter
-    states = 2 + 10 if optimizer == "adamw8bit" else 8  # 10: while it steps, 6 for the backups and 4 for a selected result
-    return parameter + gradient + low_precision + states + (parameter if copied else 0)

@@ -48,6 +48,7 @@ class Accumulation:
         """`advice`: what the user can do where memory runs out."""
         self.step, self.piece, self.advice = step, piece, advice
         self.attempts = 3  # left
+        step.adapter.on_freeze.append(step.graphed.release)
 
     @property
     def failed(self) -> bool:

@@ -20,6 +20,7 @@ from lora import Adapter
 from lora_files.read import read_metadata
 from lora_files.write import check_written, serialise
 from memory import DTYPES
+from options.optimiser import OptimiserConfig
 from options.training import CheckpointConfig, DiffusionConfig, LoRAConfig, PriorConfig
 from run.ending import Ending, RunFailed
 from run.header import file_stem, step_header
@@ -152,18 +153,20 @@ class Checkpoints:
             path.replace(aside / path.name)
         print(f"aside      this is a new run: what another has left in {out} is in {aside} now", flush=True)
 
-    def serialise(self, step: int) -> Iterator[tuple[str, bytes]]:
-        """Name and content of each LoRA file at `step`."""
+    def serialise(self, step: int) -> Iterator[tuple[str, bytes, torch.Tensor | None]]:
+        """Name, content and weights (Adapter.in_use) of each LoRA file at `step`."""
         name = self.config.name
         header = self.header() | step_header(name, step)
         live, dtype = self.adapter, DTYPES[self.config.save_dtype]
-        for layout, suffix in LAYOUT_SUFFIXES[self.config.format].items():
-            content = serialise(live.deltas, header, layout, dtype, live.magnitudes)
-            yield f"{file_stem(name, step)}{suffix}.safetensors", content
+        for average, weights in live.in_use().items():
+            for layout, suffix in LAYOUT_SUFFIXES[self.config.format].items():
+                with live.holding(weights):
+                    content = serialise(live.deltas, header, layout, dtype, live.magnitudes)
+                yield f"{file_stem(name, step)}{average}{suffix}.safetensors", content, weights
 
     def describe_file(self, step: int) -> str:
         """Name and size that the LoRA file will have."""
-        *_, (name, content) = self.serialise(step)
+        *_, (name, content, _) = self.serialise(step)
         return f"{self.config.out / name}, {len(content) / 1e6:.2f} MB"
 
     def is_due(self, step: int, last: int) -> bool:
@@ -194,15 +197,17 @@ class Checkpoints:
 
         Raises OSError, and UserError if the weights are not finite or a file does not read back as they are.
         """
-        out, files, errors = self.config.out, dict(self.serialise(run.step)), []
+        out, live, errors = self.config.out, self.adapter, []
         dtype, consequence = DTYPES[self.config.save_dtype], "the last one was kept"
 
         def check(written: Path) -> None:
-            live = self.adapter
             errors.append(check_written(written, self.shapes, live.deltas, dtype, consequence, live.magnitudes))
 
-        for name, content in files.items():
-            write_atomically(out / name, content, check)
+        files: dict[str, bytes] = {}
+        for name, content, weights in self.serialise(run.step):
+            with live.holding(weights):
+                write_atomically(out / name, content, check)
+            files[name] = content
         run.saved = (*(name for name in run.saved if name not in files), *files)
         state = {"lora": self.adapter.flat, "layers": list(self.adapter.modules), **self.optimiser.state_dict()}
         state |= {"run": asdict(run), "made": self.made}
@@ -222,7 +227,8 @@ class Checkpoints:
         """
         if not {"lora", "layers", "optimizer", "scaler", "run", "made"} <= state.keys():
             raise UserError(f"--resume {path}: this is no state of train_lora.py")
-        flags = changed(known_options(state["made"]["flags"]), self.made["flags"], "--")
+        before = known_options(state["made"]["flags"])
+        flags = changed(before, self.made["flags"], "--")
         beyond = changed(state["made"]["beyond"], self.made["beyond"])
         fixed = [change for name, change in flags.items() if self.policies[name] == "fixed"]
         if not fixed and state["layers"] != list(self.adapter.modules):
@@ -236,7 +242,7 @@ class Checkpoints:
         self.adapter.load(state["lora"])
         self.optimiser.load_state_dict(state)
         run = Run(**state["run"])
-        rates = self.optimiser.change_of_rates(run.step, state["made"]["flags"])
+        rates = self.optimiser.change_of_rates(run.step, before)
         if not self.belongs_to_out(path):
             run.saved = ()
         if not self.belongs_to_out(path) or "log_dir" in flags:
@@ -260,12 +266,16 @@ def provenance(flags: dict[str, object], source: Source, world: int) -> dict:
 
 
 def known_options(flags: dict[str, Any]) -> dict[str, Any]:
-    """The options of a saved state. One that knows less of LoRA, the objective or the prior had their defaults; --snr-gamma was
-    the name of a weighting.
+    """The options of a saved state. One that knows less of LoRA, the objective, the prior or the optimiser had their defaults;
+    --snr-gamma was the name of a weighting, and both text encoders had one rate.
     """
     gamma = flags.get("snr_gamma")
     weighting = {"weighting": f"min-snr:{gamma:g}"} if gamma else {}
-    return asdict(LoRAConfig()) | asdict(DiffusionConfig()) | asdict(PriorConfig()) | weighting | flags
+    known = asdict(LoRAConfig()) | asdict(DiffusionConfig()) | asdict(PriorConfig()) | asdict(OptimiserConfig())
+    rate = flags.get("text_encoder_lr")
+    trained = flags.get("train_text_encoder", True)
+    one_rate = {"text_encoder_lr": (rate if trained else 0.0,)} if isinstance(rate, float) else {}
+    return known | weighting | flags | one_rate
 
 
 def changed(old: dict, new: dict, prefix: str = "") -> dict[str, str]:

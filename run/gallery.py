@@ -93,6 +93,7 @@ class Gallery:
         with (
             note_if_out_of_memory(f"drawing pictures after step {step}; {self.advice}"),
             temporarily_on(self.model.device, self.model.kept_on_host),
+            self.adapter.holding(self.adapter.in_use()[""]),
         ):
             drawn = self.draw_own(step)
         if not self.fits:

@@ -1,53 +1,84 @@
-"""The optimiser step: learning rates, gradient clipping, the loss scale of fp16, a limit of the norms."""
+"""The optimiser step: learning rates, gradient clipping, the loss scale of fp16, averages, a limit of the norms."""
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lora import Adapter, padded_size
-from options.training import LoRAConfig, OptimiserConfig, first_match
-from performance.adamw8bit import STATE_BLOCK, make_optimizer, pad_state, update_scale
+from options.optimiser import OptimiserConfig
+from options.training import LoRAConfig, TrainConfig, first_match
+from performance.adamw8bit import STATE_BLOCK, pad_state, update_scale
 from performance.linear_group import stacked
+from performance.optimizers import ELEMENTWISE, averages, make_optimizer, read_settings_of_optimizer
+from run.noise_scale import NoiseScale
+from run.schedule import draw_schedule, lr_factor
 
-MAX_GRAD_NORM = 1.0
-
-
-def lr_factor(step: int, steps: int, config: OptimiserConfig) -> float:
-    """What the learning rates are multiplied by at `step` of `steps`, counted from 0."""
-    if step < config.warmup:
-        return (step + 1) / (config.warmup + 1)
-    progress = (step - config.warmup) / max(1, steps - config.warmup)
-    return {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 + 0.5 * math.cos(math.pi * progress)}[config.lr_schedule]
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 class Optimiser:
     """Updates an adapter from its gradient. `step` does not wait for the device."""
 
     def __init__(
-        self, config: OptimiserConfig, lora: LoRAConfig, kind: str, adapter: Adapter, steps: int, dtype: torch.dtype
+        self, run: TrainConfig, adapter: Adapter, processes: int, dtype: torch.dtype
     ):  # fmt: skip
-        """`config` is resolved; `lora`: what `adapter` was made by; `kind`: --optimizer; `steps`: of the run. The loss is
-        scaled if `dtype` is float16.
+        """`run` is resolved, and its length is in steps. The loss is scaled if `dtype` is float16. Raises UserError if the
+        optimiser refuses its settings.
         """
-        self.config, self.kind, self.adapter, self.steps = config, kind, adapter, steps
-        self.rates: dict[str, Any] = {"unet": config.lr, "text_encoder": config.text_encoder_lr}
-        self.optimizer = make_optimizer(kind, [{"name": name, "params": [p]} for name, p in adapter.groups.items()])
+        config, lora, kind, images = run.optimiser, run.lora, run.memory.optimizer, run.dataset.bs * run.grad_accum * processes
+        self.config, self.kind, self.adapter, self.steps = config, kind, adapter, run.steps
+        self.settings = settings_of(config)
+        self.parameters = adapter.parameters(of_matrices=kind not in ELEMENTWISE)
+        groups = [{"name": name, "params": found, "lr": config.lr} for name, found in self.parameters.items()]
+        self.optimizer = make_optimizer(kind, groups, self.settings)
+        self.begin_to_train()
+        self.noise_scale = NoiseScale(adapter.grad, images)
         self.of_B = f", of B {lora.lora_plus:g} times as much" if lora.lora_plus else ""
         self.at_their_rates: Callable[[], AbstractContextManager] = nullcontext
-        if lora.lora_plus or lora.lr_pattern:
-            self.at_their_rates = PartRates(adapter, lora)
+        encoders = dict(zip(TEXT_ENCODERS, 2 * config.text_encoder_lr, strict=False))
+        self.resting: set[str] = set()
+        self.rest({name for name, rate in encoders.items() if not rate})
+        if lora.lora_plus or lora.lr_pattern or len(config.text_encoder_lr) > 1:
+            self.at_their_rates = PartRates(adapter, lora, encoders)
         self.limits = [NormLimit(adapter, lora.max_norm)] if lora.max_norm else []
+        self.ema = adapter.flat.clone() if config.ema else None
+        adapter.in_use = self.in_use
         self.scaler = torch.amp.GradScaler(adapter.flat.device.type, enabled=dtype == torch.float16)
 
+    def begin_to_train(self) -> None:
+        if averages(self.optimizer):
+            self.optimizer.train()  # type: ignore[attr-defined]
+
+    def rest(self, encoders: set[str]) -> None:
+        """Trains these text encoders no further: without a gradient no optimiser touches them, whatever else it does at a rate
+        of 0.
+        """
+        if encoders <= self.resting:
+            return
+        self.resting |= encoders
+        self.adapter.freeze(self.resting)
+        for p in self.parameters.get("text_encoder", ()) if self.resting.issuperset(TEXT_ENCODERS) else ():
+            p.grad = None
+
     def set_learning_rates(self, step: int) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rates[group["name"]] * lr_factor(step, self.steps, self.config)
+        """For `step`, counted from 0; ends the training of the text encoders where it is time for that."""
+        if step >= self.config.text_encoder_until * self.steps:
+            self.rest(set(TEXT_ENCODERS))
+        for group, rate in zip(self.optimizer.param_groups, self.rates(step, self.steps, self.config).values(), strict=True):
+            group["lr"] = rate
+        self.step_now = step
+
+    def rates(self, step: int, steps: int, config: OptimiserConfig) -> dict[str, float]:
+        """{group: its learning rate} at `step` of a run of `steps` with `config`."""
+        until = config.text_encoder_until * steps
+        of_group = {"unet": config.lr or 0.0, "text_encoder": max(config.text_encoder_lr) if step < until else 0.0}
+        return {name: of_group[name] * lr_factor(step, steps, config) for name in self.adapter.groups}
 
     def change_of_rates(self, step: int, flags: dict[str, Any]) -> list[str]:
         """After the state of a run with `flags`, {name: value}, was loaded: the learning rates that are not at `step` what they
@@ -55,13 +86,11 @@ class Optimiser:
         """
         flags = asdict(self.config) | {"steps": self.steps} | flags
         before = OptimiserConfig(**{spec.name: flags[spec.name] for spec in fields(OptimiserConfig)})
-        expected: dict[str, Any] = {"unet": before.lr, "text_encoder": before.text_encoder_lr}
-        last = dict(self.learning_rates())
+        expected, last = self.rates(step, flags["steps"], before), dict(self.learning_rates())
         self.set_learning_rates(step)
         now = dict(self.learning_rates())
         jumps = {
-            name: f"goes from {last[name]:.1e} to {rate:.1e}" for name, rate in now.items()
-            if rate != expected[name] * lr_factor(step, flags["steps"], before)
+            name: f"goes from {last[name]:.1e} to {rate:.1e}" for name, rate in now.items() if rate != expected[name]
         }  # fmt: skip
         if len(jumps) == len(now) and len(set(jumps.values())) == 1:
             return [f"the learning rate {next(iter(jumps.values()))}"]
@@ -73,8 +102,9 @@ class Optimiser:
         `loss` [], of the step, the same on all ranks. Returns the L2 norm of each group's gradient, [groups] on the device.
         """
         self.scaler.unscale_(self.optimizer)
-        norms = self.adapter.clip(MAX_GRAD_NORM)
-        # Both optimisers skip the update where `found_inf` is 1. In fp16 the scaler replaces it by its own; otherwise the
+        self.noise_scale.see()
+        norms = self.adapter.clip(self.config.clip)
+        # Every optimiser skips the update where `found_inf` is 1. In fp16 the scaler replaces it by its own; otherwise the
         # scaler is disabled, and this one counts.
         self.optimizer.found_inf = (~norms.isfinite()).any().float()  # type: ignore[attr-defined]
         with self.at_their_rates():
@@ -83,7 +113,30 @@ class Optimiser:
             limit()
         update_scale(self.scaler, loss)
         self.adapter.update_layers()
+        if self.ema is not None:
+            warmed_up = (1 + self.step_now) / (10 + self.step_now)  # as TensorFlow's: the beginning is forgotten soon
+            self.ema.lerp_(self.adapter.flat, 1 - min(self.config.ema or 0, warmed_up))
         return norms
+
+    def in_use(self) -> dict[str, Tensor | None]:
+        """{what follows the name of a file: the weights to save and to measure, of the shape of `flat`}; None: those that are
+        trained. Those of "" are to be drawn, too.
+        """
+        ema: dict[str, Tensor | None] = {} if self.ema is None else {"_ema": self.ema}
+        return ema | {"": self.averaged() if averages(self.optimizer) else None}
+
+    def averaged(self) -> Tensor:
+        """What a schedule-free optimiser says are the weights to use. What it trains keeps its bits."""
+        before = self.adapter.flat.clone()
+        self.optimizer.eval()  # type: ignore[attr-defined]
+        found = self.adapter.flat.clone()
+        self.begin_to_train()
+        self.adapter.flat.copy_(before)
+        return found
+
+    def picture(self) -> np.ndarray:
+        """The schedule of the learning rate, [H, W, 3] uint8."""
+        return draw_schedule(self.steps, self.config, f"learning rate / {self.config.lr:g}, over the steps")
 
     @property
     def scale(self) -> float:
@@ -95,20 +148,35 @@ class Optimiser:
         return ((group["name"], group["lr"]) for group in self.optimizer.param_groups)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        ema = {} if self.ema is None else {"ema": self.ema}
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()} | ema
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """`state`: tensors on the CPU. One of an older commit, whose tensors were not padded, is padded in place."""
-        groups = self.adapter.filled().split([len(p) for p in self.adapter.groups.values()])
-        for index, filled in enumerate(groups):
-            pad_state(state["optimizer"]["state"].get(index, {}), filled)
+        if self.kind in ("adamw", "adamw8bit"):
+            groups = self.adapter.filled().split([len(p) for p in self.adapter.groups.values()])
+            for index, filled in enumerate(groups):
+                pad_state(state["optimizer"]["state"].get(index, {}), filled)
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group |= {name: value for name, value in self.settings.items() if name in group}  # those of this command
+        if self.ema is not None:
+            self.ema.copy_(state.get("ema", self.adapter.flat))
         if state["scaler"]:  # empty if the run so far was not in fp16
             self.scaler.load_state_dict(state["scaler"])
 
     def __str__(self) -> str:
-        text = f", text encoders {self.rates['text_encoder']:g}" if "text_encoder" in self.adapter.groups else ""
-        return f"{self.kind}, learning rate {self.rates['unet']:g}{text}{self.of_B}"
+        of_text = " and ".join(f"{rate:g}" for rate in self.config.text_encoder_lr)
+        until = f" until {self.config.text_encoder_until:.0%} of the run" if self.config.text_encoder_until < 1 else ""
+        text = f", text encoders {of_text}{until}" if "text_encoder" in self.adapter.groups else ""
+        return f"{self.kind}, learning rate {self.config.lr:g}{text}{self.of_B}, {self.config.lr_schedule}"
+
+
+def settings_of(config: OptimiserConfig) -> dict[str, Any]:
+    """{name: value} that the user gives an optimiser."""
+    given = {"betas": config.betas or None, "eps": config.eps, "weight_decay": config.weight_decay}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    return chosen | read_settings_of_optimizer(config.optimizer_args)
 
 
 # What may be done to a step beside AdamW: on the device, to the whole buffer at once, without a state.
@@ -125,16 +193,20 @@ def by_block(adapter: Adapter, value: Callable[[str, int], float], dtype: torch.
 
 
 class PartRates:
-    """Learning rates of single layers (--lr-pattern), and of every B (--lora-plus; with DoRA of the magnitudes, too, as PEFT
-    has it), as multiples of those of their group.
+    """Learning rates of single layers (--lr-pattern), of either text encoder, and of every B (--lora-plus; with DoRA of the
+    magnitudes, too, as PEFT has it), as multiples of those of their group.
 
     AdamW's change is proportional to its learning rate, weight decay included: inside this context every weight is changed by
     the rate of its group, and at its end it is moved along the same line by its own. So the order of the buffer, the states and
     the weights with a multiple of 1 are bit for bit those of a run without. Costs a copy of the weights meanwhile.
     """
 
-    def __init__(self, adapter: Adapter, config: LoRAConfig):
+    def __init__(self, adapter: Adapter, config: LoRAConfig, of_encoders: dict[str, float]):
+        """`of_encoders`: {"text_encoder": its rate, …}; that of the group is the larger one."""
         rates = {name: first_match("--lr-pattern", config.lr_pattern, name, 1.0) for name in adapter.deltas}
+        largest = max(of_encoders.values(), default=0) or 1.0
+        for name in rates:
+            rates[name] *= of_encoders.get(name.partition(".")[0], largest) / largest
         of_part = [1.0, config.lora_plus or 1.0, config.lora_plus or 1.0]
         self.blocks = adapter.flat.view(-1, STATE_BLOCK)
         self.multiples = by_block(adapter, lambda name, n: rates[name] * of_part[n], torch.float32)

@@ -71,6 +71,7 @@ class Report:
         if self.ranks.is_first:
             self.log = open_logs(self.run.log_dir, self.run.step, checkpoints.flags, self.curves)
             self.log.add_text("config", config_text(checkpoints.flags), self.run.step)
+            self.log.add_pictures({"schedule": self.optimiser.picture()}, self.run.step)
             if prompts:
                 self.log.add_text("prompts", prompts_text(prompts), self.run.step)
             content = options_as_toml(checkpoints.flags | lineage.options, sys.argv).encode(errors="backslashreplace")
@@ -148,12 +149,16 @@ class Report:
         if first and self.ranks.is_first and (left := self.steps - self.run.step):
             rest = duration(left * scalars["seconds_per_step"])
             tqdm.write(f"time       about {rest} for the {left} steps left, without pictures")
+        if noise_scale := self.optimiser.noise_scale.read():
+            scalars["noise_scale"] = noise_scale
         scalars |= {f"lr/{name}": rate for name, rate in rates.items()}
         scalars |= dict(zip(("peak_memory_GiB", "peak_reserved_GiB"), peak_memory(self.device), strict=True))
         scalars["memory_in_use"] = memory_in_use(self.device)
         self.show(scalars)
         checks = {"checksum": self.adapter.checksum(), "recorded_again": self.graphed.recorded_again}
-        self.watchdog.see(scalars | self.meter.largest_norms | checks)
+        trained = {f"grad_norm/{name}" for name, rate in rates.items() if rate}
+        norms = {name: norm for name, norm in self.meter.largest_norms.items() if name in trained}
+        self.watchdog.see(scalars | norms | checks)
         return spoilt
 
     def show(self, measured: dict[str, float]) -> None:
@@ -205,7 +210,8 @@ class Report:
         else:
             print(ending.nothing_saved)
         self.log.close()
-        for line in filter(None, (self.meter.advice(loader.stream.source.has_latents), advice)):
+        waiting, noise = self.meter.advice(loader.stream.source.has_latents), self.optimiser.noise_scale.advice()
+        for line in filter(None, (waiting, noise, advice)):
             print(line)
         if names:
             print(f"skipped {len(names)} images, broken, left out or without a caption: {first_names(names)}")

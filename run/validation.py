@@ -118,10 +118,15 @@ class Validation:
 
     def measure(self, step: int) -> dict[str, float]:
         """The losses after `step` go into the record. Returns what a log says of them. Called by all ranks."""
-        losses = self.record.setdefault("losses", {})
-        losses[str(step)] = self.losses(1.0)
+        averages: dict[str, float] = {}
+        for average, weights in self.adapter.in_use().items():
+            with self.adapter.holding(weights):
+                self.record.setdefault(f"losses{average}", {})[str(step)] = self.losses(1.0)
+            base = {"base": self.record["losses"]["base"]}
+            improvement = figures(self.record | {"losses": base | self.record[f"losses{average}"]}, step).improvement
+            averages |= {f"improvement{average}": improvement.mean} if improvement and average else {}
         found = figures(self.record, step)
-        scalars = {"validation_loss": float(loss_of_images(self.record, step).mean())}
+        scalars = {"validation_loss": float(loss_of_images(self.record, step).mean()), **averages}
         if found.improvement:
             self.improvement = found.improvement.mean
             scalars |= dict(zip(("improvement", "improvement_low", "improvement_high"), found.improvement, strict=True))

@@ -27,6 +27,7 @@ from common.options import flag_of, within
 from common.text import read_text
 from options.command import all_fields, as_toml, atoms, parse_arguments, parse_command
 from options.foreign import DIFFERENT, NO_EFFECT, SAME
+from options.forms import numbers_of
 from options.training import DiffusionConfig, TrainCommand, TrainConfig
 
 
@@ -40,7 +41,17 @@ class KohyaConfig:
 
 FIELDS = {spec.name: spec for spec in all_fields(TrainConfig)}
 VALUES: dict[str, dict[str, Any]] = {  # option here: {their value: the value here}; another value has no counterpart
-    "optimizer": {"AdamW8bit": "adamw8bit", "AdamW": "adamw", "True": "adamw8bit", "False": "adamw"},
+    "optimizer": {
+        "AdamW8bit": "adamw8bit",
+        "AdamW": "adamw",
+        "True": "adamw8bit",
+        "False": "adamw",
+        "Lion8bit": "lion8bit",
+        "Prodigy": "prodigy",
+        "AdamWScheduleFree": "schedulefree",
+        "CAME": "came_pytorch.CAME",
+        "Lion": "lion_pytorch.Lion",
+    },
     "lr_schedule": {"constant": "constant", "constant_with_warmup": "constant", "cosine": "cosine", "linear": "linear"},
     "precision": {"fp16": "fp16", "bf16": "bf16", "no": "fp32"},
     "save_dtype": {"fp16": "fp16", "bf16": "bf16", "float": "fp32"},
@@ -89,17 +100,40 @@ def convert(option: str, value: Any) -> Any:
     if option == "resolution":  # 1024, "1024", "1024,1024" or [1024, 1024]: the side of a square of that area
         sides = [int(side) for side in (value if isinstance(value, list) else str(value).split(","))]
         return math.isqrt(sides[0] * sides[-1]) // 8 * 8
+    if option == "optimizer_args":  # as a list of name=value, or a text of them
+        return value if isinstance(value, list) else shlex.split(str(value))
     if option == "save_every":  # a number of steps, or of epochs as `translate` writes it
         return int(value) if str(value).isdecimal() else value
     kinds = atoms(FIELDS[option].type)
     (kind,) = kinds - {tuple}
     if kind is bool:
         return {"true": True, "false": False}[str(value).lower()]
-    converted = kind(value)
+    converted = [kind(one) for one in (value if isinstance(value, list) and tuple in kinds else [value])]
     bounds = {name: bound for name, bound in FIELDS[option].metadata["bounds"].items() if bound is not None}
-    if (bounds and not within(converted, **bounds)) or (kind is int and converted != float(value)):  # warm-up may be a share
-        raise ValueError
-    return [converted] if tuple in kinds else converted
+    for number in converted:
+        if (bounds and not within(number, **bounds)) or (kind is int and number != float(value)):
+            raise ValueError
+    return converted if tuple in kinds else converted[0]
+
+
+def settle_optimiser(options: dict[str, Any], notes: dict[str, str], theirs: dict[str, Any]) -> None:
+    """Settings of the optimiser that have a flag of their own here; restarts of the schedule; what trains the text encoders."""
+    kept = []
+    for pair in options.pop("optimizer_args", []):
+        name, _, text = str(pair).partition("=")
+        values = numbers_of(text.strip("()[] "))
+        if name in ("betas", "eps", "weight_decay") and values and (name == "betas" or len(values) == 1):
+            options[name] = list(values) if name == "betas" else values[0]
+        else:
+            kept.append(pair)
+    options |= {"optimizer_args": kept} if kept else {}
+    if theirs.get("lr_scheduler") == "cosine_with_restarts":
+        cycles = numbers_of(str(theirs.get("lr_scheduler_num_cycles"))) or (1.0,)
+        options["lr_schedule"] = f"cosine-restarts:{cycles[0]:g}"
+        for key in ("lr_scheduler", "lr_scheduler_num_cycles"):
+            notes.pop(key, None)
+    if "lr" in options and options.get("train_text_encoder", True):  # the default here is less than --lr
+        options.setdefault("text_encoder_lr", [options["lr"]])
 
 
 def translate(pairs: list[tuple[str, Any]]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -126,9 +160,10 @@ def translate(pairs: list[tuple[str, Any]]) -> tuple[dict[str, Any], dict[str, s
                 notes[key] = f"{value!r}: not here, so {flag_of(option)} keeps its default"
             else:
                 if key == "unet_lr" and "lr" in options:  # then learning_rate is for the text encoders
-                    options.setdefault("text_encoder_lr", options["lr"])
+                    options.setdefault("text_encoder_lr", [options["lr"]])
                 options[option.removeprefix("no_")] = options.get(option, []) + converted if option == "data" else converted
     settle(options, notes)
+    settle_optimiser(options, notes, dict(pairs))
     add_objective(options, notes, dict(pairs))
     return options, notes
 
@@ -174,6 +209,7 @@ def settle(options: dict[str, Any], notes: dict[str, str]) -> None:
         drop(options, notes, ("rank", "alpha", "conv_rank", "conv_alpha"), "of another kind of layer: choose it for LoRA")
     if any(notes.get(key, "not set") != "not set" for key in ("optimizer", "optimizer_type")):
         drop(options, notes, ("lr", "text_encoder_lr"), "of another optimizer: choose it for AdamW")
+        drop(options, notes, ("optimizer_args", "eps", "weight_decay"), "of another optimizer")
     for option, (other, default) in NEEDS.items():
         if not options.get(other, default):
             drop(options, notes, (option,), f"does nothing here without {flag_of(other)}")

@@ -11,7 +11,8 @@ from torch import nn
 
 import lora
 from lora import Adapter, add_lora
-from options.training import LoRAConfig, OptimiserConfig
+from options.optimiser import OptimiserConfig
+from options.training import LoRAConfig, MemoryConfig, TrainConfig
 from run.optimiser import Optimiser
 
 STEPS, LR = 6, 1e-2
@@ -25,7 +26,8 @@ def make_adapter(widths: list[tuple[int, int]], rank: int) -> Adapter:
 
 
 def make_optimiser(adapter: Adapter, kind: str = "adamw8bit") -> Optimiser:
-    return Optimiser(OptimiserConfig(lr=LR, text_encoder_lr=LR), LoRAConfig(), kind, adapter, STEPS, torch.float32)
+    rates = OptimiserConfig(lr=LR, text_encoder_lr=(LR,))
+    return Optimiser(TrainConfig(optimiser=rates, memory=MemoryConfig(optimizer=kind), steps=STEPS), adapter, 1, torch.float32)
 
 
 def factors(adapter: Adapter) -> list[torch.Tensor]:

@@ -16,9 +16,9 @@ from lora import add_lora
 from memory import plan_memory, speed_up
 from options.training import LoRAConfig, MemoryConfig
 from performance import memory_plan as budget
-from performance.adamw8bit import bytes_per_trained
 from performance.checkpointing import block_names, checkpoint_blocks
 from performance.memory_plan import BlockCosts, Costs, GiB, Plan, dry_run, make_plan
+from performance.optimizers import bytes_per_trained
 
 
 @pytest.fixture

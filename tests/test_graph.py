@@ -8,10 +8,10 @@ from memory import speed_up
 from model.load import load_sdxl
 from model.sdxl import Denoiser
 from options.training import LoRAConfig
-from performance.adamw8bit import make_optimizer
 from performance.attention import KERNELS
 from performance.checkpointing import block_names, checkpoint_blocks
 from performance.cuda_graph import GraphedStep
+from performance.optimizers import make_optimizer
 
 CPU = torch.device("cpu")
 

@@ -18,7 +18,8 @@ from common.errors import UserError
 from common.options import flat_options, resume_policies
 from lora import Adapter
 from model.prompts import Prompt
-from options.training import LoRAConfig, OptimiserConfig, ReportConfig, TrainConfig
+from options.optimiser import OptimiserConfig
+from options.training import LoRAConfig, ReportConfig, TrainConfig
 from run.log import LAYOUT, TAGS, EventWriter, WandbLog, compared_options, config_text, prompts_text, sample_tag
 from run.report import Meter
 

@@ -23,7 +23,8 @@ from lora_files.read import read_changes
 from lora_files.write import serialise
 from memory import plan_memory, speed_up
 from model.sdxl import Denoiser
-from options.training import DiffusionConfig, LoRAConfig, MemoryConfig, OptimiserConfig
+from options.optimiser import OptimiserConfig
+from options.training import DiffusionConfig, LoRAConfig, MemoryConfig, TrainConfig
 from performance.attention import sdpa
 from performance.checkpointing import block_names, checkpoint_blocks
 from run.checkpoints import changed, known_options
@@ -270,7 +271,8 @@ RATES = {"lora_plus": 16.0, "lr_pattern": ("to_q=0.25", "attn2=3")}
 
 def stepped(adapter: Adapter, config: LoRAConfig, kind: str, gradients: list[dict[str, list[Tensor]]], spoilt=()) -> Optimiser:
     """The adapter after a step for each gradient, {layer: (of A, of B)}, whose norms are below 1."""
-    optimiser = Optimiser(OptimiserConfig(lr=1e-3, text_encoder_lr=2e-4), config, kind, adapter, 9, torch.float32)
+    rates, memory = OptimiserConfig(lr=1e-3, text_encoder_lr=(2e-4,)), MemoryConfig(optimizer=kind)
+    optimiser = Optimiser(TrainConfig(optimiser=rates, lora=config, memory=memory, steps=9), adapter, 1, torch.float32)
     for step, gradient in enumerate(gradients):
         optimiser.set_learning_rates(step)
         for name, module in adapter.modules.items():
@@ -405,7 +407,7 @@ def test_a_run_with_options_of_updates_resumes_bit_for_bit(train, tmp_path):
     options = ["--lora-plus", 8, "--lr-pattern", "attn2=0.5", "text_encoder=2", "--lr", 1e-2, "--precision", "fp16"]
     options += ["--max-norm", 0.05, "--conv-rank", 3, "--rank-dropout", 0.3]
     out, _ = train("--steps", 4, *options)
-    assert "learning rate 0.01, text encoders 0.01, of B 8 times as much" in out
+    assert "learning rate 0.01, text encoders 0.002, of B 8 times as much" in out
     train("--steps", 2, *options, "--out", tmp_path / "parts")
     train("--steps", 4, *options, "--out", tmp_path / "parts")
     whole, parts = (load_state(next((tmp_path / name).glob("state-*")))["lora"] for name in ("out", "parts"))

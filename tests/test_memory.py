@@ -12,10 +12,10 @@ from common.errors import UserError
 from lora import add_lora
 from memory import CUDA_ITSELF, GiB, limit_memory, peak_memory, resolve_device, speed_up
 from options.training import LoRAConfig, MemoryConfig, resolve_precision
-from performance.adamw8bit import make_optimizer
 from performance.attention import sdpa
 from performance.checkpointing import block_names, checkpoint_blocks
 from performance.memory_plan import tensors
+from performance.optimizers import make_optimizer
 
 CPU = torch.device("cpu")
 

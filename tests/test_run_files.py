@@ -237,7 +237,7 @@ def test_toml_of_kohyas_scripts(script, tmp_path, unet_only):
     (tmp_path / "theirs.toml").write_text(KOHYA.format(unet_only=unet_only))
     out = tmp_path / "run.toml"
     script("scripts/from_kohya.py", tmp_path / "theirs.toml", "--out", out)
-    rates = {"text_encoder_lr": 1e-4} if unet_only == "false" else {}
+    rates = {"text_encoder_lr": [1e-4]} if unet_only == "false" else {}
     assert tomllib.loads(out.read_text()) == rates | {
         "model": "model.safetensors", "lr": 2e-4, "rank": 16, "alpha": 1.0, "optimizer": "adamw8bit", "lr_schedule": "cosine",
         "warmup": 10, "steps": 800, "train_text_encoder": unet_only == "false", "save_dtype": "fp32", "bs": 1,
@@ -268,20 +268,44 @@ def test_settings_that_cannot_be_used_leave_no_file(script, tmp_path, file, text
 
 
 def test_another_optimizer_and_another_layer_keep_what_is_theirs(script, tmp_path):
-    theirs = {"optimizer": "Prodigy", "unet_lr": 1.0, "LoRA_type": "LyCORIS/LoKr", "network_dim": 100000, "network_alpha": 1}
+    theirs = {
+        "optimizer": "DAdaptation",
+        "unet_lr": 1.0,
+        "LoRA_type": "LyCORIS/LoKr",
+        "network_dim": 100000,
+        "network_alpha": 1,
+    }
     theirs |= {"additional_parameters": "--network_train_unet_only --max_grad_norm=0 --seed 7", "bucket_reso_steps": 1}
     (tmp_path / "gui.json").write_text(json.dumps(theirs))
     script("scripts/from_kohya.py", tmp_path / "gui.json", "--out", tmp_path / "run.toml")
-    assert tomllib.loads((tmp_path / "run.toml").read_text()) == {"train_text_encoder": False, "seed": 7, "bs": 1}
+    assert tomllib.loads((tmp_path / "run.toml").read_text()) == {"train_text_encoder": False, "seed": 7, "bs": 1, "clip": 0.0}
 
 
 @pytest.mark.parametrize(
     ("theirs", "here", "said"),
     [
-        ({"lr_warmup_steps": 0.1}, {}, "lr_warmup_steps: 0.1: not here, so --warmup keeps its default"),
-        ({"optimizer_type": "", "learning_rate": "1e-4"}, {"lr": 1e-4}, "optimizer_type: not set"),
-        ({"optimizer_type": "Prodigy", "learning_rate": 1}, {}, "--lr: 1.0: of another optimizer"),
-        ({"unet_lr": 1e-4, "learning_rate": 2e-4, "text_encoder_lr": 3e-4}, {"lr": 1e-4, "text_encoder_lr": 3e-4}, ""),
+        ({"lr_warmup_steps": 0.1, "max_grad_norm": 0}, {"warmup": 0.1, "clip": 0.0}, ""),
+        ({"optimizer_type": "", "learning_rate": "1e-4"}, {"lr": 1e-4, "text_encoder_lr": [1e-4]}, "optimizer_type: not set"),
+        ({"optimizer_type": "DAdaptation", "learning_rate": 1}, {}, "--lr: 1.0: of another optimizer"),
+        (
+            {
+                "optimizer_type": "Prodigy",
+                "unet_lr": 1,
+                "optimizer_args": "betas=0.9,0.99 d_coef=2 weight_decay=0.1",
+            },
+            {
+                "optimizer": "prodigy",
+                "lr": 1.0,
+                "text_encoder_lr": [1.0],
+                "betas": [0.9, 0.99],
+                "weight_decay": 0.1,
+                "optimizer_args": ["d_coef=2"],
+            },
+            "",
+        ),
+        ({"lr_scheduler": "cosine_with_restarts", "lr_scheduler_num_cycles": 3}, {"lr_schedule": "cosine-restarts:3"}, ""),
+        ({"unet_lr": 1e-4, "learning_rate": 2e-4, "text_encoder_lr": 3e-4}, {"lr": 1e-4, "text_encoder_lr": [3e-4]}, ""),
+        ({"unet_lr": 1e-4, "text_encoder_lr": [3e-5, 1e-5]}, {"lr": 1e-4, "text_encoder_lr": [3e-5, 1e-5]}, ""),
         ({"learning_rate": 2e-4, "text_encoder_lr": "0.0"}, {"lr": 2e-4, "train_text_encoder": False}, "text_encoder_lr: off"),
         ({"keep_tokens": 2}, {}, "--keep-tags: 2: does nothing here without --shuffle-tags"),
         ({"scale_weight_norms": 2.5, "loraplus_lr_ratio": 0}, {"max_norm": 2.5}, "loraplus_lr_ratio: off"),

@@ -40,12 +40,13 @@ from model.load import read_sdxl
 from model.prompts import NEUTRAL_PROMPTS
 from model.sdxl import Denoiser
 from model.vae import sample_latents
-from options.training import LoRAConfig, MemoryConfig, OptimiserConfig
+from options.optimiser import OptimiserConfig
+from options.training import LoRAConfig, MemoryConfig
 from performance.cuda_graph import GraphedStep
 from run.checkpoints import Run
 from run.log import TAGS, TensorBoardLog
-from run.optimiser import lr_factor
 from run.report import Meter
+from run.schedule import lr_factor
 from run.state import find_state, find_states, save_state
 from run.stop import StopRequest
 
@@ -115,7 +116,12 @@ def test_training_on_shards_lowers_the_held_out_loss(train, script, tmp_path):
     assert re.search(r"colours  base 0\.\d+   LoRA 0\.\d+", out)
 
 
-@pytest.mark.parametrize(("optimizer", "precision"), [("adamw8bit", "fp16"), ("adamw", "bf16")])
+@pytest.mark.parametrize(
+    ("optimizer", "precision"),
+    [
+        ("adamw8bit", "fp16"), ("adamw", "bf16"), ("adafactor", "fp32"), ("prodigy", "bf16"), ("schedulefree", "fp16"),
+    ],
+)  # fmt: skip
 def test_a_run_resumed_twice_equals_an_uninterrupted_one(train, tmp_path, optimizer, precision):
     """Bit for bit: weights, optimiser state, loss scale, data position, flips, dropout, noise."""
     options = ["--grad-accum", 2, "--flip", "--caption-dropout", 0.3, "--warmup", 2, "--optimizer", optimizer, "--workers", 2]
@@ -924,6 +930,9 @@ def test_a_slurm_job_is_requeued_if_a_signal_stopped_it(tmp_path, status, requeu
         ("nf4", []),
         ("fp16", ["--conv-rank", 2, "--rank-dropout", 0.2]),
         ("nf4", ["--dora", "--trigger", "nrt", "--prior-share", 0.5]),
+        ("fp16", ["--optimizer", "adafactor", "--text-encoder-until", 0.5, "--ema", 0.9]),
+        ("fp16", ["--optimizer", "lion8bit", "--text-encoder-lr", 1e-5, 0]),
+        ("fp16", ["--optimizer", "schedulefree"]),
     ],
 )
 def test_a_run_on_a_gpu_is_the_same_with_and_without_a_graph(train, latents, tmp_path, base, more):

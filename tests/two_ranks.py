@@ -14,7 +14,7 @@ from lora import add_lora
 from model.load import load_sdxl
 from model.sdxl import Denoiser
 from options.training import LoRAConfig
-from performance.adamw8bit import make_optimizer
+from performance.optimizers import make_optimizer
 from run.ranks import join_ranks, leave_ranks
 
 

@@ -58,10 +58,10 @@ from model.vae import decode_latents, encode_pixels, normalise, sample_latents
 from options.command import parse_command
 from options.training import CaptionConfig, DataConfig, DiffusionConfig, LoRAConfig
 from performance import fused
-from performance.adamw8bit import make_optimizer
 from performance.attention import KERNELS, Shapes, choose_attention, drawing_kernel, kernel_problem, time_kernel
 from performance.cuda_graph import GraphedStep
 from performance.memory_plan import tensors
+from performance.optimizers import make_optimizer
 
 SELF_ATTENTION = (torch.Size((3, 4096, 10, 64)),) * 2  # shapes of q and k where most time goes
 FORWARD = 6.76e12  # FLOPs of the U-Net's forward pass for one image of 1024 x 1024, as counted by dry_run

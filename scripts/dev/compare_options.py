@@ -46,6 +46,17 @@ VARIANTS = {  # {name: flags}
     "convolutions": "--conv-rank 4",
     "rank-dropout": "--rank-dropout 0.1",
     "dora": "--dora",
+    "adamw": "--optimizer adamw",
+    "lion8bit": "--optimizer lion8bit",
+    "adafactor": "--optimizer adafactor",
+    "prodigy": "--optimizer prodigy",
+    "schedulefree": "--optimizer schedulefree",
+    "muon": "--optimizer torch.optim.Muon",
+    "cosine": "--lr-schedule cosine",
+    "rex": "--lr-schedule rex",
+    "wsd": "--lr-schedule wsd:0.2",
+    "text-lr-full": "--text-encoder-lr 2e-3",  # the demo's --lr
+    "text-until": "--text-encoder-until 0.5",
 }
 
 
