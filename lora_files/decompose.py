@@ -1,6 +1,8 @@
-"""ΔW as a sum of singular triplets: of a product of A and B, and of a whole matrix."""
+"""ΔW as a sum of singular triplets: of a product of A and B, of a whole matrix, and of sums of both."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -9,10 +11,11 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.progress import tqdm
 from lora_files.deltas import Changes, Deltas, add_delta, check_finite, check_fit, mergeable_layers
-from lora_files.kinds import Delta, DoRA
+from lora_files.kinds import Delta, Difference, DoRA
 
 ChooseRank = Callable[[Tensor], int]  # all singular values [k], descending -> r, how many of them are kept
 Triplets = tuple[Tensor, Tensor, Tensor]  # U [out, r], S [k] with all singular values, Vh [r, in]
+Parts = list[tuple[Delta | Difference, float]]  # changes of one weight, each with its strength
 
 
 def smallest_rank(S: Tensor, rank: int | None, error: float | None) -> int:
@@ -63,33 +66,66 @@ def delta_svd(delta: Delta) -> tuple[Tensor, Tensor, Tensor]:
     return Q1 @ U, S, Vh @ Q2.T
 
 
-@torch.no_grad()
-def plain_deltas(changes: Changes, model: nn.Module, rank: int) -> tuple[Deltas, int, float]:
-    """Every ΔW of a layer of `model` as A and B, how many were something else, and the relative error of these together.
+def is_product(change: Delta | Difference, weight: Tensor) -> bool:
+    """Whether a change of this weight [out, in, …] is A and B of it, not a whole matrix."""
+    return isinstance(change, tuple) and len(change[1]) == len(weight)
 
-    They get the first `rank` singular triplets (Eckart and Young 1936), without those that are rounding. What is added to norms
-    and biases is left out. Raises UserError if the model is on the meta device and a ΔW is DoRA's, or one is not finite.
+
+def parts_by_layer(files: list[tuple[Changes, float]], model: nn.Module) -> dict[str, Parts]:
+    """{path of a layer: the changes of its weight in all files, each with the strength of its file}. What is added to norms and
+    biases is left out. Raises UserError if a file does not fit the model.
     """
-    weights, known = check_fit(model, changes), mergeable_layers(model)
-    layers: dict[str, list[str]] = {}
-    for name in changes:
-        if (layer := name.removesuffix(".weight")) in known:
-            layers.setdefault(layer, []).append(name)
-    deltas, converted, kept, total = Deltas(), 0, 0.0, 0.0
-    for layer, names in tqdm(layers.items(), unit="layer", leave=False):
-        only, weight = changes[names[0]], weights[names[0]]
-        if names == [layer] and isinstance(only, tuple):
-            deltas[layer] = only
+    known, layers = mergeable_layers(model), dict[str, Parts]()
+    for changes, strength in files:
+        check_fit(model, changes)
+        for name, change in changes.items():
+            if (layer := name.removesuffix(".weight")) in known:
+                layers.setdefault(layer, []).append((change, strength))
+    return layers
+
+
+@torch.no_grad()
+def sum_svd(layer: str, parts: Parts, weight: Tensor, rank: int) -> Triplets:
+    """The first `rank` singular triplets of Σ strength · ΔW (Eckart and Young 1936), without those that are rounding.
+
+    Products of A and B are one product of their stacked factors, in float64, and never a matrix [out, in]; anything else is
+    summed as for merging, in float32. Raises UserError if `weight`, that of the layer, is on the meta device and a ΔW is
+    DoRA's, or if the sum is not finite.
+    """
+
+    def kept(S: Tensor, rounding: float) -> int:
+        return max(1, min(rank, int((S / S[0] > rounding).sum())))
+
+    if all(is_product(change, weight) for change, _ in parts):
+        products = [(cast(Delta, change), strength) for change, strength in parts]
+        down = torch.cat([A.flatten(1).double() for (A, _, _), _ in products])
+        scaled = [strength * alpha / len(A) * B.flatten(1).double() for (A, B, alpha), strength in products]
+        U, S, Vh = delta_svd((down, torch.cat(scaled, 1), float(len(down))))
+        r = kept(S, 1e-12)
+        return U[:, :r], S, Vh[:r]
+    if weight.is_meta and any(isinstance(change, DoRA) for change, _ in parts):
+        raise UserError(f"{layer} is DoRA, whose change depends on the weights: name the model by --model")
+    total = torch.zeros(weight.shape)
+    base = total if weight.is_meta else weight.float()
+    for change, strength in parts:
+        total = add_delta(total, change, strength, base)
+    check_finite(layer, total)
+    return truncated_svd(total.flatten(1), partial(kept, rounding=1e-6))
+
+
+def plain_deltas(changes: Changes, model: nn.Module, rank: int) -> tuple[Deltas, int, float]:
+    """Every ΔW of a layer of `model` as A and B, of at most `rank` where it was something else; how many were, and the relative
+    error of these together. Raises UserError as `parts_by_layer` and `sum_svd`.
+    """
+    layers, known = parts_by_layer([(changes, 1.0)], model), mergeable_layers(model)
+    deltas, converted, lost, total = Deltas(), 0, 0.0, 0.0
+    for layer, parts in tqdm(layers.items(), unit="layer", leave=False):
+        only, weight = parts[0][0], known[layer].weight
+        if len(parts) == 1 and is_product(only, weight):
+            deltas[layer] = cast(Delta, only)
             continue
-        if weight.is_meta and any(isinstance(changes[name], DoRA) for name in names):
-            raise UserError(f"{layer} is DoRA, whose change depends on the weights: name the model by --model")
-        change = torch.zeros(weight.shape)
-        base = change if weight.is_meta else weight.float()
-        for name in names:
-            change = add_delta(change, changes[name], 1.0, base)
-        check_finite(layer, change)
-        U, S, Vh = truncated_svd(change.flatten(1), lambda S: max(1, min(rank, int((S / S[0] > 1e-6).sum()))))
+        U, S, Vh = sum_svd(layer, parts, weight, rank)
         deltas[layer] = as_delta((U, S, Vh), weight.shape)
-        kept, total = kept + S[: len(Vh)].square().sum().item(), total + S.square().sum().item()
+        lost, total = lost + S[len(Vh) :].square().sum().item(), total + S.square().sum().item()
         converted += 1
-    return deltas, converted, max(0.0, 1 - kept / (total or 1)) ** 0.5
+    return deltas, converted, (lost / (total or 1)) ** 0.5

@@ -53,6 +53,7 @@ def test_another_broken_pipe_is_a_bug():
 
 
 COMMANDS = {  # a command that each script takes
+    "average_lora.py": ["a", "b", "--out", "c"],
     "train_lora.py": [], "infer.py": [], "cache_latents.py": ["a", "--out", "b"], "convert_lora.py": ["a", "b"],
     "evaluate.py": [], "extract_lora.py": ["a", "b", "--base", "c", "--rank", "1"], "inspect_lora.py": ["a"],
     "make_shards.py": ["a", "--out", "b"], "merge_lora.py": ["a", "b", "--lora", "c"], "show_data.py": [],
