@@ -147,12 +147,12 @@ def test_cached_latents_and_text(train, script, tiny_model, cutouts, reg, tmp_pa
         (["--prior-data", "{empty}"], "--prior-data {empty}: no image with a caption there (1 have none: put name.txt"),
     ],
 )
-def test_mistakes_end_in_one_line(train, reg, tmp_path, options, message):
+def test_mistakes_end_in_one_line(train, photos, reg, tmp_path, options, message):
     """--caption is for what is to be learned: a picture of the prior without a caption gets none."""
     empty = tmp_path / "empty"
     empty.mkdir()
     photograph(1, 80, 80).save(empty / "a.png")
     options = [str(option).format(reg=reg, empty=empty) for option in options]
-    _, err = train("--data", reg, "--caption", "nrt style", "--steps", 1, *options, status=2)
+    _, err = train("--data", photos, "--caption", "nrt style", "--steps", 1, *options, status=2)
     assert err.startswith(f"train_lora.py: {message.format(reg=reg, empty=empty)}")
     assert err.count("\n") == 1
