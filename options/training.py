@@ -240,7 +240,7 @@ class DiffusionConfig(Options):
 
 @dataclass(frozen=True)
 class PriorConfig(Options):
-    """What keeps what was not to be learned as the base has it: with pictures of it, or without."""
+    """Prior preservation: what is not to be learned stays as the base has it. With pictures of it, or without."""
 
     prior_data: tyro.conf.UseAppendAction[tuple[str, ...]] = option((), resume="free")  # what they hold is compared with --data
     """Captioned pictures of the class in general (regularisation images), given as --data: they are mixed into the batches with
