@@ -8,7 +8,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from common.errors import UserError, printable
 from dataset.buckets import Order, Sides, bucket_sizes, choose_buckets, enlarged, resized, share_cropped
-from dataset.captions import choose_caption, example_caption
+from dataset.captions import choose_caption, example_caption, with_trigger
 from dataset.disk_cache import Cache
 from dataset.images import Decoded, Size, alpha_of, fit, open_image, to_rgb
 from dataset.latents import unpack_latents, unpack_text
@@ -69,6 +69,7 @@ class Batch:
     skipped: list[str]  # images of this batch that could not be decoded, or are left out
     mask: torch.Tensor | None = None  # [B, 1, h/8, w/8] in 0…1 with --masked-loss: the weight of each latent in the loss
     text: tuple[torch.Tensor, ...] = ()  # of encoded captions: context [B, 77, d1 + d2] and pooled [B, d2], float16
+    of_prior: list[bool] = field(default_factory=list)  # whether an image is from --prior-data
 
     def pin_memory(self) -> "Batch":
         self.images = self.images.pin_memory()
@@ -157,6 +158,7 @@ class Sample(NamedTuple):
     name: str
     caption: str
     text: list[torch.Tensor]  # [context [77, d1 + d2], pooled [d2]] of an encoded caption, or []
+    of_prior: bool
 
 
 class BatchBuilder:
@@ -194,6 +196,7 @@ class BatchBuilder:
             skipped=skipped,
             mask=torch.from_numpy(np.stack(masks))[:, None] / 255 if masks else None,
             text=tuple(torch.stack(states) for states in zip(*(sample.text for sample in samples), strict=True)),
+            of_prior=[sample.of_prior for sample in samples],
         )
 
 
@@ -235,15 +238,19 @@ class Stream(IterableDataset):
         skipped = []
         for draw, n in zip(draws, samples, strict=True):
             rng, raw = random.Random(f"{self.seed} draw {draw}"), self.source.read_sample(n)
-            flip, caption = rng.random() < 0.5 * self.config.flip, choose_caption(raw.captions, self.captions, rng)
+            flip, caption = rng.random() < 0.5 * self.config.flip, choose_caption(raw.captions, self.options_of(raw), rng)
             try:
                 builder.add(self.sample(raw, bucket, flip, caption))
             except Exception:  # whatever a broken file makes Pillow raise: it is named at the end of the run
                 skipped.append(raw.name)
         if not builder.samples:
             raw, bucket = self.first_decodable(bucket)
-            builder.add(self.sample(raw, bucket, False, raw.captions[0]))
+            builder.add(self.sample(raw, bucket, False, with_trigger(raw.captions[0], self.options_of(raw))))
         return builder.build(self.sizes[bucket], skipped)
+
+    def options_of(self, raw: EncodedSample) -> CaptionConfig:
+        """For the caption of this sample: the prior is what has no trigger."""
+        return replace(self.captions, trigger="") if raw.of_prior else self.captions
 
     def sample(self, raw: EncodedSample, bucket: int, flip: bool, caption: str) -> Sample:
         """Raises whatever a broken file makes Pillow raise, and ValueError if the sample is left out."""
@@ -253,7 +260,7 @@ class Stream(IterableDataset):
         if self.has_text:  # a dropped caption gets any, which CachedText then replaces
             caption_number = raw.captions.index(caption) if caption else 0
             text = [states[caption_number] for states in unpack_text(raw.image)]
-        return Sample(self.decode_for(bucket, raw, flip), raw.name, caption, text)
+        return Sample(self.decode_for(bucket, raw, flip), raw.name, caption, text, raw.of_prior)
 
     def decode_for(self, bucket: int, raw: EncodedSample, flip: bool) -> Decoded:
         """Pixels or cached latents, for the bucket of this number. Raises ValueError for latents of another one."""

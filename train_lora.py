@@ -52,7 +52,7 @@ from run.held_out import hold_out
 from run.lineage import Lineage
 from run.optimiser import Optimiser
 from run.prediction import check_prediction
-from run.prior import Prior, counting_graphs
+from run.prior import Prior, add_prior, counting_graphs
 from run.ranks import join_ranks, leave_ranks
 from run.record import RunRecord
 from run.report import LOG_EVERY, Report
@@ -71,7 +71,7 @@ class StepInputs(NamedTuple):
     timesteps: Tensor  # [B] int64
     time_ids: Tensor  # [B, 6] float32: SDXL's size and crop conditioning
     text: tuple[Tensor, ...]  # (tokens [B, 2, 77·n],), or cached (context [B, 77, d1 + d2], pooled [B, d2])
-    loss_weights: Tensor | None  # [B, 1, h, w] with --masked-loss, [B, 1, 1, 1] with --prior-share
+    loss_weights: Tensor | None  # [B, 1, h, w] with --masked-loss, [B, 1, 1, 1] with a prior
     kept_ranks: Tensor | None  # [B, Σ r] with --rank-dropout
     prior: Tensor  # [k], only its length counts: the first k images learn what the base predicts (--prior-share)
 
@@ -145,7 +145,7 @@ def main(config: TrainConfig) -> Ending:
 
     # Data, opened before the model is loaded: a mistake in --data shows at once.
     held_out = hold_out(config, open_data(config.dataset, config.caption_files))
-    source = held_out.training
+    source, drawn = held_out.training, add_prior(config, held_out.training)
     has_text = bool(source.text_signature) and not config.lora.train_text_encoder
 
     # Model on the host, and the plan by which a step fits into the memory of the device.
@@ -155,8 +155,8 @@ def main(config: TrainConfig) -> Ending:
     resolution = config.dataset.resolution or native_resolution(pipe)
     config = replace(config, dataset=replace(config.dataset, resolution=resolution))
     check_together(source, pipe, config.model, config.captions, has_text)
-    stream = Stream(source, config.dataset, config.captions, resolution, config.seed, ranks.rank, ranks.world, has_text)
-    config = config.in_steps(source.epoch, ranks.world)
+    stream = Stream(drawn, config.dataset, config.captions, resolution, config.seed, ranks.rank, ranks.world, has_text)
+    config = config.in_steps(drawn.epoch, ranks.world)
     stream.first_decodable(stream.bucket[0])  # raises UserError if no image can be decoded
     budget = ranks.min(limit_memory(config.memory.vram_gb, device))
     plan = plan_memory(pipe, config.lora, config.memory, counting_graphs(stream.workload, config.prior), device, budget)
@@ -174,7 +174,7 @@ def main(config: TrainConfig) -> Ending:
     flags = flat_options(config) | {"base_precision": plan.base, "attention": attention} | lineage.flags
     header = partial(run_header, flags, source, pipe.scheduler.config.prediction_type, prompts)
     shapes, policies = layer_shapes(model.denoiser), resume_policies(config)
-    checkpoints = Checkpoints(config.checkpoints, flags, policies, source, ranks, adapter, shapes, optimiser, header)
+    checkpoints = Checkpoints(config.checkpoints, flags, policies, drawn, ranks, adapter, shapes, optimiser, header)
     run = checkpoints.start_or_resume(ranks.broadcast(config.report.new_log(config.checkpoints.name)))
     if run.step >= config.steps:
         return checkpoints.nothing_to_do(run)
@@ -219,7 +219,7 @@ def main(config: TrainConfig) -> Ending:
                 checkpoints.check_ranks(run)
             if saving or drawing or validating or logging:
                 bad_steps.examine(report.read())
-            if logging and run.leave_out(source.samples):  # not at other saves: batches may not depend on --save-every
+            if logging and run.leave_out(drawn.samples):  # not at other saves: batches may not depend on --save-every
                 loader.restart(run.samples, run.left_out)
             if saving:
                 report.saved(checkpoints.save(run))

@@ -1,5 +1,6 @@
 """Aspect-ratio buckets: their sizes, which one an image is put into, and the endless order of batches, each of one bucket."""
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import count
 
@@ -79,11 +80,11 @@ class Order:
 
     def __init__(
         self, bucket: np.ndarray, bs: int, seed: int, part: np.ndarray | None = None, shares: Sequence[float] = (),
-        size: int | None = None,
+        size: float | None = None,
     ):  # fmt: skip
-        """`size`: draws of an epoch; None: N."""
+        """`size`: draws of an epoch, rounded up; None: N."""
         self.bucket, self.bs, self.seed, self.part, self.shares = bucket, bs, seed, part, shares
-        self.size = size or len(bucket)
+        self.size = math.ceil(size or len(bucket))
         self.dtype = np.int32 if max(self.size, len(bucket)) < 2**30 else np.int64  # of the numbers of samples: half the memory
 
     def epoch(self, number: int) -> np.ndarray:

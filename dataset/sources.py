@@ -57,6 +57,7 @@ class EncodedSample:
     name: str
     image: bytes
     captions: list[str]
+    of_prior: bool = False  # from --prior-data
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,8 @@ class Source:
     shares: tuple[float, ...] = ()  # of each data set in the draws of an epoch; they add up to 1
     repeats: np.ndarray | None = None  # [N] how often an epoch draws each sample; None: once
     kept_out: int = 0  # samples that `without` has taken away
+    prior: int = 0  # of the samples, the last ones: those of --prior-data
+    draws: float | None = None  # of an epoch, if there is a prior: the others are then drawn as often as without it
 
     @cached_property
     def ends(self) -> list[int]:
@@ -137,9 +140,10 @@ class Source:
         return [name for part in self.parts for name in part.names(part.rows)]
 
     @property
-    def epoch(self) -> int:
-        """Draws of an epoch."""
-        return self.samples if self.repeats is None else int(self.repeats.sum())
+    def epoch(self) -> float:
+        """Draws of an epoch, which is one look at each picture, but for repeats: a whole number if there is no prior."""
+        once = self.samples if self.repeats is None else int(self.repeats.sum())
+        return once if self.draws is None else self.draws
 
     def repeats_of(self, first: int, last: int) -> list[int]:
         """How often an epoch draws each of these samples; empty: each of them once."""
@@ -148,7 +152,8 @@ class Source:
 
     def identity(self) -> str:
         """What decides which samples are drawn when, in a few words."""
-        shares = f", {self.epoch} draws an epoch at {' '.join(f'{share:.3g}' for share in self.shares)}" if self.shares else ""
+        shares = " ".join(f"{share:.3g}" for share in self.shares)
+        shares = f", {round(self.epoch)} draws an epoch at {shares}" if shares else ""
         kept_out = f", {self.kept_out} kept out" if self.kept_out else ""
         return f"files {self.fingerprint[:8]}{kept_out}{shares}"
 
@@ -167,8 +172,9 @@ class Source:
     def account(self) -> str:
         """What became of all that is there, in one line."""
         unreadable, others = np.count_nonzero(self.column("height") == 0), describe_others(self.others)
+        captioned = f"{self.samples} images with a caption" + f" ({self.prior} of --prior-data)" * bool(self.prior)
         broken = f" ({unreadable} cannot be read: training skips them)" if unreadable else ""
-        counts = f"{self.samples} images with a caption{broken}, {len(self.uncaptioned)} without, {len(self.refused)} refused"
+        counts = f"{captioned}{broken}, {len(self.uncaptioned)} without, {len(self.refused)} refused"
         return f"{counts}; beside them {others}" if others else counts
 
     def left_out(self, most: int = 20) -> list[str]:
@@ -203,7 +209,7 @@ class Source:
             captions = captions or [line for encoded in text for line in split_captions(encoded)]
         except (OSError, ValueError):
             image = b""
-        return EncodedSample(self.name(n), image, captions or [""])
+        return EncodedSample(self.name(n), image, captions or [""], of_prior=n >= self.samples - self.prior)
 
 
 def describe_others(others: Counter[str]) -> str:
@@ -224,8 +230,7 @@ def open_mixture(data: tuple[str, ...], cache: Cache | None = None, captions: Ca
     sources = [open_source(name, cache, captions) for name, *_ in asked]
     whole = sources[0]
     if len(sources) > 1:
-        fingerprint = hashlib.sha256(" ".join(source.fingerprint for source in sources).encode()).hexdigest()
-        whole = joined([name for name, *_ in asked], sources, fingerprint)
+        whole = joined([name for name, *_ in asked], sources, joint_fingerprint(sources))
     if captions != BESIDE and not any(part.captions for part in whole.parts):
         raise UserError("--caption, --caption-from-name and --caption-extension do nothing here: shards hold their captions")
     if not weights and all(times == 1 and s.repeats is None for (*_, times), s in zip(asked, sources, strict=True)):
@@ -242,6 +247,28 @@ def open_mixture(data: tuple[str, ...], cache: Cache | None = None, captions: Ca
         shares = np.array(weights)[groups[0]] / sum(weights) * draws / np.bincount(groups[0], draws)[groups[0]]
         return replace(whole, part=part, shares=tuple(shares.tolist()))
     return replace(whole, part=part, shares=tuple((draws / draws.sum()).tolist()), repeats=repeats)
+
+
+def joint_fingerprint(sources: Iterable[Source]) -> str:
+    return hashlib.sha256(" ".join(source.fingerprint for source in sources).encode()).hexdigest()
+
+
+def with_prior(training: Source, prior: Source, share: float) -> Source:
+    """One source, of whose draws `share` are from `prior`; an epoch is still one look at each sample of `training`.
+
+    Raises UserError as `joined`.
+    """
+    both = training, prior
+    whole = joined(["--data", "--prior-data"], both, joint_fingerprint(both))
+    part: list[np.ndarray] = []
+    shares: list[float] = []
+    for source, of_draws in zip(both, (1 - share, share), strict=True):
+        own = np.zeros(source.samples, int) if source.part is None else source.part.astype(int)
+        part.append(own + len(shares))
+        shares += [of_draws * own_share for own_share in source.shares or (1.0,)]
+    numbers = np.concatenate(part).astype(np.min_scalar_type(len(shares)))
+    whole = replace(whole, kept_out=training.kept_out, prior=prior.samples, draws=training.epoch / (1 - share))
+    return replace(whole, part=numbers, shares=tuple(shares))
 
 
 def joined(labels: Sequence[str], sources: Sequence[Source], fingerprint: str) -> Source:

@@ -124,7 +124,8 @@ def largest_difference(read_back: Deltas, live: Deltas) -> float:
     return largest.item()
 
 
-LOCATIONS = ("data", "data_cache", "validate", "out", "log_dir", "resume", "model", "prompts")  # may hold paths or URLs
+# Options that may hold paths or URLs.
+LOCATIONS = ("data", "prior_data", "data_cache", "validate", "out", "log_dir", "resume", "model", "prompts")
 
 
 def without_folders(value: object) -> object:

@@ -7,7 +7,8 @@ SAME = {  # their name: the option here
     "bucket_reso_steps": "bucket_step", "flip_aug": "flip", "random_flip": "flip", "alpha_mask": "masked_loss",
     "masked_loss": "masked_loss", "max_data_loader_n_workers": "workers", "dataloader_num_workers": "workers",
     "caption_dropout_rate": "caption_dropout", "shuffle_caption": "shuffle_tags", "keep_tokens": "keep_tags",
-    "caption_prefix": "trigger", "max_token_length": "max_tokens", "network_dim": "rank",
+    "reg_data_dir": "prior_data", "class_data_dir": "prior_data",
+    "prior_loss_weight": "prior_weight", "caption_prefix": "trigger", "max_token_length": "max_tokens", "network_dim": "rank",
     "network_alpha": "alpha", "lora_alpha": "alpha", "use_rslora": "rank_stabilised", "rs_lora": "rank_stabilised",
     "scale_weight_norms": "max_norm", "loraplus_lr_ratio": "lora_plus", "learning_rate": "lr", "unet_lr": "lr",
     "conv_dim": "conv_rank", "conv_alpha": "conv_alpha", "rank_dropout": "rank_dropout",
@@ -33,8 +34,8 @@ SAME = {  # their name: the option here
 
 REASONS = {  # what is done here: their names
     "the repeats of a folder are --data folder:x3": "num_repeats",
-    "no regularisation images: add them to --data with a share, pictures/:3":
-        "dataset_repeats prior_loss_weight reg_data_dir is_reg with_prior_preservation",
+    "pictures of the class, with captions of their own, are --prior-data, mixed in by --prior-share":
+        "dataset_repeats is_reg with_prior_preservation num_class_images class_prompt",
     "a percentage: --warmup is in steps, or a share as 0.05": "lr_warmup",
     "--lr-schedule is constant, linear, cosine, cosine-restarts:N, rex or wsd:SHARE":
         "lr_scheduler_num_cycles lr_scheduler_power lr_scheduler_args lr_scheduler_type lr_num_cycles lr_power "

@@ -40,7 +40,7 @@ class OptimiserConfig(Options):
     last; cosine-restarts:N, N times; or wsd:SHARE, which falls in the last share of the steps, as 0.2."""
     min_lr: float = option(0.0, at_least=0, at_most=1)
     """What the schedule falls to, as a share of the learning rate."""
-    warmup: float = option(0, at_least=0)
+    warmup: float = option(0.0, at_least=0)
     """Steps over which the learning rate rises, or a share of all, as 0.05: it begins at 1/(WARMUP + 1) of its value."""
     optimizer_args: tuple[str, ...] = option((), text=True)
     """Further settings of the optimiser, as its class names them: d_coef=0.8 use_bias_correction=True."""

@@ -241,21 +241,35 @@ class DiffusionConfig(Options):
 
 @dataclass(frozen=True)
 class PriorConfig(Options):
-    """What keeps captions without the trigger as the base has them."""
+    """Prior preservation: what is not to be learned stays as the base has it. With pictures of it, or without."""
 
+    prior_data: tyro.conf.UseAppendAction[tuple[str, ...]] = option((), resume="free")  # what they hold is compared with --data
+    """Captioned pictures of the class in general (regularisation images), given as --data: they are mixed into the batches with
+    captions that get no trigger, are never measured on, and count in no epoch. May be repeated."""
     prior_share: float = option(0.0, at_least=0, at_most=0.9)
-    """Share of a batch that learns the base's own prediction, for captions without the trigger: e.g. 0.25. 0: none."""
+    """Share of the images of the run that come from --prior-data; 0: half, as in DreamBooth. Without --prior-data: share of a
+    batch that learns the base's own prediction, for captions without the trigger, e.g. 0.25; 0: none."""
     prior_weight: float = option(1.0, above=0)
     """What the loss of these images is multiplied by."""
     prior_prompts: tuple[str, ...] = option((), text=True)
-    """Their captions: texts, or one .txt file with one on each line. None given: their own without the --trigger."""
+    """Without --prior-data: their captions: texts, or one .txt file with one on each line. None given: their own without the
+    --trigger."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.prior_data and self.prior_prompts:
+            raise UserError("--prior-prompts does nothing with --prior-data, whose pictures have captions: leave one away")
+        if self.prior_data and not self.prior_share:
+            object.__setattr__(self, "prior_share", 0.5)
         if not self.prior_share and (self.prior_prompts or self.prior_weight != 1):
-            raise UserError("--prior-weight and --prior-prompts do nothing without --prior-share")
+            raise UserError("--prior-weight and --prior-prompts do nothing without --prior-share or --prior-data")
         if len(self.prior_prompts) == 1 and self.prior_prompts[0].endswith(".txt"):
             object.__setattr__(self, "prior_prompts", lines_in("--prior-prompts", Path(self.prior_prompts[0])))
+
+    @property
+    def share_of_base(self) -> float:
+        """Share of a batch that learns the base's own prediction."""
+        return 0.0 if self.prior_data else self.prior_share
 
 
 @dataclass(frozen=True)
@@ -453,10 +467,9 @@ class TrainConfig(Options):
             self.optimiser.check_length(self.steps, f"--steps {self.steps}")
         self.optimiser.check_combination(self.memory.optimizer, self.lora.copies_weights)
         trigger = self.captions.trigger.strip().lower()
-        if self.prior.prior_share and not (self.prior.prior_prompts or trigger):
-            raise UserError(
-                "--prior-share needs a --trigger, so that captions without it keep their pictures; or --prior-prompts"
-            )
+        if self.prior.share_of_base and not (self.prior.prior_prompts or trigger):
+            needed = "a --trigger, so that captions without it keep their pictures; or --prior-prompts, or --prior-data"
+            raise UserError(f"--prior-share needs {needed}")
         if called := [text for text in self.prior.prior_prompts if trigger and trigger in text.lower()]:
             raise UserError(f"--prior-prompts {called[0]!r} holds the --trigger, whose pictures are to change: leave it away")
 
@@ -472,8 +485,8 @@ class TrainConfig(Options):
         optimiser = optimiser if lora.train_text_encoder else replace(optimiser, text_encoder_lr=(0.0,))
         return replace(self, lora=lora, optimiser=optimiser, memory=self.memory.resolved(device))
 
-    def in_steps(self, epoch: int, processes: int) -> "TrainConfig":
-        """With --steps and --save-every in optimiser steps; an epoch has `epoch` samples. Raises UserError."""
+    def in_steps(self, epoch: float, processes: int) -> "TrainConfig":
+        """With --steps and --save-every in optimiser steps; an epoch has `epoch` draws. Raises UserError."""
         per_epoch = epoch / (self.dataset.bs * self.grad_accum * processes)
         steps = math.ceil(self.epochs * per_epoch) if self.epochs else self.steps
         self.optimiser.check_length(steps, f"the run of {steps} steps")

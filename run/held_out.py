@@ -52,7 +52,7 @@ def of_folder(config: TrainConfig, source: Source, folder: str) -> HeldOut:
         kept_out = open_data(replace(config.dataset, data=(folder,)), config.caption_files)
     except UserError as error:
         raise UserError(f"--validate {str(error).removeprefix('--data: ')}") from None
-    trained_on = {Path(split_weight(name)[0]) for name in config.dataset.data}
+    trained_on = {Path(split_weight(name)[0]) for name in (*config.dataset.data, *config.prior.prior_data)}
     if kept_out.fingerprint == source.fingerprint or Path(split_weight(folder)[0]) in trained_on:
-        raise UserError(f"--validate {folder} holds pictures of --data: a share such as 0.1 keeps some of them out")
+        raise UserError(f"--validate {folder} holds pictures that are trained on: a share such as 0.1 keeps some of them out")
     return HeldOut(source, kept_out, tuple(range(min(MOST_KEPT_OUT, kept_out.samples))), True, f"pictures of {folder}")

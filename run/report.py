@@ -92,6 +92,7 @@ class Report:
         processes, samples = self.ranks.world, self.samples_per_step
         epochs, once = self.steps * samples / source.epoch, source.epoch / samples
         ranks = ", ".join([str(flags["rank"]), *flags["rank_pattern"]])
+        picture = "image of --data" if source.prior else "image"
         launching = "every kernel launched" if self.graphed.eager else "CUDA graph"
         return {
             "resume": checkpoints.resumed,
@@ -106,7 +107,7 @@ class Report:
             "buckets": stream.describe(),
             "batch": f"{flags['bs']} × {flags['grad_accum']} accumulated × {processes} processes = {samples}",
             "validation": validation,
-            "steps": f"{self.steps}: each image {epochs:.3g} times, on average; all of them once is {once:.3g} steps",
+            "steps": f"{self.steps}: each {picture} {epochs:.3g} times, on average; all of them once is {once:.3g} steps",
             "device": f"{self.device}, {flags['precision']}, {flags['attention']} attention, {launching}",
             "memory": str(plan),
             "optimiser": str(self.optimiser),

@@ -66,10 +66,11 @@ OBJECTIVE = {  # option here: their keys that it replaces
     "weighting": ("min_snr_gamma", "debiased_estimation_loss"),
     "noise": ("noise_offset", "multires_noise_iterations", "multires_noise_discount"),
 }  # fmt: skip
+FOLDERS = ("data", "prior_data")  # each of their keys adds one
 LAST = ("unet_lr", "epoch", "save_every_n_steps")  # they win over learning_rate, lose to steps, win over epochs
 THEIR_DEFAULTS = {"rank": {"alpha": 1.0, "bs": 1}, "conv_rank": {"conv_alpha": 1.0}}  # {option: of others, beside it}
 NEEDS = {"keep_tags": ("shuffle_tags", False), "text_encoder_lr": ("train_text_encoder", True),
-         "conv_alpha": ("conv_rank", None)}  # fmt: skip  # (another, its default)
+         "conv_alpha": ("conv_rank", None), "prior_weight": ("prior_data", None)}  # fmt: skip  # (another, its default)
 
 
 def settings(table: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -77,6 +78,8 @@ def settings(table: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in table.items():
         if key == "image_dir" and table.get("num_repeats", 1) != 1:  # of this folder
             value = f"{value}:x{table['num_repeats']}"
+        if table.get("is_reg"):
+            key = {"image_dir": "reg_data_dir", "class_tokens": "class_prompt"}.get(key, key)
         inner = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, dict)]
         for item in inner:
             yield from settings(item)
@@ -161,7 +164,7 @@ def translate(pairs: list[tuple[str, Any]]) -> tuple[dict[str, Any], dict[str, s
             else:
                 if key == "unet_lr" and "lr" in options:  # then learning_rate is for the text encoders
                     options.setdefault("text_encoder_lr", [options["lr"]])
-                options[option.removeprefix("no_")] = options.get(option, []) + converted if option == "data" else converted
+                options[option.removeprefix("no_")] = options.get(option, []) + converted if option in FOLDERS else converted
     settle(options, notes)
     settle_optimiser(options, notes, dict(pairs))
     add_objective(options, notes, dict(pairs))

@@ -217,7 +217,7 @@ def test_mistakes(train, script, shards, photos, tmp_path):
     assert "kept no pictures out" in refused(shards)
     assert "by --held-out" in refused(photos)
     assert "--held-out 0.1" in refused(shards, "--held-out", "0.1")
-    assert f"--held-out {shards} holds pictures of --data" in refused(shards, "--held-out", shards)
+    assert f"--held-out {shards} holds pictures that are trained on" in refused(shards, "--held-out", shards)
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
     config = json.loads(metadata["sdxl_lora.config"]) | {"base_lora": ["first.safetensors 12345678:1"]}

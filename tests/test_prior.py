@@ -184,7 +184,58 @@ def test_a_run_resumes_bit_for_bit(train, cutouts, tmp_path):
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
 
 
+@pytest.mark.parametrize(("weight", "masked"), [(0.0, False), (0.5, False), (3.0, True)])
+def test_pictures_of_the_prior_learn_their_noise_with_a_weight(make_step, weight, masked):
+    """Against the formula. With a weight of 0 the gradient is that of the other rows, bit for bit where these are alone."""
+    step = make_step(size=4, prior_data=("reg",), prior_weight=weight or 1.0)
+    object.__setattr__(step.prior.config, "prior_weight", weight)  # 0 is no use, so no option
+    shake(step.adapter)
+    mask = torch.ones(4, 1, 8, 8)
+    mask[1:, :, :4] = 0
+    batch = dataclasses.replace(batch_of(4, mask if masked else None), of_prior=[True, False, True, False])
+    x = step.inputs(batch, 0, 0)
+    assert len(x.prior) == 0
+    assert torch.equal(x.text[0], step.model.text_inputs(batch.captions, ())[0])  # the stream has left the trigger away
+    latents = step.model.encode(x.images, x.posterior_noise)
+    noisy = step.diffusion.add_noise(latents, x.noise, x.timesteps)
+    errors = (step.model.denoiser(noisy, x.timesteps, x.text, x.time_ids) - x.noise).square()
+    errors = (errors * mask / mask.mean(dim=(1, 2, 3), keepdim=True) if masked else errors).mean(dim=(1, 2, 3))
+    expected = errors * step.diffusion.weights[x.timesteps] * torch.tensor([weight, 1, weight, 1])
+    torch.testing.assert_close(step.losses(x), expected, rtol=1e-4, atol=1e-7)
+    expected.mean().backward()
+    of_formula = step.adapter.grad.clone()
+    step.adapter.zero_gradients()
+    step.backward(x)
+    torch.testing.assert_close(step.adapter.grad, of_formula, rtol=1e-3, atol=1e-6)
+    if weight == 0:
+        step.adapter.zero_gradients()
+        for n in (1, 3):
+            step.backward(rows_of(x, slice(n, n + 1)))
+        torch.testing.assert_close(step.adapter.grad, of_formula, rtol=1e-3, atol=1e-6)
+        step.adapter.zero_gradients()
+        assert step.backward(rows_of(x, slice(0, 1))) == 0
+        assert not step.adapter.grad.any()
+
+
+def test_the_shape_of_weights_does_not_depend_on_where_the_prior_is():
+    """A CUDA graph is recorded once."""
+    prior = prior_of(prior_data=("reg",), prior_weight=2.0)
+    for mask, shape in ((None, (3, 1, 1, 1)), (torch.ones(3, 1, 8, 8), (3, 1, 8, 8))):
+        for of_prior in ([False] * 3, [True, False, True], [True] * 3):
+            captions, weights, rows = prior.rows(dataclasses.replace(batch_of(3, mask), of_prior=of_prior), 0, 0)
+            assert captions == batch_of(3).captions
+            assert weights.shape == shape
+            assert weights[:, 0, 0, 0].tolist() == [2 if one else 1 for one in of_prior]
+            assert len(rows) == 0
+    assert counting_graphs(Workload(3, 64, 1, 5, False, False), PriorConfig(prior_data=("reg",))).shapes == 5
+    prior_of(text_encoder=None, prior_data=("reg",))  # encoded captions are as good
+
+
 def test_mistakes_are_refused(tmp_path):
+    with pytest.raises(UserError, match="--prior-prompts does nothing with --prior-data"):
+        PriorConfig(prior_data=("reg",), prior_prompts=("a",))
+    with pytest.raises(UserError, match=r"--prior-share must lie in 0…0\.9, not 1"):
+        PriorConfig(prior_data=("reg",), prior_share=1.0)
     for options in ({"prior_weight": 2.0}, {"prior_prompts": ("a",)}):
         with pytest.raises(UserError, match="do nothing without --prior-share"):
             PriorConfig(**options)

@@ -178,6 +178,18 @@ def test_a_rank_that_is_killed(train, agent, tmp_path, monkeypatch):
     assert find_state("auto", tmp_path / "out")[1]["run"]["samples"] == 11  # the same images in the same order
 
 
+@pytest.mark.parametrize("with_pictures", [False, True])
+def test_a_prior_on_two_ranks_resumes_bit_for_bit(agent, cutouts, tmp_path, with_pictures):
+    """Without pictures the ranks differ in how many images learn the prior. They compare their weights after every step."""
+    options = ["--trigger", "nrt", "--prior-share", 0.4, "--prior-weight", 2, "--bs", 2, "--lr", 1e-2, "--no-pictures"]
+    options += ["--check-ranks-every", 1, *(["--prior-data", cutouts] if with_pictures else [])]
+    for name, steps in (("whole", 4), ("halves", 2), ("halves", 4)):
+        process = agent(tmp_path / name, [*options, "--steps", steps], *ONE_HOST)
+        assert statuses([process]) == [0], (tmp_path / f"{name}0.txt").read_text()
+    assert f"resume     step 2 of {tmp_path}/halves/state-1; --steps 2 -> 4" in (tmp_path / "halves0.txt").read_text()
+    assert equal(weights(tmp_path / "whole", 4), weights(tmp_path / "halves", 4))
+
+
 def test_ranks_with_different_weights_end_without_saving(agent, tmp_path, monkeypatch):
     refresh, steps = Adapter.update_layers, itertools.count(1)
 

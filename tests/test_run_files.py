@@ -320,6 +320,13 @@ def test_another_optimizer_and_another_layer_keep_what_is_theirs(script, tmp_pat
         ({"save_every_n_epochs": 2, "save_every_n_steps": 50}, {"save_every": 50}, ""),
         ({"class_tokens": "sks cat", "caption_extension": ".txt"}, {"caption": "sks cat", "caption_extension": ".txt"}, ""),
         ({"batch_size": [3, {"image_dir": "x"}]}, {"data": ["x"]}, ""),
+        ({"reg_data_dir": "reg", "prior_loss_weight": 0.5}, {"prior_data": ["reg"], "prior_weight": 0.5}, ""),
+        ({"prior_loss_weight": 0.5}, {}, "--prior-weight: 0.5: does nothing here without --prior-data"),
+        (
+            {"subsets": [{"image_dir": "x", "class_tokens": "sks"}, {"is_reg": True, "image_dir": "y", "class_tokens": "cat"}]},
+            {"data": ["x"], "caption": "sks", "prior_data": ["y"]},
+            "class_prompt: 'cat': pictures of the class, with captions of their own, are --prior-data",
+        ),
     ],
 )
 def test_single_keys_of_kohyas(script, tmp_path, theirs, here, said):

@@ -933,12 +933,13 @@ def test_a_slurm_job_is_requeued_if_a_signal_stopped_it(tmp_path, status, requeu
         ("fp16", ["--optimizer", "adafactor", "--text-encoder-until", 0.5, "--ema", 0.9]),
         ("fp16", ["--optimizer", "lion8bit", "--text-encoder-lr", 1e-5, 0]),
         ("fp16", ["--optimizer", "schedulefree"]),
+        ("fp16", ["--trigger", "nrt", "--prior-data", "{latents}", "--prior-weight", 2]),
     ],
 )
 def test_a_run_on_a_gpu_is_the_same_with_and_without_a_graph(train, latents, tmp_path, base, more):
     """Pictures at every save release the graph's memory and move the VAE to the GPU and back."""
     options = ["--device", "cuda", "--data", latents, "--steps", 7, "--save-every", 3, "--base-precision", base, "--workers", 2]
-    options += ["--pictures", *more]
+    options += ["--pictures", *(str(one).format(latents=latents) for one in more)]
     out, _ = train(*options, "--cuda-graph", "on", "--log-dir", tmp_path / "graph")
     assert "CUDA graph" in out
     train(*options, "--cuda-graph", "off", "--out", tmp_path / "eager", "--log-dir", tmp_path / "launched")

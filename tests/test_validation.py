@@ -199,7 +199,7 @@ def test_in_one_line_what_cannot_be_measured_on(train, photos, many, others, tmp
     for path in broken.glob("*.png"):
         path.write_bytes(path.read_bytes()[:80])
     for data, value, message in [
-        (photos, photos, f"--validate {photos} holds pictures of --data: a share such as 0.1 keeps some of them out"),
+        (photos, photos, f"--validate {photos} holds pictures that are trained on: a share such as 0.1 keeps some of them out"),
         (two, 0.5, "--validate: there are too few pictures to keep two of them out of training: --validate none"),
         (photos, bare, f"--validate {bare}: no image with a caption there"),
         (photos, tmp_path / "nowhere", f"--validate {tmp_path}/nowhere"),
@@ -211,7 +211,7 @@ def test_in_one_line_what_cannot_be_measured_on(train, photos, many, others, tmp
         assert err.startswith(f"train_lora.py: {message}"), err
         assert err.count("\n") == 1
     _, err = train("--data", photos, "--data", others, "--steps", 1, "--validate", others, status=2)
-    assert err.startswith(f"train_lora.py: --validate {others} holds pictures of --data")
+    assert err.startswith(f"train_lora.py: --validate {others} holds pictures that are trained on")
     _, err = train("--validate", "none", "--patience", 2, status=2)
     assert "--patience needs pictures to measure on, but --validate is none" in err
     assert not list(tmp_path.rglob("*.safetensors"))
