@@ -69,6 +69,8 @@ class InferConfig:
     """Where to write the merged model: a diffusers folder, or x.safetensors, a checkpoint in one file; for one --scale only."""
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
     """What the model predicts. auto: as its files say."""
+    zero_snr: Literal["auto", "yes", "no"] = "auto"
+    """Does its schedule end at zero terminal SNR? auto: as its files say."""
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     """auto: fp16 on CUDA, fp32 on CPU. The VAE is never fp16."""
     device: str = "auto"
@@ -215,7 +217,7 @@ def main(config: InferConfig) -> None:
         raise UserError(f"--prompts has {len(prompts)} texts: give one, or name prompt in --grid")
     for file, _ in files:
         read_tensors(file)  # a file that is damaged shows before the model is loaded
-    pipe = load_sdxl(model, DTYPES[precision], device, config.prediction_type)
+    pipe = load_sdxl(model, DTYPES[precision], device, config.prediction_type, config.zero_snr)
     loras = read_loras(config, files, Denoiser(pipe))
     if config.save_merged:
         check_empty("--save-merged", config.save_merged)

@@ -149,7 +149,7 @@ def main(config: TrainConfig) -> Ending:
     has_text = bool(source.text_signature) and not config.lora.train_text_encoder
 
     # Model on the host, and the plan by which a step fits into the memory of the device.
-    pipe = read_sdxl(config.model, dtype, prediction=config.diffusion.prediction_type)
+    pipe = read_sdxl(config.model, dtype, True, config.diffusion.prediction_type, config.diffusion.zero_snr)
     lineage = Lineage(config.lineage, pipe)
     lineage.merge(has_text)
     resolution = config.dataset.resolution or native_resolution(pipe)
@@ -185,7 +185,7 @@ def main(config: TrainConfig) -> Ending:
     bad_steps = BadSteps(config.bad_steps, config.grad_accum, run, stream, train_step, ranks)
     validation = Validation(config, held_out, stream, model, adapter, ranks, plan, record.values)
     validation.prepare()
-    check_prediction(train_step, stream, plan.micro, run.step, config.diffusion.prediction_type)
+    check_prediction(train_step, stream, plan.micro, run.step, config.diffusion)
     examiner = Examiner(model, adapter, held_out, stream, prompts, record.values, ranks.is_first)
     gallery = Gallery(config.gallery, model, adapter, prompts, resolution, config.checkpoints, ranks, stop, plan, examiner)
     stop.end_setup()  # from here on the loop notices a signal: an exception would leave worker processes half made

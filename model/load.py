@@ -40,20 +40,23 @@ for library in (diffusers_logging, transformers_logging):  # what is wrong with 
     library.disable_progress_bar()
 
 
-def load_sdxl(model: str, dtype: torch.dtype, device: torch.device, prediction: str = "auto") -> Pipeline:
+def load_sdxl(
+    model: str, dtype: torch.dtype, device: torch.device, prediction: str = "auto", zero_snr: str = "auto"
+) -> Pipeline:
     """Like `read_sdxl`, then moved to `device`; the VAE in `vae_dtype`."""
-    pipe = read_sdxl(model, dtype, prediction=prediction)
+    pipe = read_sdxl(model, dtype, prediction=prediction, zero_snr=zero_snr)
     pipe.to(device)
     pipe.vae.to(vae_dtype(device))
     return pipe
 
 
-def read_sdxl(model: str, dtype: torch.dtype, unet: bool = True, prediction: str = "auto") -> Pipeline:
+def read_sdxl(model: str, dtype: torch.dtype, unet: bool = True, prediction: str = "auto", zero_snr: str = "auto") -> Pipeline:
     """Returns diffusers' pipeline in `dtype`, on the CPU, frozen, in eval mode, and checked by `model.check`.
 
     `model`: "demo", "sdxl", a hub id, a diffusers folder, or a single .safetensors checkpoint. With `unet=False` the U-Net is
     on the meta device: shapes without weights, which saves three quarters of the memory. `prediction`: what the model predicts,
-    "epsilon" or "v_prediction"; "auto": what its files say.
+    "epsilon" or "v_prediction"; `zero_snr`: "yes" or "no", does its schedule end at zero terminal SNR (Lin et al. 2023,
+    arXiv:2305.08891)? "auto": what its files say.
 
     Raises UserError if there is no such model, if it is not SDXL or not whole, if it holds numbers or a schedule that cannot
     be used here, or if it is neither on this machine nor can be downloaded.
@@ -69,6 +72,11 @@ def read_sdxl(model: str, dtype: torch.dtype, unet: bool = True, prediction: str
             raise UserError(f"--model {model}: no such file or folder (nor 'demo', 'sdxl' or a hub id like owner/name)")
         else:
             pipe = from_folder(model, download(source, dtype), dtype, unet, prediction)
+        if zero_snr != "auto":
+            told = pipe.scheduler.config.prediction_type
+            pipe.scheduler = with_prediction(pipe.scheduler, told, rescale_betas_zero_snr=zero_snr == "yes")
+            if (pipe.scheduler.alphas_cumprod[-1] < 1e-6) != (zero_snr == "yes"):
+                raise UserError(f"--zero-snr {zero_snr} cannot be had with {type(pipe.scheduler).__name__} of --model {model}")
         check_model(model, pipe)
     except (UserError, MemoryError):
         raise

@@ -49,7 +49,7 @@ REASONS = {  # what is done here: their names
     "--weighting already weighs v as it does ε": "scale_v_pred_loss_like_noise_pred v_pred_like_loss",
     "--loss is mse, l1, huber:δ or huber-snr:δ": "loss_type huber_c huber_schedule",
     "--prediction-type, which is measured": "v_parameterization",
-    "read from the file of --model": "zero_terminal_snr",
+    "--zero-snr, which is measured": "zero_terminal_snr",
     "plain LoRA, a new one: --targets and --conv-rank choose the layers":
         "network_module network_args algo preset dim_from_weights LoRA_type LyCORIS_preset "
         "conv_dims conv_alphas constrain decompose_both factor rescaled train_norm train_on_input unit "

@@ -213,6 +213,8 @@ class CaptionConfig(Options):
 class DiffusionConfig(Options):
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = option("auto", resume="fixed")
     """What the base predicts. auto: as its files say, if its own predictions do not contradict that."""
+    zero_snr: Literal["auto", "yes", "no"] = option("auto", resume="fixed")
+    """Was the base, which predicts v, trained to zero terminal SNR (Lin et al. 2023, arXiv:2305.08891)? auto: as above."""
     timesteps: str = option("uniform")
     """Which are drawn: uniform, LOW-HIGH (HIGH is not), logit-normal:µ,σ (Esser et al. 2024, arXiv:2403.03206), or a text file
     of weights, each for an equal share of the schedule."""

@@ -83,7 +83,7 @@ def test_every_option_of_training_has_a_resume_policy():
         "targets",
         "train_text_encoder",
     }
-    assert fixed == lora | {"base_lora", "init_lora", "model", "optimizer", "prediction_type"}
+    assert fixed == lora | {"base_lora", "init_lora", "model", "optimizer", "prediction_type", "zero_snr"}
 
 
 def test_no_two_options_have_one_flag():

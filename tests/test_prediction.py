@@ -13,12 +13,12 @@ from common.errors import UserError
 from data import Stream
 from dataset.sources import open_source
 from model.diffusion import Diffusion
-from model.load import load_sdxl
+from model.load import load_sdxl, with_prediction
 from model.sdxl import Denoiser, time_ids
 from model.text import tokenize
 from model.vae import encode_pixels, normalise, sample_latents
 from options.training import CaptionConfig, DataConfig, DiffusionConfig
-from run.prediction import check_prediction, measure_prediction
+from run.prediction import check_prediction, check_terminal_snr, first_rows, measure_last_signal, measure_prediction
 from train_lora import StepInputs
 
 CPU = torch.device("cpu")
@@ -55,13 +55,26 @@ class AsV:
         return (self.denoiser(noisy, timesteps, text, ids) - (1 - alpha).sqrt() * noisy) / alpha.sqrt()
 
 
+class OfSchedule:
+    """v as a model of the schedule `alphas_cumprod` predicts it that knows the pictures."""
+
+    def __init__(self, alphas_cumprod, latents):
+        self.alphas_cumprod, self.latents = alphas_cumprod, latents
+
+    def __call__(self, noisy, timesteps, text, ids):
+        alpha = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        noise = (noisy - alpha.sqrt() * self.latents) / (1 - alpha).sqrt()
+        return alpha.sqrt() * noise - (1 - alpha).sqrt() * self.latents
+
+
 def test_the_error_is_small_as_what_the_model_predicts(demo, monkeypatch):
     step, stream = demo
-    errors = measure_prediction(step, stream, 2)
+    x, latents = first_rows(step, stream, 2)
+    errors = measure_prediction(step, x, latents)
     assert errors["epsilon"] < 0.2
     assert errors["v_prediction"] > 1
     monkeypatch.setattr(step.model, "denoiser", AsV(step.model.denoiser, step.diffusion.alphas_cumprod))
-    errors = measure_prediction(step, stream, 2)
+    errors = measure_prediction(step, x, latents)
     assert errors["v_prediction"] < 0.85
     assert errors["epsilon"] > 1
 
@@ -72,10 +85,41 @@ def test_a_model_that_predicts_v_and_says_it_predicts_noise_is_refused(demo, mon
     with pytest.raises(
         UserError, match=r"predicts v_prediction, as its own .* \(error [\d.]+ as ε, [\d.]+ as v\), but its files say"
     ):
-        check_prediction(step, stream, 1, 0, "auto")
-    check_prediction(step, stream, 1, 7, "auto")  # a run that goes on was checked
-    check_prediction(step, stream, 1, 0, "epsilon")
+        check_prediction(step, stream, 1, 0, DiffusionConfig())
+    check_prediction(step, stream, 1, 7, DiffusionConfig())  # a run that goes on was checked
+    check_prediction(step, stream, 1, 0, DiffusionConfig(prediction_type="epsilon"))
     assert step.model.predicts.startswith("; measuring cannot tell: error")
+
+
+@pytest.mark.parametrize("trained", ["no", "yes"])
+@pytest.mark.parametrize("told", ["no", "yes"])
+def test_zero_terminal_snr_is_measured_and_refused_if_the_files_contradict(demo, monkeypatch, trained, told):
+    step, stream = demo
+    pipe = step.model.pipe
+    schedules = {
+        name: with_prediction(pipe.scheduler, "v_prediction", rescale_betas_zero_snr=name == "yes") for name in ("no", "yes")
+    }
+    monkeypatch.setattr(pipe, "scheduler", schedules[told])
+    diffusion = Diffusion(DiffusionConfig(), schedules[told].alphas_cumprod, "v_prediction", CPU)
+    monkeypatch.setattr(step, "diffusion", diffusion)
+    monkeypatch.setattr(step.model, "predicts", "")
+    x, latents = first_rows(step, stream, 2)
+    monkeypatch.setattr(step.model, "denoiser", OfSchedule(schedules[trained].alphas_cumprod, latents))
+    assert measure_last_signal(step, x, latents) == pytest.approx({"no": 1.0, "yes": 0.0}[trained], abs=0.01)
+    if trained != told:
+        corrects = f"--zero-snr {trained} corrects them, --zero-snr {told} leaves them"
+        with pytest.raises(UserError, match=rf"zero terminal SNR, as its own .*, but its files say otherwise: {corrects}"):
+            check_prediction(step, stream, 2, 0, DiffusionConfig())
+    check_prediction(step, stream, 2, 0, DiffusionConfig(zero_snr=told))
+    assert f"; zero terminal SNR {trained}: " in step.model.predicts
+
+
+def test_between_the_two_schedules_it_cannot_tell(demo, monkeypatch):
+    step, _ = demo
+    monkeypatch.setattr(step.model, "predicts", "")
+    check_terminal_snr(step, 0.3, "auto")
+    check_terminal_snr(step, -0.6, "auto")  # as no schedule has it
+    assert step.model.predicts.count("; zero terminal SNR cannot be told: ") == 2
 
 
 def test_files_that_say_v_of_a_model_that_predicts_noise(train, tmp_path):

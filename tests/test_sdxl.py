@@ -460,6 +460,25 @@ def test_every_name_of_a_prediction_reaches_the_scheduler(folder, said):
         assert (config.prediction_type, config.get("clip_sample", False)) == (scheduler.config.prediction_type, False)
 
 
+def test_zero_snr_comes_before_what_the_files_say(folder):
+    for files, option in ((False, "yes"), (True, "no"), (True, "auto")):
+        change_config(folder, "scheduler", prediction_type="v_prediction", rescale_betas_zero_snr=files)
+        scheduler = read_sdxl(str(folder), torch.float32, zero_snr=option).scheduler
+        wanted = files if option == "auto" else option == "yes"
+        assert (scheduler.config.prediction_type, scheduler.config.rescale_betas_zero_snr) == ("v_prediction", wanted)
+        assert bool(scheduler.alphas_cumprod[-1] < 1e-6) == wanted
+
+
+def test_zero_snr_is_refused_where_it_cannot_be(folder):
+    with pytest.raises(UserError, match="predicts ε, but its last timestep is pure noise"):
+        read_sdxl(str(folder), torch.float32, zero_snr="yes")
+    change_config(folder, "scheduler", prediction_type="v_prediction")
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace("EulerDiscreteScheduler", "PNDMScheduler"))
+    with pytest.raises(UserError, match="--zero-snr yes cannot be had with PNDMScheduler of"):
+        read_sdxl(str(folder), torch.float32, zero_snr="yes")
+
+
 def test_an_inpainting_folder_is_refused(folder):
     change_config(folder, "unet", in_channels=9)
     wide = {"conv_in.weight": torch.zeros(32, 9, 3, 3)}
