@@ -20,7 +20,7 @@ OPTIMIZERS = {
     "prodigy": "prodigyopt.Prodigy",  # Mishchenko and Defazio 2023, arXiv:2306.06101
     "schedulefree": "schedulefree.AdamWScheduleFree",  # Defazio et al. 2024, arXiv:2405.15682
 }
-OUR_SETTINGS: dict[str, dict[str, Any]] = {  # settings where the recipe, or the optimiser's own guide for LoRA, is not its default
+OUR_SETTINGS: dict[str, dict[str, Any]] = {  # where the recipe, or its guide for LoRA, is not the default
     "adamw8bit": {"weight_decay": 0.01, "min_8bit_size": 0}, "lion8bit": {"min_8bit_size": 0},
     "adamw": {"weight_decay": 0.01, "fused": True},
     "adafactor": {"eps": (None, 1.0)},  # or else a step is as small as B, which begins at 0

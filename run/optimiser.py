@@ -63,8 +63,13 @@ class Optimiser:
             return
         self.resting |= encoders
         self.adapter.freeze(self.resting)
-        for p in self.parameters.get("text_encoder", ()) if self.resting.issuperset(TEXT_ENCODERS) else ():
-            p.grad = None
+        for name in self.resting_groups:
+            for p in self.parameters.get(name, ()):
+                p.grad = None
+
+    @property
+    def resting_groups(self) -> list[str]:
+        return ["text_encoder"] if self.resting.issuperset(TEXT_ENCODERS) else []
 
     def set_learning_rates(self, step: int) -> None:
         """For `step`, counted from 0; ends the training of the text encoders where it is time for that."""

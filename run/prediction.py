@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.errors import UserError
+from common.errors import UserError, warn
 from data import Stream
 from options.training import DiffusionConfig
 from run.accumulation import Step, rows_of
@@ -70,7 +70,7 @@ def measure_last_signal(step: Step, x: Any, latents: Tensor) -> float:
 
 def check_prediction(step: Step, stream: Stream, piece: int, begun: int, config: DiffusionConfig) -> None:
     """Adds what was measured to `step.model.predicts`; not to a run of `begun` steps that goes on. Raises UserError if it
-    contradicts the files of the model, and --prediction-type, or --zero-snr, is auto.
+    contradicts the files of the model, and --prediction-type is auto.
     """
     if begun:
         return
@@ -90,14 +90,17 @@ def check_prediction(step: Step, stream: Stream, piece: int, begun: int, config:
 
 
 def check_terminal_snr(step: Step, signal: float, option: str) -> None:
-    """As `check_prediction`, for zero terminal SNR, what `measure_last_signal` says of it, and `option`, --zero-snr."""
+    """As `check_prediction`, for zero terminal SNR, what `measure_last_signal` says of it, and `option`, --zero-snr. A warning:
+    it was tried on small models only, and not on one that was trained to it from the start.
+    """
     told, zero = bool(step.diffusion.alphas_cumprod[-1] < 1e-6), abs(signal) < NOTHING
     figure = f"{signal:.2f} of the signal that SDXL's schedule leaves at the end"
     certain = zero or signal > MUCH
     if certain and zero != told and option == "auto":
         right, files = ("yes", "no") if zero else ("no", "yes")
-        raise UserError(
-            f"--model {step.model.name} was trained {'to' if zero else 'without'} zero terminal SNR, as its own predictions "
-            f"show ({figure}), but its files say otherwise: --zero-snr {right} corrects them, --zero-snr {files} leaves them"
+        warn(
+            f"--model {step.model.name} seems to be trained {'to' if zero else 'without'} zero terminal SNR, as its own "
+            f"predictions show ({figure}), but its files say otherwise: --zero-snr {right} corrects them, --zero-snr {files} "
+            "leaves them"
         )
     step.model.predicts += f"; zero terminal SNR {('yes' if zero else 'no') if certain else 'cannot be told'}: {figure}"

@@ -157,9 +157,9 @@ class Report:
         scalars["memory_in_use"] = memory_in_use(self.device)
         self.show(scalars)
         checks = {"checksum": self.adapter.checksum(), "recorded_again": self.graphed.recorded_again}
-        trained = {f"grad_norm/{name}" for name, rate in rates.items() if rate}
-        norms = {name: norm for name, norm in self.meter.largest_norms.items() if name in trained}
-        self.watchdog.see(scalars | norms | checks)
+        resting = {f"grad_norm/{name}" for name in self.optimiser.resting_groups}
+        reading = scalars | self.meter.largest_norms | checks
+        self.watchdog.see({name: value for name, value in reading.items() if name not in resting})
         return spoilt
 
     def show(self, measured: dict[str, float]) -> None:
