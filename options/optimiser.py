@@ -31,8 +31,8 @@ class OptimiserConfig(Options):
     """Learning rate. None: 1e-4, a fifth of it for lion8bit, 1 for prodigy; for the bundled model, which is 16 times narrower
     than SDXL, 20 times as much, but for prodigy."""
     text_encoder_lr: tuple[float, ...] = option((), at_least=0)
-    """Learning rate of both text encoders, or one for each. None given: a fifth of --lr; that of --lr for prodigy. 0: not
-    trained."""
+    """Learning rate of both text encoders, or one for each. None given: a fifth of --lr; that of --lr for prodigy. 0: it
+    keeps its bits."""
     text_encoder_until: float = option(1.0, above=0, at_most=1)
     """Share of the run after which the text encoders are trained no further, as 0.6; steps are faster then."""
     lr_schedule: str = option("constant")

@@ -483,7 +483,6 @@ class TrainConfig(Options):
         lora = replace(lora, train_text_encoder=lora.train_text_encoder and lora.targets not in UNET_ONLY)
         if any(self.optimiser.text_encoder_lr) and not lora.train_text_encoder:
             raise UserError(f"--text-encoder-lr does nothing with {cause}")
-        lora = replace(lora, train_text_encoder=lora.train_text_encoder and any(optimiser.text_encoder_lr))
         optimiser = optimiser if lora.train_text_encoder else replace(optimiser, text_encoder_lr=(0.0,))
         return replace(self, lora=lora, optimiser=optimiser, memory=self.memory.resolved(device))
 

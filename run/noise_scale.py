@@ -20,7 +20,8 @@ class NoiseScale:
 
     def __init__(self, grad: Tensor, images: int):
         """`grad`: the flat gradient; `images`: of a step, on all ranks."""
-        self.blocks, self.images = grad.view(-1, STATE_BLOCK)[::EVERY], images
+        whole = len(grad) // STATE_BLOCK * STATE_BLOCK
+        self.blocks, self.images = grad[:whole].view(-1, STATE_BLOCK)[::EVERY], images
         self.total, self.squares, self.steps = self.blocks.clone().zero_(), grad.new_zeros(()), 0
         self.signal = self.noise = 0.0
 

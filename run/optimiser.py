@@ -73,7 +73,7 @@ class Optimiser:
 
     def set_learning_rates(self, step: int) -> None:
         """For `step`, counted from 0; ends the training of the text encoders where it is time for that."""
-        if step >= self.config.text_encoder_until * self.steps:
+        if text_encoders_rest(step, self.steps, self.config):
             self.rest(set(TEXT_ENCODERS))
         for group, rate in zip(self.optimizer.param_groups, self.rates(step, self.steps, self.config).values(), strict=True):
             group["lr"] = rate
@@ -81,8 +81,8 @@ class Optimiser:
 
     def rates(self, step: int, steps: int, config: OptimiserConfig) -> dict[str, float]:
         """{group: its learning rate} at `step` of a run of `steps` with `config`."""
-        until = config.text_encoder_until * steps
-        of_group = {"unet": config.lr or 0.0, "text_encoder": max(config.text_encoder_lr) if step < until else 0.0}
+        of_text = 0.0 if text_encoders_rest(step, steps, config) else max(config.text_encoder_lr)
+        of_group = {"unet": config.lr or 0.0, "text_encoder": of_text}
         return {name: of_group[name] * lr_factor(step, steps, config) for name in self.adapter.groups}
 
     def change_of_rates(self, step: int, flags: dict[str, Any]) -> list[str]:
@@ -175,6 +175,11 @@ class Optimiser:
         until = f" until {self.config.text_encoder_until:.0%} of the run" if self.config.text_encoder_until < 1 else ""
         text = f", text encoders {of_text}{until}" if "text_encoder" in self.adapter.groups else ""
         return f"{self.kind}, learning rate {self.config.lr:g}{text}{self.of_B}, {self.config.lr_schedule}"
+
+
+def text_encoders_rest(step: int, steps: int, config: OptimiserConfig) -> bool:
+    """Whether --text-encoder-until is over; 1 is without end, also for a run that is lengthened."""
+    return config.text_encoder_until < 1 and step >= config.text_encoder_until * steps
 
 
 def settings_of(config: OptimiserConfig) -> dict[str, Any]:
