@@ -23,11 +23,9 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 class Optimiser:
-    """Updates an adapter from its gradient. `step` does not wait for the device."""
+    """Updates an adapter from its gradient. With AdamW `step` does not wait for the device."""
 
-    def __init__(
-        self, run: TrainConfig, adapter: Adapter, processes: int, dtype: torch.dtype
-    ):  # fmt: skip
+    def __init__(self, run: TrainConfig, adapter: Adapter, processes: int, dtype: torch.dtype):
         """`run` is resolved, and its length is in steps. The loss is scaled if `dtype` is float16. Raises UserError if the
         optimiser refuses its settings.
         """
@@ -94,15 +92,13 @@ class Optimiser:
         expected, last = self.rates(step, flags["steps"], before), dict(self.learning_rates())
         self.set_learning_rates(step)
         now = dict(self.learning_rates())
-        jumps = {
-            name: f"goes from {last[name]:.1e} to {rate:.1e}" for name, rate in now.items() if rate != expected[name]
-        }  # fmt: skip
+        jumps = {name: f"goes from {last[name]:.1e} to {rate:.1e}" for name, rate in now.items() if rate != expected[name]}
         if len(jumps) == len(now) and len(set(jumps.values())) == 1:
             return [f"the learning rate {next(iter(jumps.values()))}"]
         return [f"the learning rate of the {name.replace('_', ' ')} {jump}" for name, jump in jumps.items()]
 
     def step(self, loss: Tensor) -> Tensor:
-        """One update; none, decided on the device, if the gradient is not finite. `adapter.grad` is zero afterwards.
+        """One update; none if the gradient is not finite. `adapter.grad` is zero afterwards.
 
         `loss` [], of the step, the same on all ranks. Returns the L2 norm of each group's gradient, [groups] on the device.
         """

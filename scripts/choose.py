@@ -71,8 +71,10 @@ STRIP = 128  # pixels: width of a cell without a picture
 
 
 def by_step(folder: Path) -> dict[int, Path]:
-    """{step: its LoRA file, of --format both the one that most programs read}. Raises UserError if there is none."""
-    paths = sorted(folder.glob("*.safetensors"), key=lambda path: (not path.stem.endswith("_diffusers"), path))
+    """{step: its LoRA file, of --format both the one that most programs read, of --ema that without it}. Raises UserError if
+    there is none.
+    """
+    paths = sorted(folder.glob("*.safetensors"), key=lambda path: -len(path.name))  # the others have a longer name
     files = {training_steps(path)[0]: path for path in paths if path.stem != taken_name(folder)}
     if not (found := {step: files[step] for step in sorted(files) if step > 0}):
         raise UserError(f"{folder}: no LoRA files of train_lora.py there, with their step in the header")

@@ -13,7 +13,7 @@ from torch import nn
 from evaluation.record import read_record
 from lora import Adapter, add_lora
 from lora_files.deltas import layer_shapes
-from lora_files.read import read_lora
+from lora_files.read import newest_lora, read_lora
 from model.load import read_sdxl
 from model.sdxl import Denoiser
 from options.optimiser import OptimiserConfig
@@ -23,6 +23,7 @@ from run.noise_scale import NoiseScale
 from run.optimiser import Optimiser
 from run.schedule import draw_schedule, lr_factor
 from run.state import find_state
+from scripts.choose import by_step
 
 STEPS = 6
 KINDS = ("adamw", "adafactor", "prodigy", "schedulefree", "torch.optim.Muon", "came_pytorch.CAME", "lion_pytorch.Lion")
@@ -350,3 +351,10 @@ def replace_number(text: str, about: int) -> str:
     """`text` with its first number as `about`, if it is within a quarter of it."""
     first = next(word for word in text.split() if word.isdigit())
     return text.replace(first, str(about), 1) if abs(int(first) / about - 1) < 0.25 else text
+
+
+def test_choosing_among_steps_passes_over_averages(train, tmp_path):
+    train("--steps", 2, "--save-every", 1, "--ema", 0.9, "--format", "both")
+    files = by_step(tmp_path / "out")
+    assert {step: path.name for step, path in files.items()} == {n: f"pytorch_lora_weights_{n}.safetensors" for n in (1, 2)}
+    assert newest_lora(tmp_path / "out") == files[2]
