@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from common.errors import UserError
 from model.diffusion import Diffusion, weights_of_mask, weights_of_timesteps
 from options.forms import FORMS
+from options.optimiser import OptimiserConfig
 from options.training import DiffusionConfig
 
 SCHEDULE = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
@@ -233,10 +234,10 @@ def test_what_makes_no_sense_is_refused(options, message):
 
 @given(st.sampled_from(sorted(FORMS)), st.text(max_size=12))
 def test_any_text_is_read_or_refused(option, text):
-    config = None
+    group, config = OptimiserConfig if option == "lr_schedule" else DiffusionConfig, None
     with suppress(UserError):
-        config = DiffusionConfig(**{option: text})
-    assert config is None or DiffusionConfig(**{option: getattr(config, option)}) == config
+        config = group(**{option: text})
+    assert config is None or group(**{option: getattr(config, option)}) == config
 
 
 # The loss mask.

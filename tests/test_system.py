@@ -16,7 +16,7 @@ from test_layout import SOURCES
 import memory
 from common.errors import UserError
 from options.training import MemoryConfig
-from performance import adamw8bit
+from performance.optimizers import skipping
 
 SCRIPTS = ["train_lora.py", "infer.py", *sorted(f"scripts/{path.name}" for path in (ROOT / "scripts").glob("*.py"))]
 
@@ -186,7 +186,7 @@ def test_the_optimiser_for_mps_skips_what_its_kernel_would_not(monkeypatch):
     kernel = torch._fused_adamw_
     monkeypatch.setattr(torch, "_fused_adamw_", lambda *arguments, found_inf, **options: kernel(*arguments, **options))
     runs = []
-    for kind, flags in ((adamw8bit.SkippingAdamW, [0.0, 1.0, 0.0]), (torch.optim.AdamW, [0.0, 0.0])):
+    for kind, flags in ((skipping(torch.optim.AdamW), [0.0, 1.0, 0.0]), (torch.optim.AdamW, [0.0, 0.0])):
         p = torch.nn.Parameter(torch.ones(4))
         optimizer = kind([p], weight_decay=0.01, fused=True)
         for flag in flags:
