@@ -178,11 +178,20 @@ def test_a_rank_that_is_killed(train, agent, tmp_path, monkeypatch):
     assert find_state("auto", tmp_path / "out")[1]["run"]["samples"] == 11  # the same images in the same order
 
 
-@pytest.mark.parametrize("with_pictures", [False, True])
-def test_a_prior_on_two_ranks_resumes_bit_for_bit(agent, cutouts, tmp_path, with_pictures):
-    """Without pictures the ranks differ in how many images learn the prior. They compare their weights after every step."""
-    options = ["--trigger", "nrt", "--prior-share", 0.4, "--prior-weight", 2, "--bs", 2, "--lr", 1e-2, "--no-pictures"]
-    options += ["--check-ranks-every", 1, *(["--prior-data", cutouts] if with_pictures else [])]
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--trigger", "nrt", "--prior-share", 0.4, "--prior-weight", 2],  # the ranks differ in how many images learn the prior
+        ["--trigger", "nrt", "--prior-share", 0.4, "--prior-weight", 2, "--prior-data", "{cutouts}"],
+        ["--optimizer", "adafactor", "--ema", 0.9],
+        ["--optimizer", "schedulefree"],
+    ],
+    ids=["prior", "prior data", "adafactor", "schedulefree"],
+)
+def test_two_ranks_resume_bit_for_bit(agent, cutouts, tmp_path, options):
+    """They compare their weights after every step."""
+    options = [cutouts if option == "{cutouts}" else option for option in options]
+    options += ["--bs", 2, "--lr", 1e-2, "--no-pictures", "--check-ranks-every", 1]
     for name, steps in (("whole", 4), ("halves", 2), ("halves", 4)):
         process = agent(tmp_path / name, [*options, "--steps", steps], *ONE_HOST)
         assert statuses([process]) == [0], (tmp_path / f"{name}0.txt").read_text()
