@@ -54,13 +54,15 @@ def make_optimizer(name: str, groups: list[dict], settings: dict[str, Any] | Non
     """
     kind = found_class(name)
     skips = name == "adamw8bit" or (name == "adamw" and not groups[0]["params"][0].is_mps)  # MPS's kernel ignores the flag
+    chosen = {"lr": groups[0]["lr"]} | OUR_SETTINGS.get(name, {}) | (settings or {})
     try:
-        return (kind if skips else skipping(kind))(
-            groups, **({"lr": groups[0]["lr"]} | OUR_SETTINGS.get(name, {}) | (settings or {}))
-        )
+        optimizer: Any = (kind if skips else skipping(kind))(groups, **chosen)
     except (TypeError, ValueError, AssertionError) as error:
         _, *known = inspect.signature(kind).parameters
         raise UserError(f"--optimizer {name}: {error}; its settings are {', '.join(known)}") from None
+    if averages(optimizer):
+        optimizer.train()
+    return optimizer
 
 
 def found_class(name: str) -> type[torch.optim.Optimizer]:
@@ -103,8 +105,6 @@ def state_bytes(name: str) -> float:
     p.grad = torch.ones_like(p)
     optimizer = make_optimizer(name, [{"params": [p], "lr": 1.0}])
     optimizer.found_inf = torch.zeros(())  # type: ignore[attr-defined]
-    if averages(optimizer):
-        optimizer.train()  # type: ignore[attr-defined]
     optimizer.step()
     state = (value for value in optimizer.state[p].values() if isinstance(value, Tensor) and value.numel() > 256)
     return sum(value.nbytes for value in state) / p.numel()

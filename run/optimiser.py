@@ -35,7 +35,6 @@ class Optimiser:
         self.parameters = adapter.parameters(of_matrices=kind not in ELEMENTWISE)
         groups = [{"name": name, "params": found, "lr": config.lr} for name, found in self.parameters.items()]
         self.optimizer = make_optimizer(kind, groups, self.settings)
-        self.begin_to_train()
         self.noise_scale = NoiseScale(adapter.grad, images)
         self.of_B = f", of B {lora.lora_plus:g} times as much" if lora.lora_plus else ""
         self.at_their_rates: Callable[[], AbstractContextManager] = nullcontext
@@ -48,10 +47,6 @@ class Optimiser:
         self.ema = adapter.flat.clone() if config.ema else None
         adapter.in_use = self.in_use
         self.scaler = torch.amp.GradScaler(adapter.flat.device.type, enabled=dtype == torch.float16)
-
-    def begin_to_train(self) -> None:
-        if averages(self.optimizer):
-            self.optimizer.train()  # type: ignore[attr-defined]
 
     def rest(self, encoders: set[str]) -> None:
         """Trains these text encoders no further: without a gradient no optimiser touches them, whatever else it does at a rate
@@ -131,7 +126,7 @@ class Optimiser:
         before = self.adapter.flat.clone()
         self.optimizer.eval()  # type: ignore[attr-defined]
         found = self.adapter.flat.clone()
-        self.begin_to_train()
+        self.optimizer.train()  # type: ignore[attr-defined]
         self.adapter.flat.copy_(before)
         return found
 

@@ -122,9 +122,10 @@ class Validation:
         for average, weights in self.adapter.in_use().items():
             with self.adapter.holding(weights):
                 self.record.setdefault(f"losses{average}", {})[str(step)] = self.losses(1.0)
-            base = {"base": self.record["losses"]["base"]}
-            improvement = figures(self.record | {"losses": base | self.record[f"losses{average}"]}, step).improvement
-            averages |= {f"improvement{average}": improvement.mean} if improvement and average else {}
+            if average:
+                losses = {"base": self.record["losses"]["base"], **self.record[f"losses{average}"]}
+                improvement = figures(self.record | {"losses": losses}, step).improvement
+                averages |= {f"improvement{average}": improvement.mean} if improvement else {}
         found = figures(self.record, step)
         scalars = {"validation_loss": float(loss_of_images(self.record, step).mean()), **averages}
         if found.improvement:

@@ -3,8 +3,10 @@
 import math
 import re
 from contextlib import suppress
+from functools import partial
 
 import pytest
+import test_adamw8bit
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -55,13 +57,7 @@ def fill_gradients(adapter: Adapter, step: int) -> list[torch.Tensor]:
     return [grad.clone() for grad in grads]
 
 
-def train_steps(adapter: Adapter, optimiser: Optimiser, steps, spoilt=()) -> None:
-    for step in steps:
-        optimiser.set_learning_rates(step)
-        fill_gradients(adapter, step)
-        if step in spoilt:
-            adapter.grad[0] = torch.nan
-        optimiser.step(torch.zeros(()))
+train_steps = partial(test_adamw8bit.train, fill=fill_gradients)
 
 
 def masters(adapter: Adapter) -> list[torch.Tensor]:

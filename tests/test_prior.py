@@ -4,6 +4,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 from types import MappingProxyType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +56,17 @@ def make_step(pipe):
     return make
 
 
+def check_losses_and_gradient(step: Any, x: Any, expected: torch.Tensor) -> torch.Tensor:
+    """`expected` [B]: the losses of a formula, of which autograd takes the gradient. Returns that."""
+    torch.testing.assert_close(step.losses(x), expected, rtol=1e-4, atol=1e-7)
+    expected.mean().backward()
+    of_formula = step.adapter.grad.clone()
+    step.adapter.zero_gradients()
+    step.backward(x)
+    torch.testing.assert_close(step.adapter.grad, of_formula, rtol=1e-3, atol=1e-6)
+    return of_formula
+
+
 def test_nothing_is_to_be_learned_while_the_model_is_the_base(make_step):
     """Exactly, where all images of a piece learn the prior; and to rounding beside others."""
     step = make_step(prior_share=0.9)
@@ -84,12 +96,7 @@ def test_the_gradient_is_that_of_the_bases_own_prediction(make_step):
     towards = torch.cat([of_base[:2], x.noise[2:]])
     errors = (prediction - towards).square().mean(dim=(1, 2, 3)) * diffusion.weights[x.timesteps]
     expected = torch.cat([3 * errors[:2], errors[2:]])
-    torch.testing.assert_close(step.losses(x), expected, rtol=1e-4, atol=1e-7)
-    expected.mean().backward()
-    of_formula = step.adapter.grad.clone()
-    step.adapter.zero_gradients()
-    step.backward(x)
-    torch.testing.assert_close(step.adapter.grad, of_formula, rtol=1e-3, atol=1e-6)
+    check_losses_and_gradient(step, x, expected)
     assert torch.equal(step.adapter.low, kept)
     pieces = [step.losses(rows_of(x, slice(begin, begin + 3))) for begin in range(0, SIZE, 3)]
     torch.testing.assert_close(torch.cat(pieces), expected, rtol=1e-4, atol=1e-7)
@@ -201,12 +208,7 @@ def test_pictures_of_the_prior_learn_their_noise_with_a_weight(make_step, weight
     errors = (step.model.denoiser(noisy, x.timesteps, x.text, x.time_ids) - x.noise).square()
     errors = (errors * mask / mask.mean(dim=(1, 2, 3), keepdim=True) if masked else errors).mean(dim=(1, 2, 3))
     expected = errors * step.diffusion.weights[x.timesteps] * torch.tensor([weight, 1, weight, 1])
-    torch.testing.assert_close(step.losses(x), expected, rtol=1e-4, atol=1e-7)
-    expected.mean().backward()
-    of_formula = step.adapter.grad.clone()
-    step.adapter.zero_gradients()
-    step.backward(x)
-    torch.testing.assert_close(step.adapter.grad, of_formula, rtol=1e-3, atol=1e-6)
+    of_formula = check_losses_and_gradient(step, x, expected)
     if weight == 0:
         step.adapter.zero_gradients()
         for n in (1, 3):
