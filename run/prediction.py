@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.errors import UserError, warn
+from common.errors import UserError
 from data import Stream
 from options.training import DiffusionConfig
 from run.accumulation import Step, rows_of
@@ -17,7 +17,7 @@ NO_BETTER = 0.9  # of the error of predicting nothing: such a model tells neithe
 CLEARLY = 1.5  # times as large is the other error
 
 LAST_SIGNAL = 0.0683  # √ᾱ of the last timestep of SDXL's own schedule
-PAIRS = 4  # of a noise and its opposite
+PAIRS = 16  # of a noise and its opposite: enough that even a model that is wrong at its last timestep is not taken for zero
 NOTHING, MUCH = 0.25, 0.4  # of the last signal
 
 
@@ -90,17 +90,14 @@ def check_prediction(step: Step, stream: Stream, piece: int, begun: int, config:
 
 
 def check_terminal_snr(step: Step, signal: float, option: str) -> None:
-    """As `check_prediction`, for zero terminal SNR, what `measure_last_signal` says of it, and `option`, --zero-snr. A warning:
-    it was tried on small models only, and not on one that was trained to it from the start.
-    """
+    """As `check_prediction`, for zero terminal SNR, what `measure_last_signal` says of it, and `option`, --zero-snr."""
     told, zero = bool(step.diffusion.alphas_cumprod[-1] < 1e-6), abs(signal) < NOTHING
     figure = f"{signal:.2f} of the signal that SDXL's schedule leaves at the end"
     certain = zero or signal > MUCH
     if certain and zero != told and option == "auto":
         right, files = ("yes", "no") if zero else ("no", "yes")
-        warn(
-            f"--model {step.model.name} seems to be trained {'to' if zero else 'without'} zero terminal SNR, as its own "
-            f"predictions show ({figure}), but its files say otherwise: --zero-snr {right} corrects them, --zero-snr {files} "
-            "leaves them"
+        raise UserError(
+            f"--model {step.model.name} was trained {'to' if zero else 'without'} zero terminal SNR, as its own predictions show "
+            f"({figure}, {0 if told else 1} by its files): --zero-snr {right} corrects the files, --zero-snr {files} leaves them"
         )
     step.model.predicts += f"; zero terminal SNR {('yes' if zero else 'no') if certain else 'cannot be told'}: {figure}"
