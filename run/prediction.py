@@ -97,7 +97,8 @@ def check_terminal_snr(step: Step, signal: float, option: str) -> None:
     if certain and zero != told and option == "auto":
         right, files = ("yes", "no") if zero else ("no", "yes")
         raise UserError(
-            f"--model {step.model.name} was trained {'to' if zero else 'without'} zero terminal SNR, as its own predictions show "
-            f"({figure}, {0 if told else 1} by its files): --zero-snr {right} corrects the files, --zero-snr {files} leaves them"
+            f"--model {step.model.name} was trained {'to' if zero else 'without'} zero terminal SNR, as its own predictions "
+            f"show ({figure}, {0 if told else 1} by its files): --zero-snr {right} corrects the files, --zero-snr {files} "
+            "leaves them"
         )
     step.model.predicts += f"; zero terminal SNR {('yes' if zero else 'no') if certain else 'cannot be told'}: {figure}"
