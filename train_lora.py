@@ -53,7 +53,7 @@ from run.lineage import Lineage
 from run.optimiser import Optimiser
 from run.prediction import check_prediction
 from run.prior import Prior, add_prior, counting_graphs
-from run.ranks import join_ranks, leave_ranks
+from run.ranks import Ranks, join_ranks, leave_ranks
 from run.record import RunRecord
 from run.report import LOG_EVERY, Report
 from run.setup import TrainingModel, check_together
@@ -79,13 +79,13 @@ class StepInputs(NamedTuple):
 class TrainStep:
     """From the batches of a step to the gradient of A and B, in the order in which the data flows."""
 
-    def __init__(self, config: TrainConfig, model: TrainingModel, adapter: Adapter, scaler: torch.amp.GradScaler, rank: int):
+    def __init__(self, config: TrainConfig, model: TrainingModel, adapter: Adapter, scaler: torch.amp.GradScaler, ranks: Ranks):
         self.model, self.adapter, self.scaler = model, adapter, scaler
         scheduler = model.pipe.scheduler
         self.diffusion = Diffusion(config.diffusion, scheduler.alphas_cumprod, scheduler.config.prediction_type, model.device)
         self.samples = config.dataset.bs * config.grad_accum  # of a step, on this rank
-        self.seed, self.rank, self.generator = config.seed, rank, torch.Generator(model.device)
-        self.prior = Prior(config.prior, config.captions, config.seed, rank, model, adapter)
+        self.seed, self.ranks, self.generator = config.seed, ranks, torch.Generator(model.device)
+        self.prior = Prior(config.prior, config.captions, config.seed, model, adapter)
         self.graphed = GraphedStep(self.backward, [adapter.grad], config.memory.cuda_graph, model.device)
 
     def gradient(self, batches: list[Batch], step: int, piece: int) -> Tensor:
@@ -103,14 +103,14 @@ class TrainStep:
         return loss
 
     def inputs(self, batch: Batch, step: int, index: int) -> StepInputs:
-        """Batch `index` of a step on the device, with its random numbers: a function of (seed, rank, step, index)."""
-        device, shape = self.model.device, self.model.latent_shape(batch)
-        seed_generator(self.generator, seed_of(self.seed, self.rank, step, index))
+        """Batch `index` of this rank, on the device, with its random numbers: a function of (seed, step, place in the step)."""
+        device, shape, place = self.model.device, self.model.latent_shape(batch), self.ranks.place(index)
+        seed_generator(self.generator, seed_of(self.seed, 0, step, place))
         posterior_noise = torch.randn(shape, generator=self.generator, device=device)
         draws = self.diffusion.draw(shape, self.generator)
         images = to_device(batch.images, device)
         ids = to_device(time_ids(batch.original_size, batch.crop, batch.size), device)
-        captions, weights, prior = self.prior.rows(batch, step, index)
+        captions, weights, prior = self.prior.rows(batch, step, place)
         text = tuple(to_device(part, device) for part in self.model.text_inputs(captions, batch.text))
         kept_ranks = self.adapter.dropout.draw(shape[0], self.generator)
         return StepInputs(images, posterior_noise, *draws, ids, text, weights, kept_ranks, prior)
@@ -167,7 +167,7 @@ def main(config: TrainConfig) -> Ending:
     lineage.begin(adapter)
     attention = apply_plan(model.denoiser, plan, config.memory, device)
     optimiser = Optimiser(config, adapter, ranks.world, dtype)
-    train_step = TrainStep(config, model, adapter, optimiser.scaler, ranks.rank)
+    train_step = TrainStep(config, model, adapter, optimiser.scaler, ranks)
     accumulate = Accumulation(train_step, plan.micro, plan.oom_advice)
 
     # The run: at its beginning, or where a saved state left it.

@@ -7,7 +7,7 @@ import torch
 
 
 def seed_of(*parts: int) -> int:
-    """63 random bits that are a function of (seed, rank, step, …)."""
+    """63 random bits that are a function of (seed, step, place of the batch in it, …)."""
     return random.Random(str(parts)).getrandbits(63)
 
 

@@ -35,7 +35,8 @@ TAGS = {  # {what is measured: its tag}; what stands before the slash is the gro
     "improvement_low": "validation/improvement_low", "improvement_high": "validation/improvement_high",
     "gap": "validation/gap", "validation_loss": "validation/loss",
     "images_per_second": "speed/images_per_second", "seconds_per_step": "speed/seconds_per_step",
-    "steps": "speed/steps_measured", "waiting_for_data": "speed/waiting_for_data", "peak_memory_GiB": "memory/peak_GiB",
+    "steps": "speed/steps_measured", "waiting_for_data": "speed/waiting_for_data",
+    "waiting_for_ranks": "speed/waiting_for_ranks", "peak_memory_GiB": "memory/peak_GiB",
     "peak_reserved_GiB": "memory/reserved_GiB", "memory_in_use": "memory/in_use",
     "largest_error_of_the_file": "files/largest_error", "final_loss": "end/train_loss", "final_improvement": "end/improvement",
 }  # fmt: skip

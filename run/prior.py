@@ -54,22 +54,20 @@ class Prior:
     only what is needed. With a share of 0 k is 0, and nothing changes.
     """
 
-    def __init__(
-        self, config: PriorConfig, captions: CaptionConfig, seed: int, rank: int, model: TrainingModel, adapter: Adapter
-    ):  # fmt: skip
+    def __init__(self, config: PriorConfig, captions: CaptionConfig, seed: int, model: TrainingModel, adapter: Adapter):
         """Raises UserError if captions are encoded already."""
         if config.share_of_base and model.denoiser.text_encoder is None:
             raise UserError(
                 "--prior-share: this text was encoded with its trigger already, by cache_latents.py: leave out --text"
             )
-        self.config, self.captions = config, captions
-        self.seed, self.rank, self.model, self.adapter = seed, rank, model, adapter
+        self.config, self.captions, self.seed, self.model, self.adapter = config, captions, seed, model, adapter
 
-    def rows(self, batch: Batch, step: int, index: int) -> tuple[list[str], Tensor | None, Tensor]:
-        """(captions; weights of the error [B, 1, h, w] or [B, 1, 1, 1] or None: 1 everywhere; [k]), a function of (seed, rank,
-        step, index), the tensors on the device. A loss mask does not count where the base's prediction is learned.
+    def rows(self, batch: Batch, step: int, place: int) -> tuple[list[str], Tensor | None, Tensor]:
+        """(captions; weights of the error [B, 1, h, w] or [B, 1, 1, 1] or None: 1 everywhere; [k]), a function of (seed, step,
+        place of the batch in the step), the tensors on the device. A loss mask does not count where the base's prediction is
+        learned.
         """
-        draw = random.Random(seed_of(self.seed, self.rank, step, index, PRIOR))
+        draw = random.Random(seed_of(self.seed, 0, step, place, PRIOR))
         size = len(batch.captions)
         k = int(self.config.share_of_base * size + draw.random())
         prompts = self.config.prior_prompts

@@ -8,9 +8,9 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,11 +36,18 @@ class Ranks:
     store: dist.Store | None = None
     host: dist.ProcessGroup | None = None  # gloo, for tensors and objects in the host's memory
     collectives: int = 0  # that this rank has arrived at
+    averages: list[tuple[Any, Any]] = field(default_factory=list)  # since the last reading: begin and end of each
 
     @property
     def is_first(self) -> bool:
         """Rank 0 alone prints and writes."""
         return self.rank == 0
+
+    def place(self, index: int) -> int:
+        """Where this rank's batch `index` of a step is among all batches of the step. A single process that accumulates them
+        has the same ones in the same order.
+        """
+        return index * self.world + self.rank
 
     @contextmanager
     def collective(self) -> Iterator[None]:
@@ -79,11 +86,20 @@ class Ranks:
         return [rank for rank in keys if not self.store.check([f"noticed {rank}"])]
 
     def average(self, tensor: Tensor) -> None:
-        """tensor <- mean over all ranks, in place."""
+        """tensor <- mean over all ranks, in place. Does not wait for the device."""
         if self.world > 1:
+            begin = moment(tensor.device)
             with self.collective():
                 dist.all_reduce(tensor, group=None if tensor.is_cuda else self.host)
+            self.averages.append((begin, moment(tensor.device)))
             tensor /= self.world
+
+    def waited(self) -> float:
+        """Seconds for which the averages since the last call have stopped this rank: until the last rank had its tensor, and
+        until the mean was here. Waits for the device.
+        """
+        averages, self.averages = self.averages, []
+        return sum(end - begin if isinstance(end, float) else begin.elapsed_time(end) / 1000 for begin, end in averages)
 
     def any(self, flag: bool) -> bool:
         """True on every rank if it is true on one. Does not wait for the device."""
@@ -127,6 +143,15 @@ class Ranks:
             return None
         digests = self.gather([digest(tensors) for tensors in parts.values()])
         return next((name for name, *of_ranks in zip(parts, *digests, strict=True) if len(set(of_ranks)) > 1), None)
+
+
+def moment(device: torch.device) -> Any:
+    """Now, in seconds; on a GPU an event, since the host is ahead of it."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def digest(tensors: Sequence[Tensor]) -> bytes:

@@ -140,6 +140,8 @@ class Report:
             return []
         first = not self.meter.shares
         scalars, spoilt = self.meter.read(self.samples_per_step, self.optimiser.scale)
+        if self.ranks.world > 1:
+            scalars["waiting_for_ranks"] = self.ranks.waited() / (scalars["steps"] * scalars["seconds_per_step"])
         rates = dict(self.optimiser.learning_rates())
         shown = {"lr": f"{next(iter(rates.values())):.2e}", "img_s": f"{scalars['images_per_second']:.2f}"}
         self.progress.set_postfix(loss=f"{scalars['loss']:.4f}", **shown)

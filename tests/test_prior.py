@@ -21,6 +21,7 @@ from lora import add_lora
 from options.training import CaptionConfig, DataConfig, DiffusionConfig, LoRAConfig, PriorConfig, TrainConfig
 from run.accumulation import rows_of
 from run.prior import Prior, counting_graphs
+from run.ranks import Ranks
 from run.setup import TrainingModel
 from train_lora import TrainStep
 
@@ -51,7 +52,7 @@ def make_step(pipe):
         model = TrainingModel(pipe, "tiny", Source([], [], ""), CaptionConfig(), work, plan, CPU)
         adapter = add_lora(model.denoiser, LoRAConfig(rank=2, **lora), model.denoiser.unused)
         config = dataclasses.replace(config, memory=config.memory.resolved(CPU))
-        return TrainStep(config, model, adapter, torch.amp.GradScaler("cpu", enabled=False), rank=0)
+        return TrainStep(config, model, adapter, torch.amp.GradScaler("cpu", enabled=False), Ranks(0, 1))
 
     return make
 
@@ -117,9 +118,9 @@ def test_ranks_that_are_left_out_do_not_touch_the_base(make_step):
     assert step.adapter.dropout.factors is None
 
 
-def prior_of(seed: int = 0, rank: int = 0, text_encoder: object = True, **options) -> Prior:
+def prior_of(seed: int = 0, text_encoder: object = True, **options) -> Prior:
     model = SimpleNamespace(device=CPU, denoiser=SimpleNamespace(text_encoder=text_encoder))
-    return Prior(PriorConfig(**options), CaptionConfig(trigger="nrt"), seed, rank, model, None)
+    return Prior(PriorConfig(**options), CaptionConfig(trigger="nrt"), seed, model, None)
 
 
 @settings(max_examples=30, deadline=None)
@@ -140,12 +141,12 @@ def test_the_share_is_met_on_average_and_by_every_batch_within_one(share, size, 
     assert lengths == [len(prior.rows(batch, step, 0)[2]) for step in range(300)]
 
 
-def test_other_ranks_batches_and_seeds_draw_otherwise():
-    def draws(seed=0, rank=0, index=0):
-        prior = prior_of(seed, rank, prior_share=0.5)
-        return [len(prior.rows(batch_of(1), step, index)[2]) for step in range(40)]
+def test_other_batches_and_seeds_draw_otherwise():
+    def draws(seed=0, place=0):
+        prior = prior_of(seed, prior_share=0.5)
+        return [len(prior.rows(batch_of(1), step, place)[2]) for step in range(40)]
 
-    assert len({tuple(draws(**one)) for one in ({}, {"seed": 1}, {"rank": 1}, {"index": 1})}) == 4
+    assert len({tuple(draws(**one)) for one in ({}, {"seed": 1}, {"place": 1})}) == 3
 
 
 def test_a_mask_counts_only_where_the_picture_is_learned():
@@ -168,7 +169,7 @@ def test_cached_text_is_refused():
 def test_without_prompts_their_own_captions_lose_the_trigger(trigger, caption, tags):
     config = CaptionConfig(trigger=trigger, shuffle_tags=tags)
     assert without_trigger(with_trigger(caption, config), config) == caption
-    prior = Prior(PriorConfig(prior_share=0.9), CaptionConfig(trigger="nrt"), 0, 0, prior_of().model, None)
+    prior = Prior(PriorConfig(prior_share=0.9), CaptionConfig(trigger="nrt"), 0, prior_of().model, None)
     captions, _, rows = prior.rows(batch_of(4), 0, 0)
     assert captions == [f"{'' if n < len(rows) else 'nrt '}a cat {n}" for n in range(4)]
     assert len(rows) >= 3

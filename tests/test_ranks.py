@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ONE_HOST, fork_torchrun, run
-from test_train import equal, weights
+from test_train import equal, last, weights
 from two_ranks import gradient_and_step
 
 from lora import Adapter
@@ -176,6 +176,21 @@ def test_a_rank_that_is_killed(train, agent, tmp_path, monkeypatch):
     assert "step 5 of" in out
     assert "; processes 2 -> 1; no longer bit for bit\n" in out
     assert find_state("auto", tmp_path / "out")[1]["run"]["samples"] == 11  # the same images in the same order
+
+
+def test_eight_ranks_make_the_run_of_two_that_accumulate(agent, tmp_path):
+    """With plain gradient descent, which leaves differences of rounding as small as they are."""
+    options = ["--steps", 2, "--no-pictures", "--check-ranks-every", 1, "--rank-dropout", 0.2, "--flip"]
+    options += ["--caption-dropout", 0.3, "--trigger", "nrt", "--prior-share", 0.4, "--optimizer", "torch.optim.SGD", "--lr", 1]
+    found = {}
+    for processes, accumulated in ((2, 4), (8, 1)):
+        out, host = tmp_path / str(processes), ["--nproc-per-node", processes, *ONE_HOST[2:]]
+        assert statuses([agent(out, [*options, "--grad-accum", accumulated], *host)]) == [0], Path(f"{out}0.txt").read_text()
+        assert f"batch      1 × {accumulated} accumulated × {processes} processes = 8\n" in Path(f"{out}0.txt").read_text()
+        assert 0 < last(Path(f"{out}-runs"), "waiting_for_ranks") < 1
+        found[processes] = weights(out, 2)
+    for name, tensor in found[2].items():
+        torch.testing.assert_close(found[8][name], tensor, atol=2e-6, rtol=1e-4, msg=lambda text, at=name: f"{at}: {text}")
 
 
 @pytest.mark.parametrize(

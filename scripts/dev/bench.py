@@ -1,8 +1,9 @@
-"""Measures speed and memory of the real SDXL architecture (with random weights: a step costs the same) on one GPU.
+"""Measures speed and memory of the real SDXL architecture (with random weights: a step costs the same).
 
     python scripts/dev/bench.py                          every row of the table in docs/memory-and-speed.md, by train_lora.py
     python scripts/dev/bench.py --rows recipe images     some of them
     python scripts/dev/bench.py --rows recipe --vram-gb 12
+    python scripts/dev/bench.py --rows recipe free --processes 1 2 4 8    on several GPUs
     python scripts/dev/bench.py --parts                  time of each part of a step
     python scripts/dev/bench.py --pictures               drawing, beside diffusers' pipeline; without CUDA with the demo's model
     python scripts/dev/bench.py --profile                a step without a cap by kinds of kernels, and the bytes that it moves
@@ -26,7 +27,7 @@ import unittest.mock
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +96,18 @@ ROWS = {
     "prior": ("--prior-share 0.25, cap 16 GiB", (*RECIPE, *LATENT_DATA, *WITH_PRIOR, "--vram-gb", "16")),
 }  # fmt: skip
 
+COLUMNS = (
+    "row", "processes", "s/step", "img/s", "of the matmul rate", "allocated", "reserved", "on the card", "two steps after",
+    "waiting for ranks",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class BenchConfig:
     rows: tuple[str, ...] = tuple(ROWS)
     """Which rows to measure."""
+    processes: tuple[int, ...] = (1,)
+    """By how many processes each row is run, one for each GPU."""
     vram_gb: float | None = None
     """Run these rows with this cap instead of their own."""
     steps: int = 30
@@ -188,6 +196,7 @@ class BenchRow:
     name: str
     what: str
     command: str
+    processes: int = 1
     seconds_per_step: float | None = None
     images_per_second: float | None = None
     of_matmul_rate: float | None = None  # share of `matmul_rate`; counts forward pass and input gradients, no recomputation
@@ -195,6 +204,7 @@ class BenchRow:
     reserved_GiB: float | None = None
     on_card_GiB: float | None = None  # everything that the process takes, CUDA's own memory included
     two_steps_s: float | None = None  # from the start of the program to the end of its second step
+    waiting_for_ranks: float | None = None  # share of the time, of several processes
     failed: str | None = None  # the last line of the output, if the run failed
     told: list[str] = field(default_factory=list)  # the lines of its output about the plan; a key of bench.json
 
@@ -205,8 +215,11 @@ def used_on_card() -> float:
     return float(subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]) / 1024
 
 
-def measure_row(name: str, config: BenchConfig, matmul: float) -> BenchRow:
-    """Runs the row and reads the results from the output and the TensorBoard log of train_lora.py. `matmul`: FLOP/s."""
+def measure_row(name: str, processes: int, config: BenchConfig, matmul: float) -> BenchRow:
+    """Runs the row and reads the results from the output and the TensorBoard log of train_lora.py. `matmul`: FLOP/s.
+
+    One process is stopped by a signal, so that its memory can be seen; torchrun would take that for a failure.
+    """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     what, template = ROWS[name]
@@ -215,25 +228,27 @@ def measure_row(name: str, config: BenchConfig, matmul: float) -> BenchRow:
         options += ["--vram-gb", str(config.vram_gb)]
     run = config.work / "runs" / name
     shutil.rmtree(run, ignore_errors=True)
-    options += ["--model", str(config.work / "model"), "--steps", "100000", "--save-every", "100000", "--workers", "4"]
+    last = config.steps if processes > 1 else 100_000
+    options += ["--model", str(config.work / "model"), "--steps", str(last), "--save-every", str(last), "--workers", "4"]
     options += ["--no-pictures", "--validate", "none"]
-    command = [sys.executable, "train_lora.py", *options, "--out", str(run / "out"), "--log-dir", str(run / "log")]
-    row, used_before = BenchRow(name, what, "train_lora.py " + " ".join(options)), used_on_card()
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    command = [sys.executable, *torchrun, "train_lora.py", *options, "--out", str(run / "out"), "--log-dir", str(run / "log")]
+    row, used_before = BenchRow(name, what, "train_lora.py " + " ".join(options), processes), used_on_card()
     env = os.environ | {SHOW_PROGRESS: "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     errors, step = "", 0
     assert process.stderr is not None
     while step < config.steps and (line := process.stderr.readline(400)):
         errors += line
-        step = int((re.findall(r"(\d+)/100000", line) or [step])[-1])  # of the progress bar
-    if process.poll() is None:
+        step = int((re.findall(rf"(\d+)/{last}", line) or [step])[-1])  # of the progress bar
+    if processes == 1 and process.poll() is None:
         row.on_card_GiB = round(used_on_card() - used_before, 2)
         process.send_signal(signal.SIGINT)
     output, remaining_errors = process.communicate(timeout=120)
     errors += remaining_errors
     row.told = [line for line in (output + errors).replace("\r", "\n").splitlines() if re.match(r"memory|device|batch", line)]
     if process.returncode not in (os.EX_OK, os.EX_TEMPFAIL):  # finished, or stopped by the signal
-        lines = [line for line in errors.splitlines() if "/100000" not in line]  # without the progress bar
+        lines = [line for line in errors.splitlines() if f"/{last}" not in line]  # without the progress bar
         row.failed = (lines or ["no output"])[-1][-300:]
         return row
     (events,) = (run / "log").iterdir()
@@ -242,9 +257,12 @@ def measure_row(name: str, config: BenchConfig, matmul: float) -> BenchRow:
     row.images_per_second = round(statistics.median(rates), 2)
     batch = int(re.findall(r"= (\d+)", next(line for line in row.told if line.startswith("batch")))[0])
     row.seconds_per_step = round(batch / row.images_per_second, 4)
-    row.of_matmul_rate = round(2 * FORWARD * row.images_per_second / matmul, 3)
+    row.of_matmul_rate = round(2 * FORWARD * row.images_per_second / (matmul * processes), 3)
     row.allocated_GiB = round(log.Scalars("memory/peak_GiB")[-1].value, 2)
     row.reserved_GiB = round(log.Scalars("memory/reserved_GiB")[-1].value, 2)
+    if processes > 1:
+        shares = [event.value for event in log.Scalars("speed/waiting_for_ranks") if event.step > 10]
+        row.waiting_for_ranks = round(statistics.median(shares), 4)
     row.two_steps_s = float(re.findall(r"two steps done ([\d.]+) s", " ".join(row.told))[0])
     return row
 
@@ -624,16 +642,15 @@ def main(config: BenchConfig) -> None:
         print("\n".join(f"{value:10.2f}  {name}" for name, value in result["parts"].items()))
     else:
         torch.cuda.empty_cache()
-        print("| row | s/step | img/s | of the matmul rate | allocated | reserved | on the card | two steps after |")
-        print("|---|---|---|---|---|---|---|---|", flush=True)
+        print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|", flush=True)
         result["rows"] = []
-        for name in config.rows:
-            row = measure_row(name, config, rate)
+        for name, processes in product(config.rows, config.processes):
+            row = measure_row(name, processes, config, rate)
             result["rows"].append(asdict(row))
             speed = (row.seconds_per_step, row.images_per_second, row.of_matmul_rate)
             taken = (row.allocated_GiB, row.reserved_GiB, row.on_card_GiB)
-            cells = map(str, (*speed, *taken, row.two_steps_s))
-            print(f"| {row.what} | {row.failed or ' | '.join(cells)} |", flush=True)
+            cells = ["" if value is None else str(value) for value in (*speed, *taken, row.two_steps_s, row.waiting_for_ranks)]
+            print(f"| {row.what} | {processes} | {row.failed or ' | '.join(cells)} |", flush=True)
             for line in row.told:
                 print(f"    {line}", flush=True)
             config.out.write_text(json.dumps(result, indent=1))  # after every row, as a later one may fail
