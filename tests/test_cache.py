@@ -196,10 +196,12 @@ def test_killed_in_between_it_continues_with_the_same_result(script, tiny_model,
     assert contents(folder) == wanted
 
 
-def test_several_ranks_share_the_work(script, tiny_model, shards, tmp_path):
+@pytest.mark.parametrize("processes", [2, 8])  # for four shards
+def test_several_ranks_share_the_work(script, tiny_model, shards, tmp_path, processes):
     options = [shards, "--model", tiny_model, "--per-shard", 2, "--device", "cpu", "--bucket-step", 16, "--workers", 0]
     script("scripts/cache_latents.py", *options, "--out", tmp_path / "one")
-    process = fork_torchrun("scripts/cache_latents.py", [*options, "--out", tmp_path / "two"], ONE_HOST, tmp_path / "output")
+    host = ["--nproc-per-node", processes, *ONE_HOST[2:]]
+    process = fork_torchrun("scripts/cache_latents.py", [*options, "--out", tmp_path / "two"], host, tmp_path / "output")
     process.join(120)
     output = (tmp_path / "output").read_text()
     assert process.exitcode == 0, output

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import islice
+from itertools import islice, pairwise
 from urllib.parse import unquote, urlsplit
 
 import fsspec
@@ -489,6 +489,37 @@ def test_a_shard_is_surveyed_once(server, shards, tmp_path, monkeypatch):
     chunks = sum(-(-len(tar) // remote.CHUNK) for path, tar in server.files.items() if path.endswith(".tar"))
     assert sum(headers["Range"] not in (None, "bytes=0-0") for _, headers in server.requests) == chunks  # the first rank's
     assert open_source(url, cache).names == first.names
+
+
+def test_eight_ranks_load_every_sample_once(server, shards, tmp_path):
+    """But for those that two of them want at the same moment."""
+    url, cache, context = serve(server, shards), Cache(tmp_path / "cache", 10**8), multiprocessing.get_context("fork")
+    samples, together = open_source(url, cache).samples, context.Barrier(9)
+
+    def draw(rank: int) -> None:
+        batches = iter(Stream(open_source(url, cache), DataConfig(bs=1), CaptionConfig(), 64, seed=0, rank=rank, world=8))
+        for _ in range(3):
+            together.wait(60)  # until all are ready
+            together.wait(60)  # until the requests so far are counted
+            next(batches)
+        together.wait(60)
+
+    ranks = [context.Process(target=draw, args=(rank,)) for rank in range(8)]
+    for rank in ranks:
+        rank.start()
+    requests = []
+    for _ in range(3):
+        together.wait(60)
+        requests.append(len(server.requests))
+        together.wait(60)
+    together.wait(60)
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0] * 8
+    first, second, third = (after - before for before, after in pairwise([*requests, len(server.requests)]))
+    assert samples == 7
+    assert first in (7, 8)  # the first eight draws are of all seven
+    assert (second, third) == (0, 0)
 
 
 def fill(folder, limit: int, which: int) -> None:

@@ -96,7 +96,7 @@ ROWS = {
     "prior": ("--prior-share 0.25, cap 16 GiB", (*RECIPE, *LATENT_DATA, *WITH_PRIOR, "--vram-gb", "16")),
 }  # fmt: skip
 
-COLUMNS = (
+ROW_COLUMNS = (
     "row", "processes", "s/step", "img/s", "of the matmul rate", "allocated", "reserved", "on the card", "two steps after",
     "waiting for ranks",
 )  # fmt: skip
@@ -642,7 +642,7 @@ def main(config: BenchConfig) -> None:
         print("\n".join(f"{value:10.2f}  {name}" for name, value in result["parts"].items()))
     else:
         torch.cuda.empty_cache()
-        print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|", flush=True)
+        print(f"| {' | '.join(ROW_COLUMNS)} |\n{'|---' * len(ROW_COLUMNS)}|", flush=True)
         result["rows"] = []
         for name, processes in product(config.rows, config.processes):
             row = measure_row(name, processes, config, rate)
