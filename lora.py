@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.seeds import seed_generator
 from lora_files.deltas import Changes, Deltas, add_deltas, check_fit
+from lora_files.kinds import Delta, Difference
 from options.training import LoRAConfig
 from performance.adamw8bit import STATE_BLOCK, spread
 from performance.linear_group import LinearGroup
@@ -438,6 +439,12 @@ def merge_loras(model: nn.Module, loras: list[tuple[Changes, float]]) -> None:
     A convolution's W [out, in, kh, kw] is treated as [out, in·kh·kw]. Raises UserError, before any weight has changed, if
     the deltas do not fit the model; and if a sum is not finite.
     """
-    weights = {name: weight for deltas, _ in loras for name, weight in check_fit(model, deltas).items()}
+    weights: dict[str, Tensor] = {}
+    changes: dict[str, list[tuple[Delta | Difference, float]]] = {}
+    for deltas, strength in loras:
+        for key, weight in check_fit(model, deltas).items():
+            name = key.removesuffix(".weight")  # of a layer and of its parameter: one sum, as DoRA's ΔW is that of the base
+            weights[name] = weight
+            changes.setdefault(name, []).append((deltas[key], strength))
     for name, weight in weights.items():
-        add_deltas(name, weight, [(deltas[name], strength) for deltas, strength in loras if name in deltas])
+        add_deltas(name, weight, changes[name])

@@ -41,7 +41,8 @@ def read_header(path: Path) -> tuple[int, dict]:
             pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            return 8 + length, json.loads(file.read(length))
+            header = json.loads(file.read(length))
+            return 8 + length, {key: entry for key, entry in header.items() if entry is not None}  # as metadata may be
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} is not a readable .safetensors file: {error}") from None
 

@@ -180,9 +180,9 @@ def norms(blocks: dict[str, Block]) -> Iterator[str]:
 
 
 def weights(file: LoraFile) -> Iterator[str]:
-    for label, modules in (("dead (ΔW = 0)", file.dead), ("not finite", file.not_finite)):
+    for label, modules, among in (("dead (ΔW = 0)", file.dead, file.deltas), ("not finite", file.not_finite, file.places)):
         first = f": {', '.join(modules[:3])}{', …' if len(modules) > 3 else ''}" if modules else ""
-        yield f"{label:14} {len(modules)} of {len(file.deltas)} modules{first}"
+        yield f"{label:14} {len(modules)} of {len(among)} modules{first}"
     lost = total = 0
     for module in file.deltas.keys() - {*file.dead, *file.not_finite}:
         for factor in file.deltas[module][:2]:
@@ -232,7 +232,8 @@ def main(config: InspectConfig) -> None:
     blocks = measure_layers(file)
     if model == "demo":
         print("for          the bundled demo model, which no other program has")
-    for section in (overview(file), components(file), norms(blocks) if blocks else (), weights(file) if file.deltas else ()):
+    of_weights = weights(file) if file.deltas or file.not_finite else ()
+    for section in (overview(file), components(file), norms(blocks) if blocks else (), of_weights):
         if lines := list(section):
             print(*lines, "", sep="\n")
     for program in RULES:
