@@ -27,7 +27,6 @@ ATTENTION_IN = r"^unet\.up_blocks\.0\.attentions\.{}\..*\.attn[12]\.(to_q|to_k|t
 UNET_ONLY = {"style": ATTENTION_IN.format(1), "content": ATTENTION_IN.format(0)}
 TARGETS = {"attention": ATTENTION, "all": EVERYTHING, **UNET_ONLY}
 UNPACKED = ("fp16", "bf16", "fp32")
-MAX_RANK = 10_240  # the rows of SDXL's largest layer
 
 
 def is_name(text: str) -> bool:
@@ -102,9 +101,6 @@ class LoRAConfig(Options):
         for text in self.rank_pattern:
             if not read_pattern("--rank-pattern", text)[1].is_integer():
                 raise UserError(f"--rank-pattern {text!r}: a rank is a whole number")
-        ranks = [self.rank, self.conv_rank or 1, *(read_pattern("--rank-pattern", text)[1] for text in self.rank_pattern)]
-        if max(ranks) > MAX_RANK:
-            raise UserError(f"--rank, --conv-rank or --rank-pattern: {max(ranks):g} is above {MAX_RANK}, more than a layer has")
         for text in self.lr_pattern:
             read_pattern("--lr-pattern", text)
 
