@@ -27,6 +27,7 @@ ATTENTION_IN = r"^unet\.up_blocks\.0\.attentions\.{}\..*\.attn[12]\.(to_q|to_k|t
 UNET_ONLY = {"style": ATTENTION_IN.format(1), "content": ATTENTION_IN.format(0)}
 TARGETS = {"attention": ATTENTION, "all": EVERYTHING, **UNET_ONLY}
 UNPACKED = ("fp16", "bf16", "fp32")
+NO_REGEX = (re.error, OverflowError, RecursionError)  # what re.compile raises, also for a{99999999999} and for "(" 9999 times
 
 
 def is_name(text: str) -> bool:
@@ -40,7 +41,7 @@ def read_pattern(flag: str, text: str) -> tuple[str, float]:
     try:
         re.compile(regex)
         value = float(number)
-    except (re.error, ValueError) as error:
+    except (*NO_REGEX, ValueError) as error:
         raise UserError(f"{flag} {text!r} is not of the form REGEX=NUMBER: {error}") from None
     if not regex or not 0 < value < math.inf:
         raise UserError(f"{flag} {text!r}: a regular expression stands before the =, and a number above 0 after it")
@@ -90,7 +91,7 @@ class LoRAConfig(Options):
         super().__post_init__()
         try:
             re.compile(self.pattern)
-        except re.error as error:
+        except NO_REGEX as error:
             raise UserError(f"--targets {self.targets!r} is neither a preset nor a regular expression: {error}") from None
         if self.conv_alpha is not None and self.conv_rank is None:
             raise UserError("--conv-alpha does nothing without --conv-rank")
