@@ -225,6 +225,8 @@ def main(config: InspectConfig) -> None:
     lora, model = newest_lora(config.lora, ""), config.model
     picture = config.picture or Path(f"{lora.stem}.norms.png")
     check_writable("--picture", picture.parent)
+    if picture.is_dir():
+        raise UserError(f"--picture {picture} is a folder: name a .png file in it")
     with suppress(UserError):  # of another tool, or for a model that is not here
         model = model or ("demo" if trained_on(lora) == "demo" else None)
     shapes = model_shapes(model)

@@ -297,6 +297,16 @@ def test_inspecting_tells_what_makes_others_refuse(script, plain, tiny_model, tm
     save_file(trained(plain, "LoCon", (LINEAR,)) | {f"{kohya_name(LINEAR)}.dora_scale": torch.tensor(1.0)}, "x.safetensors")
     printed, _ = script("scripts/inspect_lora.py", "x.safetensors", "--model", tiny_model)
     assert f"1 have other shapes than their layer, first {kohya_name(LINEAR)}\n" in printed
+    _, err = script("scripts/inspect_lora.py", "x.safetensors", "--model", tiny_model, "--picture", tmp_path, status=2)
+    assert err == f"inspect_lora.py: --picture {tmp_path} is a folder: name a .png file in it\n"
+
+
+def test_a_complex_alpha_is_refused_in_one_line(plain, tmp_path):
+    save_file(
+        trained(plain, "LoCon", (LINEAR,)) | {f"{kohya_name(LINEAR)}.alpha": torch.tensor(1 + 1j)}, tmp_path / "x.safetensors"
+    )
+    with pytest.raises(UserError, match=r"to_q\.alpha is C64, which holds no weights"):
+        read_changes(tmp_path / "x.safetensors", parameter_shapes(plain))
 
 
 def test_the_order_of_several_does_not_count(plain, tmp_path):
