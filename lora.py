@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.seeds import seed_generator
 from lora_files.deltas import Changes, Deltas, add_deltas, check_fit
+from lora_files.kinds import Delta, Difference
 from options.training import LoRAConfig
 from performance.adamw8bit import STATE_BLOCK, spread
 from performance.linear_group import LinearGroup
@@ -376,6 +377,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
+MAX_RANK = 10_240  # the rows of SDXL's largest layer
 CONVOLUTIONS = r"^unet\..*\.(conv1|conv2|conv_shortcut|(down|up)samplers\.0\.conv)$"  # those of other programs
 
 
@@ -396,7 +398,7 @@ def add_lora(
     Layers under the path prefixes `unused` are left out: nothing reads their output, so an adapter there would never get a
     gradient. A is drawn on the CPU from `seed`, so that all ranks and devices start with the same weights.
 
-    Raises UserError if --targets matches no linear layer.
+    Raises UserError if --targets matches no linear layer, or a rank is above MAX_RANK.
     """
     model.requires_grad_(False)
     generator = seed_generator(torch.Generator(), seed)
@@ -409,6 +411,8 @@ def add_lora(
             continue
         parent, _, child = name.rpartition(".")
         rank = config.rank_of(name, convolution)
+        if rank > MAX_RANK:
+            raise UserError(f"{name} cannot have a rank above {MAX_RANK}: see --rank, --conv-rank and --rank-pattern")
         kind = cast(Any, LoRAConv2d if convolution else partial(LoRALinear, dora=config.dora))
         modules[name] = kind(layer, rank, config.stored_alpha(rank, convolution), generator)
         setattr(model.get_submodule(parent), child, modules[name])
@@ -438,6 +442,12 @@ def merge_loras(model: nn.Module, loras: list[tuple[Changes, float]]) -> None:
     A convolution's W [out, in, kh, kw] is treated as [out, in·kh·kw]. Raises UserError, before any weight has changed, if
     the deltas do not fit the model; and if a sum is not finite.
     """
-    weights = {name: weight for deltas, _ in loras for name, weight in check_fit(model, deltas).items()}
+    weights: dict[str, Tensor] = {}
+    changes: dict[str, list[tuple[Delta | Difference, float]]] = {}
+    for deltas, strength in loras:
+        for key, weight in check_fit(model, deltas).items():
+            name = key.removesuffix(".weight")  # of a layer and of its parameter: one sum, as DoRA's ΔW is that of the base
+            weights[name] = weight
+            changes.setdefault(name, []).append((deltas[key], strength))
     for name, weight in weights.items():
-        add_deltas(name, weight, [(deltas[name], strength) for deltas, strength in loras if name in deltas])
+        add_deltas(name, weight, changes[name])

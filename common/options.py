@@ -67,7 +67,8 @@ def within(
     multiple_of: int | None = None,
 ) -> bool:
     """Whether `value` keeps all the bounds. NaN and infinite values never do."""
-    inside = math.isfinite(value) and value >= at_least and value > above and value <= at_most
+    finite = -math.inf < value < math.inf  # math.isfinite raises for a whole number beyond floats
+    inside = finite and value >= at_least and value > above and value <= at_most
     return inside and (multiple_of is None or value % multiple_of == 0)
 
 

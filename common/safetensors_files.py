@@ -41,7 +41,8 @@ def read_header(path: Path) -> tuple[int, dict]:
             pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            return 8 + length, json.loads(file.read(length))
+            header = json.loads(file.read(length))
+            return 8 + length, {key: entry for key, entry in header.items() if entry is not None}  # as metadata may be
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} is not a readable .safetensors file: {error}") from None
 
@@ -55,8 +56,9 @@ def encode_header(header: dict) -> bytes:
 
 def check_dtypes(path: Path, header: dict, exempt: str) -> None:
     """Raises UserError, which names the first, if a tensor is of integers or another dtype that holds no weights without the
-    scales that its program keeps. `exempt`: how keys end that may be of any dtype.
+    scales that its program keeps. `exempt`: how keys end that may be of any real dtype.
     """
     for key, entry in header.items():
-        if entry.get("dtype", "F32") not in WEIGHT_DTYPES and not key.endswith(exempt):
-            raise UserError(f"{path}: {key} is {entry['dtype']}, which holds no weights: {', '.join(WEIGHT_DTYPES)} do")
+        dtype = entry.get("dtype", "F32")
+        if dtype not in WEIGHT_DTYPES and (dtype == "C64" or not key.endswith(exempt)):
+            raise UserError(f"{path}: {key} is {dtype}, which holds no weights: {', '.join(WEIGHT_DTYPES)} do")

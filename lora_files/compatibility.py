@@ -57,9 +57,9 @@ class LoraFile(Contents):
 
     @cached_property
     def not_finite(self) -> list[str]:
-        """The module paths in `deltas` with a value that is not finite."""
-        numbers = {module: (A, B, torch.tensor(alpha)) for module, (A, B, alpha) in self.deltas.items()}
-        return [module for module, parts in numbers.items() if not all(part.float().isfinite().all() for part in parts)]
+        """The module paths in `places` with a value that is not finite."""
+        tensors = {module: self.parts[stem].values() for stem, module in self.places.items()}
+        return [module for module, own in tensors.items() if not all(tensor.float().isfinite().all() for tensor in own)]
 
     @cached_property
     def dead(self) -> list[str]:
@@ -353,7 +353,8 @@ def peft_magnitude(file: LoraFile, program: str) -> Iterable[str]:
 
 @rule("{n} of DoRA with a norm for each output, which it gets wrong", *UIS)
 def norm_of_outputs(file: LoraFile, program: str) -> Iterable[str]:
-    return (stem for stem in file.kinds if len(file.parts[stem].get("dora_scale", ())) > 1)
+    scales = {stem: file.parts[stem]["dora_scale"] for stem in file.kinds if "dora_scale" in file.parts[stem]}
+    return (stem for stem, scale in scales.items() if scale.shape[:1].numel() > 1)
 
 
 @rule("not listed under SDXL: no ss_base_model_version in the header begins with sdxl_", "A1111", table=REMARKS)

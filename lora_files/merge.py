@@ -44,7 +44,7 @@ def base_shapes(base: Path) -> dict[str, torch.Size]:
     shapes = {}
     for _, _, place, shape in stored_weights(base):
         shapes[place.parameter] = shape
-        if len(shape) > 1:
+        if len(shape) > 1 and not place.module.endswith("_embedding"):  # no layer
             shapes[place.module] = shape
     return shapes
 
@@ -73,7 +73,7 @@ def merged_chunks(stream: BinaryIO, start: int, header: dict, component: str, lo
         stream.seek(start + begin)
         data = bytearray(stream.read(end - begin))
         for place in places(component, key, header[key]["shape"]):
-            names = {place.parameter, place.module}  # equal for a bias
+            names = dict.fromkeys((place.module, place.parameter))  # equal for a bias
             changes = [(deltas[name], strength) for deltas, strength in loras for name in names if name in deltas]
             tensor = torch.frombuffer(data, dtype=STORED_DTYPES[header[key]["dtype"]]).view(header[key]["shape"])
             add_deltas(place.parameter, place.weight_in(tensor), changes)

@@ -231,7 +231,10 @@ def group_by_stem(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         elif match := next(filter(None, (re.search(kind, key) for kind in OTHER_KINDS | UNSUPPORTED)), None):
             stem, part = key[: match.start()] or key, key[match.start() :].removeprefix(".")
             part = re.sub(r"^(lora_m\w+)(\.default)?\.weight$", r"\1", part)
-        parts.setdefault(stem, {}).update({part: tensor} if part else {})
+        own = parts.setdefault(stem, {})
+        if part in own:  # under two names: a stem of its own, which matches no layer
+            own, part = parts.setdefault(key, {}), None
+        own |= {part: tensor} if part else {}
     return parts
 
 

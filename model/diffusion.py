@@ -38,8 +38,9 @@ class WeightedTimesteps:
     """t as often as its weight says."""
 
     def __init__(self, weights: Tensor, device: torch.device):
-        """`weights`: [T], not negative."""
-        self.table = weights / weights.sum()
+        """`weights`: [T] float64, not negative."""
+        self.table = weights / weights.max()  # whose sum is finite
+        self.table = self.table / self.table.sum()
         ends = self.table.cumsum(0)
         self.ends = (ends / ends[-1]).float().to(device)
         self.last = int(weights.nonzero()[-1])
@@ -62,7 +63,7 @@ def choose_timesteps(config: DiffusionConfig, T: int, device: torch.device) -> E
     if kind == "weights":
         if len(values) > T:
             raise UserError(f"--timesteps: {len(values)} weights for the {T} timesteps of --model")
-        return WeightedTimesteps(torch.tensor(values).double()[torch.arange(T) * len(values) // T], device)
+        return WeightedTimesteps(torch.tensor(values, dtype=torch.float64)[torch.arange(T) * len(values) // T], device)
     mean, deviation = values  # logit(t / T) is normal, as in Stable Diffusion 3 (Esser et al. 2024, arXiv:2403.03206)
     edges = (torch.logit(torch.arange(T + 1).double() / T) - mean) / deviation
     return WeightedTimesteps(torch.special.ndtr(edges).diff(), device)

@@ -54,6 +54,7 @@ REASONS = {  # what is done here: their names
         "network_module network_args algo preset dim_from_weights LoRA_type LyCORIS_preset "
         "conv_dims conv_alphas constrain decompose_both factor rescaled train_norm train_on_input unit "
         "use_cp use_scalar use_tucker block_lr_zero_threshold conv_block_dims conv_block_alphas",
+    "--dora is for linear layers, without --conv-rank": "dora_wd use_dora wd_on_output wd_on_out",
     "learning rates of single blocks are --lr-pattern": "down_lr_weight mid_lr_weight up_lr_weight",
     "one ratio for all layers: --lora-plus": "loraplus_unet_lr_ratio loraplus_text_encoder_lr_ratio",
     "ranks of single blocks are --rank-pattern, and --alpha is that of all": "block_dims block_alphas",

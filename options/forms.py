@@ -16,8 +16,8 @@ FORMS = {
     "noise": ("plain", "offset:x", "pyramid:LEVELS,DECAY"),
     "lr_schedule": ("constant", "linear", "cosine", "cosine-restarts:N", "rex", "wsd:SHARE"),
 }
-LIMITS = {  # between these, not at them; whether it is a whole number
-    "δ": (0, math.inf, False), "γ": (0, math.inf, False), "µ": (-math.inf, math.inf, False), "σ": (0, math.inf, False),
+LIMITS = {  # between these, not at them; whether it is a whole number. float32 has room for the square of δ
+    "δ": (1e-6, 1e6, False), "γ": (0, math.inf, False), "µ": (-math.inf, math.inf, False), "σ": (0, math.inf, False),
     "x": (0, 2, False), "LEVELS": (0, 13, True), "DECAY": (0, 1, False),
     "N": (0, math.inf, True), "SHARE": (0, 1, False),
 }  # fmt: skip

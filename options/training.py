@@ -27,6 +27,7 @@ ATTENTION_IN = r"^unet\.up_blocks\.0\.attentions\.{}\..*\.attn[12]\.(to_q|to_k|t
 UNET_ONLY = {"style": ATTENTION_IN.format(1), "content": ATTENTION_IN.format(0)}
 TARGETS = {"attention": ATTENTION, "all": EVERYTHING, **UNET_ONLY}
 UNPACKED = ("fp16", "bf16", "fp32")
+NO_REGEX = (re.error, OverflowError, RecursionError)  # what re.compile raises, also for a{99999999999} and for "(" 9999 times
 
 
 def is_name(text: str) -> bool:
@@ -40,7 +41,7 @@ def read_pattern(flag: str, text: str) -> tuple[str, float]:
     try:
         re.compile(regex)
         value = float(number)
-    except (re.error, ValueError) as error:
+    except (*NO_REGEX, ValueError) as error:
         raise UserError(f"{flag} {text!r} is not of the form REGEX=NUMBER: {error}") from None
     if not regex or not 0 < value < math.inf:
         raise UserError(f"{flag} {text!r}: a regular expression stands before the =, and a number above 0 after it")
@@ -59,14 +60,14 @@ class LoRAConfig(Options):
     rank_pattern: tuple[str, ...] = option((), resume="fixed")
     """Another rank for the layers whose path a regular expression finds, as attn2=32 or 'up_blocks.*attn1=4'. Of several the
     first that finds a layer counts; --alpha is the same everywhere."""
-    alpha: float | None = option(None, above=0, resume="fixed")
+    alpha: float | None = option(None, above=0, at_most=10**6, resume="fixed")
     """Scale α: ΔW = (α/r)·B·A. None: equal to --rank."""
     rank_stabilised: bool = option(False, resume="fixed")
     """ΔW = (α/√r)·B·A, so that a higher rank needs no other learning rate (rsLoRA, arXiv:2312.03732). Needs --alpha."""
     conv_rank: int | None = option(None, at_least=1, resume="fixed")
     """LoRA of this rank on the convolutions of the U-Net's residual blocks, down- and upsamplers, too (LoCon,
     arXiv:2309.14859). None: on linear layers only."""
-    conv_alpha: float | None = option(None, above=0, resume="fixed")
+    conv_alpha: float | None = option(None, above=0, at_most=10**6, resume="fixed")
     """α of the convolutions. None: equal to --conv-rank."""
     dora: bool = option(False, resume="fixed")
     """Train the length of every row of W + ΔW apart from its direction (DoRA, arXiv:2402.09353): slower, and read by fewer
@@ -90,7 +91,7 @@ class LoRAConfig(Options):
         super().__post_init__()
         try:
             re.compile(self.pattern)
-        except re.error as error:
+        except NO_REGEX as error:
             raise UserError(f"--targets {self.targets!r} is neither a preset nor a regular expression: {error}") from None
         if self.conv_alpha is not None and self.conv_rank is None:
             raise UserError("--conv-alpha does nothing without --conv-rank")
@@ -251,7 +252,7 @@ class PriorConfig(Options):
     prior_share: float = option(0.0, at_least=0, at_most=0.9)
     """Share of the images of the run that come from --prior-data; 0: half, as in DreamBooth. Without --prior-data: share of a
     batch that learns the base's own prediction, for captions without the trigger, e.g. 0.25; 0: none."""
-    prior_weight: float = option(1.0, above=0)
+    prior_weight: float = option(1.0, above=0, at_most=10**6)
     """What the loss of these images is multiplied by."""
     prior_prompts: tuple[str, ...] = option((), text=True)
     """Without --prior-data: their captions: texts, or one .txt file with one on each line. None given: their own without the
@@ -265,8 +266,10 @@ class PriorConfig(Options):
             object.__setattr__(self, "prior_share", 0.5)
         if not self.prior_share and (self.prior_prompts or self.prior_weight != 1):
             raise UserError("--prior-weight and --prior-prompts do nothing without --prior-share or --prior-data")
-        if len(self.prior_prompts) == 1 and self.prior_prompts[0].endswith(".txt"):
+        if len(self.prior_prompts) == 1 and self.prior_prompts[0].lower().endswith(".txt"):
             object.__setattr__(self, "prior_prompts", lines_in("--prior-prompts", Path(self.prior_prompts[0])))
+        if name := next((text for text in self.prior_prompts if text.lower().endswith(".txt")), None):
+            raise UserError(f"--prior-prompts {name}: texts, or one .txt file with one on each line")
 
     @property
     def share_of_base(self) -> float:

@@ -28,11 +28,12 @@ def run_header(flags: dict[str, Any], source: Source, prediction_type: str, prom
     """
     side = flags["resolution"]
     lora = LoRAConfig(flags["rank"], alpha=flags["alpha"], rank_stabilised=flags.get("rank_stabilised", False))
+    several = flags.get("rank_pattern")  # ranks; with rsLoRA α follows them, as `rank_header` says it of any file
     network_args = {theirs: str(flags[own]) for own, theirs in NETWORK_ARGS.items() if flags.get(own)}
     given = {key: flags.get(key) for key in ("author", "description", "license")} | {"trigger_phrase": flags.get("trigger")}
     header = {f"modelspec.{key}": str(value) for key, value in given.items() if value} | {
-        "ss_network_dim": str(flags["rank"]),
-        "ss_network_alpha": str(lora.stored_alpha(lora.rank)),
+        "ss_network_dim": "Dynamic" if several else str(flags["rank"]),
+        "ss_network_alpha": "Dynamic" if several and lora.rank_stabilised else str(lora.stored_alpha(lora.rank)),
         "ss_network_args": json.dumps({"targets": flags["targets"]} | network_args),
         "ss_resolution": f"({side}, {side})",
         "ss_num_train_images": str(source.samples),

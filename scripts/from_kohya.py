@@ -175,31 +175,36 @@ def add_objective(options: dict[str, Any], notes: dict[str, str], theirs: dict[s
     """Options that say in one word what kohya's scripts say with several keys; of those that exclude each other the first."""
 
     def number(key: str, default: float = 0.0) -> float:
-        with suppress(ValueError):
+        with suppress(ValueError, TypeError):
             return float(theirs.get(key) or default)
         return default
 
     found: dict[str, Any] = {}
+    passed_over: set[str] = set()  # there they have an effect beside the other: they stay in the notes
     low, high = number("min_timestep"), number("max_timestep", 1000)
     if (low, high) != (0, 1000):
         found["timesteps"] = f"{low:g}-{high:g}"
-    kind = {"snr": "huber-snr", "constant": "huber"}.get(theirs.get("huber_schedule") or "snr")
+    kind = {"snr": "huber-snr", "constant": "huber"}.get(str(theirs.get("huber_schedule") or "snr"))
     if theirs.get("loss_type") == "huber" and kind:
         found["loss"] = f"{kind}:{number('huber_c', 0.1):g}"
     elif theirs.get("loss_type") in ("l1", "l2"):
         found["loss"] = {"l1": "l1", "l2": "mse"}[theirs["loss_type"]]
+    debiased = str(theirs.get("debiased_estimation_loss")).lower() == "true"
     if gamma := number("min_snr_gamma"):
         found["weighting"] = f"min-snr:{gamma:g}"
-    elif str(theirs.get("debiased_estimation_loss")).lower() == "true":
+        passed_over |= {"debiased_estimation_loss"} if debiased else set()
+    elif debiased:
         found["weighting"] = "debiased"
+    offset = number("noise_offset")
     if levels := number("multires_noise_iterations"):
         found["noise"] = f"pyramid:{levels:g},{number('multires_noise_discount', 0.3):g}"
-    elif offset := number("noise_offset"):
+        passed_over |= {"noise_offset"} if offset else set()
+    elif offset:
         found["noise"] = f"offset:{offset:g}"
     for option, value in found.items():
         with suppress(UserError):  # then its keys stay in the notes
             options[option] = getattr(DiffusionConfig(**{option: value}), option)
-            for key in OBJECTIVE[option]:
+            for key in set(OBJECTIVE[option]) - passed_over:
                 notes.pop(key, None)
 
 

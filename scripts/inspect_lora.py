@@ -180,9 +180,9 @@ def norms(blocks: dict[str, Block]) -> Iterator[str]:
 
 
 def weights(file: LoraFile) -> Iterator[str]:
-    for label, modules in (("dead (ΔW = 0)", file.dead), ("not finite", file.not_finite)):
+    for label, modules, among in (("dead (ΔW = 0)", file.dead, file.deltas), ("not finite", file.not_finite, file.places)):
         first = f": {', '.join(modules[:3])}{', …' if len(modules) > 3 else ''}" if modules else ""
-        yield f"{label:14} {len(modules)} of {len(file.deltas)} modules{first}"
+        yield f"{label:14} {len(modules)} of {len(among)} modules{first}"
     lost = total = 0
     for module in file.deltas.keys() - {*file.dead, *file.not_finite}:
         for factor in file.deltas[module][:2]:
@@ -225,6 +225,8 @@ def main(config: InspectConfig) -> None:
     lora, model = newest_lora(config.lora, ""), config.model
     picture = config.picture or Path(f"{lora.stem}.norms.png")
     check_writable("--picture", picture.parent)
+    if picture.is_dir():
+        raise UserError(f"--picture {picture} is a folder: name a .png file in it")
     with suppress(UserError):  # of another tool, or for a model that is not here
         model = model or ("demo" if trained_on(lora) == "demo" else None)
     shapes = model_shapes(model)
@@ -232,7 +234,8 @@ def main(config: InspectConfig) -> None:
     blocks = measure_layers(file)
     if model == "demo":
         print("for          the bundled demo model, which no other program has")
-    for section in (overview(file), components(file), norms(blocks) if blocks else (), weights(file) if file.deltas else ()):
+    of_weights = weights(file) if file.deltas or file.not_finite else ()
+    for section in (overview(file), components(file), norms(blocks) if blocks else (), of_weights):
         if lines := list(section):
             print(*lines, "", sep="\n")
     for program in RULES:

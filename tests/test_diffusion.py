@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from model.diffusion import Diffusion, weights_of_mask, weights_of_timesteps
+from model.diffusion import Diffusion, choose_timesteps, weights_of_mask, weights_of_timesteps
 from options.forms import FORMS
 from options.optimiser import OptimiserConfig
 from options.training import DiffusionConfig
@@ -215,6 +215,8 @@ def test_input_perturbation_is_added_and_not_predicted():
         ({"weighting": "debiased:3"}, "--weighting debiased:3: choose from"),
         ({"loss": "huber:nan"}, "it is huber:δ"),
         ({"loss": "huber:1,2"}, "it is huber:δ"),
+        ({"loss": "huber:1e30"}, "it is huber:δ, with δ between 1e-06 and 1e+06"),  # δ² is infinite in float32
+        ({"loss": "huber-snr:1e-30"}, "it is huber-snr:δ"),
         ({"noise": "pyramid:2.5,0.3"}, "LEVELS between 0 and 13"),
         ({"noise": "offset:"}, "it is offset:x"),
         ({"timesteps": "800-200"}, "HIGH, which is not drawn, must be the larger one"),
@@ -230,6 +232,13 @@ def test_what_makes_no_sense_is_refused(options, message):
     with pytest.raises(UserError) as error:
         make(**options)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("weights", ["weights:1e308,1e308,0", "weights:1e-320,1e-320,0"])
+def test_only_the_ratios_of_weights_count(weights):
+    timesteps = choose_timesteps(DiffusionConfig(timesteps=weights), 9, torch.device("cpu"))
+    assert torch.equal(timesteps.probabilities(9), torch.tensor([1, 1, 1, 1, 1, 1, 0, 0, 0]).double() / 6)
+    assert set(timesteps.draw(500, generator()).tolist()) == set(range(6))
 
 
 @given(st.sampled_from(sorted(FORMS)), st.text(max_size=12))

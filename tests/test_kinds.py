@@ -1,5 +1,6 @@
 """LoHa, LoKr, DoRA, LoCon with a core, and whole differences, as LyCORIS and PEFT write them: their own sums are the oracle."""
 
+import json
 import math
 import re
 from functools import reduce
@@ -15,10 +16,11 @@ from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
 from lycoris.modules.norms import NormModule
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 from common.errors import UserError
+from common.safetensors_files import encode_header
 from lora import merge_lora, merge_loras
 from lora_files.deltas import add_delta, parameter_shapes
 from lora_files.names import kohya_name
@@ -136,6 +138,25 @@ def test_a_damaged_file_is_one_line(tmp_path, case, data):
         read_changes(tmp_path / "x.safetensors", {path: layer.weight.shape})
 
 
+@pytest.mark.parametrize("second", ["lora_A.weight", "lora_A.default.weight", "lora.up.weight", "lora_magnitude_vector.weight"])
+def test_a_part_under_two_names_is_not_dropped(tmp_path, second):
+    stem, A, B = LINEAR, torch.ones(2, 6), torch.ones(8, 2)
+    tensors = {f"{stem}.lora_down.weight": A, f"{stem}.lora_up.weight": B, f"{stem}.lora_magnitude_vector": torch.ones(8)}
+    save_file(
+        tensors | {f"{stem}.{second}": 2 * (A if "A" in second else B if "up" in second else A[0])}, tmp_path / "x.safetensors"
+    )
+    with pytest.raises(UserError, match=f"1 of 2 modules match no layer, first {re.escape(LINEAR)}\\.lora"):
+        read_changes(tmp_path / "x.safetensors", {LINEAR: torch.Size((8, 6))})
+
+
+def test_metadata_that_are_null(tmp_path):
+    data = save({f"{LINEAR}.diff": torch.ones(8, 6)})
+    length = int.from_bytes(data[:8], "little")
+    header = {"__metadata__": None} | json.loads(data[8 : 8 + length])
+    (tmp_path / "x.safetensors").write_bytes(encode_header(header) + data[8 + length :])
+    assert read_changes(tmp_path / "x.safetensors", {f"{LINEAR}.weight": torch.Size((8, 6))})
+
+
 @pytest.mark.parametrize("part", ["hada_w1_a", "hada_w2_a"])
 def test_a_single_row_is_not_repeated(tmp_path, part):
     tensors = written(LohaModule("x", nn.Linear(6, 8), 1.0, 2, 1.0), LINEAR)
@@ -237,6 +258,55 @@ def test_merged_on_disk_as_in_memory(script, plain, tiny_model, tmp_path, algori
     script("scripts/merge_lora.py", tmp_path / "base.safetensors", tmp_path / "out.safetensors", "--lora", f"{path}:0.5")
     written_out = load_file(tmp_path / "out.safetensors")
     assert all(torch.equal(written_out[key], tensor) for key, tensor in checkpoint_of(found).items())
+
+
+def test_a_difference_and_dora_of_one_layer(script, plain, tiny_model, tmp_path):
+    """Whatever their order, DoRA turns the weights of the base."""
+    save_file(trained(plain, "LoCon", weight_decompose=True), tmp_path / "dora.safetensors")
+    save_file({f"{kohya_name(LINEAR)}.diff": torch.ones(plain.get_submodule(LINEAR).weight.shape)}, tmp_path / "d.safetensors")
+    weight = plain.get_submodule(LINEAR).weight.detach().clone()
+    files = [read_changes(tmp_path / name, parameter_shapes(plain)) for name in ("d.safetensors", "dora.safetensors")]
+    merge_loras(plain, [(files[0], 2.0), (files[1], 0.5)])
+    wanted = apply(weight, files[1][LINEAR], 0.5) + 2
+    torch.testing.assert_close(plain.get_submodule(LINEAR).weight, wanted, rtol=1e-5, atol=1e-5)
+    flags = ["--lora", f"{tmp_path / 'd.safetensors'}:2", "--lora", f"{tmp_path / 'dora.safetensors'}:0.5"]
+    script("scripts/merge_lora.py", tiny_model, tmp_path / "merged", *flags)
+    found = load_sdxl(str(tmp_path / "merged"), torch.float32, torch.device("cpu"))
+    assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in Denoiser(found).state_dict().items())
+
+
+def test_merging_on_disk_refuses_what_is_refused_in_memory(script, plain, tiny_model, tmp_path):
+    """A and B of an embedding, which is no linear layer."""
+    name = "lora_te1_text_model_embeddings_token_embedding"
+    rows, columns = next(w.shape for n, w in plain.named_parameters() if n.startswith("text_encoder.") and "token_emb" in n)
+    tensors = {f"{name}.lora_down.weight": torch.ones(2, columns), f"{name}.lora_up.weight": torch.ones(rows, 2)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="have other shapes than their layer") as error:
+        read_changes(tmp_path / "x.safetensors", parameter_shapes(plain))
+    _, err = script("scripts/merge_lora.py", tiny_model, tmp_path / "m", "--lora", tmp_path / "x.safetensors", status=2)
+    assert err == f"merge_lora.py: {error.value}\n"
+
+
+def test_inspecting_tells_what_makes_others_refuse(script, plain, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tensors = trained(plain, "LoHa", (LINEAR, CONV))
+    tensors[f"{kohya_name(CONV)}.hada_w1_a"][0] = math.nan
+    save_file(tensors, "x.safetensors")
+    printed, _ = script("scripts/inspect_lora.py", "x.safetensors", "--model", tiny_model)
+    assert f"not finite     1 of 2 modules: {CONV}\n" in printed
+    save_file(trained(plain, "LoCon", (LINEAR,)) | {f"{kohya_name(LINEAR)}.dora_scale": torch.tensor(1.0)}, "x.safetensors")
+    printed, _ = script("scripts/inspect_lora.py", "x.safetensors", "--model", tiny_model)
+    assert f"1 have other shapes than their layer, first {kohya_name(LINEAR)}\n" in printed
+    _, err = script("scripts/inspect_lora.py", "x.safetensors", "--model", tiny_model, "--picture", tmp_path, status=2)
+    assert err == f"inspect_lora.py: --picture {tmp_path} is a folder: name a .png file in it\n"
+
+
+def test_a_complex_alpha_is_refused_in_one_line(plain, tmp_path):
+    save_file(
+        trained(plain, "LoCon", (LINEAR,)) | {f"{kohya_name(LINEAR)}.alpha": torch.tensor(1 + 1j)}, tmp_path / "x.safetensors"
+    )
+    with pytest.raises(UserError, match=r"to_q\.alpha is C64, which holds no weights"):
+        read_changes(tmp_path / "x.safetensors", parameter_shapes(plain))
 
 
 def test_the_order_of_several_does_not_count(plain, tmp_path):

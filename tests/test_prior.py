@@ -244,6 +244,10 @@ def test_mistakes_are_refused(tmp_path):
             PriorConfig(**options)
     with pytest.raises(UserError, match=r"--prior-prompts .*no\.txt cannot be read"):
         PriorConfig(prior_share=0.5, prior_prompts=(str(tmp_path / "no.txt"),))
+    with pytest.raises(UserError, match=r"--prior-prompts b\.TXT: texts, or one \.txt file with one on each line"):
+        PriorConfig(prior_share=0.5, prior_prompts=("a", "b.TXT"))
+    with pytest.raises(UserError, match="--prior-weight must be above 0 and at most"):
+        PriorConfig(prior_share=0.5, prior_weight=1e308)
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(UserError, match="holds no text"):
         PriorConfig(prior_share=0.5, prior_prompts=(str(tmp_path / "empty.txt"),))

@@ -347,3 +347,15 @@ def test_every_key_of_a_setting_of_the_gui_is_accounted_for(file, script, tmp_pa
     assert "not known here" not in said
     for key in json.loads(file.read_text()):
         assert option_of.get(key) in options or f"# {key}: " in said or f"# {flag_of(option_of[key])}: " in said, key
+
+
+def test_of_kohyas_noises_and_weightings_that_exclude_each_other_here_the_second_is_named(script, tmp_path):
+    theirs = {"multires_noise_iterations": 6, "noise_offset": 0.1, "min_snr_gamma": 5, "debiased_estimation_loss": True}
+    (tmp_path / "theirs.json").write_text(json.dumps(theirs | {"min_timestep": [3], "network_args": ["dora_wd=True"]}))
+    script("scripts/from_kohya.py", tmp_path / "theirs.json", "--out", tmp_path / "run.toml")
+    text = (tmp_path / "run.toml").read_text()
+    assert tomllib.loads(text) == {"noise": "pyramid:6,0.3", "weighting": "min-snr:5"}
+    assert "# noise_offset: 0.1: --noise is offset:x or pyramid" in text
+    assert "# debiased_estimation_loss: True: --weighting is" in text
+    assert "# min_timestep: [3]: --timesteps is LOW-HIGH" in text
+    assert "# dora_wd: 'True': --dora is for linear layers" in text
