@@ -377,7 +377,6 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
-MAX_RANK = 10_240  # the rows of SDXL's largest layer
 CONVOLUTIONS = r"^unet\..*\.(conv1|conv2|conv_shortcut|(down|up)samplers\.0\.conv)$"  # those of other programs
 
 
@@ -398,7 +397,7 @@ def add_lora(
     Layers under the path prefixes `unused` are left out: nothing reads their output, so an adapter there would never get a
     gradient. A is drawn on the CPU from `seed`, so that all ranks and devices start with the same weights.
 
-    Raises UserError if --targets matches no linear layer, or a rank is above MAX_RANK.
+    Raises UserError if --targets matches no linear layer.
     """
     model.requires_grad_(False)
     generator = seed_generator(torch.Generator(), seed)
@@ -411,8 +410,6 @@ def add_lora(
             continue
         parent, _, child = name.rpartition(".")
         rank = config.rank_of(name, convolution)
-        if rank > MAX_RANK:
-            raise UserError(f"{name} cannot have a rank above {MAX_RANK}: see --rank, --conv-rank and --rank-pattern")
         kind = cast(Any, LoRAConv2d if convolution else partial(LoRALinear, dora=config.dora))
         modules[name] = kind(layer, rank, config.stored_alpha(rank, convolution), generator)
         setattr(model.get_submodule(parent), child, modules[name])

@@ -27,6 +27,7 @@ ATTENTION_IN = r"^unet\.up_blocks\.0\.attentions\.{}\..*\.attn[12]\.(to_q|to_k|t
 UNET_ONLY = {"style": ATTENTION_IN.format(1), "content": ATTENTION_IN.format(0)}
 TARGETS = {"attention": ATTENTION, "all": EVERYTHING, **UNET_ONLY}
 UNPACKED = ("fp16", "bf16", "fp32")
+MAX_RANK = 10_240  # the rows of SDXL's largest layer
 NO_REGEX = (re.error, OverflowError, RecursionError)  # what re.compile raises, also for a{99999999999} and for "(" 9999 times
 
 
@@ -99,9 +100,13 @@ class LoRAConfig(Options):
             raise UserError(f"--dora is for linear layers: without {'--conv-rank' if self.conv_rank else '--max-norm'}")
         if self.rank_stabilised and self.alpha is None:
             raise UserError("--rank-stabilised needs --alpha: one that followed the rank would undo it")
+        ranks: dict[str, float] = {"--rank": self.rank, "--conv-rank": self.conv_rank or 1}
         for text in self.rank_pattern:
-            if not read_pattern("--rank-pattern", text)[1].is_integer():
+            ranks[f"--rank-pattern {text!r}"] = rank = read_pattern("--rank-pattern", text)[1]
+            if not rank.is_integer():
                 raise UserError(f"--rank-pattern {text!r}: a rank is a whole number")
+        if large := next((flag for flag, rank in ranks.items() if rank > MAX_RANK), None):
+            raise UserError(f"{large}: no layer has a use for a rank above {MAX_RANK}")
         for text in self.lr_pattern:
             read_pattern("--lr-pattern", text)
 

@@ -143,7 +143,7 @@ TEXT = st.text(st.characters(exclude_categories=("Cs",)), min_size=1)
 CLEAN = TEXT.filter(lambda text: not NO_TEXT.search(text))
 OPTIONS = st.fixed_dictionaries({
     "data": st.lists(CLEAN).map(tuple), "prompts": st.lists(CLEAN.filter(lambda text: text[0] != "-")).map(tuple),
-    "rank": st.integers(1, 10**6), "lr": st.floats(0, 1e9), "input_perturbation": st.floats(0, 1),
+    "rank": st.integers(1, 10_240), "lr": st.floats(0, 1e9), "input_perturbation": st.floats(0, 1),
     "flip": st.booleans(), "pictures": st.booleans(), "trigger": CLEAN | st.just(""),
     "author": st.none() | CLEAN,
 })  # fmt: skip
