@@ -105,7 +105,7 @@ class TrainStep:
     def inputs(self, batch: Batch, step: int, index: int) -> StepInputs:
         """Batch `index` of this rank, on the device, with its random numbers: a function of (seed, step, place in the step)."""
         device, shape, place = self.model.device, self.model.latent_shape(batch), self.ranks.place(index)
-        seed_generator(self.generator, seed_of(self.seed, 0, step, place))
+        seed_generator(self.generator, seed_of(self.seed, 0, step, place))  # 0: here the rank once was, and results are kept
         posterior_noise = torch.randn(shape, generator=self.generator, device=device)
         draws = self.diffusion.draw(shape, self.generator)
         images = to_device(batch.images, device)
