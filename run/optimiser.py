@@ -153,7 +153,7 @@ class Optimiser:
             groups = self.adapter.filled().split([len(p) for p in self.adapter.groups.values()])
             for index, filled in enumerate(groups):
                 pad_state(state["optimizer"]["state"].get(index, {}), filled)
-        named = settable(type(self.optimizer))
+        named = settable(type(self.optimizer)).keys() - {"lr"}  # `change_of_rates` tells from what that goes
         own = [{name: group[name] for name in named if name in group} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, settings in zip(self.optimizer.param_groups, own, strict=True):

@@ -122,13 +122,15 @@ def test_a_saved_state_goes_on_bit_for_bit(kind):
 
 @pytest.mark.parametrize(("kind", "usual"), [("adamw", 0.01), ("adamw8bit", 0.01), ("prodigy", 0), ("schedulefree", 0)])
 def test_the_settings_of_this_command_hold_after_a_state_was_loaded(kind, usual):
-    """Also those that it leaves to the optimiser."""
+    """Also those that it leaves to the optimiser; the learning rate is the last one until the next step."""
     adapter = make_adapter()
     before, now, unset = (make_optimiser(adapter, kind, weight_decay=decay) for decay in (0.25, 0.5, None))
     train_steps(adapter, before, range(2))
+    before.optimizer.param_groups[0]["lr"] = 0.125
     for optimiser, decay in ((now, 0.5), (unset, usual)):
         optimiser.load_state_dict(before.state_dict())
         assert {group["weight_decay"] for group in optimiser.optimizer.param_groups} == {decay}
+        assert dict(optimiser.learning_rates()) == dict(before.learning_rates())
 
 
 def test_adamw_of_another_kernel_skips_an_overflow_too():
