@@ -22,13 +22,13 @@ from model.load import Pipeline
 from model.sdxl import Denoiser, blueprint, text_shapes
 from model.text import most_chunks
 from model.vae import ENCODING, vae_dtype
-from options.training import LoRAConfig, MemoryConfig
+from options.training import MemoryConfig, TrainConfig
 from performance.attention import KERNELS, Kernel, Shapes, choose_attention
 from performance.checkpointing import block_names, checkpoint_blocks
 from performance.layers import use_fast_layers
 from performance.linear_group import LinearGroup
 from performance.memory_plan import ANOTHER_SHAPE, Costs, GiB, Plan, dry_run, make_plan, stand_in_kernel
-from performance.optimizers import bytes_per_trained
+from performance.optimizers import bytes_per_trained, settings_of
 from performance.quantise import PACKED_BASES, packed_bytes, quantisable
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -153,13 +153,13 @@ def describe_out_of_memory(error: torch.OutOfMemoryError) -> str:
 
 
 def plan_memory(
-    pipe: Pipeline, lora: LoRAConfig, memory: MemoryConfig, workload: Workload, device: torch.device,
-    budget: int,
+    pipe: Pipeline, config: TrainConfig, workload: Workload, device: torch.device, budget: int,
 ) -> Plan:  # fmt: skip
-    """How a step of `workload` fits into `budget` bytes, by a dry run on shapes without weights. `memory` is resolved.
+    """How a step of `workload` fits into `budget` bytes, by a dry run on shapes without weights. `config` is resolved.
 
     Raises UserError, which says what would help, if it does not fit.
     """
+    memory, dtype = config.memory, DTYPES[config.memory.precision]
     budget -= ANOTHER_SHAPE * (workload.shapes - 1)  # the first shape's graph is in what was calibrated
     denoiser = blueprint(pipe, with_text=not workload.has_text)
     vae = vae_dtype(device)
@@ -167,8 +167,10 @@ def plan_memory(
     unpacked += 0 if workload.has_latents else sum(p.numel() for p in pipe.vae.parameters()) * vae.itemsize
     linears = quantisable(denoiser).values()
     saved = {base: sum(m.weight.nbytes - packed_bytes(m, base) for m in linears) for base in PACKED_BASES}
-    adapter = add_lora(denoiser, lora, denoiser.unused, dtype=DTYPES[memory.precision])
-    trained = int(adapter.flat.numel() * bytes_per_trained(memory.optimizer, DTYPES[memory.precision], lora.copies_weights))
+    adapter = add_lora(denoiser, config.lora, denoiser.unused, dtype=dtype)
+    copies = config.changes_steps + bool(config.optimiser.ema)
+    each = bytes_per_trained(memory.optimizer, dtype, copies, settings_of(config.optimiser))
+    trained = int(adapter.flat.numel() * each)
     speed_up(denoiser, stand_in_kernel, torch.device("meta"))
     text = text_shapes(denoiser, workload.batch, most_chunks(75 * workload.chunks))
     fixed = {base: unpacked - saved.get(base, 0) + trained for base in possible_bases(memory, device)}

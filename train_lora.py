@@ -50,7 +50,7 @@ from run.gallery import Gallery, prompts_to_draw
 from run.header import run_header
 from run.held_out import hold_out
 from run.lineage import Lineage
-from run.optimiser import Optimiser
+from run.optimiser import Optimiser, check_optimiser
 from run.prediction import check_prediction
 from run.prior import Prior, add_prior, counting_graphs
 from run.ranks import join_ranks, leave_ranks
@@ -139,7 +139,7 @@ def main(config: TrainConfig) -> Ending:
     stop = StopRequest()
     prompts = prompts_to_draw(config.gallery, config.captions, config.model)
     device = resolve_device(config.device)
-    config = config.resolved(device)
+    config = check_optimiser(config.resolved(device))
     dtype = DTYPES[config.memory.precision]
     ranks = join_ranks(device, config.ranks.rank_timeout)
 
@@ -159,7 +159,7 @@ def main(config: TrainConfig) -> Ending:
     config = config.in_steps(drawn.epoch, ranks.world)
     stream.first_decodable(stream.bucket[0])  # raises UserError if no image can be decoded
     budget = ranks.min(limit_memory(config.memory.vram_gb, device))
-    plan = plan_memory(pipe, config.lora, config.memory, counting_graphs(stream.workload, config.prior), device, budget)
+    plan = plan_memory(pipe, config, counting_graphs(stream.workload, config.prior), device, budget)
 
     # Model on the device, from the inside out: the base, LoRA in place of linear layers, fast layers, checkpointing.
     model = TrainingModel(pipe, config.model, source, config.captions, stream.workload, plan, device)

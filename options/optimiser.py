@@ -12,6 +12,7 @@ PACKAGES = {  # {--optimizer: the package that has it}, where that is not in req
     "schedulefree": "schedulefree",
 }
 NAMES = ("adamw8bit", "adamw", "lion8bit", "adafactor", *PACKAGES)
+USUAL_LR = {"lion8bit": 2e-5, "prodigy": 1.0}  # {--optimizer: learning rate}, of others 1e-4; prodigy finds the scale by itself
 OF_TEXT = 0.2  # of --lr: guides recommend a fifth to a tenth
 
 
@@ -68,13 +69,14 @@ class OptimiserConfig(Options):
                 raise UserError(f"--optimizer-args {pair!r}: settings are name=value, as d_coef=0.8")
             if name in ("lr", "betas", "eps", "weight_decay"):
                 raise UserError(f"--optimizer-args {pair!r}: that is --{name.replace('_', '-')}")
+            if sum(other.startswith(f"{name}=") for other in self.optimizer_args) > 1:
+                raise UserError(f"--optimizer-args gives {name} twice: remove one")
 
     def resolved(self, model: str, optimizer: str) -> "OptimiserConfig":
         """With the learning rates that it means for --model and --optimizer; that of the text encoders once, or twice if they
         differ. Raises UserError.
         """
-        usual = 1e-4 * (0.2 if optimizer == "lion8bit" else 1) * (20 if model == "demo" else 1)
-        usual = 1.0 if optimizer == "prodigy" else usual  # it finds the scale by itself
+        usual = USUAL_LR.get(optimizer, 1e-4) * (20 if model == "demo" and optimizer != "prodigy" else 1)
         lr = usual if self.lr is None else self.lr
         of_text = self.text_encoder_lr or ((lr if optimizer == "prodigy" else OF_TEXT * lr),)
         if optimizer == "prodigy" and not set(of_text) <= {lr, 0}:
@@ -85,10 +87,3 @@ class OptimiserConfig(Options):
         """Raises UserError if a run of `steps` is shorter than its warm-up."""
         if self.warmup > steps:
             raise UserError(f"--warmup {self.warmup:g} is longer than {what}")
-
-    def check_combination(self, optimizer: str, changes_parts: bool) -> None:
-        """Raises UserError where a step of `optimizer` cannot be changed afterwards; `changes_parts`: as --lora-plus does."""
-        if optimizer == "schedulefree" and changes_parts:
-            raise UserError("--optimizer schedulefree does not work with --lora-plus, --lr-pattern or --max-norm")
-        if optimizer == "schedulefree" and (self.ema or len(set(self.text_encoder_lr)) > 1):
-            raise UserError("--optimizer schedulefree averages by itself: without --ema, and with one --text-encoder-lr")

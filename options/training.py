@@ -108,11 +108,6 @@ class LoRAConfig(Options):
     def resolved_alpha(self) -> float:
         return float(self.rank if self.alpha is None else self.alpha)
 
-    @property
-    def copies_weights(self) -> bool:
-        """Whether a step needs room for a copy of A and B: see run/optimiser.py."""
-        return bool(self.lora_plus or self.lr_pattern or self.max_norm)
-
     def rank_of(self, name: str, convolution: bool = False) -> int:
         """Of the layer with this path."""
         rank = self.conv_rank if convolution else self.rank
@@ -467,13 +462,20 @@ class TrainConfig(Options):
         super().__post_init__()
         if self.epochs is None:
             self.optimiser.check_length(self.steps, f"--steps {self.steps}")
-        self.optimiser.check_combination(self.memory.optimizer, self.lora.copies_weights)
         trigger = self.captions.trigger.strip().lower()
         if self.prior.share_of_base and not (self.prior.prior_prompts or trigger):
             needed = "a --trigger, so that captions without it keep their pictures; or --prior-prompts, or --prior-data"
             raise UserError(f"--prior-share needs {needed}")
         if called := [text for text in self.prior.prior_prompts if trigger and trigger in text.lower()]:
             raise UserError(f"--prior-prompts {called[0]!r} holds the --trigger, whose pictures are to change: leave it away")
+
+    @property
+    def changes_steps(self) -> bool:
+        """Whether what the optimiser has done in a step is changed afterwards, for which the weights are copied: see
+        run/optimiser.py. Of a config that is resolved.
+        """
+        lora = self.lora
+        return bool(lora.lora_plus or lora.lr_pattern or lora.max_norm) or len(self.optimiser.text_encoder_lr) > 1
 
     def resolved(self, device: "torch.device") -> "TrainConfig":
         """With values for alpha, learning rates and precision, which are saved with the run. Raises UserError."""

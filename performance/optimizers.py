@@ -4,13 +4,13 @@ import ast
 import inspect
 import pydoc
 from collections.abc import Iterable
-from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.errors import UserError
+from options.optimiser import OptimiserConfig
 from performance.adamw8bit import adamw8bit
 
 OPTIMIZERS = {
@@ -29,13 +29,16 @@ OUR_SETTINGS: dict[str, dict[str, Any]] = {  # where the recipe, or its guide fo
 ELEMENTWISE = {"adamw8bit", "adamw", "lion8bit", "prodigy", "schedulefree"}  # one flat parameter is to them as many matrices
 
 
-def read_settings_of_optimizer(pairs: Iterable[str]) -> dict[str, Any]:
-    """('name=value', …) -> {name: value}: a number, True, False, None, a tuple where there are commas, or else the text."""
-    settings = {}
-    for name, _, text in (pair.partition("=") for pair in pairs):
+def settings_of(config: OptimiserConfig) -> dict[str, Any]:
+    """{name: value} that the user gives an optimiser. A value of --optimizer-args is a number, True, False, None, a tuple where
+    there are commas, or else the text.
+    """
+    given = {"betas": config.betas or None, "eps": config.eps, "weight_decay": config.weight_decay}
+    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    for name, _, text in (pair.partition("=") for pair in config.optimizer_args):
         try:
             settings[name] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             settings[name] = text
     return settings
 
@@ -53,16 +56,34 @@ def make_optimizer(name: str, groups: list[dict], settings: dict[str, Any] | Non
     Raises UserError if there is no such class, or if it does not take the settings or the parameters.
     """
     kind = found_class(name)
-    skips = name == "adamw8bit" or (name == "adamw" and not groups[0]["params"][0].is_mps)  # MPS's kernel ignores the flag
     chosen = {"lr": groups[0]["lr"]} | OUR_SETTINGS.get(name, {}) | (settings or {})
+    fused = name == "adamw" and chosen["fused"] is True and not groups[0]["params"][0].is_mps  # MPS's kernel ignores the flag
+    check_settings(name, kind, chosen)
     try:
-        optimizer: Any = (kind if skips else skipping(kind))(groups, **chosen)
-    except (TypeError, ValueError, AssertionError) as error:
-        _, *known = inspect.signature(kind).parameters
-        raise UserError(f"--optimizer {name}: {error}; its settings are {', '.join(known)}") from None
+        optimizer: Any = (kind if name == "adamw8bit" or fused else skipping(kind))(groups, **chosen)
+    except Exception as error:  # whatever it is that a class of anybody's raises
+        raise UserError(f"--optimizer {name}: {error}; its settings are {', '.join(settable(kind))}") from None
     if averages(optimizer):
         optimizer.train()
     return optimizer
+
+
+def settable(kind: type[torch.optim.Optimizer]) -> dict[str, inspect.Parameter]:
+    """{name: parameter} of what its constructor takes beside the weights."""
+    _, *known = inspect.signature(kind).parameters.items()
+    return dict(known)
+
+
+def check_settings(name: str, kind: type[torch.optim.Optimizer], settings: dict[str, Any]) -> None:
+    """Raises UserError for a value that is of another kind than its default, as most classes do not look at theirs."""
+    for setting, parameter in settable(kind).items():
+        value, usual = settings.get(setting, parameter.default), parameter.default
+        if isinstance(usual, tuple) and not (isinstance(value, tuple) and len(value) == len(usual)):
+            raise UserError(f"--optimizer {name}: its {setting} are {len(usual)} values, as {usual}, not {value}")
+        if isinstance(usual, bool) and not isinstance(value, bool):
+            raise UserError(f"--optimizer {name}: {setting} is True or False, not {value}")
+        if isinstance(usual, (int, float)) and isinstance(value, str):
+            raise UserError(f"--optimizer {name}: {setting} is a number, not {value}")
 
 
 def found_class(name: str) -> type[torch.optim.Optimizer]:
@@ -98,28 +119,47 @@ def averages(optimizer: torch.optim.Optimizer) -> bool:
     return hasattr(optimizer, "eval") and hasattr(optimizer, "train")
 
 
-@cache
-def state_bytes(name: str) -> float:
-    """Bytes of state per trained value, counted after a step of a small matrix on the CPU."""
-    p = torch.nn.Parameter(torch.ones(64, 64))
-    p.grad = torch.ones_like(p)
-    optimizer = make_optimizer(name, [{"params": [p], "lr": 1.0}])
+def try_optimizer(name: str, rates: Iterable[float], settings: dict[str, Any] | None = None) -> torch.optim.Optimizer:
+    """After its first step on the CPU, with a group for each of the `rates`: A, whose gradient is 0, and B, which is 0, as at
+    the beginning of training. Raises UserError if it cannot make that step.
+    """
+    groups: list[dict[str, Any]] = []
+    for rate in rates:
+        A, B = nn.Parameter(torch.ones(64, 64)), nn.Parameter(torch.zeros(64, 64))
+        A.grad, B.grad = torch.zeros_like(A), torch.ones_like(B)
+        groups.append({"params": [A, B], "lr": rate})
+    optimizer = make_optimizer(name, groups, settings)
     optimizer.found_inf = torch.zeros(())  # type: ignore[attr-defined]
-    optimizer.step()
-    state = (value for value in optimizer.state[p].values() if isinstance(value, Tensor) and value.numel() > 256)
-    return sum(value.nbytes for value in state) / p.numel()
+    try:
+        optimizer.step()
+        if averages(optimizer):
+            optimizer.eval()  # type: ignore[attr-defined]
+    except Exception as error:
+        raise UserError(f"--optimizer {name} cannot make a step: {type(error).__name__}: {error}") from None
+    if not all(p.isfinite().all() for group in groups for p in group["params"]):
+        raise UserError(f"--optimizer {name}: with these settings its first step makes weights that are no numbers")
+    return optimizer
 
 
-def bytes_per_trained(optimizer: str, dtype: torch.dtype, copied: bool = False) -> float:
+def state_bytes(name: str, settings: dict[str, Any] | None = None) -> float:
+    """Bytes of state per trained value."""
+    state = try_optimizer(name, [1e-4], settings).state
+    large = {p: [t for t in own.values() if isinstance(t, Tensor) and t.numel() > 256] for p, own in state.items()}
+    return max(
+        (sum(t.nbytes for t in own) / p.numel() for p, own in large.items()), default=0
+    )  # some keep less of B, which is 0
+
+
+def bytes_per_trained(optimizer: str, dtype: torch.dtype, copies: int = 0, settings: dict[str, Any] | None = None) -> float:
     """Bytes of memory per trained parameter, for everything but activations. `dtype`: of the base and the activations;
-    `copied`: a step copies the weights.
+    `copies` of the weights: those that a step makes, and averages.
     """
     parameter, gradient = 4, 4  # float32
     low_precision = dtype.itemsize  # the copy that the layers compute with, see lora.Adapter
     if optimizer == "adamw8bit":
         states: float = 2 + 10  # 10: while it steps, 6 for the backups and 4 for a selected result
     elif optimizer == "adamw":
-        states = 8
+        states = state_bytes(optimizer, settings)
     else:
-        states = state_bytes(optimizer) + 8  # 8: two float32 intermediate results of a step
-    return parameter + gradient + low_precision + states + (parameter if copied else 0)
+        states = state_bytes(optimizer, settings) + 8  # 8: two float32 intermediate results of a step
+    return parameter + gradient + low_precision + states + copies * parameter

@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from lora import Adapter, padded_size
 from options.optimiser import OptimiserConfig
 from options.training import LoRAConfig, TrainConfig, first_match
 from performance.adamw8bit import STATE_BLOCK, pad_state, update_scale
 from performance.linear_group import stacked
-from performance.optimizers import ELEMENTWISE, averages, make_optimizer, read_settings_of_optimizer
+from performance.optimizers import ELEMENTWISE, averages, make_optimizer, settable, settings_of, try_optimizer
 from run.noise_scale import NoiseScale
-from run.schedule import draw_schedule, lr_factor
+from run.schedule import draw_schedule, lr_factor, steps_of_share
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
@@ -31,10 +32,9 @@ class Optimiser:
         """
         config, lora, kind, images = run.optimiser, run.lora, run.memory.optimizer, run.dataset.bs * run.grad_accum * processes
         self.config, self.kind, self.adapter, self.steps = config, kind, adapter, run.steps
-        self.settings = settings_of(config)
         self.parameters = adapter.parameters(of_matrices=kind not in ELEMENTWISE)
         groups = [{"name": name, "params": found, "lr": config.lr} for name, found in self.parameters.items()]
-        self.optimizer = make_optimizer(kind, groups, self.settings)
+        self.optimizer = make_optimizer(kind, groups, settings_of(config))
         self.noise_scale = NoiseScale(adapter.grad, images)
         self.of_B = f", of B {lora.lora_plus:g} times as much" if lora.lora_plus else ""
         self.at_their_rates: Callable[[], AbstractContextManager] = nullcontext
@@ -153,9 +153,11 @@ class Optimiser:
             groups = self.adapter.filled().split([len(p) for p in self.adapter.groups.values()])
             for index, filled in enumerate(groups):
                 pad_state(state["optimizer"]["state"].get(index, {}), filled)
+        named = settable(type(self.optimizer)).keys() - {"lr"}  # `change_of_rates` tells from what that goes
+        own = [{name: group[name] for name in named if name in group} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:
-            group |= {name: value for name, value in self.settings.items() if name in group}  # those of this command
+        for group, settings in zip(self.optimizer.param_groups, own, strict=True):
+            group |= settings  # those of this command, as far as the group has no state that is called alike
         if self.ema is not None:
             self.ema.copy_(state.get("ema", self.adapter.flat))
         if state["scaler"]:  # empty if the run so far was not in fp16
@@ -170,14 +172,20 @@ class Optimiser:
 
 def text_encoders_rest(step: int, steps: int, config: OptimiserConfig) -> bool:
     """Whether --text-encoder-until is over; 1 is without end, also for a run that is lengthened."""
-    return config.text_encoder_until < 1 and step >= config.text_encoder_until * steps
+    return config.text_encoder_until < 1 and step >= steps_of_share(config.text_encoder_until, steps)
 
 
-def settings_of(config: OptimiserConfig) -> dict[str, Any]:
-    """{name: value} that the user gives an optimiser."""
-    given = {"betas": config.betas or None, "eps": config.eps, "weight_decay": config.weight_decay}
-    chosen = {name: value for name, value in given.items() if value is not None}
-    return chosen | read_settings_of_optimizer(config.optimizer_args)
+def check_optimiser(run: TrainConfig) -> TrainConfig:
+    """`run`, which is resolved. Raises UserError, before the model is read, if its optimiser cannot make a step with its
+    settings, or if that step cannot be changed afterwards.
+    """
+    config, name = run.optimiser, run.memory.optimizer
+    rates = [config.lr or 0.0, *(rate for rate in [max(config.text_encoder_lr)] if rate)]
+    optimizer = try_optimizer(name, rates, settings_of(config))
+    if averages(optimizer) and (run.changes_steps or config.ema):
+        ways = "without --ema, --lora-plus, --lr-pattern and --max-norm, and with one --text-encoder-lr"
+        raise UserError(f"--optimizer {name} averages by itself: {ways}")
+    return run
 
 
 # What may be done to a step beside AdamW: on the device, to the whole buffer at once, without a state.

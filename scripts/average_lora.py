@@ -10,6 +10,7 @@ which the run is taken as straight, so that it is the better the more files ther
 """
 
 import json
+import math
 import sys
 from dataclasses import dataclass
 from itertools import pairwise
@@ -50,8 +51,8 @@ class AverageConfig:
             raise UserError("give either --weights or --ema-sigma, which computes them")
         if self.weights and len(self.weights) != len(self.loras):
             raise UserError(f"--weights are {len(self.weights)}, and the files {len(self.loras)}: give one for each")
-        if self.weights and not sum(self.weights):
-            raise UserError("--weights are all 0: one must be above")
+        if self.weights and not 0 < sum(self.weights) < math.inf:
+            raise UserError("--weights are all 0, or too large for a sum: one must be above 0")
 
 
 if __name__ == "__main__":

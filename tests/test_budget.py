@@ -14,7 +14,7 @@ from common.errors import UserError
 from data import Workload
 from lora import add_lora
 from memory import plan_memory, speed_up
-from options.training import LoRAConfig, MemoryConfig
+from options.training import LoRAConfig, MemoryConfig, TrainConfig
 from performance import memory_plan as budget
 from performance.checkpointing import block_names, checkpoint_blocks
 from performance.memory_plan import BlockCosts, Costs, GiB, Plan, dry_run, make_plan
@@ -272,7 +272,7 @@ def test_whole_blocks_come_where_parts_would_cut_the_batch(pipe, monkeypatch):
 
     def plan(checkpointing: str, size: int) -> Plan:
         memory = MemoryConfig(precision="fp32", checkpointing=checkpointing)
-        return plan_memory(pipe, LoRAConfig(), memory, work, torch.device("cpu"), size)
+        return plan_memory(pipe, TrainConfig(memory=memory), work, torch.device("cpu"), size)
 
     roomy, least = plan("auto", GiB), plan("all", GiB)
     assert least.blocks < roomy.blocks  # "all" are whole blocks, which keep the least

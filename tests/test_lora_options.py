@@ -425,11 +425,17 @@ def test_a_run_with_options_of_updates_resumes_bit_for_bit(train, tmp_path):
     assert "--lr-pattern 'attn3=4' finds none of the trained layers, e.g. unet.down_blocks" in err
 
 
-def test_the_plan_has_room_for_the_copy_of_a_step(pipe):
+def test_the_plan_has_room_for_copies_of_the_weights(pipe):
+    """One that a step makes, where its result is changed, and one for the average."""
     memory, work = MemoryConfig().resolved(torch.device("cpu")), Workload(1, 64, 1, 1, has_latents=True, has_text=False)
-    plain, *others = (
-        plan_memory(pipe, LoRAConfig(**config), memory, work, torch.device("cpu"), 2**34).weights
-        for config in ({}, {"lora_plus": 2}, {"lr_pattern": ("to_q=2",)}, {"max_norm": 1})
-    )
+    changed = [{"lora": LoRAConfig(**lora)} for lora in ({"lora_plus": 2}, {"lr_pattern": ("to_q=2",)}, {"max_norm": 1})]
+    averaged = {"optimiser": OptimiserConfig(ema=0.9)}
+    plain, *others, both = (
+        plan_memory(pipe, TrainConfig(memory=memory, **config), work, torch.device("cpu"), 2**34).weights
+        for config in (
+            {}, *changed, {"optimiser": OptimiserConfig(text_encoder_lr=(1e-4, 2e-4))}, averaged, changed[0] | averaged,
+        )
+    )  # fmt: skip
     adapter = add_lora(Denoiser(pipe), LoRAConfig(), Denoiser(pipe).unused)
-    assert others == [plain + adapter.flat.nbytes] * 3
+    assert others == [plain + adapter.flat.nbytes] * 5
+    assert both == plain + 2 * adapter.flat.nbytes

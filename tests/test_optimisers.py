@@ -22,7 +22,7 @@ from options.optimiser import OptimiserConfig
 from options.training import LoRAConfig, MemoryConfig, TrainConfig
 from performance.optimizers import bytes_per_trained, found_class, state_bytes
 from run.noise_scale import NoiseScale
-from run.optimiser import Optimiser
+from run.optimiser import Optimiser, text_encoders_rest
 from run.schedule import draw_schedule, lr_factor
 from run.state import find_state
 from scripts.choose import by_step
@@ -120,12 +120,25 @@ def test_a_saved_state_goes_on_bit_for_bit(kind):
         assert (weights is None) == (name == "" and kind != "schedulefree")
 
 
-def test_the_settings_of_this_command_hold_after_a_state_was_loaded():
+@pytest.mark.parametrize(("kind", "usual"), [("adamw", 0.01), ("adamw8bit", 0.01), ("prodigy", 0), ("schedulefree", 0)])
+def test_the_settings_of_this_command_hold_after_a_state_was_loaded(kind, usual):
+    """Also those that it leaves to the optimiser; the learning rate is the last one until the next step."""
     adapter = make_adapter()
-    before, now = (make_optimiser(adapter, "adamw", weight_decay=decay) for decay in (0.0, 0.5))
+    before, now, unset = (make_optimiser(adapter, kind, weight_decay=decay) for decay in (0.25, 0.5, None))
     train_steps(adapter, before, range(2))
-    now.load_state_dict(before.state_dict())
-    assert {group["weight_decay"] for group in now.optimizer.param_groups} == {0.5}
+    before.optimizer.param_groups[0]["lr"] = 0.125
+    for optimiser, decay in ((now, 0.5), (unset, usual)):
+        optimiser.load_state_dict(before.state_dict())
+        assert {group["weight_decay"] for group in optimiser.optimizer.param_groups} == {decay}
+        assert dict(optimiser.learning_rates()) == dict(before.learning_rates())
+
+
+def test_adamw_of_another_kernel_skips_an_overflow_too():
+    """Only the fused one looks at the flag by itself."""
+    adapter = make_adapter()
+    before = adapter.flat.clone()
+    train_steps(adapter, make_optimiser(adapter, "adamw", optimizer_args=("fused=False",)), range(1), {0})
+    assert torch.equal(adapter.flat, before)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +156,25 @@ def test_the_settings_of_this_command_hold_after_a_state_was_loaded():
         (["--optimizer-args", "weight_decay=1"], "--optimizer-args 'weight_decay=1': that is --weight-decay"),
         (["--optimizer-args", "d_coef"], "--optimizer-args 'd_coef': settings are name=value"),
         (["--optimizer", "prodigy", "--text-encoder-lr", 0.5], "--optimizer prodigy has one learning rate for all"),
-        (["--optimizer", "schedulefree", "--lora-plus", 4], "--optimizer schedulefree does not work with --lora-plus"),
+        (["--optimizer", "schedulefree", "--lora-plus", 4], "--optimizer schedulefree averages by itself: without --ema"),
+        (["--optimizer", "schedulefree.AdamWScheduleFree", "--ema", 0.9], "AdamWScheduleFree averages by itself: without"),
+        (["--optimizer", "schedulefree", "--text-encoder-lr", 1e-3, 2e-3], "--optimizer schedulefree averages by itself"),
+        (["--optimizer", "schedulefree", "--betas", 0, 0.9], "schedulefree cannot make a step: ZeroDivisionError"),
+        (["--optimizer", "torch.optim.LBFGS", "--no-train-text-encoder"], "LBFGS cannot make a step: TypeError.*'closure'"),
+        (["--optimizer", "torch.optim.SparseAdam"], "SparseAdam cannot make a step: .* does not support dense gradients"),
+        (["--optimizer", "prodigyopt.Prodigy"], "prodigyopt.Prodigy cannot make a step: .*[Dd]ifferent lr values"),
+        (["--optimizer", "adamw", "--optimizer-args", "foreach=True"], "--optimizer adamw: `fused` and `foreach` cannot"),
+        (["--betas", 0.9], r"--optimizer adamw8bit: its betas are 2 values, as \(0.9, 0.999\), not \(0.9,\)"),
+        (["--optimizer", "adamw", "--betas", 0.9, 0.9, 0.9], "--optimizer adamw: its betas are 2 values"),
+        (["--optimizer", "came_pytorch.CAME", "--eps", 1e-8], "CAME: its eps are 2 values"),
+        (["--optimizer", "adamw", "--eps", 0], "--optimizer adamw: with these settings its first step makes weights that are"),
+        (
+            ["--optimizer", "adamw", "--optimizer-args", "amsgrad=false"],
+            "--optimizer adamw: amsgrad is True or False, not false",
+        ),
+        (["--optimizer", "prodigy", "--optimizer-args", "d_coef=big"], "--optimizer prodigy: d_coef is a number, not big"),
+        (["--optimizer", "prodigy", "--optimizer-args", "d_coef={[]:1}"], "--optimizer prodigy: d_coef is a number, not {"),
+        (["--optimizer-args", "d=1", "d=2"], "--optimizer-args gives d twice: remove one"),
         (["--optimizer", "schedulefree", "--ema", 0.9], "--optimizer schedulefree averages by itself"),
         (["--text-encoder-lr", 1, 2, 3], "--text-encoder-lr takes one rate, or one for each of two text encoders"),
         (
@@ -212,6 +243,25 @@ def test_the_picture_of_a_schedule_shows_where_it_falls():
     red = (picture[:, :, 0] > 120) & (picture[:, :, 1] < 100)
     height = [red[:, x].nonzero()[0].mean() for x in range(40, 600)]
     assert max(height[:400]) == min(height[:400]) < height[-10] < picture.shape[0]
+
+
+@given(st.integers(1, 10**6), st.integers(1, 999), st.integers(1, 5))
+def test_a_share_is_that_of_exact_fractions(steps, thousandths, cycles):
+    """Steps of the warm-up, the step from which the text encoders rest, and that of a restart."""
+    config = OptimiserConfig(warmup=thousandths / 1000, text_encoder_until=thousandths / 1000)
+    warmup, end = thousandths * steps // 1000, -(-thousandths * steps // 1000)
+    assert (lr_factor(warmup, steps, config), lr_factor(0, steps, config)) == (1, pytest.approx(1 / (warmup + 1)))
+    assert warmup == 0 or lr_factor(warmup - 1, steps, config) < 1
+    assert text_encoders_rest(end, steps, config)
+    assert not text_encoders_rest(end - 1, steps, config)
+    restarts = OptimiserConfig(lr_schedule=f"cosine-restarts:{steps}")
+    assert lr_factor(cycles % steps, steps, restarts) == 1
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "cosine-restarts:3", "rex", "wsd:0.25"])
+def test_a_run_that_was_longer_is_at_the_end_of_a_shorter_schedule(kind):
+    config = OptimiserConfig(lr_schedule=kind, min_lr=0.1)
+    assert {lr_factor(step, 10, config) for step in range(10, 30)} == {lr_factor(10, 10, config)}
 
 
 # Rates of the text encoders.

@@ -41,7 +41,7 @@ from model.prompts import NEUTRAL_PROMPTS
 from model.sdxl import Denoiser
 from model.vae import sample_latents
 from options.optimiser import OptimiserConfig
-from options.training import LoRAConfig, MemoryConfig
+from options.training import LoRAConfig, MemoryConfig, TrainConfig
 from performance.cuda_graph import GraphedStep
 from run.checkpoints import Run
 from run.log import TAGS, TensorBoardLog
@@ -628,7 +628,7 @@ def test_long_captions_are_truncated_or_encoded_in_chunks(train, photos, tiny_mo
     assert "of the captions" not in out
     assert not equal(weights(tmp_path / "out", 7), weights(tmp_path / "b", 7))
     pipe, memory = read_sdxl(str(tiny_model), torch.float32), MemoryConfig().resolved(CPU)
-    short, long = (plan_memory(pipe, LoRAConfig(), memory, LATENTS_ONLY._replace(chunks=n), CPU, 2**34) for n in (1, 3))
+    short, long = (plan_memory(pipe, TrainConfig(memory=memory), LATENTS_ONLY._replace(chunks=n), CPU, 2**34) for n in (1, 3))
     assert {k[1] for q, k in long.attention if k[1] != q[1]} == {4 * 77}  # the plan is for what 225 tokens may need
     assert long.predicted > short.predicted
 
@@ -650,7 +650,7 @@ def test_a_batch_in_pieces_gives_the_same_run(train, latents, tiny_model, tmp_pa
     """A budget one byte too small for the whole batch: one image at a time, and the same weights up to rounding."""
     memory = MemoryConfig(checkpointing="none", optimizer="adamw").resolved(CPU)
     pipe = read_sdxl(str(tiny_model), torch.float32)
-    whole = plan_memory(pipe, LoRAConfig(rank=2), memory, LATENTS_ONLY._replace(batch=2), CPU, 2**34)
+    whole = plan_memory(pipe, TrainConfig(lora=LoRAConfig(rank=2), memory=memory), LATENTS_ONLY._replace(batch=2), CPU, 2**34)
     options = ["--data", latents, "--steps", 2, "--checkpointing", "none", "--optimizer", "adamw"]
     budget = f"{(whole.predicted - 1) / 2**30:.12f}"
     out, _ = train(*options, "--log-dir", tmp_path / "whole")
