@@ -73,7 +73,7 @@ def training_steps(path: Path) -> tuple[int, int]:
     with suppress(UserError):
         metadata = read_metadata(path)
         for value in (metadata.get("sdxl_lora.step", ""), metadata.get("ss_steps", "")):
-            if value.isdecimal():
+            if re.fullmatch(r"\d{1,18}", value):  # int() refuses thousands
                 return int(value), in_name
     return in_name, in_name
 

@@ -372,6 +372,7 @@ def test_mistakes(script, tiny_model, three, tmp_path):
     refused("give either --weights or --ema-sigma", *files, "--weights", 1, 1, 1, "--ema-sigma", 0.1)
     refused("--weights are 2, and the files 3: give one for each", *files, "--weights", 1, 1)
     refused("--weights are all 0", *files, "--weights", 0, 0, 0)
+    refused("--weights are all 0, or too large for a sum", *files, "--weights", 1e308, 1e308, 1e308)
     refused("--weights must be at least 0, not -1.0", *files, "--weights", 1, 1, -1)
     refused("--weights must be at least 0, not inf", *files, "--weights", 1, 1, "inf")
     for sigma in (0, 0.3, -0.1):

@@ -18,7 +18,7 @@ from lora import add_lora, merge_lora
 from lora_files.base_weights import places
 from lora_files.deltas import layer_shapes, parameter_shapes
 from lora_files.names import kohya_name
-from lora_files.read import fits, newest_lora, read_lora, read_metadata, trained_on
+from lora_files.read import fits, newest_lora, read_lora, read_metadata, trained_on, training_steps
 from lora_files.write import largest_difference, serialise
 from model.checkpoint import checkpoint_of, sgm_path
 from model.load import load_sdxl
@@ -335,6 +335,11 @@ def test_the_newest_lora_is_that_of_the_highest_step(tmp_path_factory, data, key
         os.utime(file, (0, time))
     assert newest_lora(folder) == named[steps.index(max(steps))]
     assert ("was written later" in capfd.readouterr().err) == (max(times) > times[steps.index(max(steps))])
+
+
+def test_a_step_of_thousands_of_digits_is_none(tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "style-7.safetensors", {"sdxl_lora.step": "9" * 5000})
+    assert training_steps(tmp_path / "style-7.safetensors") == (7, 7)
 
 
 def comfy_file(denoiser, adapter, path):

@@ -87,6 +87,36 @@ def test_it_equals_the_library_on_plain_parameters(kind, spoilt):
     assert not any(torch.equal(p, q) for p, q in zip(masters(adapter), masters(other), strict=True))  # all of them were trained
 
 
+@pytest.mark.parametrize("kind", ["adamw", "adafactor", "torch.optim.Muon", "came_pytorch.CAME", "lion_pytorch.Lion"])
+def test_every_part_at_its_own_rate_equals_the_library_with_as_many_groups(kind):
+    """--lora-plus, --lr-pattern and two --text-encoder-lr, with weight decay, a schedule and gradients that are clipped."""
+    lora, rates = (
+        LoRAConfig(lora_plus=4, lr_pattern=("unet.1=0.5",)),
+        {"unet": 1e-2, "text_encoder": 1e-3, "text_encoder_2": 4e-3},
+    )
+    config = OptimiserConfig(
+        lr=1e-2, text_encoder_lr=(1e-3, 4e-3), weight_decay=0.1, warmup=2, lr_schedule="cosine", clip=0.02
+    )  # fmt: skip
+    adapter, other = make_adapter(), make_adapter()
+    run = TrainConfig(optimiser=config, lora=lora, memory=MemoryConfig(optimizer=kind), steps=STEPS)
+    train_steps(adapter, Optimiser(run, adapter, 1, torch.float32), range(STEPS))
+    groups = [
+        {"params": [nn.Parameter(part.clone())], "rate": rates[name.partition(".")[0]] * 4**n / (1 + (name == "unet.1"))}
+        for name, own in other.masters.items() for n, part in enumerate(own)
+    ]  # fmt: skip
+    library = found_class(kind)(groups, lr=1e-2, **{**OURS.get(kind, {}), "weight_decay": 0.1})
+    plain = [group["params"][0] for group in groups]
+    for step in range(STEPS):
+        for p, grad in zip(plain, fill_gradients(other, step), strict=True):
+            p.grad = grad
+        for group in library.param_groups:
+            group["lr"] = group["rate"] * lr_factor(step, STEPS, config)
+        nn.utils.clip_grad_norm_(plain, 0.02)
+        library.step()
+    for p, part in zip(plain, masters(adapter), strict=True):
+        torch.testing.assert_close(part, p.data, rtol=1e-5, atol=1e-6)
+
+
 def test_lion_of_bitsandbytes_equals_the_library_on_the_flat_parameters():
     adapter = make_adapter()
     plain = [nn.Parameter(p.detach().clone()) for p in adapter.groups.values()]
