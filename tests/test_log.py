@@ -23,7 +23,8 @@ from options.training import LoRAConfig, ReportConfig, TrainConfig
 from run.log import LAYOUT, TAGS, EventWriter, WandbLog, compared_options, config_text, prompts_text, sample_tag
 from run.report import Meter
 
-LATER = {tag for tag in TAGS.values() if tag.startswith("validation/")} | {"train/noise_scale"}  # not in runs as short as here
+LATER = {tag for tag in TAGS.values() if tag.startswith("validation/")}  # not in runs as short as here, of one process
+LATER |= {"train/noise_scale", "speed/waiting_for_ranks"}
 WANDB = """
 calls = []
 

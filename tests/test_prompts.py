@@ -63,7 +63,7 @@ def test_a_file_of_lines_of_toml_and_a_header_say_the_same(tmp_path_factory, pro
         ("a --h 8000", "height must be a multiple of 8 from 64 up to 4096, not 8000"),
         ("a --w 8x", "width is a whole number, not '8x'"),
         ("a --d -1", "seed must lie in 0…9223372036854775807, not -1"),
-        (f"a --d {10**400}", "seed is a whole number, not '1000"),
+        (f"a --d {10**400}", "seed must lie in 0…9223372036854775807, not 1000"),
         ("a --s 0", "steps must lie in 1…1000, not 0"),
         ("a --l nan", "guidance must be at least 0, not nan"),
         ("a --l 7,5", "guidance is a number, not '7,5'"),
