@@ -143,12 +143,10 @@ def try_optimizer(name: str, rates: Iterable[float], settings: dict[str, Any] | 
 
 
 def state_bytes(name: str, settings: dict[str, Any] | None = None) -> float:
-    """Bytes of state per trained value."""
+    """Bytes of state per trained value: of A or B, of which more is kept. Some classes keep less of B, which is 0."""
     state = try_optimizer(name, [1e-4], settings).state
     large = {p: [t for t in own.values() if isinstance(t, Tensor) and t.numel() > 256] for p, own in state.items()}
-    return max(
-        (sum(t.nbytes for t in own) / p.numel() for p, own in large.items()), default=0
-    )  # some keep less of B, which is 0
+    return max((sum(t.nbytes for t in own) / p.numel() for p, own in large.items()), default=0)
 
 
 def bytes_per_trained(optimizer: str, dtype: torch.dtype, copies: int = 0, settings: dict[str, Any] | None = None) -> float:
